@@ -1,0 +1,38 @@
+"""hwsearch: per-layer sparsity and precision that meet a budget on a device, on measured times of compiled code."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwsearch.allocation import Allocation as Allocation
+    from hwsearch.api import profile as profile
+    from hwsearch.api import sensitivity as sensitivity
+    from hwsearch.deployment import deploy as deploy
+    from hwsearch.deployment import verify as verify
+    from hwsearch.plot import plot_allocation as plot_allocation
+    from hwsearch.plot import plot_front as plot_front
+    from hwsearch.plot import plot_predictions as plot_predictions
+    from hwsearch.pipeline import run as run
+    from hwsearch.allocate.search import front as front
+    from hwsearch.allocate.search import search as search
+    from hwsearch.scoring import SensitivityTable as SensitivityTable
+    from hwsearch.table import LatencyTable as LatencyTable
+    from hwsearch.task import Task as Task
+    from hwsearch.task import load as load
+
+__version__ = "0.1.0"
+_HOMES = {
+    "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "deployment": ["deploy", "verify"], "pipeline": ["run"],
+    "plot": ["plot_allocation", "plot_front", "plot_predictions"], "allocate.search": ["front", "search"],
+    "scoring": ["SensitivityTable"], "table": ["LatencyTable"], "task": ["Task", "load"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hwsearch' has no attribute {name!r}")
+    return getattr(import_module(f"hwsearch.{_HOME[name]}"), name)

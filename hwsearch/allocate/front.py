@@ -1,0 +1,177 @@
+"""Front: allocations that no other beats, over a sweep of budgets.
+
+Schema history:
+  1  one row a point, measured points beside them; header under the Parquet key `hwsearch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwsearch.allocate.milp import minimise, solve
+from hwsearch.allocate.problem import Problem, Solution
+from hwsearch.errors import Infeasible, InvalidInput
+from hwsearch.table import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+KIND = "front"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One allocation of a sweep, or one measured. Costs in ns and bytes; NaN where there is none.
+
+    budget: limit of the swept column that it answers. infeasible: nothing meets that budget. dominated: another
+    point has no more cost and no more loss. label: what it is (`predicted`, or a measured point's own).
+    low_ns, high_ns: the interval of a measured latency.
+    """
+
+    budget: float = np.nan
+    latency_ns: float = np.nan
+    sigma_ns: float = np.nan
+    size_bytes: float = np.nan
+    loss: float = np.nan
+    variants: tuple[str, ...] = ()
+    status: str = ""
+    gap: float = np.nan
+    dominated: bool = False
+    infeasible: bool = False
+    measured: bool = False
+    label: str = "predicted"
+    low_ns: float = np.nan
+    high_ns: float = np.nan
+    score: float = np.nan
+
+
+@dataclass(frozen=True)
+class Front:
+    """Points over a sweep of one cost column, with what they belong to.
+
+    over: the swept column (`latency` or `size`). units: names, in the order of `Point.variants`.
+    header: network, backend, device, options, and the dense network's `latency` (ns) and `size` (bytes).
+    """
+
+    points: tuple[Point, ...]
+    over: str
+    units: tuple[str, ...]
+    header: dict[str, Any] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a point; `latency_ms` and `sigma_ms` beside the raw columns."""
+        import pandas as pd
+
+        frame = pd.DataFrame([p.__dict__ for p in self.points], columns=list(Point.__dataclass_fields__))
+        frame["latency_ms"] = frame["latency_ns"] / 1e6
+        frame["sigma_ms"] = frame["sigma_ns"] / 1e6
+        return frame
+
+    def with_measured(self, points: Sequence[Point]) -> Front:
+        """The front with measured points beside it."""
+        return replace(self, points=(*self.points, *(replace(p, measured=True) for p in points)))
+
+    def best(self) -> tuple[Point, ...]:
+        """The predicted points that are feasible and not dominated, by rising cost."""
+        kept = [p for p in self.points if not (p.dominated or p.infeasible or p.measured)]
+        return tuple(sorted(kept, key=lambda p: p.latency_ns if self.over == "latency" else p.size_bytes))
+
+    def save(self, path: str | Path) -> None:
+        """Write Parquet, in place in one step."""
+        import pyarrow as pa
+
+        header = {"schema": SCHEMA, "kind": KIND, "over": self.over, "units": list(self.units), "header": self.header}
+        rows = [{**p.__dict__, "variants": list(p.variants)} for p in self.points]
+        write_parquet(pa.Table.from_pylist(rows, schema=_schema()), header, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Front:
+        """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
+        table, header = read_parquet(path, KIND, SCHEMA)
+        try:
+            points = tuple(Point(**{**row, "variants": tuple(row["variants"])}) for row in table.to_pylist())
+            return Front(points, header["over"], tuple(header["units"]), dict(header["header"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{path} is damaged: {error!r}; make it again with `hwsearch front`") from error
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    kinds = {"float": pa.float64(), "bool": pa.bool_(), "str": pa.string(), "tuple[str, ...]": pa.list_(pa.string())}
+    return pa.schema([(name, kinds[str(f.type)]) for name, f in Point.__dataclass_fields__.items()])
+
+
+def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solution | None]]:
+    """(budget, least-loss solution within it), for budgets spread from the least cost to the least loss's cost.
+
+    One budget below the least cost leads, whose solution is None: it cannot be met. Budgets of the problem on other
+    columns hold throughout. Raises InvalidInput on fewer than two points; Infeasible where the other budgets cannot be met.
+    """
+    if points < 2:
+        raise InvalidInput(f"a front needs at least 2 points, got {points}")
+    if column not in problem.costs:
+        raise InvalidInput(f"there is no cost {column!r} to sweep; there are {', '.join(problem.costs)}")
+    others = {c: b for c, b in problem.budgets.items() if c != column}
+    free = replace(problem, budgets=others)
+    least = minimise(free, column).costs[column]
+    most = max(solve(free).costs[column], least)
+    budgets = sorted({round(b) for b in np.linspace(least, most, points)})
+    step = max(1, (most - least) // max(points - 1, 1))
+    found: list[tuple[int, Solution | None]] = [(least - step, None)]
+    for budget in budgets:
+        try:
+            found.append((budget, solve(replace(problem, budgets={**others, column: budget}))))
+        except Infeasible:
+            found.append((budget, None))
+    return found
+
+
+def dominated(solutions: Sequence[Solution], column: str) -> list[bool]:
+    """For each solution whether another has no more loss and no more cost, and less of one (or the same, earlier)."""
+    keys = [(s.costs[column], s.loss) for s in solutions]
+    return [
+        any(
+            (c <= keys[i][0] and loss <= keys[i][1]) and ((c, loss) != keys[i] or j < i)
+            for j, (c, loss) in enumerate(keys)
+            if j != i
+        )
+        for i in range(len(keys))
+    ]
+
+
+def as_front(
+    found: Sequence[tuple[int, Solution | None]],
+    problem: Problem,
+    column: str,
+    sigma_ns: Mapping[tuple[int, ...], float],
+    header: Mapping[str, Any],
+) -> Front:
+    """A sweep as a Front; sigma_ns: standard error of the predicted latency, for each choice."""
+    solutions = [s for _, s in found if s is not None]
+    beaten = dict(zip(map(id, solutions), dominated(solutions, column), strict=True))
+    points = []
+    for budget, s in found:
+        if s is None:
+            points.append(Point(budget=float(budget), infeasible=True))
+            continue
+        points.append(
+            Point(
+                budget=float(budget),
+                latency_ns=float(s.costs["latency"]),
+                sigma_ns=float(sigma_ns[s.choice]),
+                size_bytes=float(s.costs["size"]),
+                loss=s.loss,
+                variants=tuple(problem.variants(s.choice).values()),
+                status=s.status,
+                gap=s.gap,
+                dominated=beaten[id(s)],
+            )
+        )
+    return Front(tuple(points), column, problem.variables, dict(header))

@@ -1,0 +1,141 @@
+"""Exact allocation: the least loss within all budgets, the least cost, and what to say when neither exists."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
+from hwsearch.allocate.program import Found, OutOfTime, Program
+from hwsearch.budget import quantity
+from hwsearch.errors import Infeasible
+
+TIME_LIMIT_S = 60.0
+TIE_NODES = 1000
+
+
+def solve(
+    problem: Problem,
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
+    warm: Sequence[int] | None = None,
+    prefer: str | None = None,
+) -> Solution:
+    """The choice of least loss within all budgets; among equal losses, the one of least cost `prefer`.
+
+    warm: a choice that may be good; it bounds the search, and is the answer if time runs out before a better one.
+    prefer: by default the first budgeted column. Ties cost a second program, so they are looked for only where
+    two choices of a variable, or of two variables, differ by the same loss.
+    Raises Infeasible (naming the least of each budgeted cost), HwsearchError if time ran out without an answer.
+    """
+    start = time.monotonic()
+    program = Program(problem, start + time_limit_s)
+    best = tuple(map(int, warm)) if warm is not None and problem.feasible(warm) else None
+    found = program.minimise(program.loss(), problem.total_loss, best)
+    if found is None:
+        raise infeasible(problem, time_limit_s)
+    prefer = prefer or next(iter(problem.budgets), None)
+    if prefer and found.proven and _may_tie(problem, program.allowed(program.loss(), found.value)):
+        found = replace(found, choice=_cheapest(problem, found, prefer, start + time_limit_s))
+    return _solution(problem, found)
+
+
+def minimise(
+    problem: Problem,
+    column: str,
+    *,
+    budgets: Mapping[str, int] | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> Solution:
+    """The choice of least cost in one column within `budgets`, by default the problem's own on the other columns.
+
+    `gap` and `bound` are of that cost. Raises Infeasible and HwsearchError as `solve` does.
+    """
+    if budgets is None:
+        budgets = {c: limit for c, limit in problem.budgets.items() if c != column}
+    bounded = replace(problem, budgets=dict(budgets))
+    least = _least(bounded, column, time_limit_s)
+    if least is None:
+        raise infeasible(bounded, time_limit_s)
+    return least
+
+
+def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasible:
+    """The error that names, for each budget, the least that can be met beside the others or, failing that, alone."""
+    least: dict[str, float] = {}
+    parts = []
+    for column in problem.budgets:
+        others = {c: limit for c, limit in problem.budgets.items() if c != column}
+        where = f" within {_text(others)}" if others else ""
+        found = _least(replace(problem, budgets=others), column, time_limit_s)
+        if found is None:
+            where = " whatever the other budgets"
+            found = _least(replace(problem, budgets={}), column, time_limit_s)
+        assert found is not None, "without budgets every choice is allowed"
+        least[column] = found.costs[column]
+        known = "" if found.status == "optimal" else "at most "
+        parts.append(f"the least {column}{where} is {known}{quantity(column, found.costs[column])}")
+    return Infeasible(f"no allocation meets {_text(problem.budgets)}: {'; '.join(parts)}; loosen a budget", least)
+
+
+def _text(budgets: Mapping[str, int]) -> str:
+    return ", ".join(f"{column}={quantity(column, limit)}" for column, limit in budgets.items())
+
+
+def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | None:
+    """Least cost in one column within the problem's budgets, or None where nothing meets them.
+
+    Exact: an answer stands once nothing is left with this column bounded to one unit less.
+    """
+    deadline = time.monotonic() + time_limit_s
+    best: Found | None = None
+    budgets = dict(problem.budgets)
+    while True:
+        program = Program(replace(problem, budgets=budgets), deadline, [column])
+        try:
+            found = program.minimise(program.cost(column), lambda choice: problem.cost(column, choice))
+        except OutOfTime:
+            if best is None:
+                raise
+            return _solution(problem, replace(best, proven=False))
+        if found is None:
+            return None if best is None else _solution(problem, replace(best, bound=best.value, proven=True))
+        best = found
+        budgets[column] = problem.cost(column, best.choice) - 1
+
+
+def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Choice:
+    """Of the choices with the same loss one of least cost, or the best that a thousand nodes find."""
+    program = Program(problem, deadline, [prefer], nodes=TIE_NODES)
+    program.at_most(program.loss(), found.value)
+
+    def equal(choice: Choice) -> bool:
+        return problem.feasible(choice) and problem.total_loss(choice) <= found.value
+
+    cheaper = program.minimise(
+        program.cost(prefer), lambda choice: problem.cost(prefer, choice), found.choice, equal
+    )
+    return cheaper.choice if cheaper else found.choice
+
+
+def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
+    """Whether two allowed choices of one variable, or pairs of choices of two, differ by the same loss."""
+    seen: set[float] = set()
+    start = 0
+    for loss in problem.loss:
+        kept = np.sort(loss[allowed[start : start + len(loss)]])
+        start += len(loss)
+        differences = {float(b - a) for i, a in enumerate(kept) for b in kept[i + 1 :]}
+        if 0.0 in differences or seen & differences:
+            return True
+        seen |= differences
+    return False
+
+
+def _solution(problem: Problem, found: Found) -> Solution:
+    status = "optimal" if found.proven else "time_limit"
+    return problem.solution(found.choice, status, float(found.bound), relative_gap(found.value, found.bound))

@@ -1,0 +1,149 @@
+"""The factor graph: variables with choices, a loss on each, cost columns on one or two of them, budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsearch.errors import InvalidInput
+
+Choice = tuple[int, ...]
+"""For each variable, the index of what was chosen."""
+
+LARGEST = 2**53
+"""Sums of costs stay below this, where floats still hold every integer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """One linear cost column in integers (ns, bytes or MACs).
+
+    cost(a) = fixed + sum over i of unary[i][a_i] + sum over (i, j) of pairwise[i, j][a_i, a_j]
+
+    unary: for each variable, [choices]. pairwise: (i < j) -> [choices of i, choices of j]; may be negative.
+    """
+
+    fixed: int
+    unary: tuple[NDArray[np.int64], ...]
+    pairwise: Mapping[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Choose one of `choices[i]` for each variable: least total loss, every budgeted cost within its budget.
+
+    loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`).
+    budgets: column name -> greatest integer allowed. Raises InvalidInput where these do not fit together.
+    """
+
+    variables: tuple[str, ...]
+    choices: tuple[tuple[str, ...], ...]
+    loss: tuple[NDArray[np.float64], ...]
+    costs: Mapping[str, Cost]
+    budgets: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if not sizes or min(sizes) == 0:
+            raise InvalidInput(f"every problem needs variables, each with a choice; choices are {self.choices}")
+        if len(self.variables) != len(sizes):
+            raise InvalidInput(f"{len(self.variables)} variables but choices for {len(sizes)}")
+        _check_unary("loss", self.loss, sizes, np.floating)
+        for column, cost in self.costs.items():
+            _check_cost(column, cost, sizes)
+        unknown = sorted(set(self.budgets) - set(self.costs))
+        if unknown:
+            raise InvalidInput(f"budgets on {unknown}, but the costs known are {sorted(self.costs)}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many choices each variable has."""
+        return tuple(map(len, self.choices))
+
+    def total_loss(self, choice: Sequence[int]) -> float:
+        """Sum of the losses, correctly rounded (so that it does not depend on their order)."""
+        return math.fsum(loss[a] for loss, a in zip(self.loss, choice, strict=True))
+
+    def cost(self, column: str, choice: Sequence[int]) -> int:
+        """One cost of a choice, exactly."""
+        cost = self.costs[column]
+        unary = sum(int(u[a]) for u, a in zip(cost.unary, choice, strict=True))
+        return cost.fixed + unary + sum(int(m[choice[i], choice[j]]) for (i, j), m in cost.pairwise.items())
+
+    def feasible(self, choice: Sequence[int]) -> bool:
+        """Whether every budget holds, in integers."""
+        return all(self.cost(column, choice) <= limit for column, limit in self.budgets.items())
+
+    def variants(self, choice: Sequence[int]) -> dict[str, str]:
+        """Variable -> name of what was chosen."""
+        return {v: c[a] for v, c, a in zip(self.variables, self.choices, choice, strict=True)}
+
+    def solution(self, choice: Sequence[int], status: str, bound: float, gap: float) -> Solution:
+        """A choice with its loss and all of its costs, recomputed exactly."""
+        costs = {column: self.cost(column, choice) for column in self.costs}
+        return Solution(tuple(map(int, choice)), self.total_loss(choice), costs, status, gap, bound)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice, its loss and costs, and what is proven of it.
+
+    status: `optimal`, or `time_limit` where the proof was cut short. bound: no allowed choice has less of what
+    was minimised. gap: (value - bound) / max(|value|, |bound|), 0 when both are 0.
+    """
+
+    choice: Choice
+    loss: float
+    costs: dict[str, int]
+    status: str
+    gap: float
+    bound: float
+
+
+def relative_gap(value: float, bound: float) -> float:
+    """(value - bound) / max(|value|, |bound|), finite and not negative."""
+    scale = max(abs(value), abs(bound))
+    return max(0.0, (value - bound) / scale) if scale else 0.0
+
+
+def brute_force(problem: Problem) -> Solution | None:
+    """The best of all choices, or None if no budget can be met: what every solver here must equal.
+
+    Ties go to the least first-budgeted cost. For tests: time grows as the product of the sizes.
+    """
+    prefer = next(iter(problem.budgets), None)
+    allowed: Iterable[Choice] = filter(problem.feasible, product(*map(range, problem.sizes)))
+    ranked = ((problem.total_loss(a), problem.cost(prefer, a) if prefer else 0, a) for a in allowed)
+    loss, _, best = min(ranked, default=(0.0, 0, None))
+    return None if best is None else problem.solution(best, "optimal", loss, 0.0)
+
+
+def _check_unary(what: str, arrays: Sequence[NDArray[np.generic]], sizes: Sequence[int], kind: type) -> None:
+    shapes = [a.shape for a in arrays]
+    if shapes != [(n,) for n in sizes]:
+        raise InvalidInput(f"{what}: expected one array for each variable, of lengths {list(sizes)}; got {shapes}")
+    for i, array in enumerate(arrays):
+        if not np.issubdtype(array.dtype, kind) or not np.isfinite(array).all():
+            raise InvalidInput(f"{what} of variable {i}: expected finite {kind.__name__}; got {array!r}")
+
+
+def _check_cost(column: str, cost: Cost, sizes: Sequence[int]) -> None:
+    _check_unary(column, cost.unary, sizes, np.signedinteger)
+    n = len(sizes)
+    for (i, j), matrix in cost.pairwise.items():
+        if not 0 <= i < j < n:
+            raise InvalidInput(f"{column}: pair {(i, j)} is not i < j among {n} variables")
+        if matrix.shape != (sizes[i], sizes[j]) or not np.issubdtype(matrix.dtype, np.signedinteger):
+            raise InvalidInput(
+                f"{column}, pair {(i, j)}: expected integers of shape {(sizes[i], sizes[j])}; "
+                f"got {matrix.dtype} {matrix.shape}"
+            )
+    arrays = [*cost.unary, *cost.pairwise.values()]
+    total = abs(int(cost.fixed)) + sum(max(abs(int(a.min())), abs(int(a.max()))) for a in arrays)
+    if total >= LARGEST:
+        raise InvalidInput(f"{column}: costs sum to {total}, beyond 2**53; use a coarser unit")

@@ -1,0 +1,88 @@
+"""Allocation: the answer. One variant for each unit, with predicted costs, the proof, and what it belongs to; JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import write_bytes
+from hwsearch.variants import Variant
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One variant for each unit, in network order.
+
+    predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `macs`, `loss`. dense: `latency_ns`, `size_bytes` of the dense
+    fp32 network. budgets: each with its `text`, `column` and integer `limit` (ns or bytes). solver: `status`, `gap`
+    and `bound` (no allocation in the space has less loss than that). network, weights_digest: fingerprints of what it
+    is for. options: threads, batch, base.
+    """
+
+    variants: dict[str, str]
+    predicted: dict[str, float]
+    dense: dict[str, float]
+    budgets: list[dict[str, Any]]
+    solver: dict[str, Any]
+    network: str
+    weights_digest: str
+    device: dict[str, Any]
+    backend: str
+    options: dict[str, Any]
+    network_name: str = ""
+    created: str = ""
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def uniform(self) -> str | None:
+        """The variant that every unit has, or None where they differ."""
+        kinds = set(self.variants.values())
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def counts(self) -> dict[str, int]:
+        """How many units have each variant, the most frequent first."""
+        names = list(self.variants.values())
+        return {v: names.count(v) for v in sorted(set(names), key=lambda v: (-names.count(v), v))}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, in place in one step."""
+        write_bytes(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    @staticmethod
+    def load(path: str | Path) -> Allocation:
+        """Raises InvalidInput (absent, malformed, unknown variants) or IncompatibleTables (another schema)."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{path} cannot be read: {error.strerror}; expected an allocation from `hwsearch search`") from error
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InvalidInput(f"{path} is not JSON ({error}); expected an allocation from `hwsearch search`") from error
+        if isinstance(data, dict) and "schema" in data and data["schema"] != SCHEMA:
+            raise IncompatibleTables(f"{path} has schema {data['schema']}, this hwsearch reads {SCHEMA}; search again")
+        try:
+            allocation = TypeAdapter(Allocation).validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InvalidInput(f"{path} is not an allocation: {where}: {first['msg']}; search again") from error
+        if not allocation.variants:
+            raise InvalidInput(f"{path} allocates no unit; search again")
+        for variant in allocation.variants.values():
+            Variant.parse(variant)
+        for key, values in (("predicted", ("latency_ns", "sigma_ns", "size_bytes", "loss")), ("solver", ("status", "gap"))):
+            missing = [name for name in values if name not in getattr(allocation, key)]
+            if missing:
+                raise InvalidInput(f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again")
+        return allocation

@@ -1,0 +1,60 @@
+"""The steps as functions, from a Task to a Report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hwsearch import backends
+from hwsearch.backends.base import Backend
+from hwsearch.profiler import profile as _profile
+from hwsearch.profiler import regime
+from hwsearch.progress import Progress
+from hwsearch.pipeline import sensitivity_for
+from hwsearch.scoring import SensitivityTable
+from hwsearch.table import LatencyTable
+from hwsearch.task import Task
+
+
+def _backend(which: str | Backend) -> Backend:
+    return backends.get(which) if isinstance(which, str) else which
+
+
+def profile(
+    task: Task,
+    *,
+    out: str | Path | None = None,
+    backend: str | Backend = "openvino",
+    threads: int = 1,
+    base: str | None = None,
+    batch: int | None = None,
+    time_limit_s: float = 600.0,
+    mode: str = "context",
+    seed: int = 0,
+    builds: int | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the latency table of a task on this device, or go on with the one at `out`.
+
+    threads: inference threads. base: precision of what is not int8 (None: the backend's preferred one). batch: None
+    for that of the example inputs. time_limit_s: seconds after which no further build begins. mode: `context` (whole
+    networks) or `isolated` (layer by layer). builds: builds of the design (None: by the network's size).
+    Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
+    """
+    at = regime(task, _backend(backend), threads=threads, base=base, batch=batch)
+    return _profile(at, out, time_limit_s=time_limit_s, mode=mode, seed=seed, builds=builds, progress=progress)
+
+
+def sensitivity(
+    task: Task,
+    *,
+    out: str | Path | None = None,
+    backend: str | Backend = "openvino",
+    base: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SensitivityTable:
+    """Loss of every (unit, variant) of a backend on the task's calibration data; `out` is used again if it is there.
+
+    Raises UntraceableModel, IncompatibleTables, InvalidInput.
+    """
+    return sensitivity_for(regime(task, _backend(backend), base=base), out, seed=seed, progress=progress)

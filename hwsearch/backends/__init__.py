@@ -1,0 +1,88 @@
+"""Which backends there are: every package may offer more under the entry-point group `hwsearch.backends`.
+
+[project.entry-points."hwsearch.backends"]
+mine = "my_package.my_module:MyBackend"     # a class without arguments that keeps base.Backend
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.errors import BackendUnavailable, InvalidInput
+
+if TYPE_CHECKING:
+    from hwsearch.backends.base import Backend
+
+GROUP = "hwsearch.backends"
+_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt"}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all that are registered, whether or not their runtimes are installed."""
+    return tuple(sorted(_registered()))
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`. Its runtime may still be absent: `Backend.versions` tells.
+
+    Raises InvalidInput on an unknown name, BackendUnavailable where its module cannot be imported.
+    """
+    registered = _registered()
+    if name not in registered:
+        known = (
+            ", ".join(sorted(registered)) or "none; reinstall hwsearch, its installation records no backend"
+        )
+        raise InvalidInput(f"unknown backend {name!r}; known: {known}")
+    try:
+        backend: Backend = registered[name].load()()
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {name} cannot be loaded ({_reason(error)}); {_remedy(name)}"
+        ) from error
+    return backend
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can be used here. `reason` says why not, and what to do."""
+
+    name: str
+    available: bool
+    versions: dict[str, str] = field(default_factory=dict)
+    bases: tuple[str, ...] = ()
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form."""
+        return {**asdict(self), "bases": list(self.bases)}
+
+
+def status() -> list[Status]:
+    """What can be used here: one entry for each registered backend, dead ones with the reason."""
+    return [_status(name) for name in names()]
+
+
+def _status(name: str) -> Status:
+    try:
+        backend = get(name)
+        return Status(name, True, dict(backend.versions()), tuple(backend.bases()))
+    except BackendUnavailable as error:
+        return Status(name, False, reason=str(error))
+    except Exception as error:  # a runtime may fail in any way; the others are still to be listed
+        return Status(name, False, reason=f"{name} does not answer ({_reason(error)}); {_remedy(name)}")
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _remedy(name: str) -> str:
+    if name in _EXTRAS:
+        return f"install it with: pip install 'hwsearch[{_EXTRAS[name]}]'"
+    return "install or repair the package that offers it"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,118 @@
+"""The contract between hwsearch and a runtime. Backends see ONNX and arrays; no torch, nothing of search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a network is compiled: part of what a latency table is keyed by.
+
+    threads: inference threads. base: the precision of everything that Q/DQ does not make int8.
+    """
+
+    threads: int = 1
+    base: str = "fp32"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One executed node of a compiled network.
+
+    name, op: the runtime's own. sources: names of the ONNX nodes or tensors it was made from, by the runtime's
+    record. precision: what it executed in (`fp32`, `bf16`, `fp16`, `int8`, or the runtime's word).
+    time_ns: mean time of one inference, on the runtime's own counters.
+    """
+
+    name: str
+    op: str
+    sources: tuple[str, ...]
+    precision: str
+    time_ns: float
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and numpy dtype of an input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A compiled network."""
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """In the order of the ONNX graph."""
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """In the order of the ONNX graph."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the runtime's own serialised form."""
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        """Outputs for arrays of exactly the shapes of `inputs`. Raises InvalidInput on other shapes."""
+
+    def prepare(self, *arrays: Array) -> None:
+        """Set the inputs that `run` uses."""
+
+    def run(self) -> None:
+        """One inference on the prepared inputs, with nothing else in the way: this is what is timed."""
+
+    def nodes(self, runs: int = 20) -> list[NodeTime]:
+        """Executed nodes with their mean times over `runs` inferences, in a pass apart from timing."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A runtime that compiles ONNX."""
+
+    name: str
+    quantize_outputs: bool
+    """Whether int8 layers must have their outputs quantized as well to be executed in int8."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the runtime's packages. Raises BackendUnavailable where it is not installed or dead."""
+
+    def bases(self) -> tuple[str, ...]:
+        """Base precisions that this device executes, the one to prefer first."""
+
+    def precisions(self, base: str) -> tuple[str, ...]:
+        """Precisions that variants may ask for under a base, the base first."""
+
+    def build(self, onnx: bytes, options: BuildOptions) -> Engine:
+        """Compile a serialised ONNX model. Raises BackendUnavailable with the runtime's own reason."""
+
+
+def check_arrays(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[Array]:
+    """Arrays as contiguous values of the specs' dtypes. Raises InvalidInput on another count or shape."""
+    from hwsearch.errors import InvalidInput
+
+    if len(arrays) != len(specs):
+        raise InvalidInput(f"the engine takes {len(specs)} inputs ({', '.join(s.name for s in specs)}), got {len(arrays)}")
+    for array, spec in zip(arrays, specs, strict=True):
+        if tuple(array.shape) != spec.shape:
+            raise InvalidInput(f"input {spec.name} has shape {tuple(array.shape)}; the engine was built for {spec.shape}")
+    return [np.ascontiguousarray(a, dtype=s.dtype) for a, s in zip(arrays, specs, strict=True)]
+
+
+def example_arrays(specs: Sequence[TensorSpec]) -> list[Array]:
+    """Zeros of the right shapes: what an engine runs on before `prepare` is called."""
+    return [np.zeros(s.shape, dtype=s.dtype) for s in specs]

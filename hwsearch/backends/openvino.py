@@ -1,0 +1,151 @@
+"""OpenVINO on CPUs: base precision by INFERENCE_PRECISION_HINT, int8 by Q/DQ, times by PERF_COUNT.
+
+Source: OpenVINO's documentation of the CPU device and of the runtime (execution graph) model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
+from hwsearch.errors import BackendUnavailable
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+_CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
+
+
+class OpenVINOBackend:
+    name = "openvino"
+    quantize_outputs = False
+
+    def __init__(self) -> None:
+        self._core: Any = None
+
+    @property
+    def core(self) -> Any:
+        if self._core is None:
+            try:
+                import openvino
+            except ImportError as error:
+                raise BackendUnavailable(
+                    f"OpenVINO cannot be imported ({error}); install it with: pip install 'hwsearch[cpu]'"
+                ) from error
+            try:
+                core = openvino.Core()
+                if "CPU" not in core.available_devices:
+                    raise RuntimeError(f"no CPU device; available: {core.available_devices}")
+            except Exception as error:
+                raise BackendUnavailable(f"OpenVINO is installed but does not start: {error}") from error
+            self._core = core
+        return self._core
+
+    def versions(self) -> Mapping[str, str]:
+        _ = self.core
+        return {"openvino": version("openvino")}
+
+    def bases(self) -> tuple[str, ...]:
+        capable = set(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        return tuple(base for base, name in _CAPABILITIES.items() if name in capable)
+
+    def precisions(self, base: str) -> tuple[str, ...]:
+        int8 = "INT8" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return (base, "int8") if int8 else (base,)
+
+    def build(self, onnx: bytes, options: BuildOptions) -> OpenVINOEngine:
+        if options.base not in self.bases():
+            raise BackendUnavailable(
+                f"OpenVINO does not execute {options.base} on this CPU; it offers {', '.join(self.bases())}"
+            )
+        return OpenVINOEngine(self.core, onnx, options)
+
+
+class OpenVINOEngine:
+    def __init__(self, core: Any, onnx: bytes, options: BuildOptions) -> None:
+        self._core, self._onnx, self._options = core, onnx, options
+        self._compiled = self._compile(counters=False)
+        self._request = self._compiled.create_infer_request()
+        self.inputs = [_spec(port) for port in self._compiled.inputs]
+        self.outputs = [_spec(port) for port in self._compiled.outputs]
+        self.prepare(*example_arrays(self.inputs))
+
+    def _compile(self, *, counters: bool) -> Any:
+        config = {
+            "INFERENCE_PRECISION_HINT": _HINTS[self._options.base],
+            "INFERENCE_NUM_THREADS": self._options.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": counters,
+        }
+        try:
+            return self._core.compile_model(self._core.read_model(self._onnx), "CPU", config)
+        except Exception as error:
+            raise BackendUnavailable(f"OpenVINO failed to compile the network: {_reason(error)}") from error
+
+    @property
+    def size_bytes(self) -> int:
+        exported = self._compiled.export_model()
+        return len(exported.getvalue() if hasattr(exported, "getvalue") else exported)
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        self.prepare(*arrays)
+        self.run()
+        return [self._request.get_output_tensor(i).data.copy() for i in range(len(self.outputs))]
+
+    def prepare(self, *arrays: Array) -> None:
+        import openvino
+
+        self._prepared = check_arrays(arrays, self.inputs)
+        for index, array in enumerate(self._prepared):
+            self._request.set_input_tensor(index, openvino.Tensor(array))
+
+    def run(self) -> None:
+        self._request.start_async()
+        self._request.wait()
+
+    def nodes(self, runs: int = 20) -> list[NodeTime]:
+        import openvino
+
+        compiled = self._compile(counters=True)
+        request = compiled.create_infer_request()
+        for index, array in enumerate(self._prepared):
+            request.set_input_tensor(index, openvino.Tensor(array))
+        request.infer()  # the first inference also prepares primitives
+        profile: dict[str, list[float]] = {}
+        for _ in range(runs):
+            request.infer()
+        for info in request.get_profiling_info():
+            if "EXECUTED" in str(info.status) and "NOT_RUN" not in str(info.status):
+                profile.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e9)
+        nodes = []
+        for op in compiled.get_runtime_model().get_ordered_ops():
+            info = op.get_rt_info()
+            name = op.get_friendly_name()
+            if name not in profile:
+                continue
+            sources = info["originalLayersNames"].value if "originalLayersNames" in info else ""
+            precision = info["runtimePrecision"].value
+            nodes.append(
+                NodeTime(
+                    name=name,
+                    op=info["layerType"].value,
+                    sources=tuple(s for s in sources.split(",") if s),
+                    precision=_PRECISIONS.get(precision, precision),
+                    time_ns=sum(profile[name]),
+                )
+            )
+        return nodes
+
+
+def _spec(port: Any) -> TensorSpec:
+    import numpy as np
+
+    return TensorSpec(port.get_any_name(), tuple(port.get_shape()), np.dtype(port.get_element_type().to_dtype()).name)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+

@@ -1,0 +1,134 @@
+"""Budgets as a user writes them: `latency=4ms`, `latency=40%`, `latency=2.5x`, `size=800KB`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, InvalidOperation
+from fractions import Fraction
+from types import MappingProxyType
+
+from hwsearch.errors import InvalidInput
+
+UNITS = MappingProxyType(
+    {
+        "latency": {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9},
+        "size": {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+        "macs": {"MAC": 1, "KMAC": 10**3, "MMAC": 10**6, "GMAC": 10**9},
+    }
+)
+"""For each column its units, in integer ns, bytes and MACs; the first is the base unit."""
+
+LIMIT = 10**15
+"""Beyond it (11 days, a petabyte) floats no longer hold every decimal."""
+
+_EXAMPLES = {
+    "latency": "latency=4ms, latency=40% (of dense fp32) or latency=2.5x (speed-up)",
+    "size": "size=800KB, size=25% (of dense fp32) or size=4x (smaller)",
+    "macs": "macs=300MMAC, macs=50% (of dense) or macs=2x (fewer)",
+}
+_TEXT = re.compile(r"\s*(?P<column>\w+)\s*=\s*(?P<number>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(?P<unit>%|[a-zµ]*)\s*", re.I)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound on one cost.
+
+    column: `latency`, `size` or `macs`. kind: `absolute` (value in ns, bytes or MACs, a whole number), `fraction`
+    (of the dense fp32 network) or `speedup` (dense / value). Raises InvalidInput on anything else.
+    """
+
+    column: str
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.column not in UNITS:
+            raise InvalidInput(f"unknown budget {self.column!r}; expected one of {', '.join(UNITS)}")
+        if self.kind not in ("absolute", "fraction", "speedup"):
+            raise InvalidInput(f"unknown kind of budget {self.kind!r}; expected absolute, fraction or speedup")
+        if not (math.isfinite(self.value) and 0 < self.value <= LIMIT):
+            raise InvalidInput(f"{self.column} budget is {self.value}; expected above 0, at most {LIMIT:.0e}")
+        if self.kind == "absolute" and self.value != int(self.value):
+            raise InvalidInput(f"{self.column} budget is {self.value}; expected a whole number of {_base(self.column)}")
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Inverse of `str`; digits beyond the 15th are rounded so that the budget is never loosened.
+
+        Raises InvalidInput saying what was got and what is wanted.
+        """
+        match = _TEXT.fullmatch(text)
+        column = text.partition("=")[0].strip()
+        if column not in UNITS:
+            raise InvalidInput(f"budget {text!r} bounds none of {', '.join(UNITS)}; write e.g. latency=4ms")
+        if match is None:
+            raise InvalidInput(f"budget {text!r} is malformed; expected a number and a unit: {_EXAMPLES[column]}")
+        unit = match["unit"].casefold().replace("µ", "u").replace("μ", "u")
+        scales = {name.casefold(): scale for name, scale in UNITS[column].items()}
+        kind = {"%": "fraction", "x": "speedup"}.get(unit, "absolute")
+        if kind == "absolute" and unit not in scales:
+            got = f"unit {match['unit']!r}" if unit else "no unit"
+            raise InvalidInput(
+                f"budget {text!r} has {got}; expected {', '.join(UNITS[column])}, % or x: {_EXAMPLES[column]}"
+            )
+        rounding = ROUND_CEILING if kind == "speedup" else ROUND_FLOOR
+        try:
+            number = Context(prec=15, rounding=rounding).create_decimal(match["number"])
+            scaled = number / 100 if kind == "fraction" else number * scales.get(unit, 1)
+            value = Decimal(math.floor(scaled)) if kind == "absolute" and scaled <= LIMIT else scaled
+        except InvalidOperation:
+            value = Decimal("inf")
+        if not 0 < value <= LIMIT:
+            least = f"at least 1 {_base(column)}" if kind == "absolute" else "above 0"
+            raise InvalidInput(f"budget {text!r} is out of range; expected {least}, e.g. {_EXAMPLES[column]}")
+        return Budget(column, kind, float(value))
+
+    def __str__(self) -> str:
+        value = Decimal(repr(self.value))
+        if self.kind == "absolute":
+            return f"{self.column}={quantity(self.column, int(self.value))}"
+        return f"{self.column}={_plain(value * 100)}%" if self.kind == "fraction" else f"{self.column}={_plain(value)}x"
+
+    def resolve(self, dense: float) -> int:
+        """The bound in integer ns, bytes or MACs, rounded down; `dense` is the cost of the dense fp32 network.
+
+        Raises InvalidInput where a relative budget meets a `dense` that is not positive and finite.
+        """
+        if self.kind == "absolute":
+            return int(self.value)
+        if not (math.isfinite(dense) and dense > 0):
+            raise InvalidInput(f"budget {self} is relative to the dense network, whose {self.column} is {dense}")
+        share = Fraction(repr(self.value))  # the decimal that was written, not the float next to it
+        return math.floor(Fraction(dense) * share if self.kind == "fraction" else Fraction(dense) / share)
+
+
+def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
+    """At least one budget, at most one for each column. Raises InvalidInput."""
+    budgets = tuple(map(Budget.parse, texts))
+    if not budgets:
+        raise InvalidInput(f"no budget was given; write e.g. {_EXAMPLES['latency']}")
+    columns = [b.column for b in budgets]
+    for column in columns:
+        if columns.count(column) > 1:
+            both = ", ".join(str(b) for b in budgets if b.column == column)
+            raise InvalidInput(f"{column} is bounded more than once ({both}); keep the tightest")
+    return budgets
+
+
+def quantity(column: str, value: int) -> str:
+    """An exact amount in the largest decimal unit not above it: 4500000 ns is `4.5ms`."""
+    units = UNITS.get(column, {"": 1})
+    fits = [(scale, name) for name, scale in units.items() if scale <= abs(value) and "i" not in name]
+    scale, name = max(fits, default=(1, next(iter(units))))
+    return _plain(Decimal(value) / scale) + name
+
+
+def _base(column: str) -> str:
+    return next(iter(UNITS[column]))
+
+
+def _plain(number: Decimal) -> str:
+    return f"{number.normalize():f}"

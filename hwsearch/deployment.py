@@ -1,0 +1,361 @@
+"""Allocation -> ONNX file -> engine, and what the engine really does: latency, score, size, executed precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from hwsearch import backends
+from hwsearch import device as devices
+from hwsearch.allocation import Allocation
+from hwsearch.backends.base import Backend, Engine
+from hwsearch.budget import Budget, parse_budgets
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import write_bytes
+from hwsearch.lower import Lowering
+from hwsearch.measure import Protocol, Timing, paired
+from hwsearch.profiler import Regime, record, regime
+from hwsearch.report import Report
+from hwsearch.scoring import divergence
+from hwsearch.table import Build, LatencyTable
+from hwsearch.task import Task
+from hwsearch.trace import evaluating, flat_inputs
+from hwsearch.variants import Variant, legal, uniform
+
+VERIFY = Protocol(width=0.01, limit_s=10.0, min_rounds=9)
+LOSS_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """An ONNX file that runs without hwsearch, and what it was made from."""
+
+    path: Path
+    size_bytes: int
+    allocation: Allocation
+    base: str
+
+
+def check_allocation(allocation: Allocation, at: Regime) -> None:
+    """Raises IncompatibleTables where the allocation is of another network or of other weights."""
+    for what, own, current in (
+        ("network", allocation.network, at.network.fingerprint),
+        ("weights", allocation.weights_digest, at.network.weights_digest),
+    ):
+        if own != current:
+            raise IncompatibleTables(
+                f"the allocation is of other {what}: allocation={own}, current={current}; search again for this task"
+            )
+
+
+def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads: int | None = None) -> Regime:
+    """The task under the allocation's own options."""
+    options = allocation.options
+    base = str(options.get("base", "fp32"))
+    at = regime(
+        task, backend, threads=threads or int(options.get("threads", 1)),
+        base=base if base in backend.bases() else None, batch=options.get("batch"),
+    )  # fmt: skip
+    check_allocation(allocation, at)
+    return at
+
+
+def parse_variants(allocation: Allocation) -> dict[str, Variant]:
+    return {unit: Variant.parse(v) for unit, v in allocation.variants.items()}
+
+
+def deploy(
+    task: Task, allocation: Allocation, out: str | Path, *, backend: str | Backend | None = None, at: Regime | None = None
+) -> Deployed:
+    """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
+
+    Raises IncompatibleTables (another network), BackendUnavailable (it does not build).
+    """
+    runtime = _backend(backend or allocation.backend)
+    at = at or of_allocation(task, allocation, runtime)
+    base = str(allocation.options.get("base", at.options.base))
+    model = at.onnx(parse_variants(allocation), metadata=_metadata(allocation, base))
+    data = model.SerializeToString()
+    at.backend.build(data, replace(at.options, base=base if base in at.backend.bases() else at.options.base))
+    path = Path(out)
+    write_bytes(path, data)
+    return Deployed(path, len(data), allocation, base)
+
+
+def _backend(which: str | Backend) -> Backend:
+    return backends.get(which) if isinstance(which, str) else which
+
+
+def _metadata(allocation: Allocation, base: str) -> dict[str, str]:
+    """What someone who finds the file needs to run it as it was measured."""
+    return {
+        "hwsearch.base_precision": base,
+        "hwsearch.backend": allocation.backend,
+        "hwsearch.options": json.dumps(allocation.options, sort_keys=True),
+        "hwsearch.budgets": json.dumps([b["text"] for b in allocation.budgets]),
+    }
+
+
+def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
+    """A callable with the model's signature that runs the engine, in pieces of the engine's batch.
+
+    Returns what the model returns: the same structure, on the CPU, in the model's dtypes.
+    """
+    batch = at.batch
+    leaves, out_spec = pytree.tree_flatten(at.traced.outputs)
+    graph = at.traced.graph
+    flat_names = [spec.name for spec in engine.inputs]
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        values = [v for v in flat_inputs(graph, args, kwargs) if isinstance(v, torch.Tensor)]
+        if len(values) != len(flat_names):
+            raise InvalidInput(f"the model takes {len(flat_names)} tensors, evaluate gave {len(values)}")
+        arrays = [v.detach().cpu().numpy() for v in values]
+        count = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+        pieces: list[list[Any]] = []
+        for start in range(0, count, batch):
+            part = [a[start : start + batch] for a in arrays]
+            short = batch - part[0].shape[0]
+            if short:
+                part = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) for a in part]
+            results = engine(*part)
+            pieces.append([r[: batch - short] if short else r for r in results])
+        merged = iter([torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True)])
+        filled = [next(merged).to(leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(filled, out_spec)
+
+    return predict
+
+
+def score(task: Task, predict: Callable[..., Any], what: str) -> float:
+    """evaluate(predict), checked. Raises InvalidInput where it fails or does not return a finite number."""
+    try:
+        with torch.no_grad():
+            value = float(task.evaluate(predict))
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise InvalidInput(f"evaluate returned {value} for {what}; expected a finite number, higher is better")
+    return value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One allocation measured beside the reference in one session."""
+
+    variants: dict[str, Variant]
+    timing: Timing
+    build: Build
+    engine: Engine
+    file_bytes: int
+
+
+class Session:
+    """Engines of one task, timed together: the deployed one, the dense one and uniform ones, on one scale.
+
+    table: gives the scale (its reference time); without one the session's own reference time is the scale.
+    """
+
+    def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
+        self.at, self.table = at, table
+        self.reference, _ = at.build(uniform(at.network, at.options.base))
+        self.scale_ns = table.header.reference_ns if table is not None else 0.0
+        self.reference_now_ns = 0.0
+        self._uniforms: dict[str, Measured] = {}
+        self._scores: dict[str, float] = {}
+
+    def measure_all(
+        self, variants: dict[str, Variant], base: str, uniforms: Mapping[str, tuple[dict[str, Variant], str]]
+    ) -> tuple[Measured, dict[str, Measured]]:
+        """(the allocation, the uniform ones beside it); uniform ones are timed in the first round only."""
+        missing = {name: job for name, job in uniforms.items() if name not in self._uniforms}
+        measured = self.measure({"deployed": (variants, base), **missing})
+        deployed = measured.pop("deployed")
+        self._uniforms.update(measured)
+        return deployed, dict(self._uniforms)
+
+    def measure(self, wanted: Mapping[str, tuple[dict[str, Variant], str]]) -> dict[str, Measured]:
+        """name -> (variants, base) measured, all interleaved with the reference and each other."""
+        built = {name: self.at.build(variants, base) for name, (variants, base) in wanted.items()}
+        timings = paired(self.reference.run, {name: engine.run for name, (engine, _) in built.items()}, VERIFY, clock=self.at.clock)
+        self.reference_now_ns = next(iter(timings.values())).reference_median_ns
+        if not self.scale_ns:
+            self.scale_ns = self.reference_now_ns
+        return {
+            name: Measured(
+                variants=variants,
+                timing=timings[name],
+                build=record(self.at, "deployed", variants, base, timings[name], *built[name], 0.0),
+                engine=built[name][0],
+                file_bytes=int(built[name][1].ByteSize()),
+            )
+            for name, (variants, base) in wanted.items()
+        }
+
+    def ms(self, measured: Measured) -> float:
+        """Time on the session's scale, in ms."""
+        return measured.timing.ratio * self.scale_ns / 1e6
+
+    def score(self, measured: Measured, what: str) -> float:
+        """The task's score through the engine; of each uniform allocation it is taken once."""
+        if what not in self._uniforms:
+            return score(self.at.lowering.task, predictor(self.at.lowering, measured.engine), what)
+        if what not in self._scores:
+            self._scores[what] = score(self.at.lowering.task, predictor(self.at.lowering, measured.engine), what)
+        return self._scores[what]
+
+    @cached_property
+    def dense_score(self) -> float:
+        """The task's score of the module itself."""
+        with evaluating(self.at.lowering.task.model) as model:
+            return score(self.at.lowering.task, model, "the dense model")
+
+    def loss(self, measured: Measured, kind: str = "auto") -> float:
+        """Divergence of the engine's outputs from the dense module's, mean over calibration samples."""
+        predict = predictor(self.at.lowering, measured.engine)
+        total, count = 0.0, 0
+        for traced, args, kwargs in self.at.lowering.calibration:
+            with torch.no_grad():
+                dense = traced.graph(*args, **kwargs)
+            value, samples = divergence(predict(*args, **kwargs), dense, kind)
+            total, count = total + value, count + samples
+            if count >= LOSS_SAMPLES:
+                break
+        return total / max(count, 1)
+
+
+def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[dict[str, Variant], str]]:
+    """Every uniform allocation of this backend: each precision wherever a unit supports it, else the base."""
+    base = at.options.base
+    candidates = {"dense.fp32": (uniform(at.network, "fp32"), "fp32")}
+    for precision in at.backend.precisions(base):
+        variant = Variant(precision)
+        chosen = {
+            u.name: variant if variant in legal(u, [precision]) and str(variant) not in unsupported.get(u.name, {}) else Variant(base)
+            for u in at.network.units
+        }
+        candidates.setdefault(str(variant), (chosen, base))
+    return candidates
+
+
+def resolve(budgets: Sequence[Budget], dense_ms: float, dense_bytes: int) -> dict[str, float]:
+    """Budgets in ms and bytes, relative ones against what the dense network measured in the same session."""
+    dense = {"latency": dense_ms * 1e6, "size": float(dense_bytes)}
+    return {b.column: b.resolve(dense[b.column]) / (1e6 if b.column == "latency" else 1) for b in budgets}
+
+
+def verify(
+    task: Task,
+    allocation: Allocation,
+    *,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+    out: str | Path | None = None,
+    table: LatencyTable | None = None,
+    at: Regime | None = None,
+    rounds: int = 1,
+    session: Session | None = None,
+) -> Report:
+    """Measure an allocation on this device and report predicted beside measured.
+
+    Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
+    given. The budget holds only as measured. Raises IncompatibleTables where the table is of another device.
+    """
+    report, _ = verify_with_build(
+        task, allocation, backend=backend, threads=threads, table=table, at=at, rounds=rounds, session=session
+    )
+    if out is not None:
+        report.save(out)
+    return report
+
+
+def verify_with_build(
+    task: Task,
+    allocation: Allocation,
+    *,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+    table: LatencyTable | None = None,
+    at: Regime | None = None,
+    rounds: int = 1,
+    session: Session | None = None,
+) -> tuple[Report, Build]:
+    """As `verify`, with the measured build for the table."""
+    runtime = _backend(backend or allocation.backend)
+    at = at or of_allocation(task, allocation, runtime, threads)
+    device = devices.fingerprint()
+    if table is not None:
+        table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
+    session = session or Session(at, table)
+    base = str(allocation.options.get("base", at.options.base))
+    variants = parse_variants(allocation)
+    unsupported = table.header.unsupported if table is not None else {}
+    candidates = uniform_candidates(at, unsupported)
+    base = base if base in at.backend.bases() else at.options.base
+    deployed, measured = session.measure_all(variants, base, candidates)
+    dense = measured["dense.fp32"]
+    budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
+    limit = resolve(budgets, session.ms(dense), dense.file_bytes)
+
+    def within(m: Measured) -> bool:
+        costs = {"latency": session.ms(m), "size": float(m.file_bytes)}
+        return all(costs[column] <= bound for column, bound in limit.items())
+
+    scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
+    best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
+    report = Report(
+        task=task.name,
+        backend=at.backend.name,
+        device=device.to_json(),
+        options={**at.options.to_json(), "batch": at.lowering.batch, "base": base},
+        met=within(deployed),
+        rounds=rounds,
+        latency_ms={
+            "dense": session.ms(dense),
+            "budget": limit.get("latency"),
+            "predicted": allocation.predicted["latency_ns"] / 1e6,
+            "sigma": allocation.predicted["sigma_ns"] / 1e6,
+            "measured": session.ms(deployed),
+            "measured_low": deployed.timing.low * session.scale_ns / 1e6,
+            "measured_high": deployed.timing.high * session.scale_ns / 1e6,
+            "measured_now": deployed.timing.median_ns / 1e6,
+            "reference": session.scale_ns / 1e6,
+            "reference_now": session.reference_now_ns / 1e6,
+        },
+        score={"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")},
+        loss={"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)},
+        size_bytes={
+            "dense": dense.file_bytes,
+            "budget": limit.get("size"),
+            "predicted": allocation.predicted["size_bytes"],
+            "deployed": deployed.file_bytes,
+        },
+        solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
+        uniform=None
+        if best is None
+        else {"variant": best, "latency_ms": session.ms(measured[best]), "score": scores[best],
+              "size_bytes": measured[best].file_bytes},
+        uniforms=[
+            {"variant": n, "latency_ms": session.ms(m), "size_bytes": m.file_bytes, "met": within(m)}
+            for n, m in measured.items()
+        ],
+        variants=dict(allocation.variants),
+        not_as_asked={
+            u.name: f"asked {v}, executed in {e}"
+            for u, v, e in zip(at.network.units, deployed.build.variants, deployed.build.executed, strict=True)
+            if e and e != Variant.parse(v).precision
+        },
+        unstable=deployed.timing.unstable or dense.timing.unstable,
+    )  # fmt: skip
+    return report, deployed.build

@@ -1,0 +1,318 @@
+"""LatencyModel: the time of any allocation, fitted on a table, with its uncertainty.
+
+    T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
+
+All terms are linear, and every build says something of each: its executed nodes give one equation a unit
+(what the unit and the conversions around it took), its end-to-end time one more. They are solved together as a
+Bayesian linear regression: boundary terms are pooled over edges by tensor size and shrunk towards that pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import lsq_linear
+from scipy.stats import kendalltau
+
+from hwsearch.errors import InvalidInput
+from hwsearch.network import Network
+from hwsearch.table import Build, LatencyTable
+from hwsearch.variants import Variant
+
+Floats = NDArray[np.float64]
+Feature = tuple[Any, ...]
+
+PAIRS = ((False, True), (True, False), (True, True))
+"""Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
+
+_POOL_SCALES = (0.003, 0.01, 0.03, 0.1)
+_UNIT_SCALES = (0.003, 0.03, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """time_ns of one inference and its standard error sigma_ns."""
+
+    time_ns: float
+    sigma_ns: float
+
+
+class LatencyModel:
+    """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
+
+    def __init__(
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, floor: float
+    ) -> None:
+        self.table = table
+        self._index = {f: i for i, f in enumerate(features)}
+        self._mean, self._covariance = mean, covariance
+        self.inflate, self.floor_ns = 1.0, floor
+        self.network: Network = table.network
+
+    def predict(self, variants: Mapping[str, Variant]) -> Prediction:
+        """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured."""
+        row = self._row(variants)
+        variance = float(row @ self._covariance @ row)
+        return Prediction(float(row @ self._mean), float(self.inflate * np.sqrt(variance + self.floor_ns**2)))
+
+    def _row(self, variants: Mapping[str, Variant]) -> Floats:
+        row = np.zeros(len(self._index))
+        for features in _all_features(self.network, variants).values():
+            for feature, value in features:
+                if feature not in self._index:
+                    if feature[0] == "unit":
+                        raise InvalidInput(f"the table has no measurement of {feature[2]} for unit signature {feature[1]}")
+                    continue
+                row[self._index[feature]] += value
+        return row
+
+    @cached_property
+    def rest_ns(self) -> float:
+        """b0: what no unit and no edge accounts for."""
+        return float(self._mean[self._index["rest",]])
+
+    def unit_ns(self, unit: str, variant: Variant) -> float:
+        """t[u, v] without any boundary."""
+        return float(self._mean[self._index["unit", self.network[unit].signature, str(variant)]])
+
+    def edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
+        """Sum over the edges from src to dst of r[e, class pair]; float to float is 0."""
+        totals = {(False, False): 0.0}
+        for pair in PAIRS:
+            total = 0.0
+            for edge in self.network.edges:
+                if (edge.src, edge.dst) == (src, dst):
+                    for feature, value in _edge_features(edge, pair):
+                        if feature in self._index:
+                            total += value * float(self._mean[self._index[feature]])
+            totals[pair] = total
+        return totals
+
+
+def _edge_key(edge: Any) -> tuple[Any, ...]:
+    return edge.name, edge.fused
+
+
+def _edge_features(edge: Any, pair: tuple[bool, bool]) -> list[tuple[Feature, float]]:
+    if pair == (False, False):
+        return []
+    kind = "fused" if edge.fused else "direct"
+    return [
+        (("pool", kind, pair), 1.0),
+        (("pool bytes", kind, pair), edge.tensor_bytes / 1e5),
+        (("edge", *_edge_key(edge), pair), 1.0),
+    ]
+
+
+def _all_features(network: Network, variants: Mapping[str, Variant]) -> dict[str, list[tuple[Feature, float]]]:
+    """For each unit the terms of its own time and of the edges into it; under "" the rest."""
+    features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
+    for unit in network.units:
+        features[unit.name] = [(("unit", unit.signature, str(variants[unit.name])), 1.0)]
+    for edge in network.edges:
+        pair = variants[edge.src].quantized, variants[edge.dst].quantized
+        features[edge.dst] += _edge_features(edge, pair)
+    return features
+
+
+# ---------------------------------------------------------------- fit
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One equation: features . parameters = value, with its standard error, both in ns."""
+
+    features: list[tuple[Feature, float]]
+    value: float
+    error: float
+
+
+def usable(table: LatencyTable) -> list[Build]:
+    """Builds a fit may use: whole networks under the table's base that ran as asked."""
+    base = table.header.options["base"]
+    return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
+
+
+def fit(table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True) -> LatencyModel:
+    """Fit on a table's builds, held-out ones excepted, or on the given ones.
+
+    boundaries: False leaves the boundary terms out (a baseline).
+    Raises InvalidInput where there are too few. A table made layer by layer gives the isolated sum instead.
+    """
+    if table.header.mode == "isolated":
+        return isolated_sum(table)
+    if builds is None:
+        builds = [b for b in usable(table) if b.role != "heldout"]
+    if len(builds) < 2:
+        raise InvalidInput(
+            f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
+        )
+    folds = [builds[i::4] for i in range(4)] if len(builds) >= 8 else []
+    best: tuple[float, tuple[float, float], float] | None = None
+    grid = [(pool, own) for pool in _POOL_SCALES for own in _UNIT_SCALES] if boundaries else [(0.0, 0.0)]
+    for scales in grid:
+        errors, scores = [], []
+        for fold in folds:
+            model = _solve(table, [b for b in builds if not any(b is f for f in fold)], scales)
+            for build in fold:
+                try:
+                    predicted = model.predict(variants_of(table, build))
+                except InvalidInput:
+                    continue
+                errors.append((predicted.time_ns / table.time_ns(build) - 1.0) ** 2)
+                scores.append(((predicted.time_ns - table.time_ns(build)) / predicted.sigma_ns) ** 2)
+        loss = float(np.mean(errors)) if errors else 0.0
+        if best is None or loss < best[0]:
+            best = loss, scales, float(np.sqrt(np.mean(scores))) if scores else 1.0
+    assert best is not None
+    model = _solve(table, builds, best[1], bounded=True)
+    model.inflate = max(best[2], 0.3)
+    return model
+
+
+def variants_of(table: LatencyTable, build: Build) -> dict[str, Variant]:
+    """A build's allocation by unit name."""
+    return {u.name: Variant.parse(v) for u, v in zip(table.network.units, build.variants, strict=True)}
+
+
+def _rows(table: LatencyTable, build: Build) -> list[_Row]:
+    """One equation for each unit (fused ones together), and one for the whole build."""
+    reference = table.header.reference_ns
+    total = build.ratio * reference
+    features = _all_features(table.network, variants_of(table, build))
+    everything = [f for group in features.values() for f in group]
+    error = max((build.high - build.low) / 3.92 * reference, 0.002 * total)
+    rows = [_Row(everything, total, error)]
+    counted = sum(n.time_ns for n in build.nodes)
+    if counted <= 0:
+        return rows
+    scale = total / counted
+    group_of = _fused_groups(build)
+    times: dict[str, float] = {"": 0.0}
+    for node in build.nodes:
+        unit = node.units[0] if node.units else ""
+        key = group_of.get(unit, unit)
+        times[key] = times.get(key, 0.0) + node.time_ns * scale
+    members: dict[str, list[str]] = {}
+    for name in features:
+        members.setdefault(group_of.get(name, name), []).append(name)
+    for key, names in members.items():
+        value = times.get(key, 0.0)
+        rows.append(_Row([f for n in names for f in features[n]], value, 0.04 * value + 0.004 * total))
+    return rows
+
+
+def _fused_groups(build: Build) -> dict[str, str]:
+    """Unit -> the first unit of those that the runtime fused with it, directly or through others."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.get(name, name) != name:
+            name = parent[name]
+        return name
+
+    for node in build.nodes:
+        if node.kind == "unit":
+            for other in node.units[1:]:
+                parent[root(other)] = root(node.units[0])
+    return {name: root(name) for node in build.nodes for name in node.units}
+
+
+def _solve(
+    table: LatencyTable, builds: Sequence[Build], scales: tuple[float, float], *, bounded: bool = False
+) -> LatencyModel:
+    """Posterior mean and covariance under priors scaled by (boundary, one edge's deviation from the pool).
+
+    bounded: hold times of units and the rest at zero or above.
+    """
+    rows = [row for build in builds for row in _rows(table, build)]
+    if not scales[0]:
+        rows = [replace(r, features=[f for f in r.features if f[0][0] in ("unit", "rest")]) for r in rows]
+    features = list(dict.fromkeys(f for row in rows for f, _ in row.features))
+    index = {f: i for i, f in enumerate(features)}
+    design = np.zeros((len(rows), len(features)))
+    for i, row in enumerate(rows):
+        for feature, value in row.features:
+            design[i, index[feature]] += value
+    y = np.array([row.value for row in rows])
+    error = np.array([row.error for row in rows])
+    typical = float(np.mean([table.time_ns(b) for b in builds]))
+    pool, own = scales
+    deviation = {"unit": 3.0, "rest": 1.0, "pool": pool, "pool bytes": pool, "edge": own / np.sqrt(len(table.network.units))}
+    prior = typical * np.array([deviation[f[0]] for f in features])
+    a = np.vstack([design / error[:, None], np.diag(1.0 / prior)])
+    b = np.concatenate([y / error, np.zeros(len(features))])
+    covariance = np.linalg.inv(a.T @ a)
+    mean = covariance @ (a.T @ b)
+    if bounded and any(m < 0 for m, f in zip(mean, features, strict=True) if f[0] in ("unit", "rest")):
+        lower = np.array([0.0 if f[0] in ("unit", "rest") else -np.inf for f in features])
+        mean = lsq_linear(a, b, bounds=(lower, np.full(len(features), np.inf))).x
+    return LatencyModel(table, features, mean, covariance, 0.004 * typical)
+
+
+def isolated_sum(table: LatencyTable) -> LatencyModel:
+    """The baseline: times of single layers added up, from the table's `isolated` builds."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for build in table.builds:
+        if build.role == "isolated":
+            unit, variant = next((u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v)
+            times.setdefault((unit.signature, variant), []).append(table.time_ns(build))
+    if not times:
+        raise InvalidInput("the table has no layer measured by itself; profile with --mode isolated")
+    features: list[Feature] = [("rest",), *(("unit", s, v) for s, v in times)]
+    calls = {u.signature: u.calls for u in table.network.units}
+    mean = np.array([0.0, *(float(np.median(t)) * calls.get(key[0], 1) for key, t in times.items())])
+    covariance = np.diag([0.0, *((0.1 * m) ** 2 for m in mean[1:])])
+    return LatencyModel(table, features, mean, covariance, 0.0)
+
+
+# ---------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Errors are |predicted / measured - 1|. noise: the same for one allocation built again, where there is one."""
+
+    builds: int
+    median_error: float
+    p90_error: float
+    kendall_tau: float
+    inside_sigma: float
+    inside_two_sigma: float
+    noise: float | None
+
+
+def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
+    """Predicted against measured on builds that the fit has not seen."""
+    table = model.table
+    predicted = [model.predict(variants_of(table, b)) for b in builds]
+    measured = np.array([table.time_ns(b) for b in builds])
+    times = np.array([p.time_ns for p in predicted])
+    sigma = np.array([p.sigma_ns for p in predicted])
+    errors = np.abs(times / measured - 1.0)
+    z = np.abs(times - measured) / np.maximum(sigma, 1.0)
+    tau = float(kendalltau(times, measured).statistic) if len(builds) > 2 else float("nan")
+    return Validation(
+        builds=len(builds),
+        median_error=float(np.median(errors)),
+        p90_error=float(np.percentile(errors, 90)),
+        kendall_tau=tau,
+        inside_sigma=float(np.mean(z <= 1)),
+        inside_two_sigma=float(np.mean(z <= 2)),
+        noise=noise_floor(table),
+    )
+
+
+def noise_floor(table: LatencyTable) -> float | None:
+    """Median relative difference between builds of one and the same allocation."""
+    groups: dict[Any, list[float]] = {}
+    for build in table.builds:
+        if build.role != "isolated":
+            groups.setdefault(build.key, []).append(build.ratio)
+    spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
+    return float(np.median(spread)) if spread else None

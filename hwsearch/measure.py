@@ -1,0 +1,157 @@
+"""How anything is timed: interleaved with a reference, until the ratio is known well enough.
+
+Absolute times drift with the machine, ratios of interleaved runs hold (facts.md). Each round visits the
+reference and every candidate in mirrored order (A B B A), so that linear drift within a round cancels.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Run = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A candidate timed against a reference.
+
+    samples_ns, reference_ns: every timed inference, in order, warm-ups left out; `block` of them stand together.
+    ratio: median over rounds of candidate / reference. low, high: its 95 % bootstrap interval.
+    unstable: the interval was still wider than asked when time ran out.
+    """
+
+    samples_ns: NDArray[np.int64]
+    reference_ns: NDArray[np.int64]
+    block: int
+    reference_block: int
+    ratio: float
+    low: float
+    high: float
+    unstable: bool
+    warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def width(self) -> float:
+        """Relative width of the interval of the ratio."""
+        return (self.high - self.low) / self.ratio
+
+    @property
+    def median_ns(self) -> float:
+        """Median of the candidate's own samples, as the machine was just then."""
+        return float(np.median(self.samples_ns))
+
+    @property
+    def reference_median_ns(self) -> float:
+        return float(np.median(self.reference_ns))
+
+    def __repr__(self) -> str:
+        flag = ", UNSTABLE: close other programs or raise the time limit" if self.unstable else ""
+        iqr = float(np.subtract(*np.percentile(self.samples_ns, [75, 25])))
+        return (
+            f"Timing(ratio {self.ratio:.4f} [{self.low:.4f}, {self.high:.4f}], median {self.median_ns / 1e6:.4f} ms, "
+            f"IQR {iqr / 1e6:.4f} ms, n={len(self.samples_ns)}{flag})"
+        )
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate."""
+
+    width: float = 0.01
+    limit_s: float = 3.0
+    block_ns: int = 8_000_000
+    min_rounds: int = 5
+    warmup_ns: int = 20_000_000
+
+
+def paired(
+    reference: Run,
+    candidates: Mapping[str, Run],
+    protocol: Protocol = Protocol(),  # noqa: B008
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Time every candidate against the reference, all interleaved in the same rounds.
+
+    One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
+    enough, or after `limit_s` seconds for each candidate.
+    """
+    runs = {"": reference, **candidates}
+    warm, block = {}, {}
+    for name, run in runs.items():
+        warm[name] = _warm_up(run, protocol, clock)
+        block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
+    samples: dict[str, list[list[int]]] = {name: [] for name in runs}
+    deadline = clock() + int(protocol.limit_s * 1e9 * len(candidates))
+    rng = np.random.default_rng(seed)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while True:
+            for name in (*runs, *reversed(runs)):
+                samples[name].append(_block(runs[name], block[name], clock))
+            rounds = len(samples[""]) // 2
+            # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
+            if rounds >= protocol.min_rounds and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
+                done = all(_interval(samples[name], samples[""], rng)[3] <= protocol.width for name in candidates)
+                if done or clock() >= deadline:
+                    break
+            elif clock() >= deadline and rounds >= protocol.min_rounds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    result = {}
+    for name in candidates:
+        ratio, low, high, width = _interval(samples[name], samples[""], np.random.default_rng(seed))
+        result[name] = Timing(
+            samples_ns=np.array(sum(samples[name], []), np.int64),
+            reference_ns=np.array(sum(samples[""], []), np.int64),
+            block=block[name],
+            reference_block=block[""],
+            ratio=ratio,
+            low=low,
+            high=high,
+            unstable=bool(width > protocol.width),
+            warmup_ns=np.array(warm[name], np.int64),
+        )
+    return result
+
+
+def _block(run: Run, count: int, clock: Callable[[], int]) -> list[int]:
+    run()  # refills the caches that the engine before took
+    times = []
+    for _ in range(count):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return times
+
+
+def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int]:
+    times: list[int] = []
+    while len(times) < 3 or (sum(times) < protocol.warmup_ns and len(times) < 500):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return times
+
+
+def _interval(
+    candidate: list[list[int]], reference: list[list[int]], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """(median ratio over rounds, 2.5 % and 97.5 % bootstrap quantiles, relative width)."""
+    c = np.array([np.median(b) for b in candidate]).reshape(-1, 2).mean(axis=1)
+    r = np.array([np.median(b) for b in reference]).reshape(-1, 2).mean(axis=1)
+    ratios = c / r
+    ratio = float(np.median(ratios))
+    draws = np.median(rng.choice(ratios, (300, len(ratios))), axis=1)
+    low, high = (float(q) for q in np.percentile(draws, [2.5, 97.5]))
+    return ratio, low, high, (high - low) / ratio

@@ -1,0 +1,199 @@
+"""The whole line: profile, score, search, deploy, verify, and once more where the measurement says so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hwsearch import backends
+from hwsearch.allocation import Allocation
+from hwsearch.backends.base import Backend
+from hwsearch.budget import Budget, parse_budgets
+from hwsearch.deployment import Session, deploy, verify_with_build
+from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
+from hwsearch.latency import fit
+from hwsearch.plot import plot_front
+from hwsearch.profiler import Regime, profile, regime
+from hwsearch.progress import Progress
+from hwsearch.report import Report
+from hwsearch.allocate.front import Point
+from hwsearch.allocate.search import front, limits, search
+from hwsearch.scoring import SensitivityTable, measure_sensitivity
+from hwsearch.table import Build, LatencyTable
+from hwsearch.task import Task
+
+MAX_ROUNDS = 5
+FRONT_POINTS = 12
+
+
+def run(
+    task: Task,
+    budgets: Sequence[str | Budget],
+    out: str | Path,
+    *,
+    backend: str | Backend = "openvino",
+    threads: int = 1,
+    base: str | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    time_limit_s: float = 600.0,
+    progress: Progress | None = None,
+) -> Report:
+    """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
+
+    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`; another run there,
+    with another budget, uses the table and the sensitivities again. Raises Infeasible (with the least that can be met)
+    and BudgetMissed (after five rounds; the nearest allocation is left in `out`).
+    """
+    parsed = parse_budgets([str(b) for b in budgets])
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = progress or Progress.silent()
+    runtime = backends.get(backend) if isinstance(backend, str) else backend
+    at = regime(task, runtime, threads=threads, base=base, batch=batch)
+    table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
+    table = profile(at, table_path, time_limit_s=time_limit_s, seed=seed, progress=progress)
+    sensitivity = sensitivity_for(at, sens_path, seed=seed, progress=progress)
+    report, allocation, table = closed_loop(task, at, table, sensitivity, parsed, folder, progress)
+    table.save(table_path)
+    sweep = front(table, sensitivity).with_measured(measured_points(report))
+    sweep.save(folder / "front.parquet")
+    plot_front(sweep, folder / "front.png")
+    if not report.met:
+        raise BudgetMissed(
+            f"no allocation met {', '.join(map(str, parsed))} as measured in {report.rounds} rounds; the nearest measured "
+            f"{report.latency_ms['measured']:.4g} ms, {report.size_bytes['deployed']:,.0f} bytes and is in {folder}. "
+            "Ask for a little more, or profile again on a quieter machine.",
+            nearest=report,
+        )
+    return report
+
+
+def sensitivity_for(at: Regime, path: str | Path | None, *, seed: int = 0, progress: Progress | None = None) -> SensitivityTable:
+    """The sensitivities at `path` where they are of this network and form, else measured anew."""
+    precisions = at.backend.precisions(at.options.base)
+    wanted = {f"dense.{p}" for p in precisions}
+    if path is not None and Path(path).exists():
+        found = SensitivityTable.load(path)
+        found.require(at.network)
+        have = set(next(iter(found.loss.values())))
+        if wanted <= have and found.quantize_outputs == at.backend.quantize_outputs:
+            return found
+        raise IncompatibleTables(
+            f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
+        )
+    return measure_sensitivity(
+        at.lowering, path, precisions=precisions, quantize_outputs=at.backend.quantize_outputs,
+        kind=at.lowering.task.divergence, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def closed_loop(
+    task: Task,
+    at: Regime,
+    table: LatencyTable,
+    sensitivity: SensitivityTable,
+    budgets: Sequence[Budget],
+    folder: Path,
+    progress: Progress | None = None,
+) -> tuple[Report, Allocation, LatencyTable]:
+    """Search, deploy and measure until the budget holds as measured, at most five times.
+
+    Each measurement joins the table and the model is fitted again; the latency limit also falls by what the last
+    answer was over, so that every round asks for less. Leaves the files of the best round in `folder`.
+    """
+    progress = progress or Progress.silent()
+    progress.start(MAX_ROUNDS, "search, deploy and verify")
+    session = Session(at, table)
+    best: tuple[tuple[bool, float], Report, Allocation] | None = None
+    tighten: dict[str, int] = {}
+    try:
+        for number in range(1, MAX_ROUNDS + 1):
+            model = fit(table)
+            try:
+                allocation = search(table, sensitivity, budgets, model=model, tighten=tighten)
+            except Infeasible:
+                if best is None:
+                    raise
+                break  # nothing predicted to be faster is left
+            if best is not None and allocation.variants == best[2].variants:
+                tighten = _tighter(tighten, table, budgets, best[1], allocation, step=1)
+                continue
+            deploy(task, allocation, folder / f"round{number}.onnx", backend=at.backend, at=at)
+            report, build = verify_with_build(task, allocation, table=table, at=at, rounds=number, session=session)
+            table = table.with_build(replace(build, role="deployed"))
+            table.save(folder / "table.parquet")
+            progress.step(
+                f"round {number}: {report.latency_ms['measured']:.4g} ms measured, "
+                f"{report.latency_ms['predicted']:.4g} predicted, {'met' if report.met else 'over'}"
+            )
+            rank = (not report.met, _excess(report))
+            if best is None or rank < best[0]:
+                best = rank, report, allocation
+                _keep(folder, number, report, allocation)
+            if report.met:
+                break
+            tighten = _tighter(tighten, table, budgets, report, allocation, step=number)
+    finally:
+        progress.stop()
+        for path in folder.glob("round*.onnx"):
+            path.unlink()
+    assert best is not None
+    return best[1], best[2], table
+
+
+def _tighter(
+    old: Mapping[str, int],
+    table: LatencyTable,
+    budgets: Sequence[Budget],
+    report: Report,
+    allocation: Allocation,
+    step: int,
+) -> dict[str, int]:
+    """Limits for the next round: below what was just predicted for a column by at least what it was over."""
+    dense = {"latency": table.dense_ns, "size": float(table.header.dense_file_bytes)}
+    wanted = limits(budgets, dense)
+    measured = {"latency": report.latency_ms["measured"], "size": report.size_bytes["deployed"]}
+    bound = {"latency": report.latency_ms["budget"], "size": report.size_bytes["budget"]}
+    predicted = {"latency": allocation.predicted["latency_ns"], "size": allocation.predicted["size_bytes"]}
+    tighter = dict(old)
+    for column, limit in wanted.items():
+        over = float(measured[column] or 0) / float(bound[column] or 1) - 1.0
+        if over > 0:
+            ceiling = min(old.get(column, limit), int(predicted[column]))
+            tighter[column] = int(ceiling * (1.0 - max(over, 0.002 * step)))
+    return tighter
+
+
+def _excess(report: Report) -> float:
+    """How far over its budgets an allocation measured, relatively (0 and below: met); the worst of them."""
+    pairs = [
+        (report.latency_ms["measured"], report.latency_ms["budget"]),
+        (report.size_bytes["deployed"], report.size_bytes["budget"]),
+    ]
+    return max((float(m) / b - 1.0 for m, b in pairs if m is not None and b), default=0.0)
+
+
+def _keep(folder: Path, number: int, report: Report, allocation: Allocation) -> None:
+    shutil.copyfile(folder / f"round{number}.onnx", folder / "model.onnx")
+    allocation.save(folder / "alloc.json")
+    report.save(folder / "report.json")
+
+
+def measured_points(report: Report) -> list[Point]:
+    """Measured allocations to draw on a front: the deployed one, with its interval."""
+    latency = {name: (value if value is not None else float("nan")) * 1e6 for name, value in report.latency_ms.items()}
+    return [
+        Point(
+            label="deployed",
+            latency_ns=latency["measured"],
+            low_ns=latency["measured_low"],
+            high_ns=latency["measured_high"],
+            size_bytes=float(report.size_bytes["deployed"] or 0),
+            loss=report.loss["measured"],
+            score=report.score["deployed"],
+            variants=tuple(report.variants.values()),
+        )
+    ]

@@ -1,0 +1,79 @@
+"""Report: what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verified allocation.
+
+    met: every budget holds as measured. rounds: rounds of the closed loop. latency_ms: dense, budget (None
+    without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
+    medians, as fast as the machine just was. score: of the module and of the engine. loss: divergence from the dense
+    outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets the same budgets, or
+    None. uniforms: all of them. not_as_asked: units that the engine executed in another precision.
+    """
+
+    task: str
+    backend: str
+    device: dict[str, Any]
+    options: dict[str, Any]
+    met: bool
+    rounds: int
+    latency_ms: dict[str, float | None]
+    score: dict[str, float]
+    loss: dict[str, float]
+    size_bytes: dict[str, float | None]
+    solver: dict[str, Any]
+    uniform: dict[str, Any] | None
+    uniforms: list[dict[str, Any]] = field(default_factory=list)
+    variants: dict[str, str] = field(default_factory=dict)
+    not_as_asked: dict[str, str] = field(default_factory=dict)
+    unstable: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, in place in one step."""
+        from hwsearch.files import write_bytes
+
+        write_bytes(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    def __str__(self) -> str:
+        latency, size = self.latency_ms, self.size_bytes
+        lines = [
+            f"{self.task} on {self.backend}, {self.device.get('chip', 'this device')}, {self.options.get('threads')} thread(s)",
+            f"budget   {'met' if self.met else 'MISSED'} after {self.rounds} round(s); solver {self.solver['status']}, "
+            f"gap {self.solver['gap']:.2g}",
+            f"latency  {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
+            + (f"budget {latency['budget']:.4g} ms, " if latency["budget"] is not None else "")
+            + f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
+            f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
+            f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
+            f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
+            f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",
+        ]
+        if self.uniform is None:
+            lines.append("uniform  no uniform allocation meets the budget")
+        else:
+            lines.append(
+                f"uniform  best that meets the budget: {self.uniform['variant']}, {self.uniform['latency_ms']:.4g} ms, "
+                f"score {self.uniform['score']:.4f}"
+            )
+        if self.unstable:
+            lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")
+        if self.not_as_asked:
+            lines.append(f"warning  {len(self.not_as_asked)} unit(s) did not execute as asked; see not_as_asked in the report")
+        return "\n".join(lines)
+
+
+def _counts(variants: dict[str, str]) -> dict[str, int]:
+    return {v: list(variants.values()).count(v) for v in set(variants.values())}

@@ -1,0 +1,290 @@
+"""SensitivityTable: the loss that each (unit, variant) causes, on calibration data.
+
+The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32.
+
+Schema history:
+  1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.network import Network
+from hwsearch.table import read_parquet, write_parquet
+from hwsearch.variants import PRECISIONS, Variant
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from hwsearch.lower import Lowering
+    from hwsearch.progress import Progress
+
+SCHEMA = 1
+KIND = "sensitivity_table"
+VALIDATION_ALLOCATIONS = 12
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """loss: unit -> variant -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
+
+    quantize_outputs: whether int8 was simulated with quantized outputs, as the backend deploys it.
+    rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
+    """
+
+    network: Network
+    loss: dict[str, dict[str, float]]
+    samples: int
+    divergence: str
+    quantize_outputs: bool
+    rank_correlation: float | None = None
+    created: str = ""
+    validation: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    def __getitem__(self, key: tuple[str, str]) -> float:
+        unit, variant = key
+        try:
+            return self.loss[unit][variant]
+        except KeyError as error:
+            raise InvalidInput(
+                f"the sensitivity table has no loss of {variant} for unit {unit}; run `hwsearch sensitivity` again"
+            ) from error
+
+    def total(self, variants: Mapping[str, Variant]) -> float:
+        """Predicted loss of an allocation: the sum over units."""
+        return sum(self[unit, str(variant)] for unit, variant in variants.items())
+
+    def require(self, network: Network) -> None:
+        """Raises IncompatibleTables unless it is of this network, weights included."""
+        for what, own, other in (
+            ("network", self.network.fingerprint, network.fingerprint),
+            ("weights", self.network.weights_digest, network.weights_digest),
+        ):
+            if own != other:
+                raise IncompatibleTables(
+                    f"the sensitivities are of other {what}: table={own}, current={other}; run `hwsearch sensitivity` again"
+                )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Columns unit, variant, loss."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
+        )
+
+    def save(self, path: str | Path) -> None:
+        import pyarrow as pa
+
+        header = {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "network": self.network.to_json(),
+            "samples": self.samples,
+            "divergence": self.divergence,
+            "quantize_outputs": self.quantize_outputs,
+            "rank_correlation": self.rank_correlation,
+            "created": self.created,
+            "validation": [list(pair) for pair in self.validation],
+        }
+        rows = [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
+        schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
+        write_parquet(pa.Table.from_pylist(rows, schema=schema), header, path)
+
+    @staticmethod
+    def load(path: str | Path) -> SensitivityTable:
+        """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
+        table, header = read_parquet(path, KIND, SCHEMA)
+        try:
+            loss: dict[str, dict[str, float]] = {}
+            for row in table.to_pylist():
+                loss.setdefault(row["unit"], {})[row["variant"]] = float(row["loss"])
+            loaded = SensitivityTable(
+                network=Network.from_json(header["network"]),
+                loss=loss,
+                samples=int(header["samples"]),
+                divergence=header["divergence"],
+                quantize_outputs=bool(header["quantize_outputs"]),
+                rank_correlation=header["rank_correlation"],
+                created=header["created"],
+                validation=tuple((float(a), float(b)) for a, b in header["validation"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{path} is damaged: {error!r}; make it again") from error
+        if not all(np.isfinite(x) for row in loss.values() for x in row.values()):
+            raise InvalidInput(f"{path} is damaged: a loss is not finite; make it again")
+        return loaded
+
+
+def divergence(outputs: Any, dense: Any, kind: str) -> tuple[float, int]:
+    """(sum over samples, samples) of the divergence of flat outputs from the dense ones.
+
+    `kl`: of softmax(dense) against softmax(outputs) over the class dimension (1, or the last of three).
+    `mse`: squared error relative to the dense output's mean square. `auto`: kl where there are two classes or more.
+    Dimension 0 is the batch; several outputs are averaged.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    totals, samples = [], 1
+    for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True):
+        if not isinstance(y0, torch.Tensor) or not y0.is_floating_point() or y0.dim() == 0:
+            continue
+        samples = y0.shape[0]
+        y, y0 = y.double(), y0.double()
+        axis = _class_axis(y0)
+        if kind == "kl" or (kind == "auto" and axis is not None and y0.shape[axis] >= 2):
+            log_p = torch.log_softmax(y0, axis if axis is not None else -1)
+            log_q = torch.log_softmax(y, axis if axis is not None else -1)
+            each = (log_p.exp() * (log_p - log_q)).sum(axis if axis is not None else -1)
+            totals.append(float(each.reshape(samples, -1).mean(1).sum()))
+        else:
+            scale = float(y0.square().mean()) or 1.0
+            totals.append(float((y - y0).square().reshape(samples, -1).mean(1).sum()) / scale)
+    if not totals:
+        raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
+    return float(np.mean(totals)), samples
+
+
+def _class_axis(y: torch.Tensor) -> int | None:
+    if y.dim() < 2:
+        return None
+    return 2 if y.dim() == 3 else 1
+
+
+def measure_sensitivity(
+    lowering: Lowering,
+    out: str | Path | None = None,
+    *,
+    precisions: Sequence[str] = PRECISIONS,
+    quantize_outputs: bool = False,
+    kind: str = "auto",
+    samples: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SensitivityTable:
+    """Score every (unit, variant) in torch, on at most `samples` calibration samples.
+
+    One pass a batch; finished batches are kept beside `out`, so that a killed run resumes at the next one.
+    """
+    from hwsearch.compress.apply import Simulator
+    from hwsearch.progress import Progress as Shown
+
+    progress = progress or Shown.silent()
+    network = lowering.network
+    variants = [Variant(p) for p in precisions if p != "fp32"]
+    jobs = [(unit.name, variant) for unit in network.units for variant in variants]
+    whole = _random_allocations(network, variants, seed)
+    batches = _limited(lowering.calibration, samples)
+    keep = _Partial(out, network, kind, quantize_outputs, [str(v) for v in variants], samples)
+    progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
+    try:
+        for index, (traced, args, kwargs) in enumerate(batches):
+            if str(index) not in keep.sums:
+                simulate = Simulator(
+                    traced, args, kwargs, lowering.weights, lowering.ranges, quantize_outputs=quantize_outputs
+                )
+                losses = [divergence(simulate({unit: v}), simulate.dense, kind) for unit, v in jobs]
+                totals = [divergence(simulate(a), simulate.dense, kind) for a in whole]
+                keep.add(index, [x for x, _ in losses], [x for x, _ in totals], losses[0][1] if losses else 1)
+            progress.step(f"batch {index + 1} of {len(batches)}")
+    finally:
+        progress.stop()
+    count = keep.count()
+    mean = keep.mean("units") / count
+    if not np.all(np.isfinite(mean)):
+        bad = [f"{u} as {v}" for (u, v), x in zip(jobs, mean, strict=True) if not np.isfinite(x)]
+        raise InvalidInput(f"the outputs are NaN or infinite with {', '.join(bad[:3])}; check the calibration data")
+    loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
+    for (unit, variant), value in zip(jobs, mean, strict=True):
+        loss[unit][str(variant)] = max(float(value), 0.0)
+    simulated = keep.mean("whole") / count
+    predicted = np.array([sum(loss[u][str(v)] for u, v in a.items()) for a in whole])
+    from scipy.stats import kendalltau
+
+    tau = float(kendalltau(predicted, simulated).statistic) if len(whole) > 2 else float("nan")
+    table = SensitivityTable(
+        network=network,
+        loss=loss,
+        samples=int(count),
+        divergence=kind,
+        quantize_outputs=quantize_outputs,
+        rank_correlation=tau if np.isfinite(tau) else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        validation=tuple((float(p), float(s)) for p, s in zip(predicted, simulated, strict=True)),
+    )
+    if out is not None:
+        table.save(out)
+    keep.remove()
+    return table
+
+
+def _random_allocations(network: Network, variants: Sequence[Variant], seed: int) -> list[dict[str, Variant]]:
+    """Whole allocations over fp32 and int8 (the coarsest step), at different shares."""
+    if not variants:
+        return []
+    coarse = max(variants, key=lambda v: v.quantized)
+    rng = np.random.default_rng(seed)
+    shares = np.linspace(0.15, 1.0, VALIDATION_ALLOCATIONS)
+    return [
+        {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units} for share in shares
+    ]
+
+
+def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], samples: int) -> list[Any]:
+    """As many batches as hold `samples` samples, at least one."""
+    from torch.utils import _pytree as pytree
+
+    kept, count = [], 0
+    for traced, args, kwargs in batches:
+        if kept and count >= samples:
+            break
+        kept.append((traced, args, kwargs))
+        count += next((t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if hasattr(t, "shape") and t.dim()), 1)
+    return kept
+
+
+class _Partial:
+    """Sums of finished batches, in a JSON file beside the table until it is whole."""
+
+    def __init__(self, out: str | Path | None, network: Network, *settings: Any) -> None:
+        self.path = Path(f"{out}.partial") if out is not None else None
+        self.key = [network.fingerprint, network.weights_digest, *map(str, settings)]
+        self.sums: dict[str, dict[str, Any]] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                data = json.loads(self.path.read_text())
+            except ValueError:
+                data = {}
+            if isinstance(data, dict) and data.get("key") == self.key:
+                self.sums = data["sums"]
+
+    def add(self, index: int, units: list[float], whole: list[float], count: int) -> None:
+        self.sums[str(index)] = {"units": units, "whole": whole, "count": count}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".writing")
+            temporary.write_text(json.dumps({"key": self.key, "sums": self.sums}))
+            os.replace(temporary, self.path)
+
+    def count(self) -> float:
+        return float(sum(entry["count"] for entry in self.sums.values()))
+
+    def mean(self, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Sum over batches; the caller divides by the count."""
+        return np.sum([entry[what] for entry in self.sums.values()], axis=0, dtype=np.float64)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,332 @@
+"""LatencyTable: raw measurements of whole networks with their provenance, in one Parquet file.
+
+Schema history:
+  1  builds with their raw samples and executed nodes; header under the Parquet key `hwsearch`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import write_bytes
+from hwsearch.network import Network
+from hwsearch.variants import Variant
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+KEY = b"hwsearch"
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """Time of one executed node, on the runtime's counters, and where it belongs.
+
+    kind: `unit` (the work of `units`; several where the runtime fused them), `edge` (a conversion or reorder on
+    the way into `units[0]`) or `rest` (what follows `units[0]`, or nothing of any unit).
+    """
+
+    name: str
+    op: str
+    kind: str
+    units: tuple[str, ...]
+    precision: str
+    time_ns: float
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled allocation, measured end to end against the reference engine, and its executed nodes.
+
+    role: `reference`, `dense`, `uniform`, `design`, `heldout`, `deployed` or `isolated`.
+    base: base precision it was compiled with. variants: for each unit, in network order.
+    ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
+    samples_ns, reference_ns: every timed inference. executed: for each unit, the precision read back
+    (empty where the runtime's record does not name the unit).
+    source: always `measured`; estimates never enter a table.
+    """
+
+    role: str
+    base: str
+    variants: tuple[str, ...]
+    ratio: float
+    low: float
+    high: float
+    unstable: bool
+    samples_ns: NDArray[np.int64] = field(repr=False)
+    reference_ns: NDArray[np.int64] = field(repr=False)
+    executed: tuple[str, ...] = ()
+    nodes: tuple[NodeRow, ...] = field(default=(), repr=False)
+    build_s: float = 0.0
+    file_bytes: int = 0
+    measured_at: str = ""
+    source: str = "measured"
+
+    @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        return self.base, self.variants
+
+    def as_asked(self) -> bool:
+        """Whether every unit that the runtime names executed in the precision asked for."""
+        pairs = zip(self.variants, self.executed, strict=True)
+        return all(not e or not v or e == Variant.parse(v).precision for v, e in pairs)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a table was measured on and with.
+
+    reference_ns: the session's time of the reference engine; the absolute time of a build is its ratio x this.
+    graph_bytes: the most that graph structure and scales add to stored weights in the deployed file.
+    dense_file_bytes: size of the dense fp32 ONNX file.
+    unsupported: unit -> {variant: reason}; these are never offered.
+    """
+
+    network: Network
+    device: dict[str, Any]
+    backend: str
+    versions: dict[str, str]
+    options: dict[str, Any]
+    mode: str = "context"
+    command: str = ""
+    created: str = ""
+    reference_ns: float = 0.0
+    graph_bytes: int = 0
+    dense_file_bytes: int = 0
+    unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Header:
+        fields = {k: v for k, v in data.items() if k in Header.__dataclass_fields__}
+        return Header(**{**fields, "network": Network.from_json(data["network"])})
+
+
+class LatencyTable:
+    """Builds of one network on one device, backend and set of options."""
+
+    def __init__(self, header: Header, builds: tuple[Build, ...] = ()) -> None:
+        self.header = header
+        self.builds = tuple(builds)
+
+    @property
+    def network(self) -> Network:
+        return self.header.network
+
+    def __repr__(self) -> str:
+        h = self.header
+        return (
+            f"LatencyTable({h.network.name or 'network'} on {h.device.get('chip', '?')}, {h.backend}, "
+            f"{h.options}, {len(self.builds)} builds)"
+        )
+
+    def with_build(self, build: Build) -> LatencyTable:
+        """The table with one more build."""
+        return LatencyTable(self.header, (*self.builds, build))
+
+    def with_header(self, **changes: Any) -> LatencyTable:
+        return LatencyTable(replace(self.header, **changes), self.builds)
+
+    def find(self, role: str) -> Build:
+        """The first build of a role. Raises InvalidInput where the table has none (it is not finished)."""
+        for build in self.builds:
+            if build.role == role:
+                return build
+        raise InvalidInput(
+            f"the table has no {role} build: its profile was interrupted early; run `hwsearch profile` again, it resumes"
+        )
+
+    def time_ns(self, build: Build) -> float:
+        """Time of a build on the scale of the table's session, in ns."""
+        return build.ratio * self.header.reference_ns
+
+    @property
+    def dense_ns(self) -> float:
+        """Time of the dense fp32 network, in ns."""
+        return self.time_ns(self.find("dense"))
+
+    def offered(self) -> dict[str, tuple[str, ...]]:
+        """Variants of each unit that were measured and ran as asked."""
+        base = str(self.header.options["base"])
+        seen: dict[str, dict[str, None]] = {u.name: {} for u in self.network.units}
+        for build in self.builds:
+            if build.base == base:
+                for unit, variant in zip(self.network.units, build.variants, strict=True):
+                    if variant:  # an isolated build has one unit only
+                        seen[unit.name][variant] = None
+        return {
+            unit: tuple(v for v in variants if v not in self.header.unsupported.get(unit, {}))
+            for unit, variants in seen.items()
+        }
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole table and put it in place in one step: a killed writer leaves the old file."""
+        import pyarrow as pa
+
+        rows = [{**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds]
+        table = pa.Table.from_pylist(rows, schema=_schema())
+        write_parquet(table, self.header.to_json(), path)
+
+    @staticmethod
+    def load(path: str | Path) -> LatencyTable:
+        """Raises InvalidInput (absent, truncated, foreign) or IncompatibleTables (another schema)."""
+        table, header = read_parquet(path, "latency_table", SCHEMA)
+        try:
+            builds = tuple(
+                Build(
+                    **{
+                        **row,
+                        "variants": tuple(row["variants"]),
+                        "executed": tuple(row["executed"]),
+                        "samples_ns": np.array(row["samples_ns"], np.int64),
+                        "reference_ns": np.array(row["reference_ns"], np.int64),
+                        "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                    }
+                )
+                for row in table.to_pylist()
+            )
+            loaded = LatencyTable(Header.from_json(header), builds)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
+        for build in builds:
+            if build.source != "measured" or build.role is None or not build.ratio or not 0 < build.ratio < float("inf"):
+                raise InvalidInput(
+                    f"{path} is damaged: a row has source {build.source!r}, role {build.role!r} and ratio {build.ratio}"
+                )
+            for what, values in (("variants", build.variants), ("executed precisions", build.executed)):
+                if len(values) != len(loaded.network.units):
+                    raise InvalidInput(f"{path} is damaged: a row has {len(values)} {what} for "
+                                       f"{len(loaded.network.units)} units")  # fmt: skip
+            try:
+                _ = [Variant.parse(v) for v in build.variants if v]
+            except (InvalidInput, TypeError) as error:
+                raise InvalidInput(f"{path} is damaged: {error}") from error
+        return loaded
+
+    def require(
+        self, *, device: Mapping[str, Any] | None = None, network: Network | None = None, backend: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Raises IncompatibleTables, naming what differs, unless the table is of this device, network and regime."""
+        h = self.header
+        pairs: list[tuple[str, Any, Any]] = []
+        if device is not None:
+            pairs.append(("device", f"{h.device.get('chip')} ({h.device.get('id')})", f"{device.get('chip')} ({device.get('id')})"))
+        if network is not None:
+            pairs.append(("network", f"{h.network.name} ({h.network.fingerprint})", f"{network.name} ({network.fingerprint})"))
+            if h.network.fingerprint == network.fingerprint:
+                pairs.pop()
+        if backend is not None:
+            pairs.append(("backend", h.backend, backend))
+        for key, value in (options or {}).items():
+            pairs.append((key, h.options.get(key), value))
+        for what, own, other in pairs:
+            if own != other:
+                raise IncompatibleTables(
+                    f"the table is of another {what}: table={own}, current={other}; "
+                    "profile this one into a file of its own with `hwsearch profile`"
+                )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a build: role, base, time and interval in ms, stability, counts of variants."""
+        import pandas as pd
+
+        scale = self.header.reference_ns / 1e6
+        return pd.DataFrame(
+            [
+                {
+                    "role": b.role,
+                    "base": b.base,
+                    "latency_ms": b.ratio * scale,
+                    "low_ms": b.low * scale,
+                    "high_ms": b.high * scale,
+                    "unstable": b.unstable,
+                    "as_asked": b.as_asked(),
+                    "samples": len(b.samples_ns),
+                    **{v: b.variants.count(v) for v in sorted(set(b.variants))},
+                }
+                for b in self.builds
+            ]
+        ).fillna(0)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    node = pa.struct(
+        [
+            ("name", pa.string()),
+            ("op", pa.string()),
+            ("kind", pa.string()),
+            ("units", pa.list_(pa.string())),
+            ("precision", pa.string()),
+            ("time_ns", pa.float64()),
+        ]
+    )
+    return pa.schema(
+        [
+            ("role", pa.string()),
+            ("base", pa.string()),
+            ("variants", pa.list_(pa.string())),
+            ("ratio", pa.float64()),
+            ("low", pa.float64()),
+            ("high", pa.float64()),
+            ("unstable", pa.bool_()),
+            ("samples_ns", pa.list_(pa.int64())),
+            ("reference_ns", pa.list_(pa.int64())),
+            ("executed", pa.list_(pa.string())),
+            ("nodes", pa.list_(node)),
+            ("build_s", pa.float64()),
+            ("file_bytes", pa.int64()),
+            ("measured_at", pa.string()),
+            ("source", pa.string()),
+        ]
+    )
+
+
+def write_parquet(table: Any, header: Mapping[str, Any], path: str | Path) -> None:
+    """A pyarrow table with our header, put in place in one step."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: json.dumps(header).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_parquet(path: str | Path, kind: str, schema: int) -> tuple[Any, dict[str, Any]]:
+    """(pyarrow table, our header). Raises InvalidInput or IncompatibleTables."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise InvalidInput(f"{path} does not exist; expected a {kind.replace('_', ' ')} file")
+    try:
+        table = pq.read_table(path)
+        raw = (table.schema.metadata or {}).get(KEY)
+        header = json.loads(raw) if raw is not None else None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InvalidInput(f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}") from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        found = header.get("kind") if isinstance(header, dict) else "none of hwsearch's"
+        raise InvalidInput(f"{path} is not a {kind.replace('_', ' ')} of hwsearch (found: {found})")
+    if header.get("schema") != schema:
+        raise IncompatibleTables(
+            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {schema}; "
+            "make it again, or use the hwsearch that wrote it"
+        )
+    return table, header

@@ -1,0 +1,115 @@
+"""What the user brings: a trained module, inputs, calibration data and a score."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from hwsearch.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+
+Inputs = Union["torch.Tensor", Sequence[Any], Mapping[str, Any]]
+Predict = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained network with all that is needed to compress and score it.
+
+    model: the trained `nn.Module`; it is put in eval mode and never changed.
+    example_inputs: one input: a tensor, a tuple (positional) or a dict (keyword arguments) of tensors.
+        Dimension 0 of every tensor is the batch; its size here is the batch that is profiled and deployed.
+    calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`).
+    evaluate: called as `evaluate(predict)`, where `predict` has the model's signature and is the module
+        or a compiled engine; returns the score, higher is better.
+    name: shown in reports and stored in tables.
+    """
+
+    model: torch.nn.Module
+    example_inputs: Inputs
+    calibration: Sequence[Inputs]
+    evaluate: Callable[[Predict], float]
+    name: str = "task"
+
+    divergence: str = "auto"
+    """How outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl where there are classes)."""
+
+
+def load(spec: str) -> Task:
+    """A task from `file.py:function`, `package.module:function` or `zoo:NAME`.
+
+    The function is called without arguments and returns a Task. Raises InvalidInput.
+    """
+    source, separator, name = spec.rpartition(":")
+    if not separator or not source or not name:
+        raise InvalidInput(f"task {spec!r} is not understood; expected file.py:function, package.module:function or zoo:NAME")
+    if source == "zoo":
+        from hwsearch import zoo
+
+        return zoo.load(name)
+    function = getattr(_module(source, spec), name, None)
+    if not callable(function):
+        raise InvalidInput(f"{source} has no function {name!r}; expected a function that returns a hwsearch.Task")
+    try:
+        task = function()
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise InvalidInput(f"{spec} returned {type(task).__name__}; expected a hwsearch.Task")
+    _check(task, spec)
+    return task
+
+
+def _module(source: str, spec: str) -> Any:
+    try:
+        if not source.endswith(".py"):
+            sys.path.insert(0, "")
+            try:
+                return importlib.import_module(source)
+            finally:
+                sys.path.remove("")
+        path = Path(source).resolve()
+        if not path.is_file():
+            raise InvalidInput(f"task file {source} does not exist")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent))
+        try:
+            found.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(path.parent))
+        return module
+    except InvalidInput:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and source.startswith(error.name):
+            raise InvalidInput(f"there is no module {source!r} for task {spec!r}") from error
+        raise InvalidInput(f"task {spec!r} imports {error.name!r}, which is not installed") from error
+    except Exception as error:
+        raise InvalidInput(f"task {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _check(task: Task, spec: str) -> None:
+    import torch
+
+    if not isinstance(task.model, torch.nn.Module):
+        raise InvalidInput(f"{spec}: model is {type(task.model).__name__}; expected a torch.nn.Module")
+    if not callable(task.evaluate):
+        raise InvalidInput(f"{spec}: evaluate is not callable; expected evaluate(predict) -> float")
+    if not isinstance(task.example_inputs, torch.Tensor | tuple | list | Mapping):
+        raise InvalidInput(f"{spec}: example_inputs is {type(task.example_inputs).__name__}; expected a tensor, tuple or dict")
+    if task.divergence not in ("auto", "kl", "mse"):
+        raise InvalidInput(f"{spec}: divergence is {task.divergence!r}; expected auto, kl or mse")
+    if isinstance(task.calibration, torch.Tensor) or not isinstance(task.calibration, Sequence):
+        raise InvalidInput(f"{spec}: calibration is {type(task.calibration).__name__}; expected a list of batches")

@@ -1,0 +1,288 @@
+"""What every backend must keep. A backend's test inherits it:
+
+    class TestMine(BackendContract):
+        @pytest.fixture
+        def backend(self):
+            return MyBackend()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
+from hwsearch.compress.apply import Simulator
+from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
+from hwsearch.lower import Lowering, tensor_names
+from hwsearch.profiler import Regime, attribute, executed_precisions
+from hwsearch.table import NodeRow
+from hwsearch.task import Task
+from hwsearch.variants import Variant, uniform
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp16": 1e-2, "int8": 6e-2}
+"""Largest error of an output, relative to its largest magnitude, by the lowest precision in the network."""
+
+
+class Residual(torch.nn.Module):
+    """conv+relu, a residual add, a pool, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 32, 3, padding=1)
+        self.conv1 = torch.nn.Conv2d(32, 32, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(32, 32, 3, padding=1)
+        self.head = torch.nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.conv2(F.relu(self.conv1(x))))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Attention(torch.nn.Module):
+    """One transformer block: both products of attention are units without a weight."""
+
+    def __init__(self, width: int = 128, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.qkv = torch.nn.Linear(width, 3 * width)
+        self.out = torch.nn.Linear(width, width)
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
+
+
+class TwoInputs(torch.nn.Module):
+    """Keyword arguments in, a tuple out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = torch.nn.Linear(64, 128), torch.nn.Linear(96, 128)
+        self.head = torch.nn.Linear(128, 16)
+
+    def forward(self, *, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = F.relu(self.left(image)) + F.relu(self.right(text))
+        return self.head(both), both.mean(-1)
+
+
+@cache
+def small_network(name: str) -> Lowering:
+    """`residual`, `attention` or `two_inputs`, with random weights, traced and calibrated."""
+    torch.manual_seed(0)
+    makers: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
+        "residual": (Residual, lambda: torch.randn(1, 3, 32, 32)),
+        "attention": (Attention, lambda: torch.randn(1, 128, 128)),
+        "two_inputs": (TwoInputs, lambda: {"image": torch.randn(64, 64), "text": torch.randn(64, 96)}),
+    }
+    model, inputs = makers[name]
+    example = inputs()
+    task = Task(model().eval(), example, [example, inputs()], lambda predict: 0.0, name)
+    return Lowering(task)
+
+
+def mixed(lowering: Lowering, base: str) -> dict[str, Variant]:
+    """Every other unit in int8."""
+    return {u.name: Variant("int8" if i % 2 else base) for i, u in enumerate(lowering.network.units)}
+
+
+def expected(lowering: Lowering, variants: Mapping[str, Variant], backend: Backend) -> list[Array]:
+    """What torch computes for the example inputs, with half precisions and Q/DQ simulated."""
+    int8 = any(v.quantized for v in variants.values())
+    simulator = Simulator(
+        lowering.traced,
+        lowering.traced.args,
+        lowering.traced.kwargs,
+        lowering.weights if int8 else {},
+        lowering.ranges if int8 else {},
+        quantize_outputs=backend.quantize_outputs,
+    )
+    flat = simulator(variants)
+    return [value.detach().numpy() for value in (flat if isinstance(flat, tuple | list) else [flat])]
+
+
+def assert_close(got: list[Array], want: list[Array], tolerance: float, what: str) -> None:
+    """Every output within `tolerance` of its largest magnitude."""
+    assert len(got) == len(want), f"{what}: {len(got)} outputs, the model has {len(want)}"
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape, f"{what}: output {index} has shape {a.shape}, the model's has {b.shape}"
+        error = float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max())
+        assert error <= tolerance, f"{what}: output {index} is off by {error:.2e} of its size, at most {tolerance:.0e} is right"
+
+
+def readback(engine: Engine, at: Regime, model: Any) -> tuple[tuple[NodeRow, ...], tuple[str, ...]]:
+    """(attributed nodes, executed precision of each unit)."""
+    rows = attribute(engine.nodes(), at.network, tensor_names(model))
+    return rows, executed_precisions(rows, at.network)
+
+
+class BackendContract:
+    """Inherit it and give a `backend` fixture; pytest then runs every check below on that backend.
+
+    A simulated device without laws for the small networks here may override `backend_for`.
+    """
+
+    def backend_for(self, backend: Backend, lowering: Lowering) -> Backend:
+        """The backend to build this network on."""
+        return backend
+
+    def _at(self, backend: Backend, network: str, base: str | None = None) -> Regime:
+        lowering = small_network(network)
+        backend = self.backend_for(backend, lowering)
+        return Regime(lowering, backend, BuildOptions(1, base or backend.bases()[0]))
+
+    # ---- what it says of itself
+
+    def test_versions_are_named(self, backend: Backend) -> None:
+        assert backend.versions(), "versions() is empty; tables could not tell two versions of the runtime apart"
+        assert all(k and v for k, v in backend.versions().items())
+
+    def test_keeps_the_protocol(self, backend: Backend) -> None:
+        assert isinstance(backend, Backend)
+        assert isinstance(self._at(backend, "residual").build(uniform(small_network("residual").network, "fp32"))[0], Engine)
+
+    def test_precisions_begin_with_the_base(self, backend: Backend) -> None:
+        assert backend.bases(), "bases() is empty"
+        for base in backend.bases():
+            assert backend.precisions(base)[0] == base
+
+    # ---- numbers, executed precisions, node times
+
+    def test_residual_network(self, backend: Backend) -> None:
+        self._check_network(backend, "residual")
+
+    def test_attention_network(self, backend: Backend) -> None:
+        self._check_network(backend, "attention")
+
+    def test_network_of_two_inputs(self, backend: Backend) -> None:
+        self._check_network(backend, "two_inputs")
+
+    def _check_network(self, backend: Backend, name: str) -> None:
+        for base in backend.bases():
+            at = self._at(backend, name, base)
+            allocations = {base: uniform(at.network, base)}
+            if "int8" in at.backend.precisions(base):
+                allocations |= {"int8": uniform(at.network, "int8"), "mixed": mixed(at.lowering, base)}
+            for label, variants in allocations.items():
+                self._check_engine(at, variants, f"{name}, base {base}, {label}")
+
+    def _check_engine(self, at: Regime, variants: Mapping[str, Variant], what: str) -> None:
+        engine, model = at.build(variants)
+        tolerance = max(TOLERANCE[p] for p in {at.options.base, *(v.precision for v in variants.values())})
+        assert_close(engine(*at.lowering.arrays()), expected(at.lowering, variants, at.backend), tolerance, what)
+        assert engine.size_bytes > 0, f"{what}: size_bytes is {engine.size_bytes}"
+        rows, executed = readback(engine, at, model)
+        assert rows, f"{what}: nodes() is empty"
+        for row in rows:
+            assert np.isfinite(row.time_ns), f"{what}: node {row.name} took {row.time_ns} ns"
+            assert row.time_ns >= 0, f"{what}: node {row.name} took {row.time_ns} ns"
+        assert any(executed), f"{what}: no node names a unit of the network"
+        for unit, precision in zip(at.network.units, executed, strict=True):
+            asked = variants[unit.name].precision
+            claims = [r.precision for r in rows if r.kind == "unit" and unit.name in r.units]
+            assert not precision or precision in claims, f"{what}: {unit.name} reads {precision}, its nodes {claims}"
+            # A runtime may fuse a unit into one that was asked in int8; apart from that int8 is never made up.
+            fused = [u for r in rows if r.kind == "unit" and unit.name in r.units for u in r.units]
+            int8 = any(variants[u].quantized for u in fused)
+            assert precision != "int8" or int8, f"{what}: {unit.name} was asked in {asked} and reads int8"
+        self._check_sum(at, engine, what)
+
+    def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
+        engine.prepare(*at.lowering.arrays())
+        shares = []
+        for _ in range(4):  # a busy machine may spoil some
+            counted = sum(node.time_ns for node in engine.nodes())
+            times = []
+            for _ in range(15):
+                start = at.clock()
+                engine.run()
+                times.append(at.clock() - start)
+            shares.append(counted / float(np.median(times)))
+            if 0.2 <= shares[-1] <= 5.0:
+                return
+        raise AssertionError(f"{what}: node times sum to {shares} of the time of a run")
+
+    # ---- inputs and errors
+
+    def test_other_shapes_and_counts_are_refused(self, backend: Backend) -> None:
+        at = self._at(backend, "two_inputs")
+        engine, _ = at.build(uniform(at.network, at.options.base))
+        first, second = at.lowering.arrays()
+        for wrong in ((first,), (first, second, second), (first[:1], second), (second, first)):
+            _raises(InvalidInput, lambda wrong=wrong: engine(*wrong))
+            _raises(InvalidInput, lambda wrong=wrong: engine.prepare(*wrong))
+        assert [s.shape for s in engine.inputs] == [first.shape, second.shape]
+        assert len(engine.outputs) == 2
+
+    def test_garbage_is_refused(self, backend: Backend) -> None:
+        for data in (b"", b"this is no ONNX", bytes(range(256)) * 8):
+            _raises(BackendUnavailable, lambda data=data: backend.build(data, BuildOptions(1, backend.bases()[0])))
+
+    def test_unknown_base_is_refused(self, backend: Backend) -> None:
+        at = self._at(backend, "residual")
+        data = at.onnx(uniform(at.network, "fp32")).SerializeToString()
+        _raises(BackendUnavailable, lambda: at.backend.build(data, BuildOptions(1, "fp3")))
+
+    # ---- engines in use
+
+    def test_runs_repeat(self, backend: Backend) -> None:
+        at = self._at(backend, "residual")
+        engine, _ = at.build(uniform(at.network, at.options.base))
+        inputs = at.lowering.arrays()
+        before = engine(*inputs)
+        engine.prepare(*inputs)
+        for _ in range(3):
+            engine.run()
+        assert_close(engine(*inputs), before, 1e-6, "after three runs")
+
+    def test_outputs_stay(self, backend: Backend) -> None:
+        at = self._at(backend, "two_inputs")
+        engine, _ = at.build(uniform(at.network, at.options.base))
+        inputs = at.lowering.arrays()
+        outputs = engine(*inputs)
+        kept = [value.copy() for value in outputs]
+        others = engine(*(-a for a in inputs))
+        for value, copy, other in zip(outputs, kept, others, strict=True):
+            assert np.array_equal(value, copy), "a later call overwrote the outputs of an earlier one"
+            assert not np.array_equal(other, copy), "other inputs gave the same outputs"
+
+    def test_inputs_stay(self, backend: Backend) -> None:
+        at = self._at(backend, "residual")
+        engine, _ = at.build(uniform(at.network, at.options.base))
+        inputs = at.lowering.arrays()
+        kept = [a.copy() for a in inputs]
+        engine(*inputs)
+        assert all(np.array_equal(a, b) for a, b in zip(inputs, kept, strict=True)), "the engine wrote on its inputs"
+
+    def test_two_engines_at_once(self, backend: Backend) -> None:
+        at = self._at(backend, "residual")
+        lowest = at.backend.precisions(at.options.base)[-1]
+        one, _ = at.build(uniform(at.network, at.options.base))
+        inputs = at.lowering.arrays()
+        alone = one(*inputs)
+        two, _ = at.build(uniform(at.network, lowest))
+        other = two(*inputs)
+        for _ in range(2):
+            assert_close(one(*inputs), alone, 1e-6, "the first of two engines")
+            assert_close(two(*inputs), other, 1e-6, "the second of two engines")
+
+
+def _raises(kind: type[HwsearchError], action: Callable[[], object]) -> None:
+    try:
+        action()
+    except kind as error:
+        assert str(error), f"{kind.__name__} without a message"
+        return
+    raise AssertionError(f"expected {kind.__name__}")

@@ -1,0 +1,254 @@
+"""A device with a known latency law and a clock of its own: what it measures can be compared with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
+from hwsearch.errors import BackendUnavailable
+from hwsearch.lower import unit_of
+from hwsearch.network import Edge, Network
+
+Pair = tuple[bool, bool]
+"""Whether the producer and the consumer of an edge are int8."""
+
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+
+
+@dataclass(frozen=True)
+class LatencyLaw:
+    """T(a) = rest + sum over units t[u, precision] + sum over edges (fixed + per_byte * bytes)[class pair], in ns.
+
+    units: unit -> {precision: time of all its calls}. boundaries: class pair -> (ns, ns for each byte of the edge's
+    fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
+    """
+
+    units: Mapping[str, Mapping[str, float]]
+    edges: Sequence[Edge] = ()
+    boundaries: Mapping[Pair, tuple[float, float]] = field(default_factory=dict)
+    rest_ns: float = 0.0
+
+    @staticmethod
+    def random(
+        network: Network, seed: int = 0, *, precisions: Sequence[str] = ("fp32", "int8"), unit_ns: float = 50_000.0
+    ) -> LatencyLaw:
+        """Units of about `unit_ns`, equal where their signatures are; boundaries that cost a large part of a unit."""
+        rng = np.random.default_rng(seed)
+        speed = {"fp32": (1.0, 1.0), "bf16": (0.4, 0.7), "fp16": (0.4, 0.7), "int8": (0.25, 0.8)}
+        of_signature: dict[str, dict[str, float]] = {}
+        for unit in network.units:
+            if unit.signature not in of_signature:
+                dense = unit_ns * float(rng.lognormal(0.0, 0.6))
+                of_signature[unit.signature] = {p: dense * float(rng.uniform(*speed[p])) for p in precisions}
+        sizes = [edge.tensor_bytes for edge in network.edges] or [1]
+        per_byte = 0.15 * unit_ns / float(np.mean(sizes))
+        return LatencyLaw(
+            units={unit.name: of_signature[unit.signature] for unit in network.units},
+            edges=network.edges,
+            boundaries={
+                (False, True): (0.10 * unit_ns, per_byte),
+                (True, False): (0.15 * unit_ns, 1.5 * per_byte),
+                (True, True): (0.0, 0.1 * per_byte),
+            },
+            rest_ns=0.5 * unit_ns,
+        )
+
+    def boundary_ns(self, edge: Edge, pair: Pair) -> float:
+        """What one edge costs between units of these classes."""
+        fixed, per_byte = self.boundaries.get(pair, (0.0, 0.0))
+        return fixed + per_byte * edge.tensor_bytes
+
+    def time_ns(self, precisions: Mapping[str, str]) -> float:
+        """Time of a network of these units, each in its precision; of the whole one if all are there."""
+        return sum(node.time_ns for node in self.nodes(precisions))
+
+    def nodes(
+        self, precisions: Mapping[str, str], sources: Mapping[str, tuple[str, ...]] | None = None
+    ) -> list[NodeTime]:
+        """What a runtime would record: a node for each unit, and a conversion node for every other edge.
+
+        The boundaries of the edges between are folded into the unit that consumes them, as runtimes do at will.
+        sources: for each unit the names of its ONNX nodes.
+        """
+        times = {unit: self.units[unit][precision] for unit, precision in precisions.items()}
+        conversions = []
+        for index, edge in enumerate(self.edges):
+            if edge.src not in precisions or edge.dst not in precisions:
+                continue
+            pair = precisions[edge.src] == "int8", precisions[edge.dst] == "int8"
+            cost = self.boundary_ns(edge, pair)
+            if cost and index % 2 == 0:
+                name = f"{edge.src}|0|out_{edge.dst}|0|in_Reorder_{index}"
+                conversions.append(NodeTime(name, "Reorder", (), precisions[edge.dst], cost))
+            else:
+                times[edge.dst] += cost
+        nodes = [
+            NodeTime(f"simulated_{i}", "Layer", (sources or {}).get(unit, (f"{unit}|0|Layer",)), precisions[unit], time)
+            for i, (unit, time) in enumerate(times.items())
+        ]
+        if self.rest_ns and set(precisions) == set(self.units):
+            conversions.append(NodeTime("simulated_rest", "Rest", (), "fp32", self.rest_ns))
+        return nodes + conversions
+
+
+class SimulatedBackend:
+    """Keeps `hwsearch.backends.base.Backend` without a runtime; its engines advance `clock` instead of taking time.
+
+    noise: relative standard deviation of each inference; build_noise: of each engine, the same in all its inferences;
+    node_noise: of each node's counter. drift: the machine's slowness after so many simulated seconds (1.0 is none).
+    failing: numbers of the builds, from 0, that raise BackendUnavailable. refused: units that execute in the base
+    precision whatever is asked. build_ns: simulated time of a build. Outputs are computed by `onnx.reference`, in fp32
+    whatever the base.
+    """
+
+    name = "simulated"
+
+    def __init__(
+        self,
+        law: LatencyLaw,
+        *,
+        bases: tuple[str, ...] = ("fp32",),
+        int8: bool = True,
+        noise: float = 0.0,
+        build_noise: float = 0.0,
+        node_noise: float = 0.0,
+        drift: Callable[[float], float] | None = None,
+        failing: Collection[int] = (),
+        refused: Collection[str] = (),
+        build_ns: int = 0,
+        quantize_outputs: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.law, self.quantize_outputs = law, quantize_outputs
+        self.noise, self.build_noise, self.node_noise = noise, build_noise, node_noise
+        self.drift, self.failing, self.refused, self.build_ns = drift, failing, refused, build_ns
+        self.builds = 0
+        """How many builds were asked for."""
+        self._bases, self._int8 = bases, int8
+        self._now_ns = 0.0
+        self._rng = np.random.default_rng(seed)
+
+    def clock(self) -> int:
+        """Simulated ns since the backend was made."""
+        return round(self._now_ns)
+
+    def advance(self, time_ns: float) -> None:
+        """Let simulated time pass."""
+        self._now_ns += time_ns
+
+    def jitter(self, deviation: float) -> float:
+        """A random factor with median 1 and about this relative standard deviation."""
+        return float(np.exp(deviation * self._rng.standard_normal())) if deviation else 1.0
+
+    def versions(self) -> Mapping[str, str]:
+        return {"simulated": "1"}
+
+    def bases(self) -> tuple[str, ...]:
+        return self._bases
+
+    def precisions(self, base: str) -> tuple[str, ...]:
+        return (base, "int8") if self._int8 else (base,)
+
+    def build(self, onnx: bytes, options: BuildOptions) -> SimulatedEngine:
+        number, self.builds = self.builds, self.builds + 1
+        self.advance(self.build_ns)
+        if number in self.failing:
+            raise BackendUnavailable(f"the simulated device fails on build {number}, as it was told to")
+        if options.base not in self._bases:
+            raise BackendUnavailable(
+                f"the simulated device does not execute {options.base}; it offers {', '.join(self._bases)}"
+            )
+        return SimulatedEngine(self, onnx, options)
+
+
+class SimulatedEngine:
+    """A network whose units are in the precisions that its Q/DQ says, on a SimulatedBackend's clock."""
+
+    def __init__(self, backend: SimulatedBackend, data: bytes, options: BuildOptions) -> None:
+        self._backend, self._data = backend, data
+        try:
+            self._model = onnx.load_model_from_string(data)
+            onnx.checker.check_model(self._model)
+        except Exception as error:
+            raise BackendUnavailable(f"the simulated device cannot read the network: {error}") from error
+        asked = _precisions(self._model, options.base)
+        unknown = sorted(set(asked) - set(backend.law.units))
+        if unknown:
+            raise BackendUnavailable(f"the simulated device's law has no units {', '.join(unknown)}")
+        self.executed = {unit: options.base if unit in backend.refused else p for unit, p in asked.items()}
+        """The precision of each unit."""
+        self.time_ns = backend.law.time_ns(self.executed) * backend.jitter(backend.build_noise)
+        """Time of one inference without noise or drift."""
+        stored = {tensor.name for tensor in self._model.graph.initializer}
+        self.inputs = [_spec(value) for value in self._model.graph.input if value.name not in stored]
+        self.outputs = [_spec(value) for value in self._model.graph.output]
+        self.prepare(*example_arrays(self.inputs))
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._data)
+
+    @cached_property
+    def _reference(self) -> onnx.reference.ReferenceEvaluator:
+        from onnx.reference import ReferenceEvaluator
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        for opset in model.opset_import:  # onnx.reference knows DequantizeLinear from 19 on
+            opset.version = max(opset.version, 19) if not opset.domain else opset.version
+        return ReferenceEvaluator(model)
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        checked = check_arrays(arrays, self.inputs)
+        self.run()
+        feed = {spec.name: array for spec, array in zip(self.inputs, checked, strict=True)}
+        return [np.array(value) for value in self._reference.run(None, feed)]
+
+    def prepare(self, *arrays: Array) -> None:
+        self._prepared = check_arrays(arrays, self.inputs)
+
+    def run(self) -> None:
+        drift = self._backend.drift(self._backend.clock() / 1e9) if self._backend.drift else 1.0
+        self._backend.advance(self.time_ns * drift * self._backend.jitter(self._backend.noise))
+
+    def nodes(self, runs: int = 20) -> list[NodeTime]:
+        sources: dict[str, tuple[str, ...]] = {}
+        for node in self._model.graph.node:
+            unit, own = unit_of(node.name)
+            if own and not node.op_type.startswith(_CONVERSIONS):
+                sources[unit] = (*sources.get(unit, ()), node.name)
+        exact = self._backend.law.nodes(self.executed, sources)
+        deviation = self._backend.node_noise
+        return [NodeTime(n.name, n.op, n.sources, n.precision, n.time_ns * self._backend.jitter(deviation)) for n in exact]
+
+
+def _precisions(model: onnx.ModelProto, base: str) -> dict[str, str]:
+    """Unit -> `int8` where each of its products reads dequantized tensors only, else the base."""
+    maker = {output: node for node in model.graph.node for output in node.output}
+    quantized: dict[str, bool] = {}
+    for node in model.graph.node:
+        unit, own = unit_of(node.name)
+        if own and node.op_type in _PRODUCTS:
+            int8 = all(_dequantized(tensor, maker) for tensor in node.input[:2])
+            quantized[unit] = quantized.get(unit, True) and int8
+    return {unit: "int8" if int8 else base for unit, int8 in quantized.items()}
+
+
+def _dequantized(tensor: str, maker: Mapping[str, onnx.NodeProto]) -> bool:
+    while tensor in maker and maker[tensor].op_type in _MOVES:
+        tensor = maker[tensor].input[0]
+    return tensor in maker and maker[tensor].op_type == "DequantizeLinear"
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    shape = tuple(int(d.dim_value) for d in kind.shape.dim)
+    return TensorSpec(value.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name)

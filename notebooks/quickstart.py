@@ -1,0 +1,111 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # hwsearch in two minutes
+#
+# You have a trained network, a device and a budget. hwsearch finds, layer by layer, the precision that meets the budget
+# at the least loss of accuracy, on *measured* times of *compiled* code, and hands back an ONNX file that really is that
+# fast. This notebook goes through every step on this machine's CPU, with OpenVINO on one thread.
+#
+# A `Task` is what you bring: the model, example inputs, calibration batches and an `evaluate` function. Here it is a
+# small residual network on Fashion-MNIST, which ships with the package.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import hwsearch as hs
+
+task = hs.load("zoo:fashion_resnet")
+folder = Path(tempfile.mkdtemp())
+print(f"{task.name}: {sum(p.numel() for p in task.model.parameters()):,} parameters, accuracy {task.evaluate(task.model):.4f}")
+
+# %% [markdown]
+# ## 1. Profile the device, once
+#
+# hwsearch builds the *whole* network several times, each time with other precisions, and times every build against a
+# reference in turn, because a layer costs something else beside its neighbours than alone. The result is a
+# `LatencyTable`. We stop after half a minute here; give it the default ten minutes for numbers that you rely on.
+
+# %%
+table = hs.profile(task, out=folder / "table.parquet", backend="openvino", threads=1, time_limit_s=30, builds=12)
+table.to_frame().round(3)
+
+# %% [markdown]
+# A latency model is fitted on the table. Does it predict builds that it has not seen? The orange diamonds say.
+
+# %%
+hs.plot_predictions(table)
+
+# %% [markdown]
+# ## 2. How much does each layer suffer?
+#
+# The loss of a layer in a precision is the divergence between the outputs of the network with and without it, on the
+# calibration data.
+
+# %%
+sensitivity = hs.sensitivity(task, out=folder / "sens.parquet", backend="openvino")
+sensitivity.to_frame().pivot(index="unit", columns="variant", values="loss").loc[list(sensitivity.loss)]
+
+# %% [markdown]
+# ## 3. Search under a budget
+#
+# At most 18 % of the latency of the dense fp32 network. The search is exact: under the model, no other choice of
+# precisions that meets the budget has a smaller loss.
+
+# %%
+budget = "latency=18%"
+allocation = hs.search(table, sensitivity, [budget])
+print({name: allocation.predicted[name] for name in ("latency_ns", "sigma_ns", "size_bytes", "loss")})
+print(allocation.solver)
+
+# %% [markdown]
+# Each bar is the predicted time of a layer in the precision chosen for it; outlines show the other choice. Arcs mark the
+# boundaries, where int8 meets another precision and a conversion costs time.
+
+# %%
+hs.plot_allocation(allocation, table, sensitivity)
+
+# %% [markdown]
+# ## 4. Deploy, and see whether it is true
+#
+# `deploy` writes an ONNX file that runs without hwsearch. `verify` measures it beside the dense network: latency,
+# score on the evaluation images, size. Only a measurement can say that a budget is met. (`hs.run` does all of this,
+# and searches again with the new measurement where the budget was missed.)
+
+# %%
+deployed = hs.deploy(task, allocation, folder / "model.onnx")
+report = hs.verify(task, allocation, table=table)
+print(report)
+
+# %% [markdown]
+# ## 5. The Pareto front
+#
+# Other budgets cost no further measurement: sweep them, and put the measured point beside the predictions.
+
+# %%
+measured = {
+    "label": f"deployed ({budget})",
+    "latency_ms": report.latency_ms["measured"],
+    "low_ms": report.latency_ms["measured_low"],
+    "high_ms": report.latency_ms["measured_high"],
+    "size_bytes": report.size_bytes["deployed"],
+    "loss": report.loss["measured"],
+}
+front = hs.front(table, sensitivity, points=12).with_measured([measured])
+hs.plot_front(front)
+
+# %% [markdown]
+# From here: `hwsearch run zoo:fashion_resnet --budget latency=18% --out result` does the same from the command line;
+# `hwsearch --help` lists the rest. To bring your own network, write a function that returns an `hs.Task`.

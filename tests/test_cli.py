@@ -1,0 +1,435 @@
+"""The command line: what it passes on, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import hwsearch as hs
+from hwsearch import allocation, cli
+from hwsearch.errors import BudgetMissed, DeviceBusy, HwsearchError, Infeasible, InvalidInput
+from hwsearch.progress import Progress
+
+Install = Callable[..., None]
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Puts functions in the place of hwsearch's own, without importing what those need."""
+
+    def install(**functions: Any) -> None:
+        for name, function in functions.items():
+            monkeypatch.setitem(vars(hs), name, function)
+
+    install(load=lambda spec: f"task {spec}")
+    return install
+
+
+class Table:
+    def to_json(self) -> dict[str, str]:
+        return {"backend": "openvino"}
+
+    def summary(self) -> str:
+        return "a table of 24 builds"
+
+    @staticmethod
+    def load(path: Path) -> str:
+        return f"table {path}"
+
+
+class Report:
+    def __init__(self, met: bool) -> None:
+        self.met = met
+        self.saved: Path | None = None
+
+    def to_json(self) -> dict[str, bool]:
+        return {"met": self.met}
+
+    def __str__(self) -> str:
+        return f"the report, met: {self.met}"
+
+    def save(self, path: Path) -> None:
+        self.saved = path
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+# ---------------------------------------------------------------- errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (HwsearchError("went wrong"), 1, "error: went wrong"),
+        (InvalidInput("no such task;\n  try zoo:x"), 2, "error: no such task; try zoo:x"),
+        (DeviceBusy("busy, pid 12"), 1, "error: busy, pid 12"),
+        (Infeasible("at least 5 ms", {"latency": 5e6}), 3, "error: at least 5 ms"),
+        (BudgetMissed("nearest 6 ms"), 3, "error: nearest 6 ms"),
+        (OSError(28, "Disk full", "t.parquet"), 1, "error: Disk full: t.parquet; run again with --debug"),
+        (ValueError("odd"), 1, "error: unexpected ValueError: odd; run again with --debug"),
+        (KeyboardInterrupt(), 130, "interrupted: what was finished is on disk, the same command goes on from there"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_an_exit_code(
+    api: Install, error: BaseException, code: int, line: str
+) -> None:
+    api(profile=raising(error))
+    result = invoke("profile", "zoo:x", "-o", "t.parquet")
+    assert (result.exit_code, result.stderr, result.stdout) == (code, f"{line}\n", "")
+
+
+@pytest.mark.parametrize(
+    "words", [("--debug", "profile", "zoo:x", "-o", "t"), ("profile", "zoo:x", "-o", "t", "--debug")]
+)
+@pytest.mark.parametrize("error", [InvalidInput("bad"), ValueError("odd")])
+def test_debug_shows_the_traceback_before_or_after_the_command(
+    api: Install, words: tuple[str, ...], error: Exception
+) -> None:
+    api(profile=raising(error))
+    result = invoke(*words)
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "--debug" not in result.stderr.splitlines()[-1]
+    assert result.exit_code == (2 if isinstance(error, InvalidInput) else 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("profile",), "Missing argument 'TASK'"),
+        (("profile", "zoo:x"), "--output"),
+        (("profile", "zoo:x", "-o", "t", "--threads", "0"), "--threads"),
+        (("profile", "zoo:x", "-o", "t", "--mode", "sideways"), "isolated"),
+        (("profile", "zoo:x", "-o", "t", "--time-limit", "soon"), "'soon' is no duration"),
+        (("search", "--table", "t", "--sensitivity", "s", "-o", "a"), "--budget"),
+        (("front", "--table", "t", "--sensitivity", "s", "-o", "a", "--points", "1"), "--points"),
+        (("frobnicate",), "frobnicate"),
+        (("devices", "--nonsense"), "--nonsense"),
+        (("table",), "command"),
+    ],
+)
+def test_usage_errors_are_one_line_and_2(words: tuple[str, ...], said: str) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_output_that_is_a_folder(tmp_path: Path) -> None:
+    result = invoke("profile", "zoo:x", "-o", str(tmp_path))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "directory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", 90),
+        ("10m", 600),
+        ("1h", 3600),
+        ("1h30m", 5400),
+        ("1.5m", 90),
+        ("45", 45),
+        ("2min 5s", 125),
+        ("1 H", 3600),
+    ],
+)
+def test_durations(text: str, expected: float) -> None:
+    assert cli.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "0s", "5d", "m", "1m1h", "nan", "inf"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(InvalidInput, match="expected for instance 90s"):
+        cli.seconds(text)
+
+
+# ---------------------------------------------------------------- help, quickly
+
+
+def test_help_needs_no_heavy_module_and_no_patience() -> None:
+    code = (
+        "import sys; from hwsearch import cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'pandas', 'numpy', 'scipy', 'onnx', 'openvino', 'onnxruntime', 'matplotlib', 'pyarrow'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    took = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        took.append(time.monotonic() - start)
+        assert "loaded: []" in done.stdout
+    assert "profile" in done.stdout
+    assert min(took) < 2, "half a second on an idle machine; this one may be busy"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "devices",
+        "profile",
+        "table",
+        "table show",
+        "sensitivity",
+        "search",
+        "front",
+        "deploy",
+        "verify",
+        "run",
+    ],
+)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage: hwsearch " + command in result.stdout
+
+
+def test_without_words_it_shows_the_help() -> None:
+    result = invoke()
+    assert result.exit_code == 0
+    assert "Usage: hwsearch" in result.stdout
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"9.9 of {name}")
+    assert invoke("--version").stdout == "hwsearch 9.9 of hwsearch\n"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwsearch import backends
+
+    found = [
+        backends.Status("good", True, {"good": "1.2"}, ("bf16", "fp32")),
+        backends.Status("bad", False, reason="install it with: pip install 'hwsearch[cpu]'"),
+    ]
+    monkeypatch.setattr(backends, "status", lambda: found)
+    result = invoke("devices")
+    assert result.exit_code == 0
+    for text in ("good", "1.2", "bf16, fp32", "hwsearch[cpu]"):
+        assert text in result.stdout
+    data = json.loads(invoke("devices", "--json").stdout)
+    assert [entry["name"] for entry in data["backends"]] == ["good", "bad"]
+    assert len(data["device"]["id"]) == 12
+
+
+def test_profile_passes_on_everything(api: Install) -> None:
+    seen: dict[str, Any] = {}
+
+    def profile(task: str, **options: Any) -> Table:
+        seen.update(task=task, **options)
+        options["progress"].start(2, "profiling")
+        options["progress"].step("one")
+        return Table()
+
+    api(profile=profile)
+    words = (
+        "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
+    )
+    words += " --mode isolated --seed 3"
+    result = invoke(*words.split())
+    assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
+    assert "[1/2] profiling: one" in result.stderr
+    assert isinstance(seen.pop("progress"), Progress)
+    assert seen == {
+        "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
+        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "seed": 3,
+    }  # fmt: skip
+    assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
+
+
+def test_profile_defaults(api: Install) -> None:
+    seen: dict[str, Any] = {}
+    api(profile=lambda task, **options: seen.update(options) or Table())
+    assert invoke("profile", "zoo:x", "-o", "t").exit_code == 0
+    del seen["progress"]
+    assert seen == {
+        "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
+        "mode": "context", "seed": 0,
+    }  # fmt: skip
+
+
+def test_table_show(api: Install) -> None:
+    api(LatencyTable=SimpleNamespace(load=lambda path: Table()))
+    assert invoke("table", "show", "t.parquet").stdout == "a table of 24 builds\n"
+    assert json.loads(invoke("table", "show", "t.parquet", "--json").stdout) == {"backend": "openvino"}
+
+
+def test_sensitivity(api: Install) -> None:
+    scores = SimpleNamespace(
+        network=SimpleNamespace(name="net"), divergence="softmax", samples=512, rank_correlation=0.875,
+        loss={"calm": {"dense.fp32": 0.0, "dense.int8": 1e-4}, "touchy": {"dense.fp32": 0.0, "dense.int8": 0.5}},
+    )  # fmt: skip
+    seen: dict[str, Any] = {}
+    api(sensitivity=lambda task, **options: seen.update(options) or scores)
+    result = invoke("sensitivity", "zoo:x", "-o", "s.parquet", "--seed", "1")
+    assert result.exit_code == 0
+    assert result.stdout.index("touchy") < result.stdout.index("calm")
+    assert "5.00e-01" in result.stdout
+    assert "0.88" in result.stdout
+    assert (seen["out"], seen["backend"], seen["seed"]) == (Path("s.parquet"), "openvino", 1)
+    assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
+
+
+def test_search(api: Install) -> None:
+    saved: list[Path] = []
+    chosen = SimpleNamespace(
+        predicted={"latency_ns": 4.1e6, "sigma_ns": 5e4, "size_bytes": 1_200_000, "loss": 0.0123},
+        dense={"latency_ns": 1e7, "size_bytes": 4_800_000},
+        budgets=[{"text": "latency=42%"}, {"text": "size=2MB"}],
+        variants={"a": "dense.int8", "b": "dense.bf16", "c": "dense.int8"},
+        solver={"status": "optimal", "gap": 0.0},
+        save=saved.append,
+        to_json=lambda: {"loss": 0.0123},
+    )
+    seen: list[Any] = []
+    api(LatencyTable=Table, SensitivityTable=Table, search=lambda *words: seen.append(words) or chosen)
+    words = "search --table t --sensitivity s --budget latency=42% --budget size=2MB -o alloc.json"
+    result = invoke(*words.split())
+    assert result.exit_code == 0
+    for text in (
+        "4.1 ± 0.05 ms",
+        "10 ms",
+        "1.20 MB",
+        "0.0123",
+        "1 dense.bf16, 2 dense.int8",
+        "optimal, gap 0",
+        "size=2MB",
+    ):
+        assert text in result.stdout
+    assert seen == [("table t", "table s", ["latency=42%", "size=2MB"])]
+    assert saved == [Path("alloc.json")]
+    assert json.loads(invoke(*words.split(), "--json").stdout) == {"loss": 0.0123}
+
+
+def test_front(api: Install) -> None:
+    def point(budget: float, cost: float, **flags: bool) -> SimpleNamespace:
+        flags = {"dominated": False, "infeasible": False} | flags
+        return SimpleNamespace(budget=budget, cost=cost, sigma=0.05, loss=0.5 / cost, **flags)
+
+    rows = [point(1.0, 9.0, infeasible=True), point(4.0, 3.9), point(5.0, 4.5, dominated=True)]
+    saved: list[Path] = []
+    seen: dict[str, Any] = {}
+    plotted: list[Any] = []
+    found = SimpleNamespace(over="latency", rows=rows, save=saved.append)
+    api(
+        LatencyTable=Table, SensitivityTable=Table, plot_front=lambda front, path: plotted.append((front, path)),
+        front=lambda table, scores, **options: seen.update(options) or found,
+    )  # fmt: skip
+    words = "front --table t --sensitivity s --over latency --points 3 --budget size=2MB -o f.parquet --plot f.png"
+    result = invoke(*words.split())
+    assert result.exit_code == 0
+    assert seen == {"over": "latency", "points": 3, "budgets": ["size=2MB"]}
+    assert (saved, plotted) == ([Path("f.parquet")], [(found, Path("f.png"))])
+    for text in ("budget, ms", "3.9 ± 0.05", "infeasible", "dominated"):
+        assert text in result.stdout
+    assert "9 ±" not in result.stdout, "what nothing meets has no cost"
+    points = json.loads(invoke("front", "--table", "t", "--sensitivity", "s", "-o", "f", "--json").stdout)[
+        "points"
+    ]
+    assert [p["infeasible"] for p in points] == [True, False, False]
+    assert len(plotted) == 1
+    assert seen["budgets"] == ()
+
+
+def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation.Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
+    seen: list[str | None] = []
+
+    def deploy(task: str, chosen: Any, out: Path, *, backend: str | None) -> Any:
+        seen.append(backend)
+        return SimpleNamespace(path=out, size_bytes=1_250_000)
+
+    api(deploy=deploy)
+    assert invoke("deploy", "zoo:x", "a.json", "-o", "m.onnx").stdout == "m.onnx: 1.25 MB\n"
+    result = invoke("deploy", "zoo:x", "a.json", "-o", "m.onnx", "--backend", "openvino", "--json")
+    assert json.loads(result.stdout) == {"path": "m.onnx", "size_bytes": 1_250_000}
+    assert seen == [None, "openvino"]
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
+def test_verify_ends_with_whether_the_budget_is_met(
+    api: Install, monkeypatch: pytest.MonkeyPatch, met: bool, code: int
+) -> None:
+    monkeypatch.setattr(allocation.Allocation, "load", lambda path: f"allocation {path}")
+    report = Report(met)
+    seen: dict[str, Any] = {}
+    api(
+        verify=lambda task, chosen, **options: seen.update(options, chosen=chosen) or report,
+        LatencyTable=Table,
+    )
+    result = invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--threads", "2", "--table", "t.parquet")
+    assert result.exit_code == code
+    assert result.stdout == f"the report, met: {met}\n"
+    assert ("missed" in result.stderr) is (not met)
+    assert report.saved == Path("r.json")
+    assert seen == {"chosen": "allocation a.json", "backend": None, "threads": 2, "table": "table t.parquet"}
+    assert json.loads(invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--json").stdout) == {"met": met}
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
+def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(task: str, budgets: list[str], out: Path, **options: Any) -> Report:
+        seen.update(options, task=task, budgets=budgets, out=out)
+        (out / "front.png").write_bytes(b"")
+        return Report(met)
+
+    api(run=run)
+    words = (
+        "run",
+        "zoo:x",
+        "--budget",
+        "latency=40%",
+        "--budget",
+        "size=2MB",
+        "--out",
+        str(tmp_path),
+        "--time-limit",
+        "90s",
+    )
+    result = invoke(*words)
+    assert result.exit_code == code
+    assert result.stdout.startswith(f"the report, met: {met}\n")
+    assert result.stdout.endswith(f"plot: {tmp_path / 'front.png'}\n")
+    assert "latency table" not in result.stdout, "only what is there"
+    del seen["progress"]
+    assert seen == {
+        "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
+        "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0,
+    }  # fmt: skip
+    assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
+
+
+def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None:
+    api(run=raising(BudgetMissed("nearest 6 ms", Report(False))))
+    result = invoke("run", "zoo:x", "--budget", "latency=5ms", "--out", str(tmp_path))
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        3,
+        "the report, met: False\n",
+        "error: nearest 6 ms\n",
+    )

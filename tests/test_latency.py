@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulation import OFFERED, chain, isolated_table, random_variants, simulated_build, simulated_table
+
+from hwsearch.errors import InvalidInput
+from hwsearch.latency import LatencyModel, fit, isolated_sum, noise_floor, validate
+from hwsearch.network import Network
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw
+from hwsearch.variants import Variant, uniform
+
+NETWORK = chain(16)
+LAW = LatencyLaw.random(NETWORK, 1)
+
+
+def _law_ns(variants: dict[str, Variant]) -> float:
+    return LAW.time_ns({unit: v.precision for unit, v in variants.items()})
+
+
+def _errors(model: LatencyModel, count: int = 60, seed: int = 99) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    allocations = [random_variants(NETWORK, rng) for _ in range(count)]
+    return np.array([abs(model.predict(a).time_ns / _law_ns(a) - 1.0) for a in allocations])
+
+
+def test_a_law_without_noise_is_recovered() -> None:
+    model = fit(simulated_table(NETWORK, LAW))
+    assert np.median(_errors(model)) < 0.005
+    assert np.max(_errors(model)) < 0.03
+
+
+def test_held_out_error_and_ranking_under_noise() -> None:
+    errors, taus = [], []
+    for seed in range(5):
+        table = simulated_table(NETWORK, LAW, heldout=12, noise=0.02, node_noise=0.05, seed=seed)
+        model = fit(table)
+        errors.append(float(np.median(_errors(model))))
+        taus.append(validate(model, [b for b in table.builds if b.role == "heldout"]).kendall_tau)
+    assert max(errors) < 0.02
+    assert np.median(taus) > 0.75
+
+
+def test_beats_the_sum_of_isolated_times_which_misses_boundaries() -> None:
+    model = fit(simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05))
+    baseline = isolated_sum(isolated_table(NETWORK, LAW))
+    assert np.median(_errors(model)) < 0.2 * np.median(_errors(baseline))
+
+
+def test_a_table_of_single_layers_gives_the_sum() -> None:
+    table = isolated_table(NETWORK, LAW)
+    model = fit(table)
+    variants = uniform(NETWORK, "int8")
+    assert model.predict(variants).time_ns == pytest.approx(sum(LAW.units[u]["int8"] for u in variants))
+    with pytest.raises(InvalidInput, match="--mode isolated"):
+        isolated_sum(simulated_table(NETWORK, LAW, design=0))
+
+
+def test_sigma_is_about_right() -> None:
+    inside = []
+    for seed in range(24):
+        law = LatencyLaw.random(NETWORK, seed)
+        table = simulated_table(NETWORK, law, heldout=12, noise=0.02, node_noise=0.05, seed=seed)
+        inside.append(validate(fit(table), [b for b in table.builds if b.role == "heldout"]).inside_sigma)
+    assert 0.55 <= np.mean(inside) <= 0.85
+
+
+def test_what_was_not_measured_is_an_error_and_never_free() -> None:
+    table = simulated_table(NETWORK, LAW)
+    never = NETWORK.units[0].signature
+    same = {u.name for u in NETWORK.units if u.signature == never}
+    kept = [
+        b for b in table.builds
+        if all(v == "dense.fp32" for u, v in zip(NETWORK.units, b.variants, strict=True) if u.name in same)
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    kept += [
+        simulated_build(NETWORK, LAW, {**random_variants(NETWORK, rng), **dict.fromkeys(same, Variant("fp32"))})
+        for _ in range(8)
+    ]
+    model = fit(LatencyTable(table.header, tuple(kept)))
+    asked = {**uniform(NETWORK, "fp32"), NETWORK.units[0].name: Variant("int8")}
+    assert model.predict(uniform(NETWORK, "fp32")).time_ns > 0
+    with pytest.raises(InvalidInput, match=r"no measurement of dense\.int8"):
+        model.predict(asked)
+    with pytest.raises(InvalidInput, match=r"no measurement of dense\.bf16"):
+        model.predict(uniform(NETWORK, "bf16"))
+    with pytest.raises((InvalidInput, KeyError)):
+        model.unit_ns(NETWORK.units[0].name, Variant("int8"))
+
+
+def test_identical_units_share_one_time() -> None:
+    model = fit(simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05))
+    for a in NETWORK.units:
+        for b in NETWORK.units:
+            for variant in OFFERED:
+                if a.signature == b.signature:
+                    assert model.unit_ns(a.name, variant) == model.unit_ns(b.name, variant)
+
+
+def test_times_of_units_are_near_the_law_and_never_negative() -> None:
+    law = replace(LAW, units={**LAW.units, "layer0.conv": {"fp32": 100.0, "int8": 10.0}})
+    network = Network(NETWORK.units, NETWORK.edges)
+    model = fit(simulated_table(network, law, noise=0.05, node_noise=0.2))
+    assert model.rest_ns >= 0
+    for unit in network.units:
+        for variant in OFFERED:
+            assert model.unit_ns(unit.name, variant) >= 0
+    exact = fit(simulated_table(NETWORK, LAW))
+    found = [exact.unit_ns(u.name, Variant("fp32")) / LAW.units[u.name]["fp32"] for u in NETWORK.units]
+    assert np.median(np.abs(np.array(found) - 1.0)) < 0.05
+
+
+def test_terms_add_up_to_the_prediction() -> None:
+    model = fit(simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05))
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        variants = random_variants(NETWORK, rng)
+        total = model.rest_ns + sum(model.unit_ns(u, v) for u, v in variants.items())
+        for src, dst in dict.fromkeys((e.src, e.dst) for e in NETWORK.edges):
+            total += model.edge_ns(src, dst)[variants[src].quantized, variants[dst].quantized]
+        assert total == pytest.approx(model.predict(variants).time_ns, rel=1e-9)
+
+
+def test_builds_that_did_not_run_as_asked_are_left_out() -> None:
+    table = simulated_table(NETWORK, LAW)
+    lying = replace(table.builds[2], ratio=100.0, executed=("fp32",) * len(NETWORK.units))
+    model = fit(LatencyTable(table.header, (*table.builds, lying)))
+    assert np.median(_errors(model)) < 0.01
+
+
+def test_held_out_builds_are_not_fitted() -> None:
+    table = simulated_table(NETWORK, LAW, noise=0.02, heldout=3)
+    without = LatencyTable(table.header, tuple(b for b in table.builds if b.role != "heldout"))
+    variants = uniform(NETWORK, "int8")
+    assert fit(table).predict(variants) == fit(without).predict(variants)
+
+
+def test_too_few_builds() -> None:
+    table = simulated_table(NETWORK, LAW, design=0)
+    with pytest.raises(InvalidInput, match="1 usable builds, a fit needs at least 2"):
+        fit(LatencyTable(table.header, table.builds[:1]))
+
+
+def test_validation_reports_the_noise_floor() -> None:
+    table = simulated_table(NETWORK, LAW, heldout=5)
+    assert noise_floor(table) == pytest.approx(0.0, abs=1e-9)
+    twice = replace(table.builds[-1], ratio=table.builds[-1].ratio * 1.02)
+    assert noise_floor(LatencyTable(table.header, (*table.builds[2:], twice))) == pytest.approx(0.02, rel=0.01)
+    assert noise_floor(LatencyTable(table.header, table.builds[1:])) is None
+    found = validate(fit(table), [b for b in table.builds if b.role == "heldout"])
+    assert found.builds == 5
+    assert found.median_error <= found.p90_error
+    assert found.noise == pytest.approx(0.0, abs=1e-9)
+    assert found.inside_sigma <= found.inside_two_sigma

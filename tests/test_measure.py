@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hwsearch.measure import Protocol, Timing, paired
+
+
+class Machine:
+    """Runs that take simulated time."""
+
+    def __init__(self, noise: float = 0.0, drift: Callable[[float], float] = lambda s: 1.0, seed: int = 0) -> None:
+        self.now, self.noise, self.drift, self.rng = 0.0, noise, drift, np.random.default_rng(seed)
+        self.calls: list[str] = []
+
+    def clock(self) -> int:
+        return round(self.now)
+
+    def run(self, name: str, time_ns: float) -> Callable[[], None]:
+        def run() -> None:
+            self.calls.append(name)
+            self.now += time_ns * self.drift(self.now / 1e9) * float(np.exp(self.noise * self.rng.standard_normal()))
+
+        return run
+
+    def compare(self, protocol: Protocol = Protocol(), *, ratio: float = 0.5, seed: int = 0) -> Timing:  # noqa: B008
+        runs = {"candidate": self.run("candidate", ratio * 2e6)}
+        return paired(self.run("reference", 2e6), runs, protocol, clock=self.clock, seed=seed)["candidate"]
+
+
+def test_linear_drift_cancels() -> None:
+    # The machine slows by half within a second.
+    timing = Machine(drift=lambda s: 1.0 + 0.5 * s).compare()
+    assert timing.ratio == pytest.approx(0.5, rel=2e-3)
+    assert timing.median_ns > 1.02 * 1e6
+
+
+def test_slow_swings_of_the_machine_cancel() -> None:
+    timing = Machine(noise=0.02, drift=lambda s: 1.0 + 0.3 * np.sin(s)).compare()
+    assert timing.ratio == pytest.approx(0.5, rel=0.01)
+
+
+def test_rounds_are_mirrored() -> None:
+    machine = Machine()
+    protocol = Protocol(block_ns=1, warmup_ns=1)
+    machine.compare(protocol)
+    order = [name for i, name in enumerate(machine.calls) if not i or machine.calls[i - 1] != name]
+    assert order == ["reference", "candidate"] + ["reference", "candidate"] * protocol.min_rounds + ["reference"]
+
+
+def test_stops_as_soon_as_the_interval_is_narrow() -> None:
+    protocol = Protocol(min_rounds=5)
+    timing = Machine().compare(protocol)
+    assert len(timing.samples_ns) == 2 * protocol.min_rounds * timing.block
+    assert not timing.unstable
+    assert timing.width <= protocol.width
+
+
+def test_goes_on_while_the_interval_is_wide() -> None:
+    quiet, noisy = Machine(noise=0.01).compare(), Machine(noise=0.1).compare(Protocol(limit_s=60.0))
+    assert len(noisy.samples_ns) > 2 * len(quiet.samples_ns)
+    assert not noisy.unstable
+    assert noisy.width <= 0.01
+
+
+def test_unstable_is_flagged_at_the_time_limit() -> None:
+    machine = Machine(noise=0.8)
+    timing = machine.compare(Protocol(limit_s=0.5))
+    assert timing.unstable
+    assert timing.width > 0.01
+    assert machine.clock() < 3e9
+    assert "UNSTABLE" in repr(timing)
+    assert "UNSTABLE" not in repr(Machine().compare())
+
+
+def test_raw_samples_are_kept_and_warm_ups_are_apart() -> None:
+    slow_start = Machine(drift=lambda s: 10.0 if s < 0.07 else 1.0)
+    timing = slow_start.compare()
+    assert timing.warmup_ns.max() > 5e6
+    assert len(timing.warmup_ns) >= 3
+    assert len(timing.samples_ns) % timing.block == 0
+    assert len(timing.reference_ns) % timing.reference_block == 0
+    assert len(timing.samples_ns) // timing.block == len(timing.reference_ns) // timing.reference_block
+    assert set(timing.samples_ns) == {1_000_000}
+    assert set(timing.reference_ns) == {2_000_000}
+    assert timing.samples_ns.dtype == np.int64
+
+
+def test_several_candidates_share_rounds() -> None:
+    machine = Machine(noise=0.02)
+    ratios = {"half": 0.5, "same": 1.0, "double": 2.0}
+    runs = {name: machine.run(name, ratio * 2e6) for name, ratio in ratios.items()}
+    timings = paired(machine.run("reference", 2e6), runs, clock=machine.clock)
+    assert {name: t.ratio for name, t in timings.items()} == pytest.approx(ratios, rel=0.02)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    ratios = [Machine(noise=0.03, seed=s).compare(Protocol(width=0.02, min_rounds=9), seed=s) for s in range(100)]
+    covered = np.mean([t.low <= 0.5 <= t.high for t in ratios])
+    assert 0.8 <= covered <= 1.0
+    assert np.median([t.ratio for t in ratios]) == pytest.approx(0.5, rel=2e-3)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_as_it_was(collecting: bool) -> None:
+    def fails() -> None:
+        raise RuntimeError
+
+    was = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        Machine().compare()
+        assert gc.isenabled() == collecting
+        with pytest.raises(RuntimeError):
+            paired(fails, {"": fails})
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was else gc.disable)()

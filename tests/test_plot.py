@@ -1,0 +1,350 @@
+"""Pictures: what the data hold is what is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+
+from hwsearch.errors import InvalidInput
+from hwsearch.latency import fit
+from hwsearch.network import Edge, Network, Unit
+from hwsearch.plot import plot_allocation, plot_front, plot_predictions
+from hwsearch.plot.style import shorten
+from hwsearch.scoring import SensitivityTable
+from hwsearch.table import Build, Header, LatencyTable, NodeRow
+
+OPTIONS = {"threads": 2, "base": "bf16", "batch": 1}
+DEVICE = {"id": "d", "chip": "A chip"}
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def network(count: int) -> Network:
+    """A chain of `count` convolutions of several shapes, with a shortcut over every third."""
+    names = [f"features.block{i}.a_rather_long_name_of_a_part.conv{i}" for i in range(count)]
+    units = tuple(
+        Unit(n, "conv2d", ((1, 8 + i % 7, 8, 8),), (1, 8, 8, 8), (8, 8, 3, 3), macs=1000)
+        for i, n in enumerate(names)
+    )
+    edges = [Edge(a, b, 1000) for a, b in zip(names, names[1:], strict=False)]
+    edges += [Edge(names[i], names[i + 3], 1000, ("add",), True) for i in range(0, count - 3, 3)]
+    return Network(units, tuple(edges), name="a network")
+
+
+def table(count: int = 6, builds: int = 5) -> LatencyTable:
+    """Builds of random allocations, int8 at half the time of bf16; two held out, one not as asked, one dense."""
+    rng = np.random.default_rng(0)
+    net = network(count)
+
+    def build(role: str, variants: list[str], base: str = "bf16") -> Build:
+        cost = {"dense.fp32": 4.0, "dense.bf16": 2.0, "dense.int8": 1.0}
+        times = [cost[v] for v in variants]
+        ratio = sum(times) / (2.0 * count) * float(rng.normal(1.0, 0.01))
+        return Build(
+            role=role, base=base, variants=tuple(variants), ratio=ratio, low=ratio * 0.98, high=ratio * 1.03, unstable=False,
+            samples_ns=np.array([1, 2]), reference_ns=np.array([1, 2]),
+            executed=tuple(v.removeprefix("dense.") for v in variants),
+            nodes=tuple(
+                NodeRow(u.name, "conv", "unit", (u.name,), "", t) for u, t in zip(net.units, times, strict=True)
+            ),
+        )  # fmt: skip
+
+    def mixed() -> list[str]:
+        return [str(v) for v in rng.choice(["dense.bf16", "dense.int8"], count)]
+
+    made = [
+        build("reference", ["dense.bf16"] * count),
+        build("dense", ["dense.fp32"] * count, "fp32"),
+        build("uniform", ["dense.int8"] * count),
+        *(build("heldout" if i in (3, 4) else "design", mixed()) for i in range(builds)),
+    ]
+    wrong = build("design", ["dense.int8"] * count)
+    made.append(Build(**{**vars(wrong), "executed": ("bf16",) * count}))
+    return LatencyTable(Header(net, DEVICE, "simulated", {}, OPTIONS, reference_ns=2e6), tuple(made))
+
+
+def losses(net: Network) -> SensitivityTable:
+    row = {"dense.fp32": 0.0, "dense.bf16": 1e-6, "dense.int8": 3e-4}
+    return SensitivityTable(net, {u.name: dict(row) for u in net.units}, 8, "kl", False)
+
+
+def allocation(net: Network, variants: list[str]) -> Any:
+    return SimpleNamespace(
+        variants=dict(zip((u.name for u in net.units), variants, strict=True)),
+        predicted={"latency_ns": 1.5e6, "sigma_ns": 2e4, "size_bytes": 1_400_000, "loss": 2e-4, "macs": 1},
+        dense={"latency_ns": 4e6, "size_bytes": 5_000_000},
+        budgets=[{"text": "latency=40%", "column": "latency", "limit": 1_600_000}],
+        network_name=net.name, device=DEVICE, backend="simulated", options=OPTIONS,
+    )  # fmt: skip
+
+
+def texts(figure: Figure) -> str:
+    figure.draw_without_rendering()
+    return "\n".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
+
+
+def drawn(figure: Figure, label: str) -> int:
+    """Points of the errorbars whose legend entry begins with `label`."""
+    found = [c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer)]
+    return sum(len(c[0].get_xdata()) for c in found if str(c.get_label()).startswith(label))
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- a front
+
+
+def row(cost: float, loss: float, quantized: int, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "cost": cost, "sigma": 0.02, "loss": loss, "budget": cost, "dominated": False, "infeasible": False,
+        "precisions": ("int8",) * quantized + ("bf16",) * (10 - quantized),
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def front(rows: list[Any], measured: list[dict[str, Any]] | None = None, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "over": "latency", "rows": rows, "measured": measured or [], "dense": {"latency": 3e6, "size": 5.2e6},
+        "network": "a network", "header": {"backend": "simulated", "device": "A chip", "options": OPTIONS},
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def curve(count: int) -> list[Any]:
+    return [row(0.4 + i / count, 1e-3 * 0.01 ** (i / count), 10 - 10 * i // count) for i in range(count)]
+
+
+def infeasible(budget: float) -> Any:
+    return row(float("nan"), float("nan"), 0, budget=budget, infeasible=True, precisions=())
+
+
+MEASURED = [
+    {
+        "label": "deployed",
+        "latency_ms": 0.6,
+        "low_ms": 0.58,
+        "high_ms": 0.63,
+        "size_bytes": 2_000_000,
+        "loss": 2e-4,
+    },
+    {
+        "label": "uniform",
+        "latency_ms": 0.9,
+        "low_ms": 0.88,
+        "high_ms": 0.93,
+        "size_bytes": 4_000_000,
+        "loss": 2e-5,
+    },
+]
+
+
+def clouds(figure: Figure) -> dict[str, int]:
+    found = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+    return {str(c.get_label()): len(c.get_offsets()) for c in found}
+
+
+def crosses(figure: Figure) -> list[float]:
+    return [x for line in figure.axes[0].lines if line.get_marker() == "x" for x in line.get_xdata()]
+
+
+def test_a_front_shows_all_its_rows(tmp_path: Path) -> None:
+    rows = [*curve(8), row(0.9, 9e-4, 5, dominated=True), row(1.0, 9e-4, 5, dominated=True), infeasible(0.3)]
+    figure = plot_front(front(rows, MEASURED), tmp_path / "f.png")
+    assert is_png(tmp_path / "f.png")
+    assert clouds(figure) == {"front": 8, "dominated": 2}
+    assert crosses(figure) == [0.3]
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [float(d.get_xdata()[0]) for d in diamonds] == [0.6, 0.9]
+    said = texts(figure)
+    for words in (
+        "a network",
+        "simulated",
+        "2 threads",
+        "A chip",
+        "deployed",
+        "uniform",
+        "3 ms, beyond the right",
+    ):
+        assert words in said
+    assert figure.axes[0].get_xlabel() == "latency (ms)"
+    assert "per sample, log scale" in figure.axes[0].get_ylabel()
+    assert figure.axes[1].get_ylabel() == "share of units in int8 (%)"
+
+
+def test_a_front_over_size_is_in_megabytes_and_needs_no_sigma() -> None:
+    figure = plot_front(front([row(0.3 + i, 1e-4, i, sigma=0.0) for i in range(4)], MEASURED, over="size"))
+    assert figure.axes[0].get_xlabel() == "size (MB)"
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [float(d.get_xdata()[0]) for d in diamonds] == [2.0, 4.0]
+    assert "dense fp32: 5.2 MB" in texts(figure)
+
+
+def test_dense_is_a_line_where_it_is_near() -> None:
+    figure = plot_front(front(curve(5), dense={"latency": 1.3e6}))
+    assert any(list(line.get_xdata()) == [1.3, 1.3] for line in figure.axes[0].lines)
+    assert "beyond" not in texts(figure)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        curve(300),
+        curve(1),
+        [row(0.4, 0.0, 10), row(0.6, 0.0, 5)],
+        [row(0.4, 1e-3, 10), row(0.6, 1e-5, 5), row(0.9, 0.0, 0)],
+        [infeasible(0.1), infeasible(0.2)],
+    ],
+    ids=["long", "one point", "no loss", "a loss of zero", "nothing feasible"],
+)
+def test_fronts_of_any_shape_are_drawn_inside_the_axes(rows: list[Any]) -> None:
+    figure = plot_front(front(rows))
+    feasible = [r for r in rows if not r.infeasible]
+    assert clouds(figure).get("front", 0) == len(feasible)
+    assert len(crosses(figure)) == len(rows) - len(feasible)
+    low, high = figure.axes[0].get_ylim()
+    assert all(low <= r.loss <= high for r in feasible)
+    figure.draw_without_rendering()
+    frame = figure.bbox
+    for axes in figure.axes:
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            box = text.get_window_extent()
+            assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
+            assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
+
+
+def test_the_legend_of_a_front_covers_no_data() -> None:
+    figure = plot_front(front([*curve(8), infeasible(0.3)], MEASURED))
+    figure.draw_without_rendering()
+    assert not figure.legends[0].get_window_extent().overlaps(figure.axes[0].get_window_extent())
+
+
+# ---------------------------------------------------------------- predicted against measured
+
+
+def test_predictions_draw_each_build_of_the_base_once(tmp_path: Path) -> None:
+    data = table()
+    figure = plot_predictions(data, tmp_path / "p.png")
+    assert is_png(tmp_path / "p.png")
+    assert drawn(figure, "build of the fit") == 2 + 3  # the dense build has another base
+    assert drawn(figure, "held-out build") == 2
+    assert drawn(figure, "a unit ran in another precision") == 1
+    said = texts(figure)
+    assert "median error" in said
+    assert "2 held-out builds" in said
+    assert "noise floor" in said
+    for label in (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()):
+        assert "(ms" in label
+    low, high = figure.axes[0].get_xlim()
+    assert (low, high) == figure.axes[0].get_ylim()
+    for build in data.builds:
+        if build.base == "bf16":
+            assert low < build.low * 2 < build.high * 2 < high
+
+
+def test_predictions_take_a_model_as_well_as_a_table() -> None:
+    assert drawn(plot_predictions(fit(table())), "build of the fit") == 5
+
+
+def test_predictions_without_held_out_builds_say_on_what_the_error_is() -> None:
+    data = table()
+    kept = tuple(b for b in data.builds if b.role != "heldout")
+    assert "fitted builds" in texts(plot_predictions(LatencyTable(data.header, kept)))
+
+
+def test_predictions_of_a_table_without_whole_networks_are_an_error() -> None:
+    data = table()
+    alone = [("", "", "dense.int8", "", "", "")]
+    builds = tuple(
+        Build(**{**vars(data.builds[0]), "role": "isolated", "variants": v, "nodes": ()}) for v in alone
+    )
+    with pytest.raises(InvalidInput, match="no whole-network build"):
+        plot_predictions(LatencyTable(data.with_header(mode="isolated").header, builds))
+
+
+# ---------------------------------------------------------------- one allocation
+
+
+@pytest.mark.parametrize("count", [1, 14, 60])
+def test_an_allocation_is_one_bar_a_unit_with_the_other_variants_as_outlines(
+    count: int, tmp_path: Path
+) -> None:
+    data = table(count)
+    variants = ["dense.int8" if i % 4 else "dense.bf16" for i in range(count)]
+    chosen = allocation(data.network, variants)
+    figure = plot_allocation(chosen, data, losses(data.network), path=tmp_path / "a.png")
+    assert is_png(tmp_path / "a.png")
+    bars = [b for c in figure.axes[1].containers if isinstance(c, BarContainer) for b in c]
+    assert sum(b.get_fill() for b in bars) == count
+    assert sum(not b.get_fill() for b in bars) == sum(len(v) - 1 for v in data.offered().values())
+    dots = [line for line in figure.axes[2].lines if line.get_marker() == "o"]
+    assert len(dots) == sum(len(v) for v in data.offered().values())
+    crossed = {
+        (e.src, e.dst)
+        for e in data.network.edges
+        if (chosen.variants[e.src] == "dense.int8") != (chosen.variants[e.dst] == "dense.int8")
+    }
+    assert sum(isinstance(p, PathPatch) for p in figure.axes[0].patches) == len(crossed)
+    assert f"int8 meets another precision ({len(crossed)})" in texts(figure)
+    assert "(ms)" in figure.axes[1].get_xlabel()
+    assert "per sample" in figure.axes[2].get_xlabel()
+
+
+def test_rows_of_an_allocation_do_not_overlap() -> None:
+    data = table(60)
+    figure = plot_allocation(allocation(data.network, ["dense.int8"] * 60), data)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == 60
+    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
+    assert min(b.x0 for b in boxes) >= 0
+
+
+def test_an_allocation_can_be_drawn_without_table_or_losses() -> None:
+    net = network(5)
+    figure = plot_allocation(allocation(net, ["dense.int8"] * 2 + ["dense.fp16"] * 3))
+    assert len(figure.axes) == 2
+    assert "fp16 (3 units)" in texts(figure)
+    assert "meets another precision (1)" in texts(figure)
+
+
+def test_the_dense_allocation_takes_its_times_from_the_dense_build() -> None:
+    data = table(6)
+    figure = plot_allocation(allocation(data.network, ["dense.fp32"] * 6), data, losses(data.network))
+    bars = [b for c in figure.axes[1].containers if isinstance(c, BarContainer) for b in c if b.get_fill()]
+    assert sum(b.get_width() for b in bars) == pytest.approx(data.dense_ns / 1e6)
+    assert "linear near 0" in figure.axes[2].get_xlabel()
+
+
+def test_an_allocation_of_another_network_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="another network"):
+        plot_allocation(allocation(network(4), ["dense.int8"] * 4), table(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "short"),
+    [("conv1", 10, "conv1"), ("stages.0.conv1", 9, "stag…onv1"), ("abcdef", 4, "a…ef")],
+)
+def test_names_lose_their_middle(name: str, length: int, short: str) -> None:
+    assert shorten(name, length) == short
+    assert len(shorten(name, length)) <= length
+
+
+def test_nothing_is_left_in_pyplot() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figure = plot_predictions(table())
+    assert plt.get_fignums() == before
+    assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]

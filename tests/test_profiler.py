@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from simulation import OFFERED, chain
+
+from hwsearch import device as devices
+from hwsearch.backends.base import BuildOptions, NodeTime
+from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
+from hwsearch.latency import fit
+from hwsearch.lower import Lowering
+from hwsearch.measure import Protocol
+from hwsearch.network import Network, Unit
+from hwsearch.profiler import Regime, attribute, cover, executed_precisions, profile, random_allocation
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.testing.contract import small_network
+from hwsearch.variants import Variant, uniform
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+FAST = Protocol(width=0.05, block_ns=1, warmup_ns=1, limit_s=0.5)
+DESIGN = 6
+
+
+@cache
+def lowering() -> Lowering:
+    return small_network("residual")
+
+
+def law() -> LatencyLaw:
+    return LatencyLaw.random(lowering().network)
+
+
+def regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
+    return Regime(lowering(), backend or SimulatedBackend(law(), **options), BuildOptions(1, "fp32"))
+
+
+def run(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(at, out, **{"builds": DESIGN, "protocol": FAST, **options})
+
+
+def test_every_build_is_measured_and_on_disk(tmp_path: Path) -> None:
+    table = run(regime(noise=0.01), tmp_path / "t.parquet")
+    assert [b.role for b in table.builds[:3]] == ["reference", "dense", "uniform"]
+    assert len(table.builds) == 3 + DESIGN
+    assert sum(b.role == "heldout" for b in table.builds) == 1
+    loaded = LatencyTable.load(tmp_path / "t.parquet")
+    assert loaded.header == table.header
+    assert [b.key for b in loaded.builds] == [b.key for b in table.builds]
+    for build in table.builds:
+        precisions = {u.name: Variant.parse(v).precision for u, v in zip(table.network.units, build.variants, strict=True)}
+        assert table.time_ns(build) == pytest.approx(law().time_ns(precisions), rel=0.05)
+        assert build.executed == tuple(precisions.values())
+        assert build.as_asked()
+        assert len(build.samples_ns)
+    assert table.header.graph_bytes > 0
+    assert table.header.dense_file_bytes > 0
+
+
+def test_the_end_to_end_ratio_survives_drift() -> None:
+    table = run(regime(drift=lambda s: 1.0 + 0.4 * np.sin(20 * s)), None)
+    dense, uniform_build = table.find("dense"), table.find("uniform")
+    exact = law()
+    int8 = exact.time_ns(dict.fromkeys(exact.units, "int8")) / exact.time_ns(dict.fromkeys(exact.units, "fp32"))
+    assert uniform_build.ratio / dense.ratio == pytest.approx(int8, rel=0.02)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4, 7])
+def test_a_profile_that_dies_loses_at_most_one_build_and_resumes(tmp_path: Path, number: int) -> None:
+    out = tmp_path / "t.parquet"
+    backend = SimulatedBackend(law(), noise=0.01, failing=(number,))
+    with pytest.raises(BackendUnavailable):
+        run(regime(backend), out)
+    # The reference engine is built first, and belongs to no row.
+    kept = LatencyTable.load(out).builds if out.exists() else ()
+    assert len(kept) == max(0, number - 1)
+    table = run(regime(backend), out)
+    assert len(table.builds) == 3 + DESIGN
+    for old, new in zip(kept, table.builds, strict=False):
+        assert old.key == new.key
+        assert np.array_equal(old.samples_ns, new.samples_ns)
+    assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
+    built = backend.builds
+    assert len(run(regime(backend), out).builds) == 3 + DESIGN
+    assert backend.builds == built, "a finished profile was measured again"
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_profiler as t
+
+class Dies(t.SimulatedBackend):
+    def build(self, onnx, options):
+        if self.builds == 5:
+            os.kill(os.getpid(), 9)
+        return super().build(onnx, options)
+
+t.run(t.regime(Dies(t.law(), noise=0.01)), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_killed_profile_loses_at_most_one_build(tmp_path: Path) -> None:
+    out, here = tmp_path / "t.parquet", Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(here)], env=environment, check=False)
+    assert done.returncode == -9
+    assert len(LatencyTable.load(out).builds) == 4
+    assert len(run(regime(noise=0.01), out).builds) == 3 + DESIGN  # and the dead process's lock is free
+
+
+def test_one_profile_at_a_time(tmp_path: Path) -> None:
+    with devices.lock(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
+        run(regime(), tmp_path / "t.parquet")
+    assert not (tmp_path / "t.parquet").exists()
+    run(regime(), tmp_path / "t.parquet", builds=1)
+
+
+def test_a_unit_that_does_not_run_as_asked_is_recorded_and_never_offered(tmp_path: Path) -> None:
+    table = run(regime(refused=("conv1",)), tmp_path / "t.parquet")
+    assert table.header.unsupported == {"conv1": {"dense.int8": "executed in fp32"}}
+    assert table.offered()["conv1"] == ("dense.fp32",)
+    assert table.offered()["conv2"] == ("dense.fp32", "dense.int8")
+    position = [u.name for u in table.network.units].index("conv1")
+    assert {b.variants[position] for b in table.builds if b.role in ("design", "heldout")} == {"dense.fp32"}
+    assert not table.find("uniform").as_asked()
+
+
+def test_a_backend_without_int8_has_nothing_to_choose(tmp_path: Path) -> None:
+    table = run(regime(int8=False), tmp_path / "t.parquet")
+    assert [b.role for b in table.builds] == ["reference", "dense"]
+    assert set(table.offered().values()) == {("dense.fp32",)}
+
+
+def test_the_time_limit_ends_the_design_and_keeps_the_anchors(tmp_path: Path) -> None:
+    backend = SimulatedBackend(law(), build_ns=1_000_000_000)
+    table = run(regime(backend), tmp_path / "t.parquet", time_limit_s=5.5)
+    assert 3 <= len(table.builds) < 3 + DESIGN
+    more = run(regime(backend), tmp_path / "t.parquet", time_limit_s=100.0)
+    assert len(more.builds) == 3 + DESIGN
+
+
+@pytest.mark.parametrize(("options", "message"), [({"time_limit_s": 0}, "time limit"), ({"mode": "guess"}, "unknown mode")])
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        run(regime(), None, **options)
+
+
+def test_isolated_mode_times_each_distinct_layer(tmp_path: Path) -> None:
+    table = run(regime(), tmp_path / "t.parquet", mode="isolated")
+    alone = [b for b in table.builds if b.role == "isolated"]
+    distinct = {u.signature for u in table.network.units}
+    assert len(alone) == 2 * len(distinct)
+    for build in alone:
+        [(unit, variant)] = [(u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v]
+        exact = law().units[unit.name][Variant.parse(variant).precision]
+        assert table.time_ns(build) == pytest.approx(exact, rel=0.02)
+    assert table.offered() == {u.name: ("dense.fp32", "dense.int8") for u in table.network.units}
+    assert len(run(regime(), tmp_path / "t.parquet", mode="isolated").builds) == len(table.builds)
+    assert LatencyTable.load(tmp_path / "t.parquet").header.mode == "isolated"
+
+
+def test_isolated_mode_resumes_after_its_time_limit(tmp_path: Path) -> None:
+    backend = SimulatedBackend(law(), build_ns=1_000_000_000)
+    with pytest.raises(InvalidInput, match="run again"):
+        run(regime(backend), tmp_path / "t.parquet", mode="isolated", time_limit_s=5.5)
+    kept = len(LatencyTable.load(tmp_path / "t.parquet").builds)
+    assert kept > 3
+    assert len(run(regime(backend), tmp_path / "t.parquet", mode="isolated").builds) > kept
+
+
+def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
+    return lambda table: table.with_header(**changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.with_header(device={**t.header.device, "id": "0", "chip": "Other"}), "another device"),
+        (lambda t: t.with_header(network=replace(t.network, input_shapes=((2, 3, 32, 32),))), "another network"),
+        (_header(backend="openvino"), "another backend"),
+        (_header(options={"threads": 4, "base": "fp32", "batch": 1}), "another threads"),
+        (_header(versions={"simulated": "2"}), "measured with"),
+        (_header(mode="isolated"), "mode isolated"),
+    ],
+)
+def test_a_table_of_something_else_is_refused_and_kept(
+    tmp_path: Path, change: Callable[[LatencyTable], LatencyTable], message: str
+) -> None:
+    out = tmp_path / "t.parquet"
+    change(run(regime(), None, builds=1)).save(out)
+    before = out.read_bytes()
+    with pytest.raises(IncompatibleTables, match=message):
+        run(regime(), out)
+    assert out.read_bytes() == before
+
+
+def test_a_network_with_fewer_allocations_than_builds_ends() -> None:
+    network = lowering().network
+    table = run(regime(refused=tuple(u.name for u in network.units[1:])), None)
+    assert len(table.builds) == 3 + DESIGN
+    assert {b.role for b in table.builds[3:]} == {"design"}
+
+
+# ---------------------------------------------------------------- design
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) -> None:
+    network = chain(20)
+    offered = {u.name: OFFERED for u in network.units} | {"layer5.conv": (Variant("fp32"),)}
+    rng = np.random.default_rng(seed)
+    done: list[dict[str, Variant]] = []
+    for _ in range(16):
+        done.append(cover(network, offered, done, rng))
+    for unit, variants in offered.items():
+        assert {a[unit] for a in done} == set(variants)
+    for edge in network.edges:
+        wanted = {(a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])}
+        assert {(a[edge.src].quantized, a[edge.dst].quantized) for a in done} == wanted
+
+
+def test_random_allocations_keep_to_what_is_offered() -> None:
+    network = chain(10)
+    offered = {u.name: OFFERED[i % 2 :] for i, u in enumerate(network.units)}
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert all(v in offered[u] for u, v in random_allocation(network, offered, rng).items())
+
+
+# ---------------------------------------------------------------- attribution
+
+
+def _node(name: str, op: str, *sources: str, precision: str = "fp32", time_ns: float = 1.0) -> NodeTime:
+    return NodeTime(name, op, sources, precision, time_ns)
+
+
+def test_attribution() -> None:
+    shape = (1, 8, 4, 4)
+    network = Network(tuple(Unit(n, "conv2d", (shape,), shape) for n in ("conv1", "layer1.conv1", "layer1.conv2")))
+    nodes = [
+        _node("a", "Convolution", "conv1|0|Conv", "~conv1|0|Relu"),
+        _node("b", "Convolution", "layer1.conv1|0|Conv", "layer1.conv2|0|Conv", precision="int8"),
+        _node("c", "FakeQuantize", "layer1.conv1|0|QuantizeLinear.in.x"),
+        _node("d", "Pooling", "~conv1|0|MaxPool"),
+        _node("x_layer1.conv1|0|Conv_f32_layer1.conv2|0|Conv", "Reorder"),
+        _node("conv1|0|Conv_bf16_layer1.conv1|0|Conv", "Reorder"),
+        _node("e", "Softmax"),
+        _node("f", "Convolution", "tensor_of_conv2"),
+    ]
+    rows = attribute(nodes, network, {"tensor_of_conv2": "layer1.conv2|0|Conv"})
+    assert [(row.kind, row.units) for row in rows] == [
+        ("unit", ("conv1",)),
+        ("unit", ("layer1.conv1", "layer1.conv2")),
+        ("edge", ("layer1.conv1",)),
+        ("rest", ("conv1",)),
+        ("edge", ("layer1.conv2",)),
+        ("edge", ("layer1.conv1",)),
+        ("rest", ()),
+        ("unit", ("layer1.conv2",)),
+    ]
+    assert executed_precisions(rows, network) == ("fp32", "int8", "int8")
+    assert executed_precisions(rows[2:5], network) == ("", "", "")

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from simulation import DEVICE, chain, isolated_table, simulated_table
+
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.table import KEY, SCHEMA, LatencyTable
+from hwsearch.testing import LatencyLaw
+
+NETWORK = chain(5)
+LAW = LatencyLaw.random(NETWORK)
+
+
+@pytest.fixture
+def table() -> LatencyTable:
+    return simulated_table(NETWORK, LAW, design=4, heldout=1, noise=0.02)
+
+
+@pytest.fixture
+def saved(table: LatencyTable, tmp_path: Path) -> Path:
+    table.save(tmp_path / "table.parquet")
+    return tmp_path / "table.parquet"
+
+
+def test_round_trip(table: LatencyTable, saved: Path) -> None:
+    loaded = LatencyTable.load(saved)
+    assert loaded.header == table.header
+    assert loaded.network.fingerprint == NETWORK.fingerprint
+    assert len(loaded.builds) == len(table.builds)
+    for a, b in zip(loaded.builds, table.builds, strict=True):
+        assert np.array_equal(a.samples_ns, b.samples_ns)
+        assert np.array_equal(a.reference_ns, b.reference_ns)
+        assert a.samples_ns.dtype == np.int64
+        empty = np.zeros(0, np.int64)
+        assert repr(replace(a, samples_ns=empty, reference_ns=empty)) == repr(replace(b, samples_ns=empty, reference_ns=empty))
+        assert a.nodes == b.nodes
+        assert a.source == "measured"
+
+
+def test_saving_twice_gives_the_same_bytes(table: LatencyTable, saved: Path, tmp_path: Path) -> None:
+    LatencyTable.load(saved).save(tmp_path / "again.parquet")
+    assert (tmp_path / "again.parquet").read_bytes() == saved.read_bytes()
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="does not exist"):
+        LatencyTable.load(tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -1])
+def test_truncated_file(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(InvalidInput, match="truncated"):
+        LatencyTable.load(saved)
+
+
+def test_foreign_files(saved: Path) -> None:
+    saved.write_bytes(b"\x80\x04 no parquet at all" * 50)
+    with pytest.raises(InvalidInput, match="not a readable Parquet"):
+        LatencyTable.load(saved)
+    pq.write_table(pa.table({"a": [1, 2]}), saved)
+    with pytest.raises(InvalidInput, match="not a latency table"):
+        LatencyTable.load(saved)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table] = lambda t: t) -> None:
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[KEY])
+    change(header)
+    pq.write_table(rows(table).replace_schema_metadata({KEY: json.dumps(header).encode()}), path)
+
+
+def test_another_kind_of_file_of_ours(saved: Path) -> None:
+    _rewrite(saved, lambda h: h.update(kind="sensitivity_table"))
+    with pytest.raises(InvalidInput, match="found: sensitivity_table"):
+        LatencyTable.load(saved)
+
+
+def test_another_schema(saved: Path) -> None:
+    _rewrite(saved, lambda h: h.update(schema=SCHEMA + 1))
+    with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA}"):
+        LatencyTable.load(saved)
+
+
+@pytest.mark.parametrize("key", ["network", "device", "backend", "options"])
+def test_a_header_without_a_field_is_damage(saved: Path, key: str) -> None:
+    _rewrite(saved, lambda h: h.pop(key))
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(saved)
+
+
+def _column(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index(name)
+        return table.set_column(index, table.schema.field(name), pa.array([value] * len(table), table.schema.field(name).type))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source", "estimated"), ("ratio", float("nan")), ("ratio", -1.0), ("ratio", 0.0), ("variants", ["dense.int8"]),
+        ("variants", None), ("samples_ns", None), ("nodes", None), ("executed", None), ("executed", ["fp32"]),
+        ("ratio", None), ("variants", ["dense.fp7"] * 5), ("source", None), ("role", None),
+    ],
+)  # fmt: skip
+def test_damaged_rows(saved: Path, name: str, value: Any) -> None:
+    _rewrite(saved, lambda h: None, _column(name, value))
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(saved)
+
+
+def test_a_lost_column_is_damage(saved: Path) -> None:
+    _rewrite(saved, lambda h: None, lambda t: t.drop_columns(["ratio"]))
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(saved)
+
+
+_WRITER = """
+import os, sys
+from hwsearch.table import LatencyTable
+table = LatencyTable.load(sys.argv[1])
+replace = os.replace
+os.replace = lambda *a: os.kill(os.getpid(), 9)   # everything is written, nothing is in place
+os.fsync = (lambda f: os.kill(os.getpid(), 9)) if sys.argv[2] == "fsync" else os.fsync
+LatencyTable(table.header, table.builds[:1]).save(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+def test_a_killed_writer_leaves_the_old_file(saved: Path, when: str) -> None:
+    before = saved.read_bytes()
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", _WRITER, str(saved), when], env=environment, check=False)
+    assert done.returncode == -9
+    assert saved.read_bytes() == before
+
+
+def test_require_names_what_differs(table: LatencyTable) -> None:
+    table.require(device=DEVICE, network=NETWORK, backend="simulated", options={"threads": 1, "base": "fp32"})
+    table.require()
+    with pytest.raises(IncompatibleTables, match=r"another device: table=Simulated CPU \(0123456789ab\), current=Other \(ff\)"):
+        table.require(device={"id": "ff", "chip": "Other"})
+    other = chain(6)
+    with pytest.raises(IncompatibleTables, match=f"another network: .*{NETWORK.fingerprint}.*{other.fingerprint}"):
+        table.require(network=other)
+    with pytest.raises(IncompatibleTables, match="another backend: table=simulated, current=openvino"):
+        table.require(backend="openvino")
+    with pytest.raises(IncompatibleTables, match="another threads: table=1, current=2"):
+        table.require(options={"threads": 2})
+    with pytest.raises(IncompatibleTables, match="another batch: table=1, current=8"):
+        table.require(options={"batch": 8})
+
+
+def test_the_same_structure_under_another_name_and_other_weights_is_accepted(table: LatencyTable) -> None:
+    table.require(network=replace(NETWORK, name="other", weights_digest="0"))
+
+
+def test_find_says_that_the_profile_was_interrupted(table: LatencyTable) -> None:
+    assert table.find("uniform").variants == ("dense.int8",) * 5
+    with pytest.raises(InvalidInput, match="no dense build.*run `hwsearch profile` again"):
+        LatencyTable(table.header).find("dense")
+
+
+def test_offered_is_what_was_measured_and_ran_as_asked(table: LatencyTable) -> None:
+    assert table.offered() == {u.name: ("dense.fp32", "dense.int8") for u in NETWORK.units}
+    refused = table.with_header(unsupported={"layer1.conv": {"dense.int8": "executed in fp32"}})
+    assert refused.offered()["layer1.conv"] == ("dense.fp32",)
+    only = LatencyTable(table.header, table.builds[:1])
+    assert set(only.offered().values()) == {("dense.fp32",)}
+    for offered in isolated_table(NETWORK, LAW).offered().values():
+        assert "" not in offered
+
+
+def test_frame_has_a_row_for_each_build(table: LatencyTable) -> None:
+    assert len(table.to_frame()) == len(table.builds)
+    assert len(LatencyTable(table.header).to_frame()) == 0
+    assert "chain on Simulated CPU" in repr(table)
