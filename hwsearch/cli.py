@@ -9,7 +9,6 @@ import json
 import re
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -20,6 +19,7 @@ from typer.core import TyperGroup
 from hwsearch.errors import BudgetMissed, HwsearchError, InvalidInput
 
 if TYPE_CHECKING:
+    from hwsearch.allocate.front import Front
     from hwsearch.allocation import Allocation
     from hwsearch.report import Report
 
@@ -152,9 +152,9 @@ def seconds(duration: str) -> float:
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        import hwsearch as hs
 
-        print(f"hwsearch {version('hwsearch')}")
+        print(f"hwsearch {hs.__version__}")
         raise typer.Exit
 
 
@@ -386,8 +386,6 @@ def run(
 
 # ---------------------------------------------------------------- output
 
-_FRONT_UNITS = {"latency": "ms", "size": "MB"}
-
 
 def _artifacts(folder: Path) -> dict[str, Path]:
     files = {
@@ -407,12 +405,11 @@ def _show_allocation(allocation: Allocation, as_json: bool) -> None:
         return
     predicted, dense = allocation.predicted, allocation.dense
     latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
-    counts = sorted(Counter(allocation.variants.values()).items())
     rows = [
         ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
         ("size", _bytes(predicted["size_bytes"]), _bytes(dense["size_bytes"])),
         ("loss", f"{predicted['loss']:.3g}", "0"),
-        ("variants", ", ".join(f"{count} {variant}" for variant, count in counts), ""),
+        ("variants", ", ".join(f"{count} {variant}" for variant, count in allocation.counts().items()), ""),
         ("budgets", ", ".join(str(budget["text"]) for budget in allocation.budgets), ""),
         ("solver", f"{allocation.solver['status']}, gap {allocation.solver['gap']:.2g}", ""),
     ]
@@ -421,23 +418,38 @@ def _show_allocation(allocation: Allocation, as_json: bool) -> None:
 
 def _show_front(front: Front, as_json: bool) -> None:
     if as_json:
-        fields = ("cost", "sigma", "loss", "budget", "dominated", "infeasible")
-        rows = [{field: getattr(row, field) for field in fields} for row in front.rows]
-        _print_json({"over": front.over, "unit": _FRONT_UNITS[front.over], "points": rows})
-        return
-    unit = _FRONT_UNITS[front.over]
-    lines = [
-        (f"{row.budget:.4g}", "-", "-", "infeasible")
-        if row.infeasible
-        else (
-            f"{row.budget:.4g}",
-            f"{row.cost:.4g}" + (f" ± {row.sigma:.2g}" if row.sigma else ""),
-            f"{row.loss:.3g}",
-            "dominated" if row.dominated else "",
+        fields = (
+            "label",
+            "budget",
+            "latency_ns",
+            "sigma_ns",
+            "size_bytes",
+            "loss",
+            "dominated",
+            "infeasible",
+            "gap",
         )
-        for row in front.rows
-    ]
-    _print_table((f"budget, {unit}", f"{front.over}, {unit}", "loss", ""), lines)
+        points = [{field: _finite(getattr(point, field)) for field in fields} for point in front.points]
+        _print_json({"over": front.over, "points": points})
+        return
+    rows = []
+    for point in front.points:
+        latency, sigma = f"{point.latency_ns / 1e6:.4g}", f" ± {point.sigma_ns / 1e6:.2g}"
+        costs = (
+            latency + sigma * (point.sigma_ns > 0) + " ms",
+            _bytes(point.size_bytes),
+            f"{point.loss:.3g}",
+        )
+        if point.infeasible:
+            costs = ("-", "-", "-")
+        budget = f"{point.budget / 1e6:.4g} ms" if front.over == "latency" else _bytes(point.budget)
+        note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
+        rows.append((point.label if point.measured else budget, *costs, note))
+    _print_table((f"{front.over} budget", "latency", "size", "loss", ""), rows)
+
+
+def _finite(value: Any) -> Any:
+    return None if value != value else value
 
 
 def _finish(report: Report, as_json: bool, folder: Path | None = None) -> None:
@@ -452,8 +464,9 @@ def _show_report(report: Report, as_json: bool, folder: Path | None = None) -> N
         _print_json(report.to_json())
         return
     print(report)
-    if folder is not None:
-        print("\n" + "\n".join(f"{what}: {path}" for what, path in _artifacts(folder).items()))
+    files = {} if folder is None else _artifacts(folder)
+    if files:
+        print("\n" + "\n".join(f"{what}: {path}" for what, path in files.items()))
 
 
 def _bytes(count: float) -> str:
@@ -464,7 +477,7 @@ def _bytes(count: float) -> str:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))
+    print(json.dumps(data, indent=2, allow_nan=False))
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

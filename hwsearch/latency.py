@@ -10,7 +10,7 @@ Bayesian linear regression: boundary terms are pooled over edges by tensor size 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from scipy.optimize import lsq_linear
 from scipy.stats import kendalltau
 
 from hwsearch.errors import InvalidInput
-from hwsearch.network import Network
+from hwsearch.network import Edge, Network
 from hwsearch.table import Build, LatencyTable
 from hwsearch.variants import Variant
 
@@ -30,8 +30,6 @@ Feature = tuple[Any, ...]
 PAIRS = ((False, True), (True, False), (True, True))
 """Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
 
-_POOL_SCALES = (0.003, 0.01, 0.03, 0.1)
-_UNIT_SCALES = (0.003, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,13 @@ class LatencyModel:
     """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
 
     def __init__(
-        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, floor: float
-    ) -> None:
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, floor: float,
+        inflate: float = 1.0,
+    ) -> None:  # fmt: skip
         self.table = table
         self._index = {f: i for i, f in enumerate(features)}
         self._mean, self._covariance = mean, covariance
-        self.inflate, self.floor_ns = 1.0, floor
+        self.inflate, self.floor_ns = inflate, floor
         self.network: Network = table.network
 
     def predict(self, variants: Mapping[str, Variant]) -> Prediction:
@@ -87,36 +86,34 @@ class LatencyModel:
             total = 0.0
             for edge in self.network.edges:
                 if (edge.src, edge.dst) == (src, dst):
-                    for feature, value in _edge_features(edge, pair):
+                    for feature, value in (*_edge_features(edge, pair, "src"), *_edge_features(edge, pair, "dst")):
                         if feature in self._index:
                             total += value * float(self._mean[self._index[feature]])
             totals[pair] = total
         return totals
 
 
-def _edge_key(edge: Any) -> tuple[Any, ...]:
-    return edge.name, edge.fused
-
-
-def _edge_features(edge: Any, pair: tuple[bool, bool]) -> list[tuple[Feature, float]]:
+def _edge_features(edge: Edge, pair: tuple[bool, bool], side: str) -> list[tuple[Feature, float]]:
+    """Terms of a boundary in the time of the unit at its `src` or `dst` side: pooled over edges, and its own."""
     if pair == (False, False):
         return []
-    kind = "fused" if edge.fused else "direct"
+    kind = (side, edge.fused, pair)
     return [
-        (("pool", kind, pair), 1.0),
-        (("pool bytes", kind, pair), edge.tensor_bytes / 1e5),
-        (("edge", *_edge_key(edge), pair), 1.0),
+        (("pool", *kind), 1.0),
+        (("pool bytes", *kind), edge.tensor_bytes / 1e5),
+        (("edge", edge.name, *kind), 1.0),
     ]
 
 
 def _all_features(network: Network, variants: Mapping[str, Variant]) -> dict[str, list[tuple[Feature, float]]]:
-    """For each unit the terms of its own time and of the edges into it; under "" the rest."""
+    """For each unit the terms of its own time and of the edges that it is on; under "" the rest."""
     features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
     for unit in network.units:
         features[unit.name] = [(("unit", unit.signature, str(variants[unit.name])), 1.0)]
     for edge in network.edges:
         pair = variants[edge.src].quantized, variants[edge.dst].quantized
-        features[edge.dst] += _edge_features(edge, pair)
+        features[edge.src] += _edge_features(edge, pair, "src")
+        features[edge.dst] += _edge_features(edge, pair, "dst")
     return features
 
 
@@ -152,27 +149,28 @@ def fit(table: LatencyTable, *, builds: Sequence[Build] | None = None, boundarie
         raise InvalidInput(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
-    folds = [builds[i::4] for i in range(4)] if len(builds) >= 8 else []
-    best: tuple[float, tuple[float, float], float] | None = None
-    grid = [(pool, own) for pool in _POOL_SCALES for own in _UNIT_SCALES] if boundaries else [(0.0, 0.0)]
-    for scales in grid:
+    equations = _Equations(table, builds, boundaries)
+    folds = min(5, len(builds) // 2)
+    part = np.arange(len(builds)) % folds
+    best: tuple[float, _Scales, float] | None = None
+    for scales in _SCALES if boundaries else _SCALES[:1]:
         errors, scores = [], []
-        for fold in folds:
-            model = _solve(table, [b for b in builds if not any(b is f for f in fold)], scales)
-            for build in fold:
-                try:
-                    predicted = model.predict(variants_of(table, build))
-                except InvalidInput:
-                    continue
-                errors.append((predicted.time_ns / table.time_ns(build) - 1.0) ** 2)
-                scores.append(((predicted.time_ns - table.time_ns(build)) / predicted.sigma_ns) ** 2)
-        loss = float(np.mean(errors)) if errors else 0.0
+        for fold in range(folds):
+            held = np.flatnonzero(part == fold)
+            mean, covariance = equations.solve(scales, np.flatnonzero(part != fold))
+            predicted = equations.totals[held] @ mean
+            variance = np.einsum("ij,jk,ik->i", equations.totals[held], covariance, equations.totals[held])
+            # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
+            off = predicted - equations.measured[held]
+            errors.append((off / equations.measured[held]) ** 2 / (1.0 + variance / (0.05 * equations.typical) ** 2))
+            scores.append(off**2 / (variance + equations.floor**2))
+        loss = float(np.mean(np.concatenate(errors)))
         if best is None or loss < best[0]:
-            best = loss, scales, float(np.sqrt(np.mean(scores))) if scores else 1.0
+            best = loss, scales, float(np.sqrt(np.mean(np.concatenate(scores))))
     assert best is not None
-    model = _solve(table, builds, best[1], bounded=True)
-    model.inflate = max(best[2], 0.3)
-    return model
+    _, scales, inflate = best
+    mean, covariance = equations.solve(scales, np.arange(len(builds)), bounded=True)
+    return LatencyModel(table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 0.3))
 
 
 def variants_of(table: LatencyTable, build: Build) -> dict[str, Variant]:
@@ -180,11 +178,13 @@ def variants_of(table: LatencyTable, build: Build) -> dict[str, Variant]:
     return {u.name: Variant.parse(v) for u, v in zip(table.network.units, build.variants, strict=True)}
 
 
-def _rows(table: LatencyTable, build: Build) -> list[_Row]:
-    """One equation for each unit (fused ones together), and one for the whole build."""
+def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
+    """One equation for the whole build, then one for each unit (fused ones together)."""
     reference = table.header.reference_ns
     total = build.ratio * reference
     features = _all_features(table.network, variants_of(table, build))
+    if not boundaries:
+        features = {name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()}
     everything = [f for group in features.values() for f in group]
     error = max((build.high - build.low) / 3.92 * reference, 0.002 * total)
     rows = [_Row(everything, total, error)]
@@ -223,36 +223,58 @@ def _fused_groups(build: Build) -> dict[str, str]:
     return {name: root(name) for node in build.nodes for name in node.units}
 
 
-def _solve(
-    table: LatencyTable, builds: Sequence[Build], scales: tuple[float, float], *, bounded: bool = False
-) -> LatencyModel:
-    """Posterior mean and covariance under priors scaled by (boundary, one edge's deviation from the pool).
+@dataclass(frozen=True)
+class _Scales:
+    """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
 
-    bounded: hold times of units and the rest at zero or above.
-    """
-    rows = [row for build in builds for row in _rows(table, build)]
-    if not scales[0]:
-        rows = [replace(r, features=[f for f in r.features if f[0][0] in ("unit", "rest")]) for r in rows]
-    features = list(dict.fromkeys(f for row in rows for f, _ in row.features))
-    index = {f: i for i, f in enumerate(features)}
-    design = np.zeros((len(rows), len(features)))
-    for i, row in enumerate(rows):
-        for feature, value in row.features:
-            design[i, index[feature]] += value
-    y = np.array([row.value for row in rows])
-    error = np.array([row.error for row in rows])
-    typical = float(np.mean([table.time_ns(b) for b in builds]))
-    pool, own = scales
-    deviation = {"unit": 3.0, "rest": 1.0, "pool": pool, "pool bytes": pool, "edge": own / np.sqrt(len(table.network.units))}
-    prior = typical * np.array([deviation[f[0]] for f in features])
-    a = np.vstack([design / error[:, None], np.diag(1.0 / prior)])
-    b = np.concatenate([y / error, np.zeros(len(features))])
-    covariance = np.linalg.inv(a.T @ a)
-    mean = covariance @ (a.T @ b)
-    if bounded and any(m < 0 for m, f in zip(mean, features, strict=True) if f[0] in ("unit", "rest")):
-        lower = np.array([0.0 if f[0] in ("unit", "rest") else -np.inf for f in features])
-        mean = lsq_linear(a, b, bounds=(lower, np.full(len(features), np.inf))).x
-    return LatencyModel(table, features, mean, covariance, 0.004 * typical)
+    pool: float
+    own: float
+
+
+_SCALES = [_Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
+
+
+class _Equations:
+    """All equations of some builds as one matrix, solved under different priors and on different builds."""
+
+    def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool) -> None:
+        rows = [(k, row) for k, build in enumerate(builds) for row in _rows(table, build, boundaries)]
+        self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
+        index = {f: i for i, f in enumerate(self.features)}
+        self.of_build = np.array([k for k, _ in rows])
+        design = np.zeros((len(rows), len(self.features)))
+        for i, (_, row) in enumerate(rows):
+            for feature, value in row.features:
+                design[i, index[feature]] += value
+        error = np.array([row.error for _, row in rows])
+        self.a = design / error[:, None]
+        self.b = np.array([row.value for _, row in rows]) / error
+        first = np.searchsorted(self.of_build, np.arange(len(builds)))
+        self.totals = design[first]
+        self.measured = np.array([rows[i][1].value for i in first])
+        self.typical = float(np.mean(self.measured))
+        self.floor = 0.004 * self.typical
+        self.units = len(table.network.units)
+
+    def solve(self, scales: _Scales, builds: NDArray[np.intp], *, bounded: bool = False) -> tuple[Floats, Floats]:
+        """Posterior mean and covariance on some of the builds.
+
+        bounded: hold times of units and the rest at zero or above.
+        """
+        deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
+                     "edge": scales.own / np.sqrt(self.units)}  # fmt: skip
+        prior = self.typical * np.array([deviation[f[0]] for f in self.features])
+        chosen = np.isin(self.of_build, builds)
+        a, b = self.a[chosen], self.b[chosen]
+        covariance = np.linalg.inv(a.T @ a + np.diag(prior**-2.0))
+        mean = covariance @ (a.T @ b)
+        physical = np.array([f[0] in ("unit", "rest") for f in self.features])
+        if bounded and (mean[physical] < 0).any():
+            lower = np.where(physical, 0.0, -np.inf)
+            stacked = np.vstack([a, np.diag(1.0 / prior)])
+            target = np.concatenate([b, np.zeros(len(prior))])
+            mean = lsq_linear(stacked, target, bounds=(lower, np.full(len(prior), np.inf))).x
+        return mean, covariance
 
 
 def isolated_sum(table: LatencyTable) -> LatencyModel:
@@ -268,7 +290,7 @@ def isolated_sum(table: LatencyTable) -> LatencyModel:
     calls = {u.signature: u.calls for u in table.network.units}
     mean = np.array([0.0, *(float(np.median(t)) * calls.get(key[0], 1) for key, t in times.items())])
     covariance = np.diag([0.0, *((0.1 * m) ** 2 for m in mean[1:])])
-    return LatencyModel(table, features, mean, covariance, 0.0)
+    return LatencyModel(table, features, mean, covariance, floor=0.0)
 
 
 # ---------------------------------------------------------------- report

@@ -37,7 +37,7 @@ DOMAIN = "hwsearch"
 def mark(x: torch.Tensor, role: str, unit: str, call: int, port: int) -> torch.Tensor:
     """A named identity that survives the ONNX exporter."""
     tag = json.dumps([role, unit, call, port])
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {"tag": tag}, dtype=x.dtype, shape=x.shape, version=1)  # type: ignore[no-any-return]
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {"tag": tag}, dtype=x.dtype, shape=x.shape, version=1)
 
 
 def export(traced: Traced) -> onnx.ModelProto:
@@ -186,6 +186,9 @@ class _Builder:
         self.renamed: dict[str, str] = {}
         self.initializers = {t.name: t for t in marked.graph.initializer}
         self.pending: dict[str, tuple[str, _Stored]] = {}
+        self.stored: set[str] = set()
+        self.names = {n.name for n in marked.graph.node}
+        self.first: dict[Any, str] = {}
         self.dequantized: dict[tuple[str, float], str] = {}
 
     def copy(self, node: onnx.NodeProto) -> None:
@@ -195,7 +198,8 @@ class _Builder:
         inputs = [self.renamed.get(name, name) for name in node.input]
         if node.op_type == "Transpose" and inputs[0] in self.pending:
             unit, stored = self.pending[inputs[0]]
-            self.pending[node.output[0]] = unit, stored.transposed(list(helper.get_node_attr_value(node, "perm")))
+            perm = list(helper.get_node_attr_value(node, "perm"))
+            self._pend((inputs[0], *perm), node.output[0], unit, stored.transposed(perm))
             return
         for i, name in enumerate(inputs):
             if name in self.pending:
@@ -208,26 +212,34 @@ class _Builder:
         self.renamed[node.output[0]] = source
 
     def weight(self, node: onnx.NodeProto, unit: str, stored: _Stored) -> None:
-        self.pending[node.output[0]] = unit, stored
+        self._pend((unit, stored.values.shape), node.output[0], unit, stored)
+
+    def _pend(self, what: Any, name: str, unit: str, stored: _Stored) -> None:
+        """A weight that is stored once something reads it; the calls of one unit read one constant."""
+        first = self.first.setdefault(what, name)
+        if first == name:
+            self.pending[name] = unit, stored
+        else:
+            self.renamed[name] = first
 
     def _store(self, name: str) -> None:
         """Emit the constant and its conversion to fp32 once, under `name`."""
-        if any(name in n.output for n in self.nodes[-64:]) or name in self.initializers:
+        if name in self.stored:
             return
+        self.stored.add(name)
         unit, stored = self.pending[name]
         if stored.precision == "fp32":
             self._constant(name, stored.values)
         elif stored.scales is None:
             kind = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[stored.precision]
             self.initializers[f"{name}/{stored.precision}"] = _half(f"{name}/{stored.precision}", stored.values, kind)
-            self._add("Cast", [f"{name}/{stored.precision}"], name, f"{unit}|0|Cast.weight", to=TensorProto.FLOAT)
+            self._add("Cast", [f"{name}/{stored.precision}"], name, self._unique(f"{unit}|0|Cast.weight"), to=TensorProto.FLOAT)
         else:
             values = self._constant(f"{name}/int8", stored.values)
             scale = self._constant(f"{name}/scale", stored.scales)
             zero = self._constant(f"{name}/zero", np.zeros(stored.scales.shape, np.int8))
-            self._add(
-                "DequantizeLinear", [values, scale, zero], name, f"{unit}|0|DequantizeLinear.weight", axis=stored.axis
-            )
+            own = self._unique(f"{unit}|0|DequantizeLinear.weight")
+            self._add("DequantizeLinear", [values, scale, zero], name, own, axis=stored.axis)
 
     def activation(self, node: onnx.NodeProto, unit: str, call: int, limit: float, *, own: bool) -> None:
         """Quantize and dequantize; two units which read one tensor on one scale share it.
@@ -238,14 +250,21 @@ class _Builder:
         source = self.renamed.get(node.input[0], node.input[0])
         if self.quantize_outputs or (source, limit) not in self.dequantized:
             role = "in" if own else "out"
-            base = f"{'' if own else '~'}{unit}|{call}"
+            base, port = f"{'' if own else '~'}{unit}|{call}", _tag(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(limit / 127.0, np.float32))
             zero = self._constant(f"{node.output[0]}/zero", np.asarray(0, np.int8))
             quantized, output = f"{node.output[0]}/int8", f"{node.output[0]}/dq"
-            self._add("QuantizeLinear", [source, scale, zero], quantized, f"{base}|QuantizeLinear.{role}.{node.name}")
-            self._add("DequantizeLinear", [quantized, scale, zero], output, f"{base}|DequantizeLinear.{role}.{node.name}")
+            self._add("QuantizeLinear", [source, scale, zero], quantized, self._unique(f"{base}|QuantizeLinear.{role}{port}"))
+            self._add("DequantizeLinear", [quantized, scale, zero], output, self._unique(f"{base}|DequantizeLinear.{role}{port}"))
             self.dequantized[source, limit] = output
         self.renamed[node.output[0]] = self.dequantized[source, limit]
+
+    def _unique(self, base: str) -> str:
+        name, count = base, 1
+        while name in self.names:
+            name, count = f"{base}.{count}", count + 1
+        self.names.add(name)
+        return name
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
         self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
@@ -256,8 +275,7 @@ class _Builder:
 
     def finish(self, metadata: dict[str, str]) -> onnx.ModelProto:
         old = self.marked.graph
-        for value in old.output:
-            self._name_output(value.name, {v.name for v in old.input})
+        self._name_outputs()
         used = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,
@@ -273,21 +291,24 @@ class _Builder:
         helper.set_model_props(model, metadata)
         return model
 
-    def _name_output(self, name: str, graph_inputs: set[str]) -> None:
-        """Give the tensor that a removed marker stood for the output's own name."""
-        source = self.renamed.get(name, name)
-        if source == name:
-            return
-        producers = [n for n in self.nodes if source in n.output]
-        if not producers or source in graph_inputs or any(source == v.name for v in self.marked.graph.output):
-            self._add("Identity", [source], name, f"~|0|Identity.{name}")
-            return
-        for node in self.nodes:
+    def _name_outputs(self) -> None:
+        """Give the tensors that removed markers stood for the outputs' own names."""
+        outputs = [v.name for v in self.marked.graph.output]
+        made = {output for n in self.nodes for output in n.output}
+        rename: dict[str, str] = {}
+        for name in outputs:
+            source = self.renamed.get(name, name)
+            if source == name:
+                continue
+            if source not in made or source in outputs or source in rename:
+                self._add("Identity", [source], name, self._unique(f"~|0|Identity.{name}"))
+            else:
+                rename[source] = name
+        for node in self.nodes if rename else ():
             for field in (node.input, node.output):
                 for i, tensor in enumerate(field):
-                    if tensor == source:
-                        field[i] = name
-        self.renamed = {k: (name if v == source else v) for k, v in self.renamed.items()}
+                    if tensor in rename:
+                        field[i] = rename[tensor]
 
 
 def isolate(marked: onnx.ModelProto, unit: Unit) -> onnx.ModelProto:
@@ -416,13 +437,17 @@ def with_batch(inputs: Inputs, batch: int | None) -> Inputs:
     return cast(Inputs, pytree.tree_map(resize, inputs))
 
 
+def _sorted(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    return call[0], dict(sorted(call[1].items()))
+
+
 def check_calibration(task: Task) -> None:
     """Raises InvalidInput where a calibration batch is not of the form of example_inputs."""
     if not task.calibration:
         raise InvalidInput("the task has no calibration batches; give at least one, of the form of example_inputs")
-    want, spec = pytree.tree_flatten(as_call(task.example_inputs))
+    want, spec = pytree.tree_flatten(_sorted(as_call(task.example_inputs)))
     for index, inputs in enumerate(task.calibration):
-        have, own = pytree.tree_flatten(as_call(inputs))
+        have, own = pytree.tree_flatten(_sorted(as_call(inputs)))
         if own != spec:
             raise InvalidInput(f"calibration batch {index} has another structure than example_inputs: {own} against {spec}")
         for a, b in zip(have, want, strict=True):

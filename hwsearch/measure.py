@@ -73,7 +73,7 @@ class Protocol:
 def paired(
     reference: Run,
     candidates: Mapping[str, Run],
-    protocol: Protocol = Protocol(),  # noqa: B008
+    protocol: Protocol = Protocol(),
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
     seed: int = 0,

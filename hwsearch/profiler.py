@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch import device as devices
-from hwsearch.backends.base import Array, Backend, BuildOptions, Engine, NodeTime
-from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
+from hwsearch.backends.base import Backend, BuildOptions, Engine, NodeTime
+from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.lower import Lowering, isolate, tensor_names, unit_of
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.network import Network
@@ -163,7 +163,7 @@ def random_allocation(
         for variant in choices:
             weights.setdefault(variant, float(rng.exponential()))
         if previous in choices and rng.random() < stickiness:
-            allocation[unit.name] = previous  # type: ignore[assignment]
+            allocation[unit.name] = previous
         else:
             p = np.array([weights[v] for v in choices]) + 1e-9
             allocation[unit.name] = choices[int(rng.choice(len(choices), p=p / p.sum()))]

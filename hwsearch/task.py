@@ -49,7 +49,9 @@ def load(spec: str) -> Task:
     """
     source, separator, name = spec.rpartition(":")
     if not separator or not source or not name:
-        raise InvalidInput(f"task {spec!r} is not understood; expected file.py:function, package.module:function or zoo:NAME")
+        raise InvalidInput(
+            f"task {spec!r} is not understood; expected file.py:function, package.module:function or zoo:NAME"
+        )
     if source == "zoo":
         from hwsearch import zoo
 
@@ -61,7 +63,7 @@ def load(spec: str) -> Task:
         task = function()
     except InvalidInput:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidInput(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
         raise InvalidInput(f"{spec} returned {type(task).__name__}; expected a hwsearch.Task")
@@ -80,24 +82,39 @@ def _module(source: str, spec: str) -> Any:
         path = Path(source).resolve()
         if not path.is_file():
             raise InvalidInput(f"task file {source} does not exist")
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None and found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        sys.path.insert(0, str(path.parent))
-        try:
-            found.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(path.parent))
-        return module
+        return _execute(path)
     except InvalidInput:
         raise
     except ModuleNotFoundError as error:
-        if error.name and source.startswith(error.name):
+        if error.name and not source.endswith(".py") and f"{source}.".startswith(f"{error.name}."):
             raise InvalidInput(f"there is no module {source!r} for task {spec!r}") from error
         raise InvalidInput(f"task {spec!r} imports {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidInput(f"task {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _execute(path: Path) -> Any:
+    """The module of a file, whose folder stays on the path: its functions may import siblings when they are called."""
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        name = f"hwsearch_task_{name}"  # a file named like a library must not replace it
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise InvalidInput(f"{path} cannot be loaded as a Python module")
+    module = importlib.util.module_from_spec(found)
+    folder, before = str(path.parent), sys.modules.get(name)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    return module
 
 
 def _check(task: Task, spec: str) -> None:
@@ -108,8 +125,11 @@ def _check(task: Task, spec: str) -> None:
     if not callable(task.evaluate):
         raise InvalidInput(f"{spec}: evaluate is not callable; expected evaluate(predict) -> float")
     if not isinstance(task.example_inputs, torch.Tensor | tuple | list | Mapping):
-        raise InvalidInput(f"{spec}: example_inputs is {type(task.example_inputs).__name__}; expected a tensor, tuple or dict")
+        kind = type(task.example_inputs).__name__
+        raise InvalidInput(f"{spec}: example_inputs is {kind}; expected a tensor, tuple or dict")
     if task.divergence not in ("auto", "kl", "mse"):
         raise InvalidInput(f"{spec}: divergence is {task.divergence!r}; expected auto, kl or mse")
-    if isinstance(task.calibration, torch.Tensor) or not isinstance(task.calibration, Sequence):
+    if not isinstance(task.name, str):
+        raise InvalidInput(f"{spec}: name is {type(task.name).__name__}; expected a string")
+    if isinstance(task.calibration, torch.Tensor | str) or not isinstance(task.calibration, Sequence):
         raise InvalidInput(f"{spec}: calibration is {type(task.calibration).__name__}; expected a list of batches")

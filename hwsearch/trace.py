@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import operator
+import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.fx._pytree import tree_flatten_spec
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
 
 from hwsearch.errors import InvalidInput, UntraceableModel
@@ -33,6 +38,7 @@ CONVOLUTIONS: dict[Any, str] = {
     aten.conv3d.padding: "conv3d",
     aten.conv_transpose1d.default: "conv_transpose1d",
     aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
 }
 MATMULS: frozenset[Any] = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -47,6 +53,8 @@ FUSIBLE = frozenset(
 # Operators that move or keep data without computing: they pass a tensor on.
 _CLAMPS = frozenset("relu relu_ relu6 relu6_ hardtanh hardtanh_ clamp clamp_min".split())
 _NOT_FUSED = frozenset("dropout dropout_ alias clone contiguous detach_ to _to_copy".split())
+# Operators whose result shares no memory with anything else: changing it in place is as good as a new tensor.
+_FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul linear addmm cat mean".split())
 
 
 @dataclass(frozen=True)
@@ -96,14 +104,18 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The module in eval mode, its submodules' own modes restored afterwards."""
+    """The module in eval mode; afterwards its submodules' modes and its buffers are what they were."""
     modes = {m: m.training for m in model.modules()}
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     model.eval()
     try:
         yield model
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before) and not (torch.isnan(before).any() and buffer.is_floating_point()):
+                buffer.detach().copy_(before)
 
 
 def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
@@ -113,15 +125,24 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
     Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
     """
     args, kwargs = as_call(inputs)
+    signature = _signature(model)
+    kwargs = {**{k: kwargs[k] for k in signature if k in kwargs}, **kwargs}
+    _check_types(model)
     with evaluating(model), torch.no_grad():
         try:
             outputs = model(*args, **kwargs)
         except Exception as error:
-            raise InvalidInput(f"the model fails on example_inputs: {type(error).__name__}: {first_line(error)}") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InvalidInput(f"the model fails on example_inputs: {why}") from error
         _check_finite(outputs)
         exported = _export(model, args, kwargs)
-    graph = exported.module(check_guards=False)
+        graph = exported.module(check_guards=False)
+        if not _without_mutation(graph):
+            graph = exported.run_decompositions({}).module(check_guards=False)
+            _restore_batch_norm(graph)
+            _drop_state_updates(graph)
     assert isinstance(graph, fx.GraphModule)
+    graph.meta["signature"] = signature
     _canonicalize(graph)
     shapes = _Shapes(graph, args, kwargs)
     sites, units = _find_units(graph, shapes)
@@ -131,17 +152,32 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
         )
     owned, edges = _find_edges(graph, sites, shapes)
     units = [replace(unit, fused=tuple(owned[unit.name])) for unit in units]
-    in_units = {id(t) for t in _unit_parameters(graph, sites)}
-    others = {id(t): t for t in [*graph.parameters(), *graph.buffers()] if id(t) not in in_units}
+    others = _outside_units(graph, sites)
     network = Network(
         units=tuple(units),
         edges=edges,
-        fixed_bytes=sum(t.numel() * t.element_size() for t in others.values()),
+        fixed_bytes=sum(t.numel() * t.element_size() for t in others),
         input_shapes=tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)),
         weights_digest=_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
     )
     return Traced(network, graph, sites, args, kwargs, outputs)
+
+
+def _signature(model: torch.nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+
+
+def _check_types(model: torch.nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise InvalidInput(f"{name} is not initialised; run the model once before it is traced")
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype is not torch.float32):
+            raise InvalidInput(
+                f"{name} of the model is {str(tensor.dtype).removeprefix('torch.')}; expected float32: "
+                "call model.float() and give float32 inputs, precisions are hwsearch's to choose"
+            )
 
 
 def _check_finite(outputs: Any) -> None:
@@ -183,12 +219,24 @@ def _culprit(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     finally:
         for handle in handles:
             handle.remove()
-    for path, (module, a, k) in sorted(seen.items(), key=lambda item: -item[0].count(".") - bool(item[0])):
-        try:
-            torch.export.export(module, a, k)
-        except Exception:
-            return path, type(module).__name__
-    return "", type(model).__name__
+    found = ""
+    while True:
+        inside = [p for p in seen if p and (not found or p.startswith(f"{found}.")) and p != found]
+        children = [p for p in inside if not any(p.startswith(f"{q}.") for q in inside)]
+        failing = next((p for p in children if not _exports(*seen[p])), None)
+        if failing is None:
+            return found, type(seen[found][0] if found else model).__name__
+        found = failing
+
+
+def _exports(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.export(module, args, kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def first_line(error: BaseException) -> str:
@@ -234,7 +282,56 @@ def _set_attr(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None:
     module.register_buffer(leaf, value.detach())
 
 
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _without_mutation(graph: fx.GraphModule) -> bool:
+    """Turn in-place operators on fresh tensors that nothing else reads into pure ones; False where others remain."""
+    whole = True
+    for node in [n for n in graph.graph.nodes if _mutates(n)]:
+        name = op_name(node)
+        pure = getattr(getattr(aten, name.rstrip("_"), None), node.target._overloadname, None)
+        source = node.args[0] if node.args else None
+        alone = isinstance(source, fx.Node) and set(source.users) == {node}
+        fresh = isinstance(source, fx.Node) and (source.target in CONVOLUTIONS or op_name(source) in _FRESH)
+        if alone and fresh and pure is not None and name.endswith("_"):
+            node.target = pure
+        else:
+            whole = False
+    return whole
+
+
+def _restore_batch_norm(graph: fx.GraphModule) -> None:
+    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
+    for node in [n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default]:
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        with graph.graph.inserting_before(node):
+            norm = graph.graph.call_function(
+                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
+            )
+        norm.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            user.replace_all_uses_with(norm)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+
+
+def _drop_state_updates(graph: fx.GraphModule) -> None:
+    """What a model writes into its buffers is for its next call, and a deployed network keeps no state."""
+    for node in reversed(list(graph.graph.nodes)):
+        if _mutates(node) and _is_get_attr(node.args[0]):
+            node.replace_all_uses_with(node.args[1])
+            graph.graph.erase_node(node)
+
+
 def _canonicalize(graph: fx.GraphModule) -> None:
+    _inline(graph, aten.einsum.default)
+    for node in graph.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # a view asks for strides that rewritten operators need not give
+    _expand_circular_padding(graph)
     _expand_attention(graph)
     _fold_constants(graph)
     _fold_batch_norm(graph)
@@ -248,7 +345,70 @@ def _canonicalize(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_get_attr(node: Any) -> bool:
+def _inline(graph: fx.GraphModule, target: Any) -> None:
+    """Replace each call of an operator by the operators that it is made of."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        sources = [v for v in flat if isinstance(v, fx.Node)]
+
+        def call(
+            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
+        ) -> torch.Tensor:
+            rest = iter(tensors)
+            args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(v, fx.Node) else v for v in flat], spec)
+            result: torch.Tensor = target(*args, **kwargs)
+            return result
+
+        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
+        body = make_fx(call)(*examples)
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
+        with graph.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "call_function":
+                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
+                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                elif inner.op == "output":
+                    node.replace_all_uses_with(values[inner.args[0]])
+        graph.graph.erase_node(node)
+
+
+def _expand_circular_padding(graph: fx.GraphModule) -> None:
+    """Circular padding as slices and concatenations: not every runtime has it."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.pad.default]:
+        x, pads, *rest = node.args
+        if (rest[0] if rest else node.kwargs.get("mode", "constant")) != "circular" or min(pads) < 0:
+            continue
+        shape = x.meta["val"].shape
+        with graph.graph.inserting_before(node):
+            for index in range(len(pads) // 2):
+                before, after = pads[2 * index : 2 * index + 2]
+                axis = len(shape) - 1 - index
+                size = int(shape[axis])
+                parts = [x]
+                if before:
+                    parts.insert(0, graph.graph.call_function(aten.slice.Tensor, (x, axis, size - before, size)))
+                if after:
+                    parts.append(graph.graph.call_function(aten.slice.Tensor, (x, axis, 0, after)))
+                if len(parts) > 1:
+                    x = graph.graph.call_function(aten.cat.default, (parts, axis))
+                for part in [*parts, x]:
+                    part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+
+
+def _free_path(graph: fx.GraphModule, path: str) -> str:
+    """The path, or one like it that holds no tensor yet."""
+    used = {p for p, _ in [*graph.named_parameters(), *graph.named_buffers()]}
+    used |= {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    base, dot, leaf = path.rpartition(".")
+    while path in used:
+        base, path = f"{base}_", f"{base}_{dot or '.'}{leaf}"
+    return path
+
+
+def _is_get_attr(node: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
@@ -301,7 +461,7 @@ def _bound(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> list
 
 def _fold_constants(graph: fx.GraphModule) -> None:
     """Weights computed from parameters alone (parametrizations, transposes) become stored tensors."""
-    constant: dict[fx.Node, torch.Tensor] = {}
+    constant: dict[fx.Node, Any] = {}
     consumers = set(CONVOLUTIONS) | MATMULS | {aten.linear.default, aten.addmm.default}
     for node in graph.graph.nodes:
         if _is_get_attr(node):
@@ -311,19 +471,19 @@ def _fold_constants(graph: fx.GraphModule) -> None:
         elif node.op == "call_function" and node.all_input_nodes and all(i in constant for i in node.all_input_nodes):
             with torch.no_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constant[n])
-                value = node.target(*args, **kwargs)
-            if isinstance(value, torch.Tensor):
-                constant[node] = value
+                constant[node] = node.target(*args, **kwargs)
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in consumers:
             for arg in node.all_input_nodes:
                 if arg in constant and not _is_get_attr(arg):
-                    path = f"{module_path(node)}.weight" if module_path(node) else f"{arg.name}.weight"
-                    while any(n.op == "get_attr" and n.target == path for n in graph.graph.nodes):
-                        path = path.removesuffix(".weight") + "_.weight"
-                    _set_attr(graph, path, constant[arg].clone())
+                    path = _free_path(graph, f"{module_path(node) or arg.name}.weight")
+                    value = constant[arg]
+                    if node.target in MATMULS and arg is node.args[1] and value.dim() == 3 and len(value) == 1:
+                        value, node.target = value[0], aten.matmul.default
+                    _set_attr(graph, path, value.clone())
                     with graph.graph.inserting_before(node):
                         stored = graph.graph.get_attr(path)
+                    stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                     node.replace_input_with(arg, stored)
 
 
@@ -351,7 +511,7 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
         if kind == "linear":
             if norm.meta["val"].dim() != 2:
                 continue  # channels of BatchNorm are not the features of the linear layer
-            weight, bias = fuse_linear_bn_weights(tensor(weight_node), tensor(bias_node), *stats)
+            weight, bias = _linear_batch_norm(tensor(weight_node), tensor(bias_node), *stats)
         else:
             transpose = kind.startswith("conv_transpose")
             if transpose and _groups(source) != 1:
@@ -360,7 +520,7 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
         path = str(weight_node.target)
         base = path.rpartition(".")[0]
         _set_attr(graph, path, weight)
-        bias_path = f"{base}.bias" if base else "bias"
+        bias_path = _free_path(graph, f"{base}.bias" if base else f"{path}.bias")
         _set_attr(graph, bias_path, bias)
         with graph.graph.inserting_before(source):
             new_bias = graph.graph.get_attr(bias_path)
@@ -368,6 +528,20 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
         source.kwargs = {k: v for k, v in source.kwargs.items() if k != "bias"}
         norm.replace_all_uses_with(source)
         graph.graph.erase_node(norm)
+
+
+def _linear_batch_norm(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)
+    shifted = (0.0 if bias is None else bias) - mean
+    return weight * scale[:, None], shifted * scale + (0.0 if beta is None else beta)
 
 
 def _groups(node: fx.Node) -> int:
@@ -399,22 +573,28 @@ class _Shapes(fx.Interpreter):
 def flat_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The placeholders' values, in order, for a call with the model's signature.
 
-    What was traced by position may be given by name; what was traced by name, by name only. Raises InvalidInput.
+    Arguments may be positional or by name, whichever way the example was. Raises InvalidInput on any others.
     """
     codegen: Any = graph.graph._codegen
-    names, in_spec = codegen.pytree_info.orig_args, codegen.pytree_info.in_spec
-    traced_args = in_spec.child(0).children()
-    by_position, by_name = names[: len(traced_args)], names[len(traced_args) :]
-    given = {**dict(zip(by_position, args, strict=False)), **kwargs}
-    if len(args) > len(by_position) or set(given) != set(names):
-        raise InvalidInput(
-            f"the model was traced with {len(by_position)} arguments by position ({', '.join(by_position)}) and by name "
-            f"({', '.join(by_name)}); got {len(args)} by position and by name ({', '.join(kwargs)})"
-        )
-    flat, spec = pytree.tree_flatten((tuple(given[n] for n in by_position), {n: given[n] for n in by_name}))
-    if len(flat) != in_spec.num_leaves:
-        raise InvalidInput(f"the model was traced with inputs of the structure {in_spec}; got {spec}")
-    return flat
+    spec = codegen.pytree_info.in_spec
+    positional, named = spec.children()
+    count, names = positional.num_children, list(named.context or ())
+    if len(args) != count or set(kwargs) != set(names):
+        signature = list(graph.meta.get("signature", ()))
+        given = {**dict(zip(signature, args, strict=False)), **kwargs}
+        wanted = [*signature[:count], *names]
+        extra = [k for k, v in given.items() if k not in wanted and v is not None]
+        missing = [k for k in wanted if k not in given]
+        if extra or missing or len(args) > len(signature):
+            raise InvalidInput(
+                f"the model was traced with inputs {', '.join(wanted)}; got {len(args)} by position"
+                + (f" and {', '.join(kwargs)} by name" if kwargs else "")
+            )
+        args, kwargs = tuple(given[k] for k in signature[:count]), {k: given[k] for k in names}
+    try:
+        return list(tree_flatten_spec((tuple(args), {k: kwargs[k] for k in names}), spec))
+    except Exception as error:
+        raise InvalidInput(f"the inputs have another structure than example_inputs: {first_line(error)}") from error
 
 
 def op_name(node: fx.Node) -> str:
@@ -434,7 +614,8 @@ def _call_site(node: fx.Node) -> tuple[Site, str, Any] | None:
     if node.op != "call_function":
         return None
     if node.target in CONVOLUTIONS:
-        return (Site(node.name, (0,), 1), CONVOLUTIONS[node.target], node.args[1]) if _is_get_attr(node.args[1]) else None
+        op = CONVOLUTIONS[node.target]
+        return (Site(node.name, (0,), 1), op, node.args[1]) if _is_get_attr(node.args[1]) else None
     if node.target is aten.linear.default:
         return (Site(node.name, (0,), 1), "linear", node.args[1]) if _is_get_attr(node.args[1]) else None
     if node.target is aten.addmm.default and not node.kwargs and _is_get_attr(node.args[2]):
@@ -454,7 +635,8 @@ def _call_site(node: fx.Node) -> tuple[Site, str, Any] | None:
 def _find_units(graph: fx.GraphModule, shapes: _Shapes) -> tuple[dict[str, list[Site]], list[Unit]]:
     sites: dict[str, list[Site]] = {}
     units: dict[str, Unit] = {}
-    of_weight: dict[int, str] = {}
+    of_weight: dict[Any, str] = {}
+    biases: set[Any] = set()
     for node in graph.graph.nodes:
         found = _call_site(node)
         if found is None or node.name not in shapes.shape:
@@ -463,24 +645,34 @@ def _find_units(graph: fx.GraphModule, shapes: _Shapes) -> tuple[dict[str, list[
         weight = _tensor_attr(graph, str(weight_node.target)) if weight_node is not None else None
         if weight is not None and (weight.dim() < 2 or not weight.is_floating_point()):
             continue
+        if weight is not None and op == "matmul" and weight.dim() > 2:
+            continue  # a stack of weights: runtimes take per-channel scales for one matrix
         inputs = tuple(shapes.shape[node.args[i].name] for i in site.activations)
         output = shapes.shape[node.name]
         macs = _macs(op, inputs, output, weight, node)
-        if weight is not None and weight.data_ptr() in of_weight:
-            name = of_weight[weight.data_ptr()]
-            sites[name].append(site)
+        bias = _bias_of(node)
+        bias_bytes = 0
+        if bias is not None:
+            tensor = _tensor_attr(graph, str(bias.target))
+            bias_bytes = 0 if _same(tensor) in biases else tensor.numel() * tensor.element_size()
+            biases.add(_same(tensor))
+        if weight is not None and _same(weight) in of_weight:
+            name = of_weight[_same(weight)]
             old = units[name]
-            units[name] = replace(old, calls=old.calls + 1, macs=old.macs + macs)
-            continue
+            if old.op == op:
+                sites[name].append(site)
+                units[name] = replace(
+                    old, calls=old.calls + 1, macs=old.macs + macs, other_bytes=old.other_bytes + bias_bytes
+                )
+                continue
         name = _unit_name(node, weight_node, units)
         if weight is not None:
-            of_weight[weight.data_ptr()] = name
+            of_weight.setdefault(_same(weight), name)
         out_axis = 0
         if op == "matmul":
             out_axis = (weight.dim() - 1) if weight is not None else 0
         elif op.startswith("conv_transpose"):
             out_axis = 1
-        bias = _bias_of(node)
         units[name] = Unit(
             name=name,
             op=op,
@@ -490,7 +682,7 @@ def _find_units(graph: fx.GraphModule, shapes: _Shapes) -> tuple[dict[str, list[
             out_axis=out_axis,
             attributes=_attributes(node, op),
             macs=macs,
-            other_bytes=4 * _tensor_attr(graph, str(bias.target)).numel() if bias is not None else 0,
+            other_bytes=bias_bytes,
         )
         sites[name] = [site]
     return sites, list(units.values())
@@ -506,15 +698,29 @@ def _bias_of(node: fx.Node) -> Any:
     return bias if _is_get_attr(bias) else None
 
 
-def _unit_parameters(graph: fx.GraphModule, sites: dict[str, list[Site]]) -> Iterator[torch.Tensor]:
-    nodes = {n.name: n for n in graph.graph.nodes}
-    for calls in sites.values():
-        for site in calls:
-            if site.weight is not None:
-                yield _tensor_attr(graph, str(nodes[site.node].args[site.weight].target))
-            bias = _bias_of(nodes[site.node])
-            if bias is not None:
-                yield _tensor_attr(graph, str(bias.target))
+def _same(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Equal for tensors that are one parameter."""
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _outside_units(graph: fx.GraphModule, sites: dict[str, list[Site]]) -> list[torch.Tensor]:
+    """Stored tensors that something else than a unit reads.
+
+    A tied weight that an embedding reads as well is among them: it is stored for the embedding, and once more
+    for the unit at its own precision.
+    """
+    site_of = {site.node: site for calls in sites.values() for site in calls}
+    found: dict[Any, torch.Tensor] = {}
+    for node in graph.graph.nodes:
+        value = operator.attrgetter(str(node.target))(graph) if _is_get_attr(node) else None
+        if not isinstance(value, torch.Tensor):
+            continue
+        for user in node.users:
+            site = site_of.get(user.name)
+            weight = user.args[site.weight] if site is not None and site.weight is not None else None
+            if site is None or (node is not weight and node is not _bias_of(user)):
+                found[_same(value)] = value
+    return list(found.values())
 
 
 def _unit_name(node: fx.Node, weight_node: Any, taken: Mapping[str, Unit]) -> str:
@@ -523,6 +729,7 @@ def _unit_name(node: fx.Node, weight_node: Any, taken: Mapping[str, Unit]) -> st
         base = base.removesuffix(".weight") if base.endswith(".weight") else base
     else:
         base = ".".join(filter(None, (module_path(node), "matmul")))
+    base = re.sub(r"[|,~\s\x00-\x1f]", "_", base)  # names stand in node names, which runtimes list with commas
     name, count = base, 1
     while name in taken:
         name, count = f"{base}_{count}", count + 1
@@ -541,9 +748,9 @@ def _attributes(node: fx.Node, op: str) -> tuple[tuple[str, str], ...]:
 
 def _macs(op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: Any, node: fx.Node) -> int:
     if op.startswith("conv_transpose"):
-        return math.prod(inputs[0]) * math.prod(weight.shape[1:])
+        return math.prod(inputs[0]) * math.prod(int(n) for n in weight.shape[1:])
     if op.startswith("conv"):
-        return math.prod(output) * math.prod(weight.shape[1:])
+        return math.prod(output) * math.prod(int(n) for n in weight.shape[1:])
     return math.prod(output) * inputs[0][-1]
 
 

@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 import hwsearch as hs
+from hwsearch.pipeline import measured_points
 
 task = hs.load("zoo:fashion_resnet")
 folder = Path(tempfile.mkdtemp())
@@ -95,15 +96,7 @@ print(report)
 # Other budgets cost no further measurement: sweep them, and put the measured point beside the predictions.
 
 # %%
-measured = {
-    "label": f"deployed ({budget})",
-    "latency_ms": report.latency_ms["measured"],
-    "low_ms": report.latency_ms["measured_low"],
-    "high_ms": report.latency_ms["measured_high"],
-    "size_bytes": report.size_bytes["deployed"],
-    "loss": report.loss["measured"],
-}
-front = hs.front(table, sensitivity, points=12).with_measured([measured])
+front = hs.front(table, sensitivity, points=12).with_measured(measured_points(report))
 hs.plot_front(front)
 
 # %% [markdown]

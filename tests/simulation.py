@@ -29,7 +29,9 @@ def chain(length: int = 16, *, kinds: int = 6) -> Network:
         if i:
             edges.append(Edge(f"layer{i - 1}.conv", f"layer{i}.conv", 4 * 256 * 8 * (1 + (i - 1) % kinds)))
         if i >= 3 and i % 3 == 0:
-            edges.append(Edge(f"layer{i - 3}.conv", f"layer{i}.conv", 4 * 256 * 8 * (1 + (i - 3) % kinds), fused=True))
+            edges.append(
+                Edge(f"layer{i - 3}.conv", f"layer{i}.conv", 4 * 256 * 8 * (1 + (i - 3) % kinds), fused=True)
+            )
     return Network(tuple(units), tuple(edges), input_shapes=((1, 8, 16, 16),), name="chain")
 
 
@@ -46,14 +48,22 @@ def simulated_build(
     precisions = {unit: v.precision for unit, v in variants.items()}
     ratio = law.time_ns(precisions) / REFERENCE_NS * float(np.exp(noise * rng.standard_normal()))
     nodes = [
-        NodeTime(n.name, n.op, n.sources, n.precision, n.time_ns * float(np.exp(node_noise * rng.standard_normal())))
+        NodeTime(
+            n.name,
+            n.op,
+            n.sources,
+            n.precision,
+            n.time_ns * float(np.exp(node_noise * rng.standard_normal())),
+        )
         for n in law.nodes(precisions)
     ]
     rows = attribute(nodes, network, {})
+    error = 1.96 * max(noise, 1e-3)
     return Build(
         role=role, base="fp32", variants=tuple(str(variants[u.name]) for u in network.units),
-        ratio=ratio, low=ratio * (1 - 1.96 * max(noise, 1e-3)), high=ratio * (1 + 1.96 * max(noise, 1e-3)), unstable=False,
-        samples_ns=np.full(10, round(ratio * REFERENCE_NS), np.int64), reference_ns=np.full(10, round(REFERENCE_NS), np.int64),
+        ratio=ratio, low=ratio * (1 - error), high=ratio * (1 + error), unstable=False,
+        samples_ns=np.full(10, round(ratio * REFERENCE_NS), np.int64),
+        reference_ns=np.full(10, round(REFERENCE_NS), np.int64),
         executed=executed_precisions(rows, network), nodes=rows, file_bytes=1000,
     )  # fmt: skip
 
@@ -67,8 +77,8 @@ def header(network: Network, **changes: Any) -> Header:
 
 
 def simulated_table(
-    network: Network, law: LatencyLaw, *, design: int = 18, heldout: int = 0, noise: float = 0.0, node_noise: float = 0.0,
-    seed: int = 0,
+    network: Network, law: LatencyLaw, *, design: int = 18, heldout: int = 0, noise: float = 0.0,
+    node_noise: float = 0.0, seed: int = 0,
 ) -> LatencyTable:  # fmt: skip
     """What a profile of a device with this law would hold."""
     rng = np.random.default_rng(seed)
@@ -88,7 +98,9 @@ def simulated_table(
 
 def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
     """The same device measured layer by layer."""
-    builds = [simulated_build(network, law, uniform(network, "fp32"), role) for role in ("reference", "dense")]
+    builds = [
+        simulated_build(network, law, uniform(network, "fp32"), role) for role in ("reference", "dense")
+    ]
     for unit in {u.signature: u for u in network.units}.values():
         for variant in OFFERED:
             ratio = law.time_ns({unit.name: variant.precision}) / REFERENCE_NS

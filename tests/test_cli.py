@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hwsearch as hs
-from hwsearch import allocation, cli
+from hwsearch import cli
+from hwsearch.allocate.front import Front, Point
+from hwsearch.allocation import Allocation
 from hwsearch.errors import BudgetMissed, DeviceBusy, HwsearchError, Infeasible, InvalidInput
 from hwsearch.progress import Progress
 
@@ -174,14 +176,13 @@ def test_help_needs_no_heavy_module_and_no_patience() -> None:
         "heavy = {'torch', 'pandas', 'numpy', 'scipy', 'onnx', 'openvino', 'onnxruntime', 'matplotlib', 'pyarrow'}\n"
         "print('loaded:', sorted(heavy & set(sys.modules)))"
     )
-    took = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        took.append(time.monotonic() - start)
-        assert "loaded: []" in done.stdout
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
+    assert "loaded: []" in done.stdout
     assert "profile" in done.stdout
-    assert min(took) < 2, "half a second on an idle machine; this one may be busy"
+    # Processor time, not the clock on the wall: it takes 0.25 s, and half a second is promised on an idle machine.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
 
 
 @pytest.mark.parametrize(
@@ -211,9 +212,8 @@ def test_without_words_it_shows_the_help() -> None:
     assert "Usage: hwsearch" in result.stdout
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: f"9.9 of {name}")
-    assert invoke("--version").stdout == "hwsearch 9.9 of hwsearch\n"
+def test_version() -> None:
+    assert invoke("--version").stdout == f"hwsearch {hs.__version__}\n"
 
 
 # ---------------------------------------------------------------- commands
@@ -294,20 +294,19 @@ def test_sensitivity(api: Install) -> None:
     assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
 
 
-def test_search(api: Install) -> None:
-    saved: list[Path] = []
-    chosen = SimpleNamespace(
+def test_search(api: Install, tmp_path: Path) -> None:
+    chosen = Allocation(
+        variants={"a": "dense.int8", "b": "dense.bf16", "c": "dense.int8"},
         predicted={"latency_ns": 4.1e6, "sigma_ns": 5e4, "size_bytes": 1_200_000, "loss": 0.0123},
         dense={"latency_ns": 1e7, "size_bytes": 4_800_000},
         budgets=[{"text": "latency=42%"}, {"text": "size=2MB"}],
-        variants={"a": "dense.int8", "b": "dense.bf16", "c": "dense.int8"},
         solver={"status": "optimal", "gap": 0.0},
-        save=saved.append,
-        to_json=lambda: {"loss": 0.0123},
-    )
+        network="", weights_digest="", device={}, backend="openvino", options={},
+    )  # fmt: skip
+    path = tmp_path / "alloc.json"
     seen: list[Any] = []
     api(LatencyTable=Table, SensitivityTable=Table, search=lambda *words: seen.append(words) or chosen)
-    words = "search --table t --sensitivity s --budget latency=42% --budget size=2MB -o alloc.json"
+    words = f"search --table t --sensitivity s --budget latency=42% --budget size=2MB -o {path}"
     result = invoke(*words.split())
     assert result.exit_code == 0
     for text in (
@@ -315,48 +314,54 @@ def test_search(api: Install) -> None:
         "10 ms",
         "1.20 MB",
         "0.0123",
-        "1 dense.bf16, 2 dense.int8",
-        "optimal, gap 0",
+        "2 dense.int8, 1 dense.bf16",
+        "gap 0",
         "size=2MB",
     ):
         assert text in result.stdout
     assert seen == [("table t", "table s", ["latency=42%", "size=2MB"])]
-    assert saved == [Path("alloc.json")]
-    assert json.loads(invoke(*words.split(), "--json").stdout) == {"loss": 0.0123}
+    assert Allocation.load(path) == chosen
+    assert json.loads(invoke(*words.split(), "--json").stdout) == chosen.to_json()
 
 
-def test_front(api: Install) -> None:
-    def point(budget: float, cost: float, **flags: bool) -> SimpleNamespace:
-        flags = {"dominated": False, "infeasible": False} | flags
-        return SimpleNamespace(budget=budget, cost=cost, sigma=0.05, loss=0.5 / cost, **flags)
-
-    rows = [point(1.0, 9.0, infeasible=True), point(4.0, 3.9), point(5.0, 4.5, dominated=True)]
-    saved: list[Path] = []
+def test_front(api: Install, tmp_path: Path) -> None:
+    found = Front(
+        (
+            Point(budget=1e6, infeasible=True),
+            Point(budget=4e6, latency_ns=3.9e6, sigma_ns=5e4, size_bytes=2e6, loss=0.5),
+            Point(budget=5e6, latency_ns=4.5e6, sigma_ns=5e4, size_bytes=2e6, loss=0.5, dominated=True),
+            Point(latency_ns=4e6, size_bytes=2e6, loss=0.6, measured=True, label="deployed"),
+        ),
+        "latency",
+        ("a", "b"),
+    )
     seen: dict[str, Any] = {}
     plotted: list[Any] = []
-    found = SimpleNamespace(over="latency", rows=rows, save=saved.append)
     api(
-        LatencyTable=Table, SensitivityTable=Table, plot_front=lambda front, path: plotted.append((front, path)),
+        LatencyTable=Table,
+        SensitivityTable=Table,
+        plot_front=lambda front, path: plotted.append((front, path)),
         front=lambda table, scores, **options: seen.update(options) or found,
-    )  # fmt: skip
-    words = "front --table t --sensitivity s --over latency --points 3 --budget size=2MB -o f.parquet --plot f.png"
-    result = invoke(*words.split())
+    )
+    files = ["--table", "t", "--sensitivity", "s", "-o", str(tmp_path / "f.parquet")]
+    result = invoke("front", *files, *"--over latency --points 3 --budget size=2MB --plot f.png".split())
     assert result.exit_code == 0
     assert seen == {"over": "latency", "points": 3, "budgets": ["size=2MB"]}
-    assert (saved, plotted) == ([Path("f.parquet")], [(found, Path("f.png"))])
-    for text in ("budget, ms", "3.9 ± 0.05", "infeasible", "dominated"):
-        assert text in result.stdout
-    assert "9 ±" not in result.stdout, "what nothing meets has no cost"
-    points = json.loads(invoke("front", "--table", "t", "--sensitivity", "s", "-o", "f", "--json").stdout)[
-        "points"
-    ]
-    assert [p["infeasible"] for p in points] == [True, False, False]
+    assert plotted == [(found, Path("f.png"))]
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-4:]
+    assert rows[0] == ["1", "ms", "-", "-", "-", "infeasible"]
+    assert rows[1] == ["4", "ms", "3.9", "±", "0.05", "ms", "2.00", "MB", "0.5"]
+    assert rows[2][-1] == "dominated"
+    assert rows[3] == ["deployed", "4", "ms", "2.00", "MB", "0.6"]
+    assert len(Front.load(tmp_path / "f.parquet").points) == 4
+    points = json.loads(invoke("front", *files, "--json").stdout)["points"]
+    assert [p["latency_ns"] for p in points] == [None, 3.9e6, 4.5e6, 4e6]
     assert len(plotted) == 1
     assert seen["budgets"] == ()
 
 
 def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocation.Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
+    monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
     seen: list[str | None] = []
 
     def deploy(task: str, chosen: Any, out: Path, *, backend: str | None) -> Any:
@@ -374,7 +379,7 @@ def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_ends_with_whether_the_budget_is_met(
     api: Install, monkeypatch: pytest.MonkeyPatch, met: bool, code: int
 ) -> None:
-    monkeypatch.setattr(allocation.Allocation, "load", lambda path: f"allocation {path}")
+    monkeypatch.setattr(Allocation, "load", lambda path: f"allocation {path}")
     report = Report(met)
     seen: dict[str, Any] = {}
     api(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -14,6 +16,8 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
+from hwsearch.allocate.front import Front, Point
+from hwsearch.allocation import Allocation
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit
 from hwsearch.network import Edge, Network, Unit
@@ -36,7 +40,7 @@ def network(count: int) -> Network:
         Unit(n, "conv2d", ((1, 8 + i % 7, 8, 8),), (1, 8, 8, 8), (8, 8, 3, 3), macs=1000)
         for i, n in enumerate(names)
     )
-    edges = [Edge(a, b, 1000) for a, b in zip(names, names[1:], strict=False)]
+    edges = [Edge(a, b, 1000) for a, b in pairwise(names)]
     edges += [Edge(names[i], names[i + 3], 1000, ("add",), True) for i in range(0, count - 3, 3)]
     return Network(units, tuple(edges), name="a network")
 
@@ -51,8 +55,8 @@ def table(count: int = 6, builds: int = 5) -> LatencyTable:
         times = [cost[v] for v in variants]
         ratio = sum(times) / (2.0 * count) * float(rng.normal(1.0, 0.01))
         return Build(
-            role=role, base=base, variants=tuple(variants), ratio=ratio, low=ratio * 0.98, high=ratio * 1.03, unstable=False,
-            samples_ns=np.array([1, 2]), reference_ns=np.array([1, 2]),
+            role=role, base=base, variants=tuple(variants), ratio=ratio, low=ratio * 0.98, high=ratio * 1.03,
+            unstable=False, samples_ns=np.array([1, 2]), reference_ns=np.array([1, 2]),
             executed=tuple(v.removeprefix("dense.") for v in variants),
             nodes=tuple(
                 NodeRow(u.name, "conv", "unit", (u.name,), "", t) for u, t in zip(net.units, times, strict=True)
@@ -69,7 +73,7 @@ def table(count: int = 6, builds: int = 5) -> LatencyTable:
         *(build("heldout" if i in (3, 4) else "design", mixed()) for i in range(builds)),
     ]
     wrong = build("design", ["dense.int8"] * count)
-    made.append(Build(**{**vars(wrong), "executed": ("bf16",) * count}))
+    made.append(replace(wrong, executed=("bf16",) * count))
     return LatencyTable(Header(net, DEVICE, "simulated", {}, OPTIONS, reference_ns=2e6), tuple(made))
 
 
@@ -78,12 +82,13 @@ def losses(net: Network) -> SensitivityTable:
     return SensitivityTable(net, {u.name: dict(row) for u in net.units}, 8, "kl", False)
 
 
-def allocation(net: Network, variants: list[str]) -> Any:
-    return SimpleNamespace(
+def allocation(net: Network, variants: list[str]) -> Allocation:
+    return Allocation(
         variants=dict(zip((u.name for u in net.units), variants, strict=True)),
         predicted={"latency_ns": 1.5e6, "sigma_ns": 2e4, "size_bytes": 1_400_000, "loss": 2e-4, "macs": 1},
         dense={"latency_ns": 4e6, "size_bytes": 5_000_000},
         budgets=[{"text": "latency=40%", "column": "latency", "limit": 1_600_000}],
+        solver={"status": "optimal", "gap": 0.0}, network=net.fingerprint, weights_digest="",
         network_name=net.name, device=DEVICE, backend="simulated", options=OPTIONS,
     )  # fmt: skip
 
@@ -106,47 +111,38 @@ def is_png(path: Path) -> bool:
 # ---------------------------------------------------------------- a front
 
 
-def row(cost: float, loss: float, quantized: int, **changes: Any) -> Any:
-    values: dict[str, Any] = {
-        "cost": cost, "sigma": 0.02, "loss": loss, "budget": cost, "dominated": False, "infeasible": False,
-        "precisions": ("int8",) * quantized + ("bf16",) * (10 - quantized),
-    }  # fmt: skip
-    return SimpleNamespace(**{**values, **changes})
+def row(cost: float, loss: float, quantized: int, **changes: Any) -> Point:
+    """A point of `cost` ms and MB, with `quantized` of ten units in int8."""
+    variants = ("dense.int8",) * quantized + ("dense.bf16",) * (10 - quantized)
+    found = Point(cost * 1e6, cost * 1e6, 2e4, cost * 1e6, loss, variants, "optimal", 0.0)
+    return replace(found, **changes)
 
 
-def front(rows: list[Any], measured: list[dict[str, Any]] | None = None, **changes: Any) -> Any:
-    values: dict[str, Any] = {
-        "over": "latency", "rows": rows, "measured": measured or [], "dense": {"latency": 3e6, "size": 5.2e6},
-        "network": "a network", "header": {"backend": "simulated", "device": "A chip", "options": OPTIONS},
-    }  # fmt: skip
-    return SimpleNamespace(**{**values, **changes})
+def front(
+    points: Sequence[Point], measured: Sequence[Point] = (), over: str = "latency", **dense: float
+) -> Front:
+    costs = {"latency": 3e6, "size": 5.2e6, **dense}
+    header = {
+        "network": "a network",
+        "backend": "simulated",
+        "device": "A chip",
+        "options": OPTIONS,
+        "dense": costs,
+    }
+    return Front(tuple(points), over, tuple("abcdefghij"), header).with_measured(measured)
 
 
-def curve(count: int) -> list[Any]:
+def curve(count: int) -> list[Point]:
     return [row(0.4 + i / count, 1e-3 * 0.01 ** (i / count), 10 - 10 * i // count) for i in range(count)]
 
 
-def infeasible(budget: float) -> Any:
-    return row(float("nan"), float("nan"), 0, budget=budget, infeasible=True, precisions=())
+def infeasible(budget: float) -> Point:
+    return Point(budget=budget * 1e6, infeasible=True)
 
 
 MEASURED = [
-    {
-        "label": "deployed",
-        "latency_ms": 0.6,
-        "low_ms": 0.58,
-        "high_ms": 0.63,
-        "size_bytes": 2_000_000,
-        "loss": 2e-4,
-    },
-    {
-        "label": "uniform",
-        "latency_ms": 0.9,
-        "low_ms": 0.88,
-        "high_ms": 0.93,
-        "size_bytes": 4_000_000,
-        "loss": 2e-5,
-    },
+    Point(latency_ns=6e5, low_ns=5.8e5, high_ns=6.3e5, size_bytes=2e6, loss=2e-4, label="deployed"),
+    Point(latency_ns=9e5, size_bytes=4e6, loss=2e-5, label="uniform"),
 ]
 
 
@@ -159,14 +155,17 @@ def crosses(figure: Figure) -> list[float]:
     return [x for line in figure.axes[0].lines if line.get_marker() == "x" for x in line.get_xdata()]
 
 
+def diamonds(figure: Figure) -> list[float]:
+    return [x for line in figure.axes[0].lines if line.get_marker() == "D" for x in line.get_xdata()]
+
+
 def test_a_front_shows_all_its_rows(tmp_path: Path) -> None:
     rows = [*curve(8), row(0.9, 9e-4, 5, dominated=True), row(1.0, 9e-4, 5, dominated=True), infeasible(0.3)]
     figure = plot_front(front(rows, MEASURED), tmp_path / "f.png")
     assert is_png(tmp_path / "f.png")
     assert clouds(figure) == {"front": 8, "dominated": 2}
-    assert crosses(figure) == [0.3]
-    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
-    assert [float(d.get_xdata()[0]) for d in diamonds] == [0.6, 0.9]
+    assert crosses(figure) == pytest.approx([0.3])
+    assert diamonds(figure) == pytest.approx([0.6, 0.9])
     said = texts(figure)
     for words in (
         "a network",
@@ -184,15 +183,18 @@ def test_a_front_shows_all_its_rows(tmp_path: Path) -> None:
 
 
 def test_a_front_over_size_is_in_megabytes_and_needs_no_sigma() -> None:
-    figure = plot_front(front([row(0.3 + i, 1e-4, i, sigma=0.0) for i in range(4)], MEASURED, over="size"))
+    figure = plot_front(
+        front(
+            [row(0.3 + i, 1e-4 / (i + 1), i, sigma_ns=float("nan")) for i in range(4)], MEASURED, over="size"
+        )
+    )
     assert figure.axes[0].get_xlabel() == "size (MB)"
-    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
-    assert [float(d.get_xdata()[0]) for d in diamonds] == [2.0, 4.0]
+    assert diamonds(figure) == pytest.approx([2.0, 4.0])
     assert "dense fp32: 5.2 MB" in texts(figure)
 
 
 def test_dense_is_a_line_where_it_is_near() -> None:
-    figure = plot_front(front(curve(5), dense={"latency": 1.3e6}))
+    figure = plot_front(front(curve(5), latency=1.3e6))
     assert any(list(line.get_xdata()) == [1.3, 1.3] for line in figure.axes[0].lines)
     assert "beyond" not in texts(figure)
 
@@ -208,7 +210,7 @@ def test_dense_is_a_line_where_it_is_near() -> None:
     ],
     ids=["long", "one point", "no loss", "a loss of zero", "nothing feasible"],
 )
-def test_fronts_of_any_shape_are_drawn_inside_the_axes(rows: list[Any]) -> None:
+def test_fronts_of_any_shape_are_drawn_inside_the_axes(rows: list[Point]) -> None:
     figure = plot_front(front(rows))
     feasible = [r for r in rows if not r.infeasible]
     assert clouds(figure).get("front", 0) == len(feasible)
@@ -266,9 +268,7 @@ def test_predictions_without_held_out_builds_say_on_what_the_error_is() -> None:
 def test_predictions_of_a_table_without_whole_networks_are_an_error() -> None:
     data = table()
     alone = [("", "", "dense.int8", "", "", "")]
-    builds = tuple(
-        Build(**{**vars(data.builds[0]), "role": "isolated", "variants": v, "nodes": ()}) for v in alone
-    )
+    builds = tuple(replace(data.builds[0], role="isolated", variants=v, nodes=()) for v in alone)
     with pytest.raises(InvalidInput, match="no whole-network build"):
         plot_predictions(LatencyTable(data.with_header(mode="isolated").header, builds))
 
@@ -307,7 +307,7 @@ def test_rows_of_an_allocation_do_not_overlap() -> None:
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert len(boxes) == 60
-    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
     assert min(b.x0 for b in boxes) >= 0
 
 

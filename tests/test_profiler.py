@@ -58,7 +58,10 @@ def test_every_build_is_measured_and_on_disk(tmp_path: Path) -> None:
     assert loaded.header == table.header
     assert [b.key for b in loaded.builds] == [b.key for b in table.builds]
     for build in table.builds:
-        precisions = {u.name: Variant.parse(v).precision for u, v in zip(table.network.units, build.variants, strict=True)}
+        precisions = {
+            u.name: Variant.parse(v).precision
+            for u, v in zip(table.network.units, build.variants, strict=True)
+        }
         assert table.time_ns(build) == pytest.approx(law().time_ns(precisions), rel=0.05)
         assert build.executed == tuple(precisions.values())
         assert build.as_asked()
@@ -71,7 +74,9 @@ def test_the_end_to_end_ratio_survives_drift() -> None:
     table = run(regime(drift=lambda s: 1.0 + 0.4 * np.sin(20 * s)), None)
     dense, uniform_build = table.find("dense"), table.find("uniform")
     exact = law()
-    int8 = exact.time_ns(dict.fromkeys(exact.units, "int8")) / exact.time_ns(dict.fromkeys(exact.units, "fp32"))
+    int8 = exact.time_ns(dict.fromkeys(exact.units, "int8")) / exact.time_ns(
+        dict.fromkeys(exact.units, "fp32")
+    )
     assert uniform_build.ratio / dense.ratio == pytest.approx(int8, rel=0.02)
 
 
@@ -152,7 +157,9 @@ def test_the_time_limit_ends_the_design_and_keeps_the_anchors(tmp_path: Path) ->
     assert len(more.builds) == 3 + DESIGN
 
 
-@pytest.mark.parametrize(("options", "message"), [({"time_limit_s": 0}, "time limit"), ({"mode": "guess"}, "unknown mode")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"time_limit_s": 0}, "time limit"), ({"mode": "guess"}, "unknown mode")]
+)
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         run(regime(), None, **options)
@@ -189,7 +196,10 @@ def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
     ("change", "message"),
     [
         (lambda t: t.with_header(device={**t.header.device, "id": "0", "chip": "Other"}), "another device"),
-        (lambda t: t.with_header(network=replace(t.network, input_shapes=((2, 3, 32, 32),))), "another network"),
+        (
+            lambda t: t.with_header(network=replace(t.network, input_shapes=((2, 3, 32, 32),))),
+            "another network",
+        ),
         (_header(backend="openvino"), "another backend"),
         (_header(options={"threads": 4, "base": "fp32", "batch": 1}), "another threads"),
         (_header(versions={"simulated": "2"}), "measured with"),
@@ -228,7 +238,9 @@ def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) ->
     for unit, variants in offered.items():
         assert {a[unit] for a in done} == set(variants)
     for edge in network.edges:
-        wanted = {(a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])}
+        wanted = {
+            (a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])
+        }
         assert {(a[edge.src].quantized, a[edge.dst].quantized) for a in done} == wanted
 
 
@@ -249,7 +261,9 @@ def _node(name: str, op: str, *sources: str, precision: str = "fp32", time_ns: f
 
 def test_attribution() -> None:
     shape = (1, 8, 4, 4)
-    network = Network(tuple(Unit(n, "conv2d", (shape,), shape) for n in ("conv1", "layer1.conv1", "layer1.conv2")))
+    network = Network(
+        tuple(Unit(n, "conv2d", (shape,), shape) for n in ("conv1", "layer1.conv1", "layer1.conv2"))
+    )
     nodes = [
         _node("a", "Convolution", "conv1|0|Conv", "~conv1|0|Relu"),
         _node("b", "Convolution", "layer1.conv1|0|Conv", "layer1.conv2|0|Conv", precision="int8"),

@@ -44,7 +44,9 @@ def test_round_trip(table: LatencyTable, saved: Path) -> None:
         assert np.array_equal(a.reference_ns, b.reference_ns)
         assert a.samples_ns.dtype == np.int64
         empty = np.zeros(0, np.int64)
-        assert repr(replace(a, samples_ns=empty, reference_ns=empty)) == repr(replace(b, samples_ns=empty, reference_ns=empty))
+        assert repr(replace(a, samples_ns=empty, reference_ns=empty)) == repr(
+            replace(b, samples_ns=empty, reference_ns=empty)
+        )
         assert a.nodes == b.nodes
         assert a.source == "measured"
 
@@ -75,7 +77,9 @@ def test_foreign_files(saved: Path) -> None:
         LatencyTable.load(saved)
 
 
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table] = lambda t: t) -> None:
+def _rewrite(
+    path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table] = lambda t: t
+) -> None:
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[KEY])
     change(header)
@@ -104,7 +108,9 @@ def test_a_header_without_a_field_is_damage(saved: Path, key: str) -> None:
 def _column(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
     def change(table: pa.Table) -> pa.Table:
         index = table.schema.get_field_index(name)
-        return table.set_column(index, table.schema.field(name), pa.array([value] * len(table), table.schema.field(name).type))
+        return table.set_column(
+            index, table.schema.field(name), pa.array([value] * len(table), table.schema.field(name).type)
+        )
 
     return change
 
@@ -154,10 +160,15 @@ def test_a_killed_writer_leaves_the_old_file(saved: Path, when: str) -> None:
 def test_require_names_what_differs(table: LatencyTable) -> None:
     table.require(device=DEVICE, network=NETWORK, backend="simulated", options={"threads": 1, "base": "fp32"})
     table.require()
-    with pytest.raises(IncompatibleTables, match=r"another device: table=Simulated CPU \(0123456789ab\), current=Other \(ff\)"):
+    with pytest.raises(
+        IncompatibleTables,
+        match=r"another device: table=Simulated CPU \(0123456789ab\), current=Other \(ff\)",
+    ):
         table.require(device={"id": "ff", "chip": "Other"})
     other = chain(6)
-    with pytest.raises(IncompatibleTables, match=f"another network: .*{NETWORK.fingerprint}.*{other.fingerprint}"):
+    with pytest.raises(
+        IncompatibleTables, match=f"another network: .*{NETWORK.fingerprint}.*{other.fingerprint}"
+    ):
         table.require(network=other)
     with pytest.raises(IncompatibleTables, match="another backend: table=simulated, current=openvino"):
         table.require(backend="openvino")
@@ -173,7 +184,7 @@ def test_the_same_structure_under_another_name_and_other_weights_is_accepted(tab
 
 def test_find_says_that_the_profile_was_interrupted(table: LatencyTable) -> None:
     assert table.find("uniform").variants == ("dense.int8",) * 5
-    with pytest.raises(InvalidInput, match="no dense build.*run `hwsearch profile` again"):
+    with pytest.raises(InvalidInput, match=r"no dense build.*run `hwsearch profile` again"):
         LatencyTable(table.header).find("dense")
 
 

@@ -123,7 +123,8 @@ class Program:
             if best is None or value(choice) < value(best):
                 best = choice
             done = result.status == 0
-            if not done or _span(objective, self.allowed(objective, value(best))) > 1e-3 * span:
+            narrower = _span(objective, self.allowed(objective, value(best)))
+            if not (done and 0 < narrower < 1e-3 * span):
                 return _found(best, value(best), bound, done)
         return None
 

@@ -155,7 +155,9 @@ def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> S
 
 
 def _fastest(at: Space, bounds: Mapping[str, int]) -> Solution:
-    return minimise(at.with_budgets(bounds), "latency")
+    """The least loss at the least latency that the other budgets allow."""
+    least = minimise(at.with_budgets(bounds), "latency").costs["latency"]
+    return solve(at.with_budgets({**bounds, "latency": least}))
 
 
 def as_allocation(at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ LEVELS = 127
 METHODS = ("mse", "percentile", "minmax")
 BINS = 2048
 PERCENTILE = 99.99
-_SAMPLE = 1 << 19
+_SAMPLE = 1 << 18
 
 Key = tuple[str, int, str]
 """(unit, call, port): port is `in0`, `in1` or `out`."""
@@ -47,25 +47,45 @@ def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
 
 
 class _Observer(torch.fx.Interpreter):
-    """Hands every tensor that may be quantized to `see`."""
+    """Hands every tensor that may be quantized to `see` once, with all the keys that it has."""
 
-    def __init__(self, traced: Traced, see: Callable[[Key, torch.Tensor], None]) -> None:
+    def __init__(self, traced: Traced, see: Callable[[tuple[Key, ...], torch.Tensor], None]) -> None:
         super().__init__(traced.graph)
         nodes = {n.name: n for n in traced.graph.graph.nodes}
         self.see = see
-        self.keys: dict[str, list[Key]] = {}
+        keys: dict[str, list[Key]] = {}
         for unit, calls in traced.sites.items():
             for index, site in enumerate(calls):
                 node = nodes[site.node]
                 for port, position in enumerate(site.activations):
-                    self.keys.setdefault(node.args[position].name, []).append((unit, index, f"in{port}"))  # type: ignore[union-attr]
-                self.keys.setdefault(output_node(node).name, []).append((unit, index, "out"))
+                    keys.setdefault(node.args[position].name, []).append((unit, index, f"in{port}"))
+                keys.setdefault(output_node(node).name, []).append((unit, index, "out"))
+        self.keys = {name: tuple(own) for name, own in keys.items()}
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
-        for key in self.keys.get(n.name, ()):
-            self.see(key, value)
+        if n.name in self.keys:
+            self.see(self.keys[n.name], value)
         return value
+
+
+class _Seen:
+    """What calibration saw of one tensor: its largest magnitude and a random sample of all magnitudes."""
+
+    def __init__(self) -> None:
+        self.top = 0.0
+        self.parts: list[torch.Tensor] = []
+
+    def add(self, value: torch.Tensor, keep: int, generator: torch.Generator) -> None:
+        """At most `keep` of the value's magnitudes join the sample; 0 keeps none."""
+        low, high = (float(v) for v in torch.aminmax(value))
+        self.top = max(self.top, -low, high) if np.isfinite(low) and np.isfinite(high) else float("nan")
+        if not keep:
+            return
+        flat = value.reshape(-1)
+        if flat.numel() > keep:
+            flat = flat[torch.randint(flat.numel(), (keep,), generator=generator)]
+        self.parts.append(flat.abs())
 
 
 def activation_ranges(
@@ -73,47 +93,46 @@ def activation_ranges(
 ) -> dict[Key, float]:
     """The largest magnitude to represent, for each tensor that may be quantized.
 
-    batches: calibration batches, each with a trace for its shape. method: `minmax` (the largest seen),
-    `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
-    Raises InvalidInput where an activation is NaN or infinite.
+    batches: calibration batches, each with a trace for its shape; each runs once. method: `minmax` (the largest
+    seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
+    Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an activation is NaN or infinite.
     """
     if method not in METHODS:
         raise InvalidInput(f"unknown range method {method!r}; expected one of {', '.join(METHODS)}")
     batches = list(batches)
-    largest: dict[Key, float] = {}
+    keep = 0 if method == "minmax" else max(_SAMPLE // max(len(batches), 1), 1 << 10)
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[tuple[Key, ...], _Seen] = {}
 
-    def see_largest(key: Key, value: torch.Tensor) -> None:
-        top = float(value.detach().abs().max()) if value.numel() else 0.0
-        if not np.isfinite(top):
+    def see(keys: tuple[Key, ...], value: torch.Tensor) -> None:
+        own = seen.setdefault(keys, _Seen())
+        if value.numel():
+            own.add(value.detach().float(), keep, generator)
+        if not np.isfinite(own.top):
             raise InvalidInput(
-                f"the input or output of unit {key[0]} is NaN or infinite on calibration data; "
+                f"the input or output of unit {keys[0][0]} is NaN or infinite on calibration data; "
                 "check the calibration batches"
             )
-        largest[key] = max(largest.get(key, 0.0), top)
 
-    _observe(batches, see_largest)
-    if method == "minmax":
-        return {key: top or 1.0 for key, top in largest.items()}
-    counts: dict[Key, NDArray[np.float64]] = {}
-
-    def see_histogram(key: Key, value: torch.Tensor) -> None:
-        magnitudes = value.detach().abs().flatten().float()
-        magnitudes = magnitudes[:: max(1, magnitudes.numel() // _SAMPLE)]
-        histogram = torch.histc(magnitudes, BINS, 0.0, largest[key] or 1.0).double().numpy()
-        counts[key] = counts.get(key, 0.0) + histogram
-
-    _observe(batches, see_histogram)
-    choose = _percentile_limit if method == "percentile" else _mse_limit
-    return {key: choose(counts[key], largest[key]) if largest[key] else 1.0 for key in counts}
-
-
-def _observe(
-    batches: Sequence[tuple[Traced, tuple[Any, ...], dict[str, Any]]], see: Callable[[Key, torch.Tensor], None]
-) -> None:
     with torch.no_grad():
         for traced, args, kwargs in batches:
-            observer = _Observer(traced, see)
-            observer.run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
+            _Observer(traced, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
+    return {key: limit for keys, own in seen.items() for limit in [_limit(own, method)] for key in keys}
+
+
+def _limit(seen: _Seen, method: str) -> float:
+    if not seen.top:
+        return 1.0
+    if method == "minmax":
+        return seen.top
+    sample = torch.cat(seen.parts)
+    counts = torch.histc(sample, BINS, 0.0, seen.top).double().numpy()
+    if method == "percentile":
+        return _percentile_limit(counts, seen.top)
+    limit = _mse_limit(counts, seen.top)
+    # The histogram rounds; the sample itself has the last word between clipping and not.
+    error, unclipped = (float((fake_quantize(sample, x) - sample).square().mean()) for x in (limit, seen.top))
+    return limit if error <= unclipped else seen.top
 
 
 def _percentile_limit(counts: NDArray[np.float64], top: float) -> float:

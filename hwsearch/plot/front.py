@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,26 +25,13 @@ from hwsearch.plot.style import (
     titles,
     where,
 )
-from hwsearch.variants import WEIGHT_BITS
+from hwsearch.variants import WEIGHT_BITS, Variant
 
 if TYPE_CHECKING:
-    from hwsearch.allocate.front import Front
+    from hwsearch.allocate.front import Front, Point
 
-PER_UNIT = {"latency": (1e6, "ms"), "size": (1e6, "MB"), "macs": (1e6, "MMAC")}
-"""For each cost column how many of its integer units (ns, bytes, MACs) make one of the unit drawn."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of a front in the units drawn."""
-
-    cost: float
-    sigma: float
-    loss: float
-    budget: float
-    precisions: tuple[str, ...]
-    dominated: bool
-    infeasible: bool
+PER_UNIT = {"latency": (1e6, "ms"), "size": (1e6, "MB")}
+"""For each cost column how many of its integer units (ns, bytes) make one of the unit drawn."""
 
 
 def plot_front(front: Front, path: str | Path | None = None) -> Figure:
@@ -56,87 +42,99 @@ def plot_front(front: Front, path: str | Path | None = None) -> Figure:
     are diamonds with their interval. path: where to save it, in the format its suffix names.
     """
     scale, unit = PER_UNIT[front.over]
-    rows = _front_rows(front)
-    found = [r for r in rows if not r.infeasible]
-    best = sorted((r for r in found if not r.dominated), key=lambda r: r.cost)
-    beaten = [r for r in found if r.dominated]
-    missed = [r.budget for r in rows if r.infeasible]
-    points = [p for p in front.measured if _measured_at(p, front.over) is not None]
+    best = front.best()
+    drawn = [p for p in front.points if np.isfinite(_cost(p, front.over)) and np.isfinite(p.loss)]
+    kept = {(_cost(p, front.over), p.loss) for p in best}  # one allocation may answer several budgets
+    beaten = [
+        p for p in drawn if p.dominated and not p.measured and (_cost(p, front.over), p.loss) not in kept
+    ]
+    measured = [p for p in drawn if p.measured]
+    missed = [p.budget / scale for p in front.points if p.infeasible]
 
     figure, axes = single_axes(8.0, 5.4)
     handles: list[Any] = []
     if best:
-        across, down = np.repeat([r.cost for r in best], 2)[1:], np.repeat([r.loss for r in best], 2)[:-1]
-        axes.plot(across, down, color=INK, linewidth=1.0, zorder=2)
-        if any(r.sigma for r in best):
-            axes.errorbar(
-                [r.cost for r in best], [r.loss for r in best], xerr=[r.sigma for r in best], fmt="none",
-                ecolor="#777777", elinewidth=0.9, capsize=2, zorder=3,
-            )  # fmt: skip
-        coarsest = min((p for r in best for p in r.precisions), key=lambda p: (WEIGHT_BITS[p], p))
-        shares = [100.0 * r.precisions.count(coarsest) / len(r.precisions) for r in best]
-        dots = axes.scatter(
-            [r.cost for r in best], [r.loss for r in best], c=shares, cmap="cividis_r", vmin=0, vmax=100, s=48,
-            edgecolors=INK, linewidths=0.7, zorder=5, label="front",
-        )  # fmt: skip
-        bar = figure.colorbar(dots, ax=axes, pad=0.02, shrink=0.9)
-        bar.set_label(f"share of units in {coarsest} (%)")
-        bar.outline.set_linewidth(0.5)
-        spread = ", bars: ±σ" if any(r.sigma for r in best) else ""
-        key = Line2D([], [], color=INK, linewidth=1.0, marker="o", markerfacecolor="#B8A86B")
-        key.set_label(f"front, predicted{spread}")
-        handles.append(key)
+        handles.append(_draw_best(figure, axes, best, front.over))
     if beaten:
-        hollow = axes.scatter(
-            [r.cost for r in beaten], [r.loss for r in beaten], s=36, facecolors="none", edgecolors=FAINT,
-            linewidths=1.1, zorder=4, label="dominated",
-        )  # fmt: skip
-        handles.append(hollow)
-    labels: list[tuple[float, float, str]] = []
-    for point in points:
-        x, low, high = _measured_at(point, front.over) or (0.0, 0.0, 0.0)
-        labels.append((x, float(point["loss"]), str(point["label"])))
-        axes.errorbar(
-            [x], [point["loss"]], xerr=[[max(x - low, 0.0)], [max(high - x, 0.0)]], fmt="D", color=HIGHLIGHT,
-            markersize=7, markeredgecolor="white", ecolor=HIGHLIGHT, elinewidth=1.4, capsize=3, zorder=6,
-        )  # fmt: skip
-    if points:
-        interval = ", bars: 95 % interval" if front.over == "latency" else ""
-        key = Line2D([], [], color=HIGHLIGHT, marker="D", markeredgecolor="white", linewidth=0)
-        key.set_label(f"measured{interval}")
-        handles.append(key)
-    losses = [r.loss for r in found] + [float(p["loss"]) for p in points]
-    name = scale_losses(axes, "y", losses)
+        x, y = _places(beaten, front.over)
+        style: dict[str, Any] = {"facecolors": "none", "edgecolors": FAINT, "linewidths": 1.1}
+        handles.append(axes.scatter(x, y, s=36, zorder=4, label="dominated", **style))
+    if measured:
+        handles.append(_draw_measured(axes, measured, front.over))
+    name = scale_losses(axes, "y", [p.loss for p in drawn])
     axes.set_ylabel(f"loss (divergence per sample, {name})")
     axes.set_xlabel(f"{front.over} ({unit})")
-    dense = _draw_dense(axes, front.dense.get(front.over, 0.0) / scale, unit, handles)
+    dense = _draw_dense(axes, front.header.get("dense", {}).get(front.over, 0.0) / scale, unit, handles)
     if missed:
         handles += axes.plot(
             missed, [0.0] * len(missed), "x", color=INK, markersize=7, markeredgewidth=1.5, clip_on=False, zorder=7,
             transform=axes.get_xaxis_transform(), label="budget that nothing meets",
         )  # fmt: skip
-    if not found:
+    if not drawn:
         axes.set_yticks([])
-    titles(axes, f"{front.network}: loss against {front.over}", where(front.header), dense)
+    network = front.header.get("network") or "network"
+    titles(axes, f"{network}: loss against {front.over}", where(front.header), dense)
     legend_below(figure, handles, columns=3 if len(handles) != 4 else 2)
-    _label(figure, axes, labels, [(r.cost, r.loss) for r in found])
+    labels = [(_cost(p, front.over), p.loss, p.label) for p in measured]
+    _label(figure, axes, labels, [(_cost(p, front.over), p.loss) for p in drawn])
     return done(figure, path)
 
 
-def _front_rows(front: Front) -> list[_Row]:
-    return [_Row(**vars(r)) for r in front.rows]
+def _cost(point: Point, over: str) -> float:
+    """The swept cost in the unit drawn."""
+    return (point.latency_ns if over == "latency" else point.size_bytes) / PER_UNIT[over][0]
 
 
-def _measured_at(point: Mapping[str, Any], over: str) -> tuple[float, float, float] | None:
-    """(value, low, high) of a measured allocation, in the unit drawn; None where it lacks that cost or its loss."""
-    value = point.get({"latency": "latency_ms", "size": "size_bytes"}.get(over, over))
-    if value is None or point.get("loss") is None:
-        return None
-    if over != "latency":
-        size = float(value) / PER_UNIT[over][0]
-        return size, size, size
-    low, high = point.get("low_ms"), point.get("high_ms")
-    return float(value), float(value if low is None else low), float(value if high is None else high)
+def _places(points: Sequence[Point], over: str) -> tuple[list[float], list[float]]:
+    return [_cost(p, over) for p in points], [p.loss for p in points]
+
+
+def _draw_best(figure: Figure, axes: Axes, best: Sequence[Point], over: str) -> Line2D:
+    """The front as steps, its points coloured by how much of the network is in the coarsest precision; its key."""
+    x, y = _places(best, over)
+    axes.plot(np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1], color=INK, linewidth=1.0, zorder=2)
+    key = Line2D(
+        [], [], color=INK, linewidth=1.0, marker="o", markerfacecolor="#B8A86B", label="front, predicted"
+    )
+    if over == "latency":
+        sigma = np.nan_to_num([p.sigma_ns / PER_UNIT[over][0] for p in best])
+        axes.errorbar(x, y, xerr=sigma, fmt="none", ecolor="#777777", elinewidth=0.9, capsize=2, zorder=3)
+        key.set_label("front, predicted, bars: ±σ")
+    precisions = [[Variant.parse(v).precision for v in p.variants] for p in best]
+    coarsest = min((p for row in precisions for p in row), key=lambda p: (WEIGHT_BITS[p], p))
+    shares = [100.0 * row.count(coarsest) / len(row) for row in precisions]
+    dots = axes.scatter(
+        x,
+        y,
+        c=shares,
+        cmap="cividis_r",
+        vmin=0,
+        vmax=100,
+        s=48,
+        edgecolors=INK,
+        linewidths=0.7,
+        zorder=5,
+        label="front",
+    )
+    bar = figure.colorbar(dots, ax=axes, pad=0.02, shrink=0.9)
+    bar.set_label(f"share of units in {coarsest} (%)")
+    return key
+
+
+def _draw_measured(axes: Axes, measured: Sequence[Point], over: str) -> Line2D:
+    """Diamonds, with their interval where it is known; their key."""
+    key = Line2D([], [], color=HIGHLIGHT, marker="D", markeredgecolor="white", linewidth=0, label="measured")
+    x, y = _places(measured, over)
+    bars = None
+    if over == "latency":
+        key.set_label("measured, bars: 95 % interval")
+        ends = [(p.latency_ns - p.low_ns, p.high_ns - p.latency_ns) for p in measured]
+        bars = np.nan_to_num(np.array(ends).T / PER_UNIT[over][0]).clip(0)
+    axes.errorbar(
+        x, y, xerr=bars, fmt="D", color=HIGHLIGHT, markersize=7, markeredgecolor="white", elinewidth=1.4, capsize=3,
+        zorder=6,
+    )  # fmt: skip
+    return key
 
 
 def _draw_dense(axes: Axes, dense: float, unit: str, handles: list[Any]) -> str:

@@ -91,7 +91,9 @@ def scale_losses(axes: Axes, which: str, values: Iterable[float]) -> str:
         limits = (-0.03 * top, 1.1 * top) if top else (-0.1, 1.0)
         axes.set_xlim(limits) if which == "x" else axes.set_ylim(limits)
         axis.set_major_locator(MaxNLocator(5) if top else FixedLocator([0.0]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.1e}" if value and top < 1e-2 else f"{value:.3g}")
+        )
         return "linear scale"
     if len(positive) == len(shown):
         setter("log")

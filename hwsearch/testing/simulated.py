@@ -38,7 +38,11 @@ class LatencyLaw:
 
     @staticmethod
     def random(
-        network: Network, seed: int = 0, *, precisions: Sequence[str] = ("fp32", "int8"), unit_ns: float = 50_000.0
+        network: Network,
+        seed: int = 0,
+        *,
+        precisions: Sequence[str] = ("fp32", "int8"),
+        unit_ns: float = 50_000.0,
     ) -> LatencyLaw:
         """Units of about `unit_ns`, equal where their signatures are; boundaries that cost a large part of a unit."""
         rng = np.random.default_rng(seed)
@@ -91,7 +95,13 @@ class LatencyLaw:
             else:
                 times[edge.dst] += cost
         nodes = [
-            NodeTime(f"simulated_{i}", "Layer", (sources or {}).get(unit, (f"{unit}|0|Layer",)), precisions[unit], time)
+            NodeTime(
+                f"simulated_{i}",
+                "Layer",
+                (sources or {}).get(unit, (f"{unit}|0|Layer",)),
+                precisions[unit],
+                time,
+            )
             for i, (unit, time) in enumerate(times.items())
         ]
         if self.rest_ns and set(precisions) == set(self.units):
@@ -227,7 +237,10 @@ class SimulatedEngine:
                 sources[unit] = (*sources.get(unit, ()), node.name)
         exact = self._backend.law.nodes(self.executed, sources)
         deviation = self._backend.node_noise
-        return [NodeTime(n.name, n.op, n.sources, n.precision, n.time_ns * self._backend.jitter(deviation)) for n in exact]
+        return [
+            NodeTime(n.name, n.op, n.sources, n.precision, n.time_ns * self._backend.jitter(deviation))
+            for n in exact
+        ]
 
 
 def _precisions(model: onnx.ModelProto, base: str) -> dict[str, str]:

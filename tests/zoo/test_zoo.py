@@ -103,7 +103,7 @@ def test_minilm_takes_keywords_and_gives_logits() -> None:
     assert isinstance(task.example_inputs, dict)
     assert list(task.example_inputs) == ["input_ids", "attention_mask"]
     assert all(t.dtype == torch.int64 and t.shape == (1, 64) for t in task.example_inputs.values())
-    assert [len(batch["input_ids"]) for batch in task.calibration] == [16] * 8  # type: ignore[call-overload]
+    assert [len(batch["input_ids"]) for batch in task.calibration] == [16] * 8  # type: ignore[index]
     with torch.no_grad():
         assert task.model(**task.example_inputs).shape == (1, 8)
 
