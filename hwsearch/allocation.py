@@ -13,6 +13,13 @@ from hwsearch.variants import Variant
 
 SCHEMA = 1
 
+_MAKE = "expected an allocation from `hwsearch search`"
+_KEYS = {
+    "predicted": ("latency_ns", "sigma_ns", "size_bytes", "loss"),
+    "dense": ("latency_ns", "size_bytes"),
+    "solver": ("status", "gap"),
+}
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -25,8 +32,8 @@ class Allocation:
     """
 
     variants: dict[str, str]
-    predicted: dict[str, float]
-    dense: dict[str, float]
+    predicted: dict[str, int | float]
+    dense: dict[str, int | float]
     budgets: list[dict[str, Any]]
     solver: dict[str, Any]
     network: str
@@ -64,12 +71,14 @@ class Allocation:
         try:
             text = Path(path).read_bytes()
         except OSError as error:
-            raise InvalidInput(f"{path} cannot be read: {error.strerror}; expected an allocation from `hwsearch search`") from error
+            raise InvalidInput(f"{path} cannot be read: {error.strerror}; {_MAKE}") from error
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse)
         except ValueError as error:
-            raise InvalidInput(f"{path} is not JSON ({error}); expected an allocation from `hwsearch search`") from error
-        if isinstance(data, dict) and "schema" in data and data["schema"] != SCHEMA:
+            raise InvalidInput(f"{path} is not JSON ({error}); {_MAKE}") from error
+        if not isinstance(data, dict) or "schema" not in data:
+            raise InvalidInput(f"{path} is not an allocation: it has no schema; {_MAKE}")
+        if data["schema"] != SCHEMA:
             raise IncompatibleTables(f"{path} has schema {data['schema']}, this hwsearch reads {SCHEMA}; search again")
         try:
             allocation = TypeAdapter(Allocation).validate_python(data)
@@ -81,8 +90,14 @@ class Allocation:
             raise InvalidInput(f"{path} allocates no unit; search again")
         for variant in allocation.variants.values():
             Variant.parse(variant)
-        for key, values in (("predicted", ("latency_ns", "sigma_ns", "size_bytes", "loss")), ("solver", ("status", "gap"))):
-            missing = [name for name in values if name not in getattr(allocation, key)]
+        parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
+        parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
+        for key, part, wanted in parts:
+            missing = [name for name in wanted if name not in part]
             if missing:
                 raise InvalidInput(f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again")
         return allocation
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")

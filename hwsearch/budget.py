@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, InvalidOperation
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ _EXAMPLES = {
     "size": "size=800KB, size=25% (of dense fp32) or size=4x (smaller)",
     "macs": "macs=300MMAC, macs=50% (of dense) or macs=2x (fewer)",
 }
-_TEXT = re.compile(r"\s*(?P<column>\w+)\s*=\s*(?P<number>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(?P<unit>%|[a-zµ]*)\s*", re.I)
+_TEXT = re.compile(r"\s*(?P<column>\w+)\s*=\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>%|[a-zµμ]*)\s*", re.I)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,15 @@ class Budget:
         if self.column not in UNITS:
             raise InvalidInput(f"unknown budget {self.column!r}; expected one of {', '.join(UNITS)}")
         if self.kind not in ("absolute", "fraction", "speedup"):
-            raise InvalidInput(f"unknown kind of budget {self.kind!r}; expected absolute, fraction or speedup")
+            raise InvalidInput(
+                f"unknown kind of budget {self.kind!r}; expected absolute, fraction or speedup"
+            )
         if not (math.isfinite(self.value) and 0 < self.value <= LIMIT):
             raise InvalidInput(f"{self.column} budget is {self.value}; expected above 0, at most {LIMIT:.0e}")
         if self.kind == "absolute" and self.value != int(self.value):
-            raise InvalidInput(f"{self.column} budget is {self.value}; expected a whole number of {_base(self.column)}")
+            raise InvalidInput(
+                f"{self.column} budget is {self.value}; expected a whole number of {_base(self.column)}"
+            )
 
     @staticmethod
     def parse(text: str) -> Budget:
@@ -65,7 +69,9 @@ class Budget:
         if column not in UNITS:
             raise InvalidInput(f"budget {text!r} bounds none of {', '.join(UNITS)}; write e.g. latency=4ms")
         if match is None:
-            raise InvalidInput(f"budget {text!r} is malformed; expected a number and a unit: {_EXAMPLES[column]}")
+            raise InvalidInput(
+                f"budget {text!r} is malformed; expected a number and a unit: {_EXAMPLES[column]}"
+            )
         unit = match["unit"].casefold().replace("µ", "u").replace("μ", "u")
         scales = {name.casefold(): scale for name, scale in UNITS[column].items()}
         kind = {"%": "fraction", "x": "speedup"}.get(unit, "absolute")
@@ -75,12 +81,10 @@ class Budget:
                 f"budget {text!r} has {got}; expected {', '.join(UNITS[column])}, % or x: {_EXAMPLES[column]}"
             )
         rounding = ROUND_CEILING if kind == "speedup" else ROUND_FLOOR
-        try:
-            number = Context(prec=15, rounding=rounding).create_decimal(match["number"])
-            scaled = number / 100 if kind == "fraction" else number * scales.get(unit, 1)
-            value = Decimal(math.floor(scaled)) if kind == "absolute" and scaled <= LIMIT else scaled
-        except InvalidOperation:
-            value = Decimal("inf")
+        number = Context(prec=15, rounding=rounding).create_decimal(match["number"])
+        value = number / 100 if kind == "fraction" else number * scales.get(unit, 1)
+        if kind == "absolute":
+            value = value.to_integral_value(ROUND_FLOOR)
         if not 0 < value <= LIMIT:
             least = f"at least 1 {_base(column)}" if kind == "absolute" else "above 0"
             raise InvalidInput(f"budget {text!r} is out of range; expected {least}, e.g. {_EXAMPLES[column]}")
@@ -90,7 +94,11 @@ class Budget:
         value = Decimal(repr(self.value))
         if self.kind == "absolute":
             return f"{self.column}={quantity(self.column, int(self.value))}"
-        return f"{self.column}={_plain(value * 100)}%" if self.kind == "fraction" else f"{self.column}={_plain(value)}x"
+        return (
+            f"{self.column}={_plain(value * 100)}%"
+            if self.kind == "fraction"
+            else f"{self.column}={_plain(value)}x"
+        )
 
     def resolve(self, dense: float) -> int:
         """The bound in integer ns, bytes or MACs, rounded down; `dense` is the cost of the dense fp32 network.
@@ -100,7 +108,9 @@ class Budget:
         if self.kind == "absolute":
             return int(self.value)
         if not (math.isfinite(dense) and dense > 0):
-            raise InvalidInput(f"budget {self} is relative to the dense network, whose {self.column} is {dense}")
+            raise InvalidInput(
+                f"budget {self} is relative to the dense network, whose {self.column} is {dense}"
+            )
         share = Fraction(repr(self.value))  # the decimal that was written, not the float next to it
         return math.floor(Fraction(dense) * share if self.kind == "fraction" else Fraction(dense) / share)
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 from typer.core import TyperGroup
 
+from hwsearch import show
 from hwsearch.errors import BudgetMissed, HwsearchError, InvalidInput
 
 if TYPE_CHECKING:
-    from hwsearch.allocate.front import Front
-    from hwsearch.allocation import Allocation
     from hwsearch.report import Report
 
 INTERRUPTED = 130
@@ -43,7 +42,13 @@ class _Group(TyperGroup):
         debug = "--debug" in words  # it may stand anywhere, before the command or after it
         words = [word for word in words if word != "--debug"] or ["--help"]
         try:
-            code = super().main(words, "hwsearch", complete_var, False, windows_expand_args, **extra) or 0
+            with warnings.catch_warnings():
+                if (
+                    not debug and not sys.warnoptions
+                ):  # of our dependencies to theirs: nothing a user could act on
+                    warnings.simplefilter("ignore", FutureWarning)
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                code = super().main(words, "hwsearch", complete_var, False, windows_expand_args, **extra) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
@@ -64,7 +69,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"error: {error}", error.exit_code
     if isinstance(error, typer.TyperException):  # usage: an unknown option, a missing argument
         path = getattr(getattr(error, "ctx", None), "command_path", "hwsearch")
-        return f"error: {error.format_message().rstrip('. ')}; see `{path} --help`", error.exit_code
+        return f"error: {error.format_message().rstrip('. ')} (see `{path} --help`)", error.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.strerror}: {error.filename}", 1
     return f"error: unexpected {type(error).__name__}: {error}", 1
@@ -180,14 +185,14 @@ def devices(as_json: AsJson = False) -> None:
 
     here, found = device.fingerprint(), backends.status()
     if as_json:
-        _print_json({"device": here.to_json(), "backends": [entry.to_json() for entry in found]})
+        show.as_json({"device": here.to_json(), "backends": [entry.to_json() for entry in found]})
         return
     print(f"{here}\nid {here.id}\n")
     rows = [
         (b.name, ", ".join(b.versions.values()), ", ".join(b.bases), "yes" if b.available else b.reason)
         for b in found
     ]
-    _print_table(("backend", "version", "base precisions", "available"), rows)
+    show.columns(("backend", "version", "base precisions", "available"), rows)
 
 
 @app.command()
@@ -216,7 +221,7 @@ def profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, seed=seed, progress=progress,
         )  # fmt: skip
-    _print_json(table.to_json()) if as_json else print(table.summary())
+    show.table(table, as_json)
 
 
 @table_app.command("show")
@@ -228,7 +233,7 @@ def table_show(
     import hwsearch as hs
 
     table = hs.LatencyTable.load(file)
-    _print_json(table.to_json()) if as_json else print(table.summary())
+    show.table(table, as_json)
 
 
 @app.command()
@@ -248,26 +253,7 @@ def sensitivity(
         scores = hs.sensitivity(
             hs.load(task), out=output, backend=backend, base=base, seed=seed, progress=progress
         )
-    if as_json:
-        _print_json(
-            {
-                "network": scores.network.name,
-                "divergence": scores.divergence,
-                "samples": scores.samples,
-                "rank_correlation": scores.rank_correlation,
-                "loss": scores.loss,
-            }
-        )
-        return
-    worst = sorted(scores.loss.items(), key=lambda item: -max(item[1].values()))
-    variants = list(dict.fromkeys(variant for row in scores.loss.values() for variant in row))
-    rows = [(unit, *(f"{row[v]:.2e}" if v in row else "-" for v in variants)) for unit, row in worst[:10]]
-    _print_table(("most sensitive units", *variants), rows)
-    tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"
-    print(
-        f"{len(worst)} units, {scores.divergence} divergence on {scores.samples} samples; rank correlation of "
-        f"predicted and simulated loss of whole allocations: {tau}"
-    )
+    show.sensitivity(scores, as_json)
 
 
 @app.command()
@@ -279,7 +265,7 @@ def search(
 
     allocation = hs.search(hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), budget)
     allocation.save(output)
-    _show_allocation(allocation, as_json)
+    show.allocation(allocation, as_json)
 
 
 @app.command()
@@ -305,7 +291,7 @@ def front(
     found.save(output)
     if plot is not None:
         hs.plot_front(found, plot)
-    _show_front(found, as_json)
+    show.front(found, as_json)
 
 
 @app.command()
@@ -323,9 +309,9 @@ def deploy(
     chosen = Allocation.load(allocation)
     deployed = hs.deploy(hs.load(task), chosen, output, backend=backend)
     if as_json:
-        _print_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
+        show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
     else:
-        print(f"{deployed.path}: {_bytes(deployed.size_bytes)}")
+        print(f"{deployed.path}: {show.size(deployed.size_bytes)}")
 
 
 @app.command()
@@ -379,113 +365,13 @@ def run(
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:
-            _show_report(cast("Report", error.nearest), as_json, out)
+            show.report(cast("Report", error.nearest), as_json, out)
         raise
     _finish(report, as_json, out)
 
 
-# ---------------------------------------------------------------- output
-
-
-def _artifacts(folder: Path) -> dict[str, Path]:
-    files = {
-        "latency table": "table.parquet",
-        "sensitivities": "sens.parquet",
-        "allocation": "alloc.json",
-        "network": "model.onnx",
-        "report": "report.json",
-        "plot": "front.png",
-    }
-    return {what: folder / name for what, name in files.items() if (folder / name).is_file()}
-
-
-def _show_allocation(allocation: Allocation, as_json: bool) -> None:
-    if as_json:
-        _print_json(allocation.to_json())
-        return
-    predicted, dense = allocation.predicted, allocation.dense
-    latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
-    rows = [
-        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
-        ("size", _bytes(predicted["size_bytes"]), _bytes(dense["size_bytes"])),
-        ("loss", f"{predicted['loss']:.3g}", "0"),
-        ("variants", ", ".join(f"{count} {variant}" for variant, count in allocation.counts().items()), ""),
-        ("budgets", ", ".join(str(budget["text"]) for budget in allocation.budgets), ""),
-        ("solver", f"{allocation.solver['status']}, gap {allocation.solver['gap']:.2g}", ""),
-    ]
-    _print_table(("", "predicted", "dense"), rows)
-
-
-def _show_front(front: Front, as_json: bool) -> None:
-    if as_json:
-        fields = (
-            "label",
-            "budget",
-            "latency_ns",
-            "sigma_ns",
-            "size_bytes",
-            "loss",
-            "dominated",
-            "infeasible",
-            "gap",
-        )
-        points = [{field: _finite(getattr(point, field)) for field in fields} for point in front.points]
-        _print_json({"over": front.over, "points": points})
-        return
-    rows = []
-    for point in front.points:
-        latency, sigma = f"{point.latency_ns / 1e6:.4g}", f" ± {point.sigma_ns / 1e6:.2g}"
-        costs = (
-            latency + sigma * (point.sigma_ns > 0) + " ms",
-            _bytes(point.size_bytes),
-            f"{point.loss:.3g}",
-        )
-        if point.infeasible:
-            costs = ("-", "-", "-")
-        budget = f"{point.budget / 1e6:.4g} ms" if front.over == "latency" else _bytes(point.budget)
-        note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
-        rows.append((point.label if point.measured else budget, *costs, note))
-    _print_table((f"{front.over} budget", "latency", "size", "loss", ""), rows)
-
-
-def _finite(value: Any) -> Any:
-    return None if value != value else value
-
-
 def _finish(report: Report, as_json: bool, folder: Path | None = None) -> None:
-    _show_report(report, as_json, folder)
+    show.report(report, as_json, folder)
     if not report.met:
         _say("missed: the network does not meet its budget as measured")
         raise typer.Exit(MISSED)
-
-
-def _show_report(report: Report, as_json: bool, folder: Path | None = None) -> None:
-    if as_json:
-        _print_json(report.to_json())
-        return
-    print(report)
-    files = {} if folder is None else _artifacts(folder)
-    if files:
-        print("\n" + "\n".join(f"{what}: {path}" for what, path in files.items()))
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False))
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)

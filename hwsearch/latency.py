@@ -331,10 +331,33 @@ def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
 
 
 def noise_floor(table: LatencyTable) -> float | None:
-    """Median relative difference between builds of one and the same allocation."""
+    """Median relative difference between builds of one and the same allocation.
+
+    The `reference` build is a second build of the engine that everything is timed against: its ratio would be 1.
+    """
     groups: dict[Any, list[float]] = {}
     for build in table.builds:
+        if build.role == "reference":
+            groups.setdefault(build.key, []).insert(0, 1.0)
         if build.role != "isolated":
             groups.setdefault(build.key, []).append(build.ratio)
     spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
     return float(np.median(spread)) if spread else None
+
+
+def compare(table: LatencyTable) -> dict[str, float | None] | None:
+    """Held-out errors of the fitted model and of the additive baseline; None where the table cannot be fitted so."""
+    heldout = [b for b in usable(table) if b.role == "heldout"]
+    if table.header.mode != "context" or not heldout or len(usable(table)) - len(heldout) < 2:
+        return None
+    found = validate(fit(table), heldout)
+    additive = validate(fit(table, boundaries=False), heldout)
+    return {
+        "builds": found.builds,
+        "median_error": found.median_error,
+        "p90_error": found.p90_error,
+        "kendall_tau": found.kendall_tau,
+        "noise": found.noise if found.noise is not None else float("nan"),
+        "additive_median_error": additive.median_error,
+        "additive_kendall_tau": additive.kendall_tau,
+    }

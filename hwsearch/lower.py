@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from hwsearch.compress.quantize import QuantizedWeight, Ranges, activation_range
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.network import Unit
 from hwsearch.task import Inputs, Task
-from hwsearch.trace import Site, Traced, as_call, first_line, flat_inputs, module_path, trace
+from hwsearch.trace import Site, Traced, as_call, first_line, flat_inputs, module_path, op_name, trace
 from hwsearch.variants import Variant
 
 OPSET = 18
@@ -37,7 +38,9 @@ DOMAIN = "hwsearch"
 def mark(x: torch.Tensor, role: str, unit: str, call: int, port: int) -> torch.Tensor:
     """A named identity that survives the ONNX exporter."""
     tag = json.dumps([role, unit, call, port])
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), {"tag": tag}, dtype=x.dtype, shape=x.shape, version=1)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{MARK}", (x,), {"tag": tag}, dtype=x.dtype, shape=x.shape, version=1
+    )
 
 
 def export(traced: Traced) -> onnx.ModelProto:
@@ -54,7 +57,12 @@ def export(traced: Traced) -> onnx.ModelProto:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                graph.eval(), traced.args, kwargs=traced.kwargs or None, dynamo=True, opset_version=OPSET, verbose=False
+                graph.eval(),
+                traced.args,
+                kwargs=traced.kwargs or None,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
             )
     except Exception as error:
         raise UntraceableModel(_explain(error, traced)) from error
@@ -83,13 +91,18 @@ def _explain(error: BaseException, traced: Traced) -> str:
     while chain is not None:
         texts.append(str(chain))
         chain = chain.__cause__
-    for node in traced.graph.graph.nodes:
-        if node.op == "call_function" and any(f"%{node.name} " in text for text in texts):
-            return (
-                f"module {module_path(node) or '(the model itself)'} uses operator {node.target}, which has no ONNX form: "
-                f"{first_line(RuntimeError(texts[-1]))}. Replace that operator in the model."
-            )
-    return f"the traced model has no ONNX form: {first_line(RuntimeError(texts[-1]))}"
+    why = first_line(RuntimeError(texts[-1]))
+    operators = [n for n in traced.graph.graph.nodes if n.op == "call_function"]
+    named = {m.rpartition(".")[2] for text in texts for m in re.findall(r"op='([\w.]+)'", text)}
+    found = [n for n in operators if any(f"%{n.name} " in text for text in texts)]
+    # What the exporter names may be a part of the model's own operator: linalg_eig of linalg_eigvals.
+    found = found or [n for n in operators if any(op_name(n).startswith(name) for name in named)]
+    if found:
+        return (
+            f"module {module_path(found[0]) or '(the model itself)'} uses operator {found[0].target}, "
+            f"which has no ONNX form: {why}. Replace that operator in the model."
+        )
+    return f"the traced model has no ONNX form: {why}"
 
 
 def _tag(node: onnx.NodeProto) -> tuple[str, str, int, int]:
@@ -164,7 +177,11 @@ def assemble(
         role, unit, call, port = _tag(node)
         variant = variants[unit]
         if role == "weight" and variant.quantized:
-            builder.weight(node, unit, _Stored(variant.precision, weights[unit].values, weights[unit].scales, weights[unit].axis))
+            builder.weight(
+                node,
+                unit,
+                _Stored(variant.precision, weights[unit].values, weights[unit].scales, weights[unit].axis),
+            )
         elif role == "weight" and node.input[0] in builder.initializers:
             values = numpy_helper.to_array(builder.initializers[node.input[0]])
             builder.weight(node, unit, _Stored(variant.precision, values))
@@ -232,8 +249,16 @@ class _Builder:
             self._constant(name, stored.values)
         elif stored.scales is None:
             kind = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[stored.precision]
-            self.initializers[f"{name}/{stored.precision}"] = _half(f"{name}/{stored.precision}", stored.values, kind)
-            self._add("Cast", [f"{name}/{stored.precision}"], name, self._unique(f"{unit}|0|Cast.weight"), to=TensorProto.FLOAT)
+            self.initializers[f"{name}/{stored.precision}"] = _half(
+                f"{name}/{stored.precision}", stored.values, kind
+            )
+            self._add(
+                "Cast",
+                [f"{name}/{stored.precision}"],
+                name,
+                self._unique(f"{unit}|0|Cast.weight"),
+                to=TensorProto.FLOAT,
+            )
         else:
             values = self._constant(f"{name}/int8", stored.values)
             scale = self._constant(f"{name}/scale", stored.scales)
@@ -254,8 +279,18 @@ class _Builder:
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(limit / 127.0, np.float32))
             zero = self._constant(f"{node.output[0]}/zero", np.asarray(0, np.int8))
             quantized, output = f"{node.output[0]}/int8", f"{node.output[0]}/dq"
-            self._add("QuantizeLinear", [source, scale, zero], quantized, self._unique(f"{base}|QuantizeLinear.{role}{port}"))
-            self._add("DequantizeLinear", [quantized, scale, zero], output, self._unique(f"{base}|DequantizeLinear.{role}{port}"))
+            self._add(
+                "QuantizeLinear",
+                [source, scale, zero],
+                quantized,
+                self._unique(f"{base}|QuantizeLinear.{role}{port}"),
+            )
+            self._add(
+                "DequantizeLinear",
+                [quantized, scale, zero],
+                output,
+                self._unique(f"{base}|DequantizeLinear.{role}{port}"),
+            )
             self.dequantized[source, limit] = output
         self.renamed[node.output[0]] = self.dequantized[source, limit]
 
@@ -285,7 +320,9 @@ class _Builder:
             [t for name, t in self.initializers.items() if name in used],
         )
         model = helper.make_model(
-            graph, opset_imports=[o for o in self.marked.opset_import if o.domain != DOMAIN], producer_name="hwsearch"
+            graph,
+            opset_imports=[o for o in self.marked.opset_import if o.domain != DOMAIN],
+            producer_name="hwsearch",
         )
         model.ir_version = self.marked.ir_version
         helper.set_model_props(model, metadata)
@@ -313,7 +350,9 @@ class _Builder:
 
 def isolate(marked: onnx.ModelProto, unit: Unit) -> onnx.ModelProto:
     """The first call of one unit as a network of its own, markers kept; its inputs are the unit's activations."""
-    nodes = [n for n in marked.graph.node if unit_of(n.name) == (unit.name, True) and n.name.split("|")[1] == "0"]
+    nodes = [
+        n for n in marked.graph.node if unit_of(n.name) == (unit.name, True) and n.name.split("|")[1] == "0"
+    ]
     nodes += [n for n in marked.graph.node if n.op_type == MARK and _tag(n)[:3] == ("out", unit.name, 0)]
     made = {output for n in nodes for output in n.output}
     outer = [n for n in nodes if n.op_type == MARK and _tag(n)[0] == "in"]
@@ -325,7 +364,9 @@ def isolate(marked: onnx.ModelProto, unit: Unit) -> onnx.ModelProto:
     inputs = list({v.name: v for v in inputs}.values())
     result = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, unit.output_shape)
     read = {i for n in nodes for i in n.input} - made
-    graph = helper.make_graph(nodes, unit.name, inputs, [result], [stored[name] for name in sorted(read & set(stored))])
+    graph = helper.make_graph(
+        nodes, unit.name, inputs, [result], [stored[name] for name in sorted(read & set(stored))]
+    )
     model = helper.make_model(graph, opset_imports=list(marked.opset_import))
     model.ir_version = marked.ir_version
     return model
@@ -343,7 +384,7 @@ class _Stored:
 
 
 def _half(name: str, values: np.ndarray[Any, Any], kind: int) -> onnx.TensorProto:
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = torch.from_numpy(np.array(values))  # a copy: arrays of ONNX tensors are read-only
     if kind == TensorProto.BFLOAT16:
         raw = tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     else:
@@ -375,7 +416,9 @@ class Lowering:
         batches = []
         for inputs in self.task.calibration:
             args, kwargs = as_call(inputs)
-            key = str([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)])
+            key = str(
+                [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            )
             if key not in traces:
                 traces[key] = trace(self.task.model, inputs, self.task.name)
                 if list(traces[key].sites) != list(self.traced.sites):
@@ -403,20 +446,32 @@ class Lowering:
     @property
     def batch(self) -> int:
         """Batch size of the deployed network."""
-        return self.network.input_shapes[0][0] if self.network.input_shapes and self.network.input_shapes[0] else 1
+        return (
+            self.network.input_shapes[0][0]
+            if self.network.input_shapes and self.network.input_shapes[0]
+            else 1
+        )
 
     def arrays(self) -> list[np.ndarray[Any, Any]]:
         """The example inputs in the order of the ONNX inputs."""
         values = flat_inputs(self.traced.graph, self.traced.args, self.traced.kwargs)
         return [v.detach().cpu().numpy() for v in values if isinstance(v, torch.Tensor)]
 
-    def assemble(self, marked: onnx.ModelProto, variants: Mapping[str, Variant], **options: Any) -> onnx.ModelProto:
+    def assemble(
+        self, marked: onnx.ModelProto, variants: Mapping[str, Variant], **options: Any
+    ) -> onnx.ModelProto:
         """`assemble` with this task's int8 weights and ranges, which are computed at their first use."""
         int8 = any(v.quantized for v in variants.values())
-        return assemble(marked, variants, self.weights if int8 else {}, self.ranges if int8 else {}, **options)
+        return assemble(
+            marked, variants, self.weights if int8 else {}, self.ranges if int8 else {}, **options
+        )
 
     def onnx(
-        self, variants: Mapping[str, Variant], *, quantize_outputs: bool = False, metadata: Mapping[str, str] | None = None
+        self,
+        variants: Mapping[str, Variant],
+        *,
+        quantize_outputs: bool = False,
+        metadata: Mapping[str, str] | None = None,
     ) -> onnx.ModelProto:
         """The deployable network in one allocation."""
         return self.assemble(self.marked, variants, quantize_outputs=quantize_outputs, metadata=metadata)
@@ -444,12 +499,16 @@ def _sorted(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
 def check_calibration(task: Task) -> None:
     """Raises InvalidInput where a calibration batch is not of the form of example_inputs."""
     if not task.calibration:
-        raise InvalidInput("the task has no calibration batches; give at least one, of the form of example_inputs")
+        raise InvalidInput(
+            "the task has no calibration batches; give at least one, of the form of example_inputs"
+        )
     want, spec = pytree.tree_flatten(_sorted(as_call(task.example_inputs)))
     for index, inputs in enumerate(task.calibration):
         have, own = pytree.tree_flatten(_sorted(as_call(inputs)))
         if own != spec:
-            raise InvalidInput(f"calibration batch {index} has another structure than example_inputs: {own} against {spec}")
+            raise InvalidInput(
+                f"calibration batch {index} has another structure than example_inputs: {own} against {spec}"
+            )
         for a, b in zip(have, want, strict=True):
             if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
                 continue

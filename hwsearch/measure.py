@@ -83,12 +83,13 @@ def paired(
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate.
     """
-    runs = {"": reference, **candidates}
-    warm, block = {}, {}
+    runs: dict[str | None, Run] = {None: reference, **candidates}
+    warm: dict[str | None, list[int]] = {}
+    block: dict[str | None, int] = {}
     for name, run in runs.items():
         warm[name] = _warm_up(run, protocol, clock)
         block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
-    samples: dict[str, list[list[int]]] = {name: [] for name in runs}
+    samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     deadline = clock() + int(protocol.limit_s * 1e9 * len(candidates))
     rng = np.random.default_rng(seed)
     collecting = gc.isenabled()
@@ -97,10 +98,10 @@ def paired(
         while True:
             for name in (*runs, *reversed(runs)):
                 samples[name].append(_block(runs[name], block[name], clock))
-            rounds = len(samples[""]) // 2
+            rounds = len(samples[None]) // 2
             # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
             if rounds >= protocol.min_rounds and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
-                done = all(_interval(samples[name], samples[""], rng)[3] <= protocol.width for name in candidates)
+                done = all(_interval(samples[name], samples[None], rng)[3] <= protocol.width for name in candidates)
                 if done or clock() >= deadline:
                     break
             elif clock() >= deadline and rounds >= protocol.min_rounds:
@@ -110,12 +111,12 @@ def paired(
             gc.enable()
     result = {}
     for name in candidates:
-        ratio, low, high, width = _interval(samples[name], samples[""], np.random.default_rng(seed))
+        ratio, low, high, width = _interval(samples[name], samples[None], np.random.default_rng(seed))
         result[name] = Timing(
             samples_ns=np.array(sum(samples[name], []), np.int64),
-            reference_ns=np.array(sum(samples[""], []), np.int64),
+            reference_ns=np.array(sum(samples[None], []), np.int64),
             block=block[name],
-            reference_block=block[""],
+            reference_block=block[None],
             ratio=ratio,
             low=low,
             high=high,

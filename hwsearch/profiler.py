@@ -147,6 +147,25 @@ def executed_precisions(rows: Sequence[NodeRow], network: Network) -> tuple[str,
     return tuple(longest[u.name][1] if u.name in longest else "" for u in network.units)
 
 
+def told_apart(
+    executed: Sequence[str], rows: Sequence[NodeRow], allocation: Mapping[str, Variant], network: Network
+) -> tuple[str, ...]:
+    """Executed precisions, empty for a float unit inside a fused node that reports the int8 of a unit fused with it.
+
+    A runtime gives a fused node one precision. It confirms int8 for whoever asked for it, and says nothing of the rest.
+    """
+    mixed = {
+        unit
+        for row in rows
+        if row.kind == "unit" and len(row.units) > 1
+        for unit in row.units
+        if row.precision != allocation[unit].precision
+        and not allocation[unit].quantized
+        and any(allocation[other].precision == row.precision for other in row.units)
+    }
+    return tuple("" if u.name in mixed else e for u, e in zip(network.units, executed, strict=True))
+
+
 # ---------------------------------------------------------------- design
 
 
@@ -266,7 +285,7 @@ class _Run:
         start = self.at.clock()
         design = builds or default_builds(self.at.network)
         total = 3 + design
-        self.progress.start(total, f"profile {self.at.network.name} on {self.at.backend.name}")
+        self.progress.start(total, f"profile {self.at.network.name} on {self.at.backend.name}", limit_s=time_limit_s)
         try:
             self._anchors()
             rng = np.random.default_rng(self.seed)
@@ -395,7 +414,7 @@ class _Run:
         engine, model = self.isolated_engine(name, variant)
         build_s = (self.at.clock() - begun) / 1e9
         timing = paired(
-            self._reference().run, {name: engine.run}, self.protocol, clock=self.at.clock, seed=self.seed
+            self._reference().run, {name: engine.run}, replace(self.protocol, width=0.02), clock=self.at.clock, seed=self.seed
         )[name]
         build = record(self.at, "isolated", {name: variant}, self.at.options.base, timing, engine, model, build_s)
         self._note_unsupported(build)
@@ -418,6 +437,8 @@ def record(
     """A measured engine as a row of the table."""
     rows = attribute(engine.nodes(), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
+    if role != "isolated":
+        executed = told_apart(executed, rows, allocation, at.network)
     if role == "isolated":
         executed = tuple(e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True))
     return Build(

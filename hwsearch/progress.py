@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ class Progress:
         self._what = ""
         self._done = 0
         self._at = 0.0
+        self._end = math.inf
         self._times: list[float] = []
 
     @staticmethod
@@ -39,12 +41,13 @@ class Progress:
         progress._quiet = True
         return progress
 
-    def start(self, total: int | None, what: str, done: int = 0) -> None:
+    def start(self, total: int | None, what: str, done: int = 0, limit_s: float | None = None) -> None:
         """Begin a stage of `total` steps (None where nobody knows), `done` of them by an earlier run.
 
-        A stage before it, if still open, ends.
+        limit_s: seconds after which it ends, done or not. A stage before it, if still open, ends.
         """
         self.stop()
+        self._end = math.inf if limit_s is None else self._clock() + limit_s
         self._total, self._what = total, what
         self._done = done
         self._at, self._times = self._clock(), []
@@ -86,7 +89,8 @@ class Progress:
         if self._total is None or not self._times:
             return None
         real = [t for t in self._times if t >= max(self._times) / 10]
-        return sum(real) / len(real) * max(0, self._total - self._done)
+        steps = sum(real) / len(real) * max(0, self._total - self._done)
+        return min(steps, max(0.0, self._end - self._clock()))
 
     def __enter__(self) -> Self:
         return self

@@ -39,7 +39,7 @@ class Task:
     name: str = "task"
 
     divergence: str = "auto"
-    """How outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl where there are classes)."""
+    """How outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl if there are classes)."""
 
 
 def load(spec: str) -> Task:
@@ -58,7 +58,9 @@ def load(spec: str) -> Task:
         return zoo.load(name)
     function = getattr(_module(source, spec), name, None)
     if not callable(function):
-        raise InvalidInput(f"{source} has no function {name!r}; expected a function that returns a hwsearch.Task")
+        raise InvalidInput(
+            f"{source} has no function {name!r}; expected a function that returns a hwsearch.Task"
+        )
     try:
         task = function()
     except InvalidInput:
@@ -132,4 +134,6 @@ def _check(task: Task, spec: str) -> None:
     if not isinstance(task.name, str):
         raise InvalidInput(f"{spec}: name is {type(task.name).__name__}; expected a string")
     if isinstance(task.calibration, torch.Tensor | str) or not isinstance(task.calibration, Sequence):
-        raise InvalidInput(f"{spec}: calibration is {type(task.calibration).__name__}; expected a list of batches")
+        raise InvalidInput(
+            f"{spec}: calibration is {type(task.calibration).__name__}; expected a list of batches"
+        )

@@ -114,7 +114,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         for module, mode in modes.items():
             module.training = mode
         for buffer, before in buffers:
-            if not torch.equal(buffer, before) and not (torch.isnan(before).any() and buffer.is_floating_point()):
+            if not torch.equal(buffer, before) and not (
+                torch.isnan(before).any() and buffer.is_floating_point()
+            ):
                 buffer.detach().copy_(before)
 
 
@@ -157,7 +159,9 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
         units=tuple(units),
         edges=edges,
         fixed_bytes=sum(t.numel() * t.element_size() for t in others),
-        input_shapes=tuple(tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)),
+        input_shapes=tuple(
+            tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        ),
         weights_digest=_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
     )
@@ -165,7 +169,11 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
 
 
 def _signature(model: torch.nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
     return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
 
 
@@ -182,7 +190,11 @@ def _check_types(model: torch.nn.Module) -> None:
 
 def _check_finite(outputs: Any) -> None:
     for leaf in pytree.tree_leaves(outputs):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if (
+            isinstance(leaf, torch.Tensor)
+            and leaf.is_floating_point()
+            and not bool(torch.isfinite(leaf).all())
+        ):
             raise InvalidInput(
                 "the model returns NaN or infinity on example_inputs; expected finite outputs. "
                 "Check the weights and the preprocessing of example_inputs."
@@ -305,7 +317,9 @@ def _without_mutation(graph: fx.GraphModule) -> bool:
 
 def _restore_batch_norm(graph: fx.GraphModule) -> None:
     """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
-    for node in [n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default]:
+    for node in [
+        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
+    ]:
         x, weight, bias, mean, variance, momentum, eps = node.args
         with graph.graph.inserting_before(node):
             norm = graph.graph.call_function(
@@ -330,7 +344,9 @@ def _canonicalize(graph: fx.GraphModule) -> None:
     _inline(graph, aten.einsum.default)
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # a view asks for strides that rewritten operators need not give
+            node.target = (
+                aten.reshape.default
+            )  # a view asks for strides that rewritten operators need not give
     _expand_circular_padding(graph)
     _expand_attention(graph)
     _fold_constants(graph)
@@ -355,7 +371,9 @@ def _inline(graph: fx.GraphModule, target: Any) -> None:
             *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
         ) -> torch.Tensor:
             rest = iter(tensors)
-            args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(v, fx.Node) else v for v in flat], spec)
+            args, kwargs = pytree.tree_unflatten(
+                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
+            )
             result: torch.Tensor = target(*args, **kwargs)
             return result
 
@@ -387,7 +405,9 @@ def _expand_circular_padding(graph: fx.GraphModule) -> None:
                 size = int(shape[axis])
                 parts = [x]
                 if before:
-                    parts.insert(0, graph.graph.call_function(aten.slice.Tensor, (x, axis, size - before, size)))
+                    parts.insert(
+                        0, graph.graph.call_function(aten.slice.Tensor, (x, axis, size - before, size))
+                    )
                 if after:
                     parts.append(graph.graph.call_function(aten.slice.Tensor, (x, axis, 0, after)))
                 if len(parts) > 1:
@@ -431,7 +451,9 @@ def _expand_attention(graph: fx.GraphModule) -> None:
         with graph.graph.inserting_before(node):
             if gqa and k_shape[-3] != q_shape[-3]:
                 k, v = (_repeat_heads(call, t, q_shape[-3]) for t in (k, v))
-            scores = call(aten.matmul.default, call(aten.mul.Tensor, q, scale), call(aten.transpose.int, k, -2, -1))
+            scores = call(
+                aten.matmul.default, call(aten.mul.Tensor, q, scale), call(aten.transpose.int, k, -2, -1)
+            )
             if causal:
                 path = f"_causal_{q_shape[-2]}_{k_shape[-2]}"
                 allowed = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
@@ -468,7 +490,11 @@ def _fold_constants(graph: fx.GraphModule) -> None:
             value = operator.attrgetter(str(node.target))(graph)
             if isinstance(value, torch.Tensor):
                 constant[node] = value
-        elif node.op == "call_function" and node.all_input_nodes and all(i in constant for i in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(i in constant for i in node.all_input_nodes)
+        ):
             with torch.no_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constant[n])
                 constant[node] = node.target(*args, **kwargs)
@@ -478,7 +504,12 @@ def _fold_constants(graph: fx.GraphModule) -> None:
                 if arg in constant and not _is_get_attr(arg):
                     path = _free_path(graph, f"{module_path(node) or arg.name}.weight")
                     value = constant[arg]
-                    if node.target in MATMULS and arg is node.args[1] and value.dim() == 3 and len(value) == 1:
+                    if (
+                        node.target in MATMULS
+                        and arg is node.args[1]
+                        and value.dim() == 3
+                        and len(value) == 1
+                    ):
                         value, node.target = value[0], aten.matmul.default
                     _set_attr(graph, path, value.clone())
                     with graph.graph.inserting_before(node):
@@ -488,7 +519,9 @@ def _fold_constants(graph: fx.GraphModule) -> None:
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:
-    for norm in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.batch_norm.default]:
+    for norm in [
+        n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.batch_norm.default
+    ]:
         source = norm.args[0]
         if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
             continue
@@ -496,7 +529,12 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
         weight_node = source.args[1] if len(source.args) > 1 else None
         if not kind or kind == "conv3d" or not _is_get_attr(weight_node) or norm.args[5]:
             continue
-        uses = [u for n in graph.graph.nodes if _is_get_attr(n) and n.target == weight_node.target for u in n.users]
+        uses = [
+            u
+            for n in graph.graph.nodes
+            if _is_get_attr(n) and n.target == weight_node.target
+            for u in n.users
+        ]
         gamma, beta, mean, variance = norm.args[1:5]
         if len(uses) != 1 or not _is_get_attr(mean) or not _is_get_attr(variance):
             continue
@@ -516,7 +554,9 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
             transpose = kind.startswith("conv_transpose")
             if transpose and _groups(source) != 1:
                 continue
-            weight, bias = fuse_conv_bn_weights(tensor(weight_node), tensor(bias_node), *stats, transpose=transpose)
+            weight, bias = fuse_conv_bn_weights(
+                tensor(weight_node), tensor(bias_node), *stats, transpose=transpose
+            )
         path = str(weight_node.target)
         base = path.rpartition(".")[0]
         _set_attr(graph, path, weight)
@@ -594,7 +634,9 @@ def flat_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, 
     try:
         return list(tree_flatten_spec((tuple(args), {k: kwargs[k] for k in names}), spec))
     except Exception as error:
-        raise InvalidInput(f"the inputs have another structure than example_inputs: {first_line(error)}") from error
+        raise InvalidInput(
+            f"the inputs have another structure than example_inputs: {first_line(error)}"
+        ) from error
 
 
 def op_name(node: fx.Node) -> str:
@@ -729,7 +771,9 @@ def _unit_name(node: fx.Node, weight_node: Any, taken: Mapping[str, Unit]) -> st
         base = base.removesuffix(".weight") if base.endswith(".weight") else base
     else:
         base = ".".join(filter(None, (module_path(node), "matmul")))
-    base = re.sub(r"[|,~\s\x00-\x1f]", "_", base)  # names stand in node names, which runtimes list with commas
+    base = re.sub(
+        r"[|,~\s\x00-\x1f]", "_", base
+    )  # names stand in node names, which runtimes list with commas
     name, count = base, 1
     while name in taken:
         name, count = f"{base}_{count}", count + 1
@@ -742,11 +786,16 @@ def _attributes(node: fx.Node, op: str) -> tuple[tuple[str, str], ...]:
     names = ["stride", "padding", "dilation", "groups"]
     if op.startswith("conv_transpose"):
         names = ["stride", "padding", "output_padding", "groups", "dilation"]
-    values = {**dict(zip(names, node.args[3:], strict=False)), **{k: v for k, v in node.kwargs.items() if k in names}}
+    values = {
+        **dict(zip(names, node.args[3:], strict=False)),
+        **{k: v for k, v in node.kwargs.items() if k in names},
+    }
     return tuple(sorted((k, str(v)) for k, v in values.items()))
 
 
-def _macs(op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: Any, node: fx.Node) -> int:
+def _macs(
+    op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: Any, node: fx.Node
+) -> int:
     if op.startswith("conv_transpose"):
         return math.prod(inputs[0]) * math.prod(int(n) for n in weight.shape[1:])
     if op.startswith("conv"):
@@ -799,7 +848,9 @@ def _find_edges(
                 carried[node.name] = {owner: ()}
                 continue
         carried[node.name] = {
-            u: via if name in _NOT_FUSED else (*via, name)[-8:] for s in sources for u, via in carried[s.name].items()
+            u: via if name in _NOT_FUSED else (*via, name)[-8:]
+            for s in sources
+            for u, via in carried[s.name].items()
         }
     return owned, tuple(edges.values())
 

@@ -114,7 +114,7 @@ def measure_heldout(
 
 def _ratio(at: Regime, reference: Callable[[], None], allocation: dict[str, Variant]) -> float:
     engine, _ = at.build(allocation)
-    return paired(reference, {"": engine.run})[""].ratio
+    return paired(reference, {"candidate": engine.run})["candidate"].ratio
 
 
 if __name__ == "__main__":

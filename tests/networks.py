@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Small networks of many kinds, with an example input each: `NETWORKS[name]() -> (model, inputs)`.
 
 Random, seeded weights; BatchNorm statistics and affine parameters are random too, so that folding them shows.
@@ -55,7 +56,9 @@ def image(channels: int = 3, size: int = 12, batch: int = 2) -> torch.Tensor:
 
 @network
 def mlp() -> Case:
-    return nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)), torch.randn(3, 10)
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)
+    ), torch.randn(3, 10)
 
 
 @network
@@ -117,11 +120,19 @@ def inception() -> Case:
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.a, self.b1 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
-            self.b2, self.c, self.head = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(14, 5, 1)
+            self.b2, self.c, self.head = (
+                nn.Conv2d(4, 6, 3, padding=1),
+                nn.Conv2d(8, 4, 1),
+                nn.Conv2d(14, 5, 1),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.stem(x).relu()
-            parts = [self.a(x).relu(), self.b2(self.b1(x).relu()).relu(), self.c(F.avg_pool2d(x, 3, 1, 1)).relu()]
+            parts = [
+                self.a(x).relu(),
+                self.b2(self.b1(x).relu()).relu(),
+                self.c(F.avg_pool2d(x, 3, 1, 1)).relu(),
+            ]
             return self.head(torch.cat(parts, 1)).mean((2, 3))
 
     return M(), image()
@@ -146,8 +157,16 @@ def unet() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.down1, self.down2, self.mid = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 12, 1)
-            self.up1, self.bn, self.dec1 = nn.ConvTranspose2d(12, 8, 2, 2), nn.BatchNorm2d(8), nn.Conv2d(20, 8, 3, padding=1)
+            self.down1, self.down2, self.mid = (
+                nn.Conv2d(3, 8, 3, padding=1),
+                nn.Conv2d(8, 12, 3, padding=1),
+                nn.Conv2d(12, 12, 1),
+            )
+            self.up1, self.bn, self.dec1 = (
+                nn.ConvTranspose2d(12, 8, 2, 2),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(20, 8, 3, padding=1),
+            )
             self.up2, self.dec2 = nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(16, 4, 3, padding=1)
             self.head = nn.Conv2d(4, 2, 1)
 
@@ -176,7 +195,9 @@ def transposed_1d() -> Case:
 
 @network
 def transposed_3d() -> Case:
-    return nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.ConvTranspose3d(4, 4, 2, 2), nn.Conv3d(4, 2, 1)), torch.randn(1, 3, 6, 6, 6)
+    return nn.Sequential(
+        nn.Conv3d(3, 4, 3), nn.ReLU(), nn.ConvTranspose3d(4, 4, 2, 2), nn.Conv3d(4, 2, 1)
+    ), torch.randn(1, 3, 6, 6, 6)
 
 
 @network
@@ -184,7 +205,12 @@ def squeeze_excite() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.reduce, self.expand, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), nn.Linear(8, 4)
+            self.stem, self.reduce, self.expand, self.head = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(8, 2, 1),
+                nn.Conv2d(2, 8, 1),
+                nn.Linear(8, 4),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = F.silu(self.stem(x))
@@ -200,7 +226,10 @@ def mobilenet_v3() -> Case:
         def __init__(self, c: int, wide: int) -> None:
             super().__init__()
             self.expand, self.bn1 = nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide)
-            self.depth, self.bn2 = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide)
+            self.depth, self.bn2 = (
+                nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
+                nn.BatchNorm2d(wide),
+            )
             self.fc1, self.fc2 = nn.Conv2d(wide, 4, 1), nn.Conv2d(4, wide, 1)
             self.project, self.bn3 = nn.Conv2d(wide, c, 1, bias=False), nn.BatchNorm2d(c)
 
@@ -229,7 +258,12 @@ def channel_shuffle() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(8, 2, 1)
+            self.stem, self.a, self.b, self.head = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(4, 4, 1),
+                nn.Conv2d(4, 4, 3, padding=1, groups=4),
+                nn.Conv2d(8, 2, 1),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.stem(x)
@@ -247,7 +281,11 @@ def convnext() -> Case:
         def __init__(self, c: int) -> None:
             super().__init__()
             self.dw, self.norm = nn.Conv2d(c, c, 7, padding=3, groups=c), nn.LayerNorm(c)
-            self.up, self.down, self.scale = nn.Linear(c, 4 * c), nn.Linear(4 * c, c), nn.Parameter(torch.full((c,), 0.3))
+            self.up, self.down, self.scale = (
+                nn.Linear(c, 4 * c),
+                nn.Linear(4 * c, c),
+                nn.Parameter(torch.full((c,), 0.3)),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.down(F.gelu(self.up(self.norm(self.dw(x).permute(0, 2, 3, 1)))))
@@ -296,7 +334,11 @@ def transformer_masked() -> Case:
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(20, 16)
-            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True), 1, enable_nested_tensor=False)
+            self.encoder = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True),
+                1,
+                enable_nested_tensor=False,
+            )
             self.head = nn.Linear(16, 3)
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -315,7 +357,9 @@ def transformer_decoder() -> Case:
             self.decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
 
         def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-            return self.decoder(x, memory, tgt_mask=nn.Transformer.generate_square_subsequent_mask(5), tgt_is_causal=True)
+            return self.decoder(
+                x, memory, tgt_mask=nn.Transformer.generate_square_subsequent_mask(5), tgt_is_causal=True
+            )
 
     return M(), (torch.randn(2, 5, 16), torch.randn(2, 7, 16))
 
@@ -327,7 +371,11 @@ def vit() -> Case:
             super().__init__()
             self.patch, self.cls = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
             self.position = nn.Parameter(torch.randn(1, 10, 16))
-            self.layer, self.norm, self.head = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True), nn.LayerNorm(16), nn.Linear(16, 4)
+            self.layer, self.norm, self.head = (
+                nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True),
+                nn.LayerNorm(16),
+                nn.Linear(16, 4),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.patch(x).flatten(2).transpose(1, 2)
@@ -341,7 +389,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, kind: str) -> None:
         super().__init__()
         self.heads, self.kv, self.size, self.kind = heads, kv_heads, width // heads, kind
-        self.q, self.k = nn.Linear(width, width, bias=False), nn.Linear(width, kv_heads * self.size, bias=False)
+        self.q, self.k = (
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, kv_heads * self.size, bias=False),
+        )
         self.v, self.o = nn.Linear(width, kv_heads * self.size, bias=False), nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -366,7 +417,11 @@ def gpt_block() -> Case:
             super().__init__()
             self.token, self.position = nn.Embedding(20, 16), nn.Embedding(8, 16)
             self.norm, self.attention = nn.LayerNorm(16), Attention(16, 4, 2, "rope")
-            self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 20, bias=False)
+            self.up, self.down, self.head = (
+                nn.Linear(16, 32),
+                nn.Linear(32, 16),
+                nn.Linear(16, 20, bias=False),
+            )
             self.head.weight = self.token.weight
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -379,7 +434,9 @@ def gpt_block() -> Case:
 
 @network
 def einsum_attention() -> Case:
-    return nn.Sequential(Attention(16, 4, 4, "einsum"), nn.LayerNorm(16), nn.Linear(16, 3)), torch.randn(2, 6, 16)
+    return nn.Sequential(Attention(16, 4, 4, "einsum"), nn.LayerNorm(16), nn.Linear(16, 3)), torch.randn(
+        2, 6, 16
+    )
 
 
 @network
@@ -430,7 +487,12 @@ def pyramid() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.down, self.shared, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+            self.stem, self.down, self.shared, self.bn = (
+                nn.Conv2d(3, 8, 3, padding=1),
+                nn.Conv2d(8, 8, 3, 2, 1),
+                nn.Conv2d(8, 4, 3),
+                nn.BatchNorm2d(4),
+            )
 
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
             a = self.stem(x).relu()
@@ -482,7 +544,11 @@ def functional() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w, self.b, self.m = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 4))
+            self.w, self.b, self.m = (
+                nn.Parameter(torch.randn(6, 3, 3, 3)),
+                nn.Parameter(torch.randn(6)),
+                nn.Parameter(torch.randn(6, 4)),
+            )
             self.register_buffer("fixed", torch.randn(4, 5))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -510,7 +576,9 @@ def nested_names() -> Case:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleDict({"a|b,c": nn.Linear(6, 6), "a b:c/d": nn.Linear(6, 6), "~ü": nn.Linear(6, 6)})
+            self.layers = nn.ModuleDict(
+                {"a|b,c": nn.Linear(6, 6), "a b:c/d": nn.Linear(6, 6), "~ü": nn.Linear(6, 6)}
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers.values():
@@ -596,7 +664,9 @@ def same_input_for_many() -> Case:
 
 @network
 def matmul_with_itself() -> Case:
-    return Apply(lambda self, x: self.a(x) @ self.a(x).transpose(1, 2) @ x + torch.bmm(x, x.mT) @ x, a=nn.Linear(6, 6)), torch.randn(2, 4, 6)
+    return Apply(
+        lambda self, x: self.a(x) @ self.a(x).transpose(1, 2) @ x + torch.bmm(x, x.mT) @ x, a=nn.Linear(6, 6)
+    ), torch.randn(2, 4, 6)
 
 
 @network
@@ -604,7 +674,11 @@ def unused_and_buffers() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.unused, self.frozen = nn.Linear(4, 4), nn.Linear(9, 9), nn.Parameter(torch.randn(4), requires_grad=False)
+            self.a, self.unused, self.frozen = (
+                nn.Linear(4, 4),
+                nn.Linear(9, 9),
+                nn.Parameter(torch.randn(4), requires_grad=False),
+            )
             self.register_buffer("mean", torch.randn(4))
             self.register_buffer("count", torch.tensor(3))
             self.register_buffer("temporary", torch.randn(4), persistent=False)
@@ -622,23 +696,28 @@ def norms() -> Case:
 
 
 @network
-def no_batch_axis() -> Case:
-    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(6)
-
-
-@network
 def wide_reshapes() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.shuffle, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 3, 3)
+            self.conv, self.shuffle, self.out = (
+                nn.Conv2d(3, 16, 3, padding=1),
+                nn.PixelShuffle(2),
+                nn.Conv2d(4, 3, 3),
+            )
             self.unfold = nn.Linear(36, 4)
 
         def forward(self, x: torch.Tensor) -> Any:
             y = self.out(F.pad(self.shuffle(self.conv(x)), (1, 1, 0, 2)))
             z = self.unfold(y[:, :, ::2, ::2].flatten(2)[..., :36].roll(1, -1))
             top, index = z.topk(2)
-            return top, index, z.argmax(-1), torch.where(z > 0, z, -z).amax(1).cumsum(-1), y.flip(-1).split([1, 2], 1)
+            return (
+                top,
+                index,
+                z.argmax(-1),
+                torch.where(z > 0, z, -z).amax(1).cumsum(-1),
+                y.flip(-1).split([1, 2], 1),
+            )
 
     return M(), image()
 
@@ -679,7 +758,10 @@ def lstm() -> Case:
     class M(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn, self.head = nn.LSTM(6, 8, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(16, 3)
+            self.rnn, self.head = (
+                nn.LSTM(6, 8, num_layers=2, bidirectional=True, batch_first=True),
+                nn.Linear(16, 3),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.rnn(x)[0].mean(1))
@@ -705,7 +787,10 @@ def gru_cell() -> Case:
 
 @network
 def bilinear() -> Case:
-    return Apply(lambda self, x, y: self.c(self.b(x, y)), b=nn.Bilinear(4, 5, 6), c=nn.Linear(6, 2)), (torch.randn(2, 4), torch.randn(2, 5))
+    return Apply(lambda self, x, y: self.c(self.b(x, y)), b=nn.Bilinear(4, 5, 6), c=nn.Linear(6, 2)), (
+        torch.randn(2, 4),
+        torch.randn(2, 5),
+    )
 
 
 @network
@@ -790,7 +875,18 @@ def hf_convnext() -> Case:
 
 @network
 def hf_t5_encoder() -> Case:
-    return _hf("T5EncoderModel", "T5Config", ids(), vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, use_cache=False)
+    return _hf(
+        "T5EncoderModel",
+        "T5Config",
+        ids(),
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        use_cache=False,
+    )
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:

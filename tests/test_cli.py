@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,17 @@ def test_what_is_no_duration(text: str) -> None:
         cli.seconds(text)
 
 
+def test_warnings_of_dependencies_are_for_debugging(api: Install) -> None:
+    def profile(*args: Any, **kwargs: Any) -> Table:
+        warnings.warn("some day this will change", FutureWarning, stacklevel=1)
+        return Table()
+
+    api(profile=profile)
+    assert invoke("profile", "zoo:x", "-o", "t").stderr == ""
+    with pytest.warns(FutureWarning, match="some day"):
+        invoke("profile", "zoo:x", "-o", "t", "--debug")
+
+
 # ---------------------------------------------------------------- help, quickly
 
 
@@ -297,15 +309,23 @@ def test_sensitivity(api: Install) -> None:
 def test_search(api: Install, tmp_path: Path) -> None:
     chosen = Allocation(
         variants={"a": "dense.int8", "b": "dense.bf16", "c": "dense.int8"},
-        predicted={"latency_ns": 4.1e6, "sigma_ns": 5e4, "size_bytes": 1_200_000, "loss": 0.0123},
+        predicted={"latency_ns": 4.1e6, "sigma_ns": 5e4, "size_bytes": 1_200_000, "macs": 9.0, "loss": 0.0123},
         dense={"latency_ns": 1e7, "size_bytes": 4_800_000},
-        budgets=[{"text": "latency=42%"}, {"text": "size=2MB"}],
-        solver={"status": "optimal", "gap": 0.0},
+        budgets=[
+            {"text": "latency=42%", "column": "latency", "limit": 4_200_000},
+            {"text": "size=2MB", "column": "size", "limit": 2_000_000},
+        ],
+        solver={"status": "optimal", "gap": 0.0, "bound": 0.0123},
         network="", weights_digest="", device={}, backend="openvino", options={},
     )  # fmt: skip
     path = tmp_path / "alloc.json"
     seen: list[Any] = []
-    api(LatencyTable=Table, SensitivityTable=Table, search=lambda *words: seen.append(words) or chosen)
+
+    def find(*words: Any) -> Allocation:
+        seen.append(words)
+        return chosen
+
+    api(LatencyTable=Table, SensitivityTable=Table, search=find)
     words = f"search --table t --sensitivity s --budget latency=42% --budget size=2MB -o {path}"
     result = invoke(*words.split())
     assert result.exit_code == 0
@@ -337,12 +357,12 @@ def test_front(api: Install, tmp_path: Path) -> None:
     )
     seen: dict[str, Any] = {}
     plotted: list[Any] = []
-    api(
-        LatencyTable=Table,
-        SensitivityTable=Table,
-        plot_front=lambda front, path: plotted.append((front, path)),
-        front=lambda table, scores, **options: seen.update(options) or found,
-    )
+
+    def draw(front: Front, path: Path) -> None:
+        plotted.append((front, path))
+
+    sweep = lambda table, scores, **options: seen.update(options) or found  # noqa: E731
+    api(LatencyTable=Table, SensitivityTable=Table, plot_front=draw, front=sweep)
     files = ["--table", "t", "--sensitivity", "s", "-o", str(tmp_path / "f.parquet")]
     result = invoke("front", *files, *"--over latency --points 3 --budget size=2MB --plot f.png".split())
     assert result.exit_code == 0

@@ -72,6 +72,18 @@ def test_jumping_to_the_end_leaves_nothing() -> None:
     progress.step("the same again", done=3)
 
 
+def test_a_time_limit_bounds_the_time_left() -> None:
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock)
+    progress.start(100, "profiling", limit_s=60)
+    clock.now += 10
+    progress.step("one")
+    assert progress.seconds_left == pytest.approx(50)
+    clock.now += 70
+    progress.step("past the limit")
+    assert progress.seconds_left == 0
+
+
 def test_without_a_total() -> None:
     stream = io.StringIO()
     progress = Progress(stream, clock=Clock())

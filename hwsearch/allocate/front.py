@@ -15,7 +15,7 @@ import numpy as np
 
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Problem, Solution
-from hwsearch.errors import Infeasible, InvalidInput
+from hwsearch.errors import InvalidInput
 from hwsearch.table import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solutio
     """(budget, least-loss solution within it), for budgets spread from the least cost to the least loss's cost.
 
     One budget below the least cost leads, whose solution is None: it cannot be met. Budgets of the problem on other
-    columns hold throughout. Raises InvalidInput on fewer than two points; Infeasible where the other budgets cannot be met.
+    columns hold throughout. Raises InvalidInput on fewer than two points, Infeasible where those budgets cannot be met.
     """
     if points < 2:
         raise InvalidInput(f"a front needs at least 2 points, got {points}")
@@ -121,15 +121,15 @@ def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solutio
     others = {c: b for c, b in problem.budgets.items() if c != column}
     free = replace(problem, budgets=others)
     least = minimise(free, column).costs[column]
-    most = max(solve(free).costs[column], least)
+    most = max(solve(free, prefer=column).costs[column], least)
     budgets = sorted({round(b) for b in np.linspace(least, most, points)})
     step = max(1, (most - least) // max(points - 1, 1))
     found: list[tuple[int, Solution | None]] = [(least - step, None)]
+    warm = None
     for budget in budgets:
-        try:
-            found.append((budget, solve(replace(problem, budgets={**others, column: budget}))))
-        except Infeasible:
-            found.append((budget, None))
+        solution = solve(replace(problem, budgets={column: budget, **others}), warm=warm)
+        found.append((budget, solution))
+        warm = solution.choice  # within every larger budget too
     return found
 
 

@@ -41,7 +41,7 @@ def solve(
     prefer = prefer or next(iter(problem.budgets), None)
     if prefer and found.proven and _may_tie(problem, program.allowed(program.loss(), found.value)):
         found = replace(found, choice=_cheapest(problem, found, prefer, start + time_limit_s))
-    return _solution(problem, found)
+    return as_solution(problem, found)
 
 
 def minimise(
@@ -73,13 +73,15 @@ def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasib
         where = f" within {_text(others)}" if others else ""
         found = _least(replace(problem, budgets=others), column, time_limit_s)
         if found is None:
-            where = " whatever the other budgets"
+            where = " even without the other budgets"
             found = _least(replace(problem, budgets={}), column, time_limit_s)
         assert found is not None, "without budgets every choice is allowed"
         least[column] = found.costs[column]
         known = "" if found.status == "optimal" else "at most "
         parts.append(f"the least {column}{where} is {known}{quantity(column, found.costs[column])}")
-    return Infeasible(f"no allocation meets {_text(problem.budgets)}: {'; '.join(parts)}; loosen a budget", least)
+    return Infeasible(
+        f"no allocation meets {_text(problem.budgets)}: {'; '.join(parts)}; loosen a budget", least
+    )
 
 
 def _text(budgets: Mapping[str, int]) -> str:
@@ -101,9 +103,11 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
         except OutOfTime:
             if best is None:
                 raise
-            return _solution(problem, replace(best, proven=False))
+            return as_solution(problem, replace(best, proven=False))
         if found is None:
-            return None if best is None else _solution(problem, replace(best, bound=best.value, proven=True))
+            return (
+                None if best is None else as_solution(problem, replace(best, bound=best.value, proven=True))
+            )
         best = found
         budgets[column] = problem.cost(column, best.choice) - 1
 
@@ -136,6 +140,8 @@ def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
     return False
 
 
-def _solution(problem: Problem, found: Found) -> Solution:
+def as_solution(problem: Problem, found: Found) -> Solution:
+    """What a program found, with exact costs."""
     status = "optimal" if found.proven else "time_limit"
-    return problem.solution(found.choice, status, float(found.bound), relative_gap(found.value, found.bound))
+    bound = min(found.bound, found.value)
+    return problem.solution(found.choice, status, float(bound), relative_gap(found.value, bound))

@@ -50,7 +50,9 @@ class Problem:
     def __post_init__(self) -> None:
         sizes = self.sizes
         if not sizes or min(sizes) == 0:
-            raise InvalidInput(f"every problem needs variables, each with a choice; choices are {self.choices}")
+            raise InvalidInput(
+                f"every problem needs variables, each with a choice; choices are {self.choices}"
+            )
         if len(self.variables) != len(sizes):
             raise InvalidInput(f"{len(self.variables)} variables but choices for {len(sizes)}")
         _check_unary("loss", self.loss, sizes, np.floating)
@@ -126,7 +128,9 @@ def brute_force(problem: Problem) -> Solution | None:
 def _check_unary(what: str, arrays: Sequence[NDArray[np.generic]], sizes: Sequence[int], kind: type) -> None:
     shapes = [a.shape for a in arrays]
     if shapes != [(n,) for n in sizes]:
-        raise InvalidInput(f"{what}: expected one array for each variable, of lengths {list(sizes)}; got {shapes}")
+        raise InvalidInput(
+            f"{what}: expected one array for each variable, of lengths {list(sizes)}; got {shapes}"
+        )
     for i, array in enumerate(arrays):
         if not np.issubdtype(array.dtype, kind) or not np.isfinite(array).all():
             raise InvalidInput(f"{what} of variable {i}: expected finite {kind.__name__}; got {array!r}")

@@ -23,14 +23,17 @@ from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
 from hwsearch.allocate.problem import Choice, Problem
 from hwsearch.errors import HwsearchError
 
-DIGIT = 15
-"""Bits of a digit of a budget row."""
+TOP = 15
+"""Bits of the largest coefficients of a budget row; larger ones are split into digits."""
+
+DIGIT = 12
+"""Bits of a lower digit."""
 
 _SPAN = 1e6
 """Largest coefficient of a scaled objective: HiGHS's absolute gap of 1e-6 is then 1e-12 of the largest loss."""
 
 _ROUND_OFF = 1e-12
-_LIMIT, _INFEASIBLE, _OTHER = 1, 2, 4  # of scipy.optimize.milp
+_INFEASIBLE, _OTHER = 2, 4  # of scipy.optimize.milp
 
 
 class OutOfTime(HwsearchError):
@@ -51,11 +54,11 @@ class Program:
     """The polytope of a problem with its budgets as rows over columns and carries.
 
     columns: costs that objectives will use besides the budgeted ones. deadline: on `time.monotonic`.
-    nodes: of branch and bound, at most; None for no limit.
+    nodes: of branch and bound, at most.
     """
 
     def __init__(
-        self, problem: Problem, deadline: float, columns: Iterable[str] = (), nodes: int | None = None
+        self, problem: Problem, deadline: float, columns: Iterable[str] = (), nodes: int = 2**31 - 1
     ) -> None:
         self.problem, self.deadline, self.nodes = problem, deadline, nodes
         self.polytope = Polytope(problem, {*problem.budgets, *columns})
@@ -85,7 +88,9 @@ class Program:
         room = value - objective.constant
         if room > 0:
             scale = _SPAN / room
-            self.rows.append((np.where(self.upper > 0, objective.coefficients, 0) * scale, {}, _SPAN * (1 + 1e-9)))
+            self.rows.append(
+                (np.where(self.upper > 0, objective.coefficients, 0) * scale, {}, _SPAN * (1 + 1e-9))
+            )
 
     def minimise(
         self,
@@ -112,7 +117,9 @@ class Program:
                 if result is not None and result.status == _INFEASIBLE and best is None:
                     return None
                 if best is None:
-                    raise OutOfTime("no allocation was found in the time allowed; allow more, or loosen a budget")
+                    raise OutOfTime(
+                        "no allocation was found in the time allowed; allow more, or loosen a budget"
+                    )
                 return Found(best, value(best), bound, value(best) <= bound)
             if result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
                 bound = max(bound, objective.constant + result.mip_dual_bound / scale)
@@ -145,14 +152,16 @@ class Program:
         """coefficients @ x <= room, digit by digit: a carry is at least what a digit has over its bound."""
         base = 1 << DIGIT
         carry: dict[int, float] = {}
-        while coefficients.max() >= base:
+        while coefficients.max() >= 1 << TOP:
             self.rows.append((coefficients % base, {**carry, self.carries: -float(base)}, room % base + 0.5))
             carry = {self.carries: 1.0}
             self.carries += 1
             coefficients, room = coefficients // base, room // base
         self.rows.append((coefficients, carry, room + 0.5))
 
-    def _highs(self, objective: Vector, allowed: NDArray[np.bool_], cuts: list[Ints]) -> OptimizeResult | None:
+    def _highs(
+        self, objective: Vector, allowed: NDArray[np.bool_], cuts: list[Ints]
+    ) -> OptimizeResult | None:
         """One run of HiGHS on columns and carries; None if no time is left."""
         p, extra = self.polytope, self.carries
         left = self.deadline - time.monotonic()
@@ -165,7 +174,9 @@ class Program:
             row[[p.count + k for k in carries]] = list(carries.values())
         for row, columns in zip(dense[len(self.rows) :], cuts, strict=True):
             row[columns] = 1
-        equal = csr_array((p.matrix.data, p.matrix.indices, p.matrix.indptr), shape=(len(p.right), p.count + extra))
+        equal = csr_array(
+            (p.matrix.data, p.matrix.indices, p.matrix.indptr), shape=(len(p.right), p.count + extra)
+        )
         matrix = vstack([equal, csr_array(dense)], format="csr")
         lower = np.concatenate([p.right, np.full(len(right), -np.inf)])
         integral = np.zeros(p.count + extra, np.int8)
@@ -174,9 +185,16 @@ class Program:
             result = milp(
                 np.concatenate([objective, np.zeros(extra)]),
                 integrality=integral,
-                bounds=Bounds(0, np.concatenate([allowed.astype(float), np.full(extra, float(len(p.widths)))])),
+                bounds=Bounds(
+                    0, np.concatenate([allowed.astype(float), np.full(extra, float(len(p.widths)))])
+                ),
                 constraints=LinearConstraint(matrix, lower, np.concatenate([p.right, right])),
-                options={"mip_rel_gap": 0.0, "time_limit": left, "presolve": presolve, "node_limit": self.nodes},
+                options={
+                    "mip_rel_gap": 0.0,
+                    "time_limit": left,
+                    "presolve": presolve,
+                    "node_limit": self.nodes,
+                },
             )
             if result.status != _OTHER:
                 break

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -124,7 +125,7 @@ class ONNXRuntimeEngine:
 
 
 def _node_times(events: list[dict[str, Any]], skip: int) -> list[NodeTime]:
-    """Mean kernel times from a profiling trace, without each node's first `skip` runs."""
+    """Median kernel times from a profiling trace, without each node's first `skip` runs."""
     durations: dict[str, list[float]] = {}
     arguments: dict[str, dict[str, Any]] = {}
     for event in events:
@@ -137,7 +138,7 @@ def _node_times(events: list[dict[str, Any]], skip: int) -> list[NodeTime]:
     for key, times in durations.items():
         name, args = key.split("\0")[0], arguments[key]
         kept = times[skip:] or times
-        nodes.append(NodeTime(name, args.get("op_name", ""), (name,), _precision(args), sum(kept) / len(kept)))
+        nodes.append(NodeTime(name, args.get("op_name", ""), (name,), _precision(args), statistics.median(kept)))
     return nodes
 
 

@@ -35,7 +35,9 @@ class Simulator:
         self.traced, self.weights, self.ranges = traced, weights, ranges
         self.quantize_outputs = quantize_outputs
         self.site: dict[str, tuple[str, int, Site]] = {
-            site.node: (unit, index, site) for unit, calls in traced.sites.items() for index, site in enumerate(calls)
+            site.node: (unit, index, site)
+            for unit, calls in traced.sites.items()
+            for index, site in enumerate(calls)
         }
         self.order = list(traced.graph.graph.nodes)
         self.values: dict[fx.Node, Any] = {}
@@ -62,7 +64,9 @@ class Simulator:
                     changed[node] = interpreter.run_node(node)
         return changed.get(self.order[-1], self.dense)
 
-    def _unit(self, node: fx.Node, at: tuple[str, int, Site], variant: Variant, interpreter: fx.Interpreter) -> Any:
+    def _unit(
+        self, node: fx.Node, at: tuple[str, int, Site], variant: Variant, interpreter: fx.Interpreter
+    ) -> Any:
         unit, call, site = at
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         new: list[Any] = list(args)

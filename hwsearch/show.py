@@ -1,0 +1,142 @@
+"""What the commands print on standard output: tables to read, or JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwsearch.allocate.front import Front
+    from hwsearch.allocation import Allocation
+    from hwsearch.report import Report
+    from hwsearch.scoring import SensitivityTable
+    from hwsearch.table import LatencyTable
+
+WORST = 10
+"""How many units a sensitivity table is shown with."""
+
+_ARTIFACTS = {
+    "latency table": "table.parquet",
+    "sensitivities": "sens.parquet",
+    "allocation": "alloc.json",
+    "network": "model.onnx",
+    "report": "report.json",
+    "plot": "front.png",
+}
+
+
+def as_json(data: Any) -> None:
+    """JSON as every parser takes it: null where a number is not finite."""
+    print(json.dumps(_finite(data), indent=2))
+
+
+def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of text under their names, as wide as the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console(markup=False, highlight=False).print(shown)
+
+
+def size(count: float) -> str:
+    """Bytes to read, in the powers of ten that budgets are written in."""
+    for unit, one in (("MB", 1e6), ("KB", 1e3)):
+        if count >= one:
+            return f"{count / one:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def table(found: LatencyTable, machine: bool) -> None:
+    """machine: as JSON, here and below."""
+    if machine:
+        as_json(found.to_json())
+    else:
+        print(found.summary())
+
+
+def sensitivity(scores: SensitivityTable, machine: bool) -> None:
+    """The units that lose most, and how far the sum of losses can be trusted."""
+    if machine:
+        fields = ("divergence", "samples", "rank_correlation", "loss")
+        as_json({"network": scores.network.name, **{field: getattr(scores, field) for field in fields}})
+        return
+    worst = sorted(scores.loss.items(), key=lambda item: -max(item[1].values()))
+    variants = list(dict.fromkeys(variant for row in scores.loss.values() for variant in row))
+    rows = [(unit, *(f"{row[v]:.2e}" if v in row else "-" for v in variants)) for unit, row in worst[:WORST]]
+    columns(("most sensitive units", *variants), rows)
+    tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"
+    print(
+        f"{len(worst)} units, {scores.divergence} divergence on {scores.samples} samples; rank correlation of "
+        f"predicted and simulated loss of whole allocations: {tau}"
+    )
+
+
+def allocation(chosen: Allocation, machine: bool) -> None:
+    """Predicted costs beside those of the dense network, what was chosen, and the proof."""
+    if machine:
+        as_json(chosen.to_json())
+        return
+    predicted, dense = chosen.predicted, chosen.dense
+    latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
+    rows = [
+        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
+        ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
+        ("loss", f"{predicted['loss']:.3g}", "0"),
+        ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
+        ("budgets", ", ".join(str(budget["text"]) for budget in chosen.budgets), ""),
+        ("solver", f"{chosen.solver['status']}, gap {chosen.solver['gap']:.2g}", ""),
+    ]
+    columns(("", "predicted", "dense"), rows)
+
+
+def front(found: Front, machine: bool) -> None:
+    """One row a budget of the sweep, then the measured points."""
+    if machine:
+        as_json(
+            {
+                "over": found.over,
+                "units": list(found.units),
+                "points": [vars(point) for point in found.points],
+            }
+        )
+        return
+    rows = []
+    for point in found.points:
+        costs: tuple[str, ...] = ("-", "-", "-")
+        if not point.infeasible:
+            sigma = f" ± {point.sigma_ns / 1e6:.2g}" if point.sigma_ns > 0 else ""
+            costs = (f"{point.latency_ns / 1e6:.4g}{sigma} ms", size(point.size_bytes), f"{point.loss:.3g}")
+        budget = f"{point.budget / 1e6:.4g} ms" if found.over == "latency" else size(point.budget)
+        note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
+        rows.append((point.label if point.measured else budget, *costs, note))
+    columns((f"{found.over} budget", "latency", "size", "loss", ""), rows)
+
+
+def report(done: Report, machine: bool, folder: Path | None = None) -> None:
+    """Predicted beside measured; folder: where `hwsearch run` left its files, which are then listed."""
+    if machine:
+        as_json(done.to_json())
+        return
+    print(done)
+    files = (
+        {what: folder / name for what, name in _ARTIFACTS.items() if (folder / name).is_file()}
+        if folder
+        else {}
+    )
+    if files:
+        print("\n" + "\n".join(f"{what}: {path}" for what, path in files.items()))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import all_choices, network, problems
+
+from hwsearch.allocate.front import Front, Point, as_front, dominated, sweep
+from hwsearch.allocate.milp import minimise
+from hwsearch.allocate.problem import Problem
+from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.table import KEY
+
+PROBLEM = network(12, 4)
+
+
+@pytest.fixture(scope="module")
+def front() -> Front:
+    found = sweep(PROBLEM, "latency", 6)
+    sigma = {s.choice: 10.0 for _, s in found if s}
+    measured = Point(
+        latency_ns=3e5, low_ns=2.9e5, high_ns=3.2e5, size_bytes=4e5, loss=0.1, label="deployed", score=0.9
+    )
+    return as_front(
+        found, PROBLEM, "latency", sigma, {"network": "n", "dense": {"latency": 1.0}}
+    ).with_measured([measured])
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(budgets=False), st.integers(2, 6))
+def test_a_sweep_is_monotone_and_lies_on_the_front(problem: Problem, points: int) -> None:
+    found = sweep(problem, "latency", points)
+    all_points = [(problem.cost("latency", a), problem.total_loss(a)) for a in all_choices(problem)]
+    assert found[0][1] is None
+    assert found[0][0] < min(c for c, _ in all_points)
+    budgets = [b for b, _ in found]
+    assert budgets == sorted(set(budgets))
+    solutions = [s for _, s in found if s is not None]
+    assert len(solutions) == len(found) - 1 <= points
+    for (budget, _), s in zip(found[1:], solutions, strict=True):
+        assert s.costs["latency"] <= budget
+        reachable = [(loss, c) for c, loss in all_points if c <= budget]
+        assert (s.loss, s.costs["latency"]) == min(reachable)
+    losses = [s.loss for s in solutions]
+    assert losses == sorted(losses, reverse=True)
+    kept = [s for s, beaten in zip(solutions, dominated(solutions, "latency"), strict=True) if not beaten]
+    assert len({s.costs["latency"] for s in kept}) == len({s.loss for s in kept}) == len(kept)
+    assert losses[-1] == min(loss for _, loss in all_points)
+
+
+def test_other_budgets_hold_throughout() -> None:
+    size = PROBLEM.cost("size", (0,) * 12) // 2
+    for _, s in sweep(replace(PROBLEM, budgets={"size": size}), "latency", 5)[1:]:
+        assert s is not None
+        assert s.costs["size"] <= size
+    with pytest.raises(Infeasible):
+        sweep(replace(PROBLEM, budgets={"size": 1}), "latency", 5)
+
+
+def test_a_sweep_of_nothing_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least 2 points"):
+        sweep(PROBLEM, "latency", 1)
+    with pytest.raises(InvalidInput, match="no cost 'energy'"):
+        sweep(PROBLEM, "energy", 3)
+
+
+def test_dominated_points_are_marked() -> None:
+    s = minimise(PROBLEM, "latency")
+    other = [
+        replace(s, loss=loss, costs={"latency": cost})
+        for cost, loss in [(5, 2.0), (6, 1.0), (6, 1.0), (7, 1.0), (4, 3.0)]
+    ]
+    assert dominated(other, "latency") == [False, False, True, True, False]
+
+
+def test_best_points_rise_in_cost_and_fall_in_loss(front: Front) -> None:
+    best = front.best()
+    assert [p.latency_ns for p in best] == sorted({p.latency_ns for p in best})
+    assert [p.loss for p in best] == sorted({p.loss for p in best}, reverse=True)
+    assert not any(p.measured or p.infeasible or p.dominated for p in best)
+
+
+def test_round_trip(front: Front, tmp_path: Path) -> None:
+    front.save(tmp_path / "f.parquet")
+    loaded = Front.load(tmp_path / "f.parquet")
+    assert (loaded.over, loaded.units, loaded.header) == (front.over, front.units, front.header)
+    pd.testing.assert_frame_equal(loaded.to_frame(), front.to_frame())
+    assert loaded.points[1].variants == front.points[1].variants
+    assert loaded.points[0].infeasible
+    assert loaded.points[-1].measured
+    assert np.isnan(loaded.points[-1].budget)
+
+
+def test_a_frame_has_a_row_for_each_point(front: Front) -> None:
+    frame = front.to_frame()
+    assert len(frame) == len(front.points)
+    assert (frame["latency_ms"] * 1e6).equals(frame["latency_ns"]) or np.allclose(
+        frame["latency_ms"] * 1e6, frame["latency_ns"], equal_nan=True
+    )
+    assert frame["infeasible"].tolist() == [True] + [False] * (len(frame) - 1)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, -1])
+def test_truncated_files(front: Front, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "f.parquet"
+    front.save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InvalidInput, match="truncated"):
+        Front.load(path)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    with pytest.raises(InvalidInput, match="does not exist"):
+        Front.load(path)
+    path.write_bytes(b"\x80\x04 anything else" * 99)
+    with pytest.raises(InvalidInput, match="not a readable Parquet"):
+        Front.load(path)
+    pq.write_table(pa.table({"loss": [1.0]}), path)
+    with pytest.raises(InvalidInput, match="not a front of hwsearch"):
+        Front.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"schema": 99}, IncompatibleTables, "schema 99"),
+        ({"kind": "latency_table"}, InvalidInput, "found: latency_table"),
+        ({"units": None}, InvalidInput, "damaged"),
+    ],
+)
+def test_other_headers(
+    front: Front, tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    path = tmp_path / "f.parquet"
+    front.save(path)
+    table = pq.read_table(path)
+    header = {**json.loads(table.schema.metadata[KEY]), **change}
+    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(header).encode()}), path)
+    with pytest.raises(error, match=said):
+        Front.load(path)
+
+
+def test_a_file_that_lacks_a_column(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    front.save(path)
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("colour", pa.array(["red"] * len(table))), path)
+    with pytest.raises(InvalidInput, match="colour"):
+        Front.load(path)
+    pq.write_table(table.drop_columns(["variants"]), path)
+    with pytest.raises(InvalidInput, match="variants"):
+        Front.load(path)

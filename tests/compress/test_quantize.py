@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+
+from hwsearch.compress.quantize import activation_ranges, fake_quantize, quantize_weight
+from hwsearch.errors import InvalidInput
+from hwsearch.trace import trace
+
+finite = st.floats(-100, 100, width=32)
+
+
+def ranges(data: list[torch.Tensor], method: str) -> dict[tuple[str, int, str], float]:
+    layer = nn.Linear(data[0].shape[1], 2)
+    return activation_ranges([(trace(layer, x), (x,), {}) for x in data], method)
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=5), elements=finite), st.data()
+)
+def test_weights_round_to_the_nearest_of_255_levels(array: np.ndarray, data: st.DataObject) -> None:
+    axis = data.draw(st.integers(0, array.ndim - 1))
+    made = quantize_weight(torch.from_numpy(array), axis)
+    assert made.scales.shape == (array.shape[axis],)
+    assert np.abs(made.values.astype(int)).max() <= 127
+    shape = [1] * array.ndim
+    shape[axis] = -1
+    assert np.all(np.abs(made.dequantized() - array) <= 0.5001 * made.scales.reshape(shape) + 1e-30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(hnp.arrays(np.float32, (16, 8), elements=finite))
+def test_mse_is_never_worse_than_minmax(array: np.ndarray) -> None:
+    x = torch.from_numpy(array)
+    key = ("linear", 0, "in0")
+
+    def loss(method: str) -> float:
+        found = ranges([x], method)
+        return float(
+            (fake_quantize(x, next(v for k, v in found.items() if k[2] == key[2])) - x).square().mean()
+        )
+
+    assert loss("mse") <= loss("minmax") * (1 + 1e-6) + 1e-12
+
+
+def test_minmax_is_the_largest_magnitude_over_all_batches() -> None:
+    data = [torch.randn(4, 8), torch.randn(9, 8), -7 * torch.ones(1, 8)]
+    assert next(v for k, v in ranges(data, "minmax").items() if k[2] == "in0") == 7.0
+
+
+def test_outliers_are_clipped() -> None:
+    x = torch.randn(4000, 64)
+    x[0, 0] = 30.0
+    for method in ("mse", "percentile"):
+        assert next(v for k, v in ranges([x], method).items() if k[2] == "in0") < 15
+
+
+def test_zeros_get_a_harmless_range() -> None:
+    found = ranges([torch.zeros(4, 8)], "mse")
+    assert next(v for k, v in found.items() if k[2] == "in0") == 1.0
+
+
+def test_nan_and_unknown_method() -> None:
+    x = torch.randn(2, 8)
+    traced = trace(nn.Linear(8, 2), x)
+    with pytest.raises(InvalidInput, match="NaN"):
+        activation_ranges([(traced, (x * float("nan"),), {})], "mse")
+    with pytest.raises(InvalidInput, match="unknown range method"):
+        activation_ranges([], "max")
+
+
+def test_the_same_data_gives_the_same_ranges() -> None:
+    x = torch.randn(5000, 80)
+    layer = nn.Linear(80, 40)
+    batches = [(trace(layer, x), (x,), {})]
+    assert activation_ranges(batches) == activation_ranges(batches)
