@@ -344,20 +344,3 @@ def noise_floor(table: LatencyTable) -> float | None:
     spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
     return float(np.median(spread)) if spread else None
 
-
-def compare(table: LatencyTable) -> dict[str, float | None] | None:
-    """Held-out errors of the fitted model and of the additive baseline; None where the table cannot be fitted so."""
-    heldout = [b for b in usable(table) if b.role == "heldout"]
-    if table.header.mode != "context" or not heldout or len(usable(table)) - len(heldout) < 2:
-        return None
-    found = validate(fit(table), heldout)
-    additive = validate(fit(table, boundaries=False), heldout)
-    return {
-        "builds": found.builds,
-        "median_error": found.median_error,
-        "p90_error": found.p90_error,
-        "kendall_tau": found.kendall_tau,
-        "noise": found.noise if found.noise is not None else float("nan"),
-        "additive_median_error": additive.median_error,
-        "additive_kendall_tau": additive.kendall_tau,
-    }

@@ -55,10 +55,12 @@ def size(count: float) -> str:
 
 def table(found: LatencyTable, machine: bool) -> None:
     """machine: as JSON, here and below."""
+    from hwsearch import overview
+
     if machine:
-        as_json(found.to_json())
+        as_json(overview.as_json(found))
     else:
-        print(found.summary())
+        print(overview.summary(found))
 
 
 def sensitivity(scores: SensitivityTable, machine: bool) -> None:

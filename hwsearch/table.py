@@ -240,48 +240,6 @@ class LatencyTable:
                     "profile this one into a file of its own with `hwsearch profile`"
                 )
 
-    def to_json(self) -> dict[str, Any]:
-        """Provenance, builds without their raw samples, and the fitted model's errors where there is a fit."""
-        header = {k: v for k, v in self.header.to_json().items() if k != "network"}
-        network = {"name": self.network.name, "fingerprint": self.network.fingerprint, "units": len(self.network.units)}
-        builds = self.to_frame().to_dict(orient="records")
-        return {**header, "network": network, "builds": builds, "quality": self.quality()}
-
-    def quality(self) -> dict[str, float | None] | None:
-        """Errors of the fitted model on the held-out builds, beside its baselines; None where nothing can be fitted."""
-        from hwsearch.latency import compare
-
-        return compare(self)
-
-    def summary(self) -> str:
-        """For a person: what was measured, on what, and how well the model predicts it."""
-        h = self.header
-        frame = self.to_frame()
-        lines = [
-            f"{self.network.name or 'network'} ({len(self.network.units)} units, {h.network.fingerprint})",
-            f"device   {h.device.get('chip')} ({h.device.get('id')})",
-            f"backend  {h.backend} {h.versions}, {h.options}, mode {h.mode}",
-            f"made     {h.created} by `{h.command}`",
-            f"builds   {len(self.builds)}: " + ", ".join(f"{n} {r}" for r, n in frame["role"].value_counts().items())
-            + f"; {int(frame['unstable'].sum())} unstable, {int((~frame['as_asked']).sum())} not as asked",
-        ]  # fmt: skip
-        for role, what in (("dense", "dense fp32"), ("reference", f"all {h.options.get('base')}"), ("uniform", "all int8")):
-            for build in [b for b in self.builds if b.role == role][:1]:
-                ms = self.time_ns(build) / 1e6
-                share = f", {build.ratio / self.find('dense').ratio:.1%} of dense" if role != "dense" else ""
-                width = (build.high - build.low) / 2 / build.ratio
-                lines.append(f"{what:11s} {ms:.4g} ms ± {width:.1%}{share}")
-        quality = self.quality()
-        if quality:
-            lines.append(
-                f"held out {quality['builds']:.0f} builds: median error {quality['median_error']:.1%}, "
-                f"Kendall tau {quality['kendall_tau']:.2f}, noise floor {quality['noise']:.1%}; "
-                f"without boundary terms {quality['additive_median_error']:.1%}"
-            )  # fmt: skip
-        for unit, reasons in h.unsupported.items():
-            lines += [f"unsupported {unit}: {variant} {reason}" for variant, reason in reasons.items()]
-        return "\n".join(lines)
-
     def to_frame(self) -> pd.DataFrame:
         """One row a build: role, base, time and interval in ms, stability, counts of variants."""
         import pandas as pd

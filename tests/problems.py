@@ -74,7 +74,7 @@ def network(units: int, skips: int, seed: int = 0, scale_ns: float = 1e4) -> Pro
     pairwise = {}
     for edge in sorted(edges):
         into, out = (rng.lognormal(0, 0.7, 2) * 0.5 * scale_ns).astype(np.int64)
-        fused = -int(rng.integers(0, 0.3 * scale_ns))
+        fused = -int(rng.integers(0, round(0.3 * scale_ns)))
         pairwise[edge] = np.array([[0, into], [out, fused]])[np.ix_([0, 0, 1], [0, 0, 1])]
     weights = rng.lognormal(10, 1, units).astype(np.int64)
     loss = rng.lognormal(-7, 2, units)

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import all_choices, network, problems
+from scipy.optimize import OptimizeResult
 
 from hwsearch.allocate.milp import minimise, solve
+from hwsearch.allocate.polytope import Ints, Vector
 from hwsearch.allocate.problem import Cost, Problem, brute_force
 from hwsearch.allocate.program import Program
 from hwsearch.errors import HwsearchError, Infeasible
@@ -65,7 +67,7 @@ def test_budgets_met_to_the_last_unit(seed: int, largest: int, subset_sum: bool)
     saved = (times.max(1, keepdims=True) - times) / largest
     loss = saved if subset_sum else saved * rng.uniform(1, 1.001, (6, 3))
     free = Problem(tuple("abcdef"), (tuple("xyz"),) * 6, tuple(loss), {"latency": Cost(0, tuple(times))})
-    limit = free.cost("latency", rng.integers(0, 3, 6))
+    limit = free.cost("latency", rng.integers(0, 3, 6).tolist())
     for _ in range(3):
         problem = replace(free, budgets={"latency": limit})
         best = brute_force(problem)
@@ -87,12 +89,13 @@ def test_an_answer_over_budget_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
     tight = {"latency": solve(replace(problem, budgets=lenient)).costs["latency"] - 1}
     expected = solve(replace(problem, budgets=tight))
     digits, highs, cut = Program._digits, Program._highs, []
+
+    def counting(self: Program, goal: Vector, allowed: Vector, cuts: list[Ints]) -> OptimizeResult | None:
+        cut.append(len(cuts))
+        return highs(self, goal, allowed, cuts)
+
+    monkeypatch.setattr(Program, "_highs", counting)
     monkeypatch.setattr(Program, "_digits", lambda self, c, room: digits(self, c, room + 1))
-    monkeypatch.setattr(
-        Program,
-        "_highs",
-        lambda self, goal, allowed, cuts: cut.append(len(cuts)) or highs(self, goal, allowed, cuts),
-    )
     found = solve(replace(problem, budgets=tight))
     assert max(cut) > 0
     assert found.loss == expected.loss

@@ -1,0 +1,70 @@
+"""What a latency table holds and how well the model fitted on it predicts: for people, and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hwsearch.latency import fit, usable, validate
+from hwsearch.table import LatencyTable
+
+
+def as_json(table: LatencyTable) -> dict[str, Any]:
+    """Provenance, builds without their raw samples, and the fitted model's errors where there is a fit."""
+    header = {k: v for k, v in table.header.to_json().items() if k != "network"}
+    network = {"name": table.network.name, "fingerprint": table.network.fingerprint, "units": len(table.network.units)}
+    return {
+        **header,
+        "network": network,
+        "builds": table.to_frame().to_dict(orient="records"),
+        "quality": quality(table),
+    }
+
+
+def quality(table: LatencyTable) -> dict[str, float] | None:
+    """Errors on the held-out builds, of the model and without boundary terms; None where nothing can be fitted."""
+    heldout = [b for b in usable(table) if b.role == "heldout"]
+    if table.header.mode != "context" or not heldout or len(usable(table)) - len(heldout) < 2:
+        return None
+    found = validate(fit(table), heldout)
+    additive = validate(fit(table, boundaries=False), heldout)
+    return {
+        "builds": found.builds,
+        "median_error": found.median_error,
+        "p90_error": found.p90_error,
+        "kendall_tau": found.kendall_tau,
+        "noise_floor": found.noise if found.noise is not None else float("nan"),
+        "additive_median_error": additive.median_error,
+        "additive_kendall_tau": additive.kendall_tau,
+    }
+
+
+def summary(table: LatencyTable) -> str:
+    """A screenful for a person."""
+    h = table.header
+    frame = table.to_frame()
+    roles = ", ".join(f"{n} {role}" for role, n in frame["role"].value_counts().items()) if len(frame) else "none"
+    lines = [
+        f"{table.network.name or 'network'} ({len(table.network.units)} units, {table.network.fingerprint})",
+        f"device     {h.device.get('chip')} ({h.device.get('id')})",
+        f"backend    {h.backend} {', '.join(f'{k} {v}' for k, v in h.versions.items())}; "
+        f"{', '.join(f'{k} {v}' for k, v in h.options.items())}; mode {h.mode}",
+        f"made       {h.created} by `{h.command}`",
+        f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, "
+        f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
+    ]
+    dense = next((b for b in table.builds if b.role == "dense"), None)
+    for role, what in (("dense", "dense fp32"), ("reference", f"all {h.options.get('base')}"), ("uniform", "all int8")):
+        for build in [b for b in table.builds if b.role == role][:1]:
+            share = f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
+            width = (build.high - build.low) / 2 / build.ratio
+            lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
+    found = quality(table)
+    if found is not None:
+        lines.append(
+            f"held out   {found['builds']} builds: median error {found['median_error']:.1%} (without boundary terms "
+            f"{found['additive_median_error']:.1%}), Kendall tau {found['kendall_tau']:.2f}, "
+            f"noise floor {found['noise_floor']:.1%}"
+        )
+    for unit, reasons in h.unsupported.items():
+        lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
+    return "\n".join(lines)
