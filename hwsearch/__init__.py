@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hwsearch.allocate.search import front as front
+    from hwsearch.allocate.search import search as search
     from hwsearch.allocation import Allocation as Allocation
     from hwsearch.api import profile as profile
     from hwsearch.api import sensitivity as sensitivity
     from hwsearch.deployment import deploy as deploy
     from hwsearch.deployment import verify as verify
+    from hwsearch.pipeline import run as run
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_predictions as plot_predictions
-    from hwsearch.pipeline import run as run
-    from hwsearch.allocate.search import front as front
-    from hwsearch.allocate.search import search as search
     from hwsearch.scoring import SensitivityTable as SensitivityTable
     from hwsearch.table import LatencyTable as LatencyTable
     from hwsearch.task import Task as Task
@@ -29,7 +29,7 @@ _HOMES = {
     "scoring": ["SensitivityTable"], "table": ["LatencyTable"], "task": ["Task", "load"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -79,13 +79,17 @@ class Allocation:
         if not isinstance(data, dict) or "schema" not in data:
             raise InvalidInput(f"{path} is not an allocation: it has no schema; {_MAKE}")
         if data["schema"] != SCHEMA:
-            raise IncompatibleTables(f"{path} has schema {data['schema']}, this hwsearch reads {SCHEMA}; search again")
+            raise IncompatibleTables(
+                f"{path} has schema {data['schema']}, this hwsearch reads {SCHEMA}; search again"
+            )
         try:
             allocation = TypeAdapter(Allocation).validate_python(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise InvalidInput(f"{path} is not an allocation: {where}: {first['msg']}; search again") from error
+            raise InvalidInput(
+                f"{path} is not an allocation: {where}: {first['msg']}; search again"
+            ) from error
         if not allocation.variants:
             raise InvalidInput(f"{path} allocates no unit; search again")
         for variant in allocation.variants.values():
@@ -95,7 +99,9 @@ class Allocation:
         for key, part, wanted in parts:
             missing = [name for name in wanted if name not in part]
             if missing:
-                raise InvalidInput(f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again")
+                raise InvalidInput(
+                    f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again"
+                )
         return allocation
 
 

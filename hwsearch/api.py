@@ -6,10 +6,10 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.backends.base import Backend
+from hwsearch.pipeline import sensitivity_for
 from hwsearch.profiler import profile as _profile
 from hwsearch.profiler import regime
 from hwsearch.progress import Progress
-from hwsearch.pipeline import sensitivity_for
 from hwsearch.scoring import SensitivityTable
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
@@ -41,7 +41,9 @@ def profile(
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     at = regime(task, _backend(backend), threads=threads, base=base, batch=batch)
-    return _profile(at, out, time_limit_s=time_limit_s, mode=mode, seed=seed, builds=builds, progress=progress)
+    return _profile(
+        at, out, time_limit_s=time_limit_s, mode=mode, seed=seed, builds=builds, progress=progress
+    )
 
 
 def sensitivity(

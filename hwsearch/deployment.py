@@ -74,7 +74,12 @@ def parse_variants(allocation: Allocation) -> dict[str, Variant]:
 
 
 def deploy(
-    task: Task, allocation: Allocation, out: str | Path, *, backend: str | Backend | None = None, at: Regime | None = None
+    task: Task,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    backend: str | Backend | None = None,
+    at: Regime | None = None,
 ) -> Deployed:
     """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
 
@@ -146,7 +151,9 @@ def score(task: Task, predict: Callable[..., Any], what: str) -> float:
     except Exception as error:
         raise InvalidInput(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
-        raise InvalidInput(f"evaluate returned {value} for {what}; expected a finite number, higher is better")
+        raise InvalidInput(
+            f"evaluate returned {value} for {what}; expected a finite number, higher is better"
+        )
     return value
 
 
@@ -188,7 +195,12 @@ class Session:
     def measure(self, wanted: Mapping[str, tuple[dict[str, Variant], str]]) -> dict[str, Measured]:
         """name -> (variants, base) measured, all interleaved with the reference and each other."""
         built = {name: self.at.build(variants, base) for name, (variants, base) in wanted.items()}
-        timings = paired(self.reference.run, {name: engine.run for name, (engine, _) in built.items()}, VERIFY, clock=self.at.clock)
+        timings = paired(
+            self.reference.run,
+            {name: engine.run for name, (engine, _) in built.items()},
+            VERIFY,
+            clock=self.at.clock,
+        )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         if not self.scale_ns:
             self.scale_ns = self.reference_now_ns
@@ -212,7 +224,9 @@ class Session:
         if what not in self._uniforms:
             return score(self.at.lowering.task, predictor(self.at.lowering, measured.engine), what)
         if what not in self._scores:
-            self._scores[what] = score(self.at.lowering.task, predictor(self.at.lowering, measured.engine), what)
+            self._scores[what] = score(
+                self.at.lowering.task, predictor(self.at.lowering, measured.engine), what
+            )
         return self._scores[what]
 
     @cached_property
@@ -221,8 +235,9 @@ class Session:
         with evaluating(self.at.lowering.task.model) as model:
             return score(self.at.lowering.task, model, "the dense model")
 
-    def loss(self, measured: Measured, kind: str = "auto") -> float:
+    def loss(self, measured: Measured) -> float:
         """Divergence of the engine's outputs from the dense module's, mean over calibration samples."""
+        kind = self.at.lowering.task.divergence
         predict = predictor(self.at.lowering, measured.engine)
         total, count = 0.0, 0
         for traced, args, kwargs in self.at.lowering.calibration:
@@ -235,14 +250,18 @@ class Session:
         return total / max(count, 1)
 
 
-def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[dict[str, Variant], str]]:
+def uniform_candidates(
+    at: Regime, unsupported: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[dict[str, Variant], str]]:
     """Every uniform allocation of this backend: each precision wherever a unit supports it, else the base."""
     base = at.options.base
     candidates = {"dense.fp32": (uniform(at.network, "fp32"), "fp32")}
     for precision in at.backend.precisions(base):
         variant = Variant(precision)
         chosen = {
-            u.name: variant if variant in legal(u, [precision]) and str(variant) not in unsupported.get(u.name, {}) else Variant(base)
+            u.name: variant
+            if variant in legal(u, [precision]) and str(variant) not in unsupported.get(u.name, {})
+            else Variant(base)
             for u in at.network.units
         }
         candidates.setdefault(str(variant), (chosen, base))
@@ -310,7 +329,7 @@ def verify_with_build(
 
     def within(m: Measured) -> bool:
         costs = {"latency": session.ms(m), "size": float(m.file_bytes)}
-        return all(costs[column] <= bound for column, bound in limit.items())
+        return not m.build.wrong and all(costs[column] <= bound for column, bound in limit.items())
 
     scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
     best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
@@ -357,5 +376,7 @@ def verify_with_build(
             if e and e != Variant.parse(v).precision
         },
         unstable=deployed.timing.unstable or dense.timing.unstable,
+        output_error=deployed.build.output_error,
+        wrong_outputs=deployed.build.wrong,
     )  # fmt: skip
     return report, deployed.build

@@ -31,7 +31,6 @@ PAIRS = ((False, True), (True, False), (True, True))
 """Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
 
 
-
 @dataclass(frozen=True)
 class Prediction:
     """time_ns of one inference and its standard error sigma_ns."""
@@ -65,7 +64,9 @@ class LatencyModel:
             for feature, value in features:
                 if feature not in self._index:
                     if feature[0] == "unit":
-                        raise InvalidInput(f"the table has no measurement of {feature[2]} for unit signature {feature[1]}")
+                        raise InvalidInput(
+                            f"the table has no measurement of {feature[2]} for unit signature {feature[1]}"
+                        )
                     continue
                 row[self._index[feature]] += value
         return row
@@ -76,8 +77,11 @@ class LatencyModel:
         return float(self._mean[self._index["rest",]])
 
     def unit_ns(self, unit: str, variant: Variant) -> float:
-        """t[u, v] without any boundary."""
-        return float(self._mean[self._index["unit", self.network[unit].signature, str(variant)]])
+        """t[u, v] without any boundary. Raises InvalidInput on a variant that was not measured."""
+        feature = ("unit", self.network[unit].signature, str(variant))
+        if feature not in self._index:
+            raise InvalidInput(f"the table has no measurement of {variant} for unit {unit}")
+        return float(self._mean[self._index[feature]])
 
     def edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
         """Sum over the edges from src to dst of r[e, class pair]; float to float is 0."""
@@ -86,7 +90,10 @@ class LatencyModel:
             total = 0.0
             for edge in self.network.edges:
                 if (edge.src, edge.dst) == (src, dst):
-                    for feature, value in (*_edge_features(edge, pair, "src"), *_edge_features(edge, pair, "dst")):
+                    for feature, value in (
+                        *_edge_features(edge, pair, "src"),
+                        *_edge_features(edge, pair, "dst"),
+                    ):
                         if feature in self._index:
                             total += value * float(self._mean[self._index[feature]])
             totals[pair] = total
@@ -105,7 +112,9 @@ def _edge_features(edge: Edge, pair: tuple[bool, bool], side: str) -> list[tuple
     ]
 
 
-def _all_features(network: Network, variants: Mapping[str, Variant]) -> dict[str, list[tuple[Feature, float]]]:
+def _all_features(
+    network: Network, variants: Mapping[str, Variant]
+) -> dict[str, list[tuple[Feature, float]]]:
     """For each unit the terms of its own time and of the edges that it is on; under "" the rest."""
     features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
     for unit in network.units:
@@ -135,7 +144,9 @@ def usable(table: LatencyTable) -> list[Build]:
     return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
 
 
-def fit(table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True) -> LatencyModel:
+def fit(
+    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True
+) -> LatencyModel:
     """Fit on a table's builds, held-out ones excepted, or on the given ones.
 
     boundaries: False leaves the boundary terms out (a baseline).
@@ -162,7 +173,9 @@ def fit(table: LatencyTable, *, builds: Sequence[Build] | None = None, boundarie
             variance = np.einsum("ij,jk,ik->i", equations.totals[held], covariance, equations.totals[held])
             # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
             off = predicted - equations.measured[held]
-            errors.append((off / equations.measured[held]) ** 2 / (1.0 + variance / (0.05 * equations.typical) ** 2))
+            errors.append(
+                (off / equations.measured[held]) ** 2 / (1.0 + variance / (0.05 * equations.typical) ** 2)
+            )
             scores.append(off**2 / (variance + equations.floor**2))
         loss = float(np.mean(np.concatenate(errors)))
         if best is None or loss < best[0]:
@@ -170,7 +183,9 @@ def fit(table: LatencyTable, *, builds: Sequence[Build] | None = None, boundarie
     assert best is not None
     _, scales, inflate = best
     mean, covariance = equations.solve(scales, np.arange(len(builds)), bounded=True)
-    return LatencyModel(table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 0.3))
+    return LatencyModel(
+        table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 0.3)
+    )
 
 
 def variants_of(table: LatencyTable, build: Build) -> dict[str, Variant]:
@@ -184,7 +199,9 @@ def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
     total = build.ratio * reference
     features = _all_features(table.network, variants_of(table, build))
     if not boundaries:
-        features = {name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()}
+        features = {
+            name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
+        }
     everything = [f for group in features.values() for f in group]
     error = max((build.high - build.low) / 3.92 * reference, 0.002 * total)
     rows = [_Row(everything, total, error)]
@@ -253,10 +270,12 @@ class _Equations:
         self.totals = design[first]
         self.measured = np.array([rows[i][1].value for i in first])
         self.typical = float(np.mean(self.measured))
-        self.floor = 0.004 * self.typical
+        self.floor = 0.012 * self.typical
         self.units = len(table.network.units)
 
-    def solve(self, scales: _Scales, builds: NDArray[np.intp], *, bounded: bool = False) -> tuple[Floats, Floats]:
+    def solve(
+        self, scales: _Scales, builds: NDArray[np.intp], *, bounded: bool = False
+    ) -> tuple[Floats, Floats]:
         """Posterior mean and covariance on some of the builds.
 
         bounded: hold times of units and the rest at zero or above.
@@ -282,7 +301,9 @@ def isolated_sum(table: LatencyTable) -> LatencyModel:
     times: dict[tuple[str, str], list[float]] = {}
     for build in table.builds:
         if build.role == "isolated":
-            unit, variant = next((u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v)
+            unit, variant = next(
+                (u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v
+            )
             times.setdefault((unit.signature, variant), []).append(table.time_ns(build))
     if not times:
         raise InvalidInput("the table has no layer measured by itself; profile with --mode isolated")
@@ -343,4 +364,3 @@ def noise_floor(table: LatencyTable) -> float | None:
             groups.setdefault(build.key, []).append(build.ratio)
     spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
     return float(np.median(spread)) if spread else None
-

@@ -83,7 +83,8 @@ def paired(
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate.
     """
-    runs: dict[str | None, Run] = {None: reference, **candidates}
+    runs: dict[str | None, Run] = {None: reference}
+    runs.update(candidates)
     warm: dict[str | None, list[int]] = {}
     block: dict[str | None, int] = {}
     for name, run in runs.items():
@@ -101,7 +102,9 @@ def paired(
             rounds = len(samples[None]) // 2
             # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
             if rounds >= protocol.min_rounds and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
-                done = all(_interval(samples[name], samples[None], rng)[3] <= protocol.width for name in candidates)
+                done = all(
+                    _interval(samples[name], samples[None], rng)[3] <= protocol.width for name in candidates
+                )
                 if done or clock() >= deadline:
                     break
             elif clock() >= deadline and rounds >= protocol.min_rounds:
@@ -113,8 +116,8 @@ def paired(
     for name in candidates:
         ratio, low, high, width = _interval(samples[name], samples[None], np.random.default_rng(seed))
         result[name] = Timing(
-            samples_ns=np.array(sum(samples[name], []), np.int64),
-            reference_ns=np.array(sum(samples[None], []), np.int64),
+            samples_ns=np.concatenate(samples[name]).astype(np.int64),
+            reference_ns=np.concatenate(samples[None]).astype(np.int64),
             block=block[name],
             reference_block=block[None],
             ratio=ratio,

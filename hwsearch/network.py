@@ -118,7 +118,11 @@ class Network:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the structure (not of the weights): what a latency table belongs to."""
-        parts = ([(u.name, u.signature) for u in self.units], [asdict(e) for e in self.edges], self.input_shapes)
+        parts = (
+            [(u.name, u.signature) for u in self.units],
+            [asdict(e) for e in self.edges],
+            self.input_shapes,
+        )
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from hwsearch.table import LatencyTable
 def as_json(table: LatencyTable) -> dict[str, Any]:
     """Provenance, builds without their raw samples, and the fitted model's errors where there is a fit."""
     header = {k: v for k, v in table.header.to_json().items() if k != "network"}
-    network = {"name": table.network.name, "fingerprint": table.network.fingerprint, "units": len(table.network.units)}
+    network = {
+        "name": table.network.name,
+        "fingerprint": table.network.fingerprint,
+        "units": len(table.network.units),
+    }
     return {
         **header,
         "network": network,
@@ -42,7 +46,9 @@ def summary(table: LatencyTable) -> str:
     """A screenful for a person."""
     h = table.header
     frame = table.to_frame()
-    roles = ", ".join(f"{n} {role}" for role, n in frame["role"].value_counts().items()) if len(frame) else "none"
+    roles = (
+        ", ".join(f"{n} {role}" for role, n in frame["role"].value_counts().items()) if len(frame) else "none"
+    )
     lines = [
         f"{table.network.name or 'network'} ({len(table.network.units)} units, {table.network.fingerprint})",
         f"device     {h.device.get('chip')} ({h.device.get('id')})",
@@ -53,9 +59,15 @@ def summary(table: LatencyTable) -> str:
         f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
     ]
     dense = next((b for b in table.builds if b.role == "dense"), None)
-    for role, what in (("dense", "dense fp32"), ("reference", f"all {h.options.get('base')}"), ("uniform", "all int8")):
+    for role, what in (
+        ("dense", "dense fp32"),
+        ("reference", f"all {h.options.get('base')}"),
+        ("uniform", "all int8"),
+    ):
         for build in [b for b in table.builds if b.role == role][:1]:
-            share = f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
+            share = (
+                f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
+            )
             width = (build.high - build.low) / 2 / build.ratio
             lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
     found = quality(table)

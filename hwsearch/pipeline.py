@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from hwsearch import backends
+from hwsearch.allocate.front import Point
+from hwsearch.allocate.search import front, limits, search
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import Budget, parse_budgets
-from hwsearch.deployment import Session, deploy, verify_with_build
+from hwsearch.deployment import Session, deploy, parse_variants, verify_with_build
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import fit
 from hwsearch.plot import plot_front
-from hwsearch.profiler import Regime, profile, regime
+from hwsearch.profiler import Regime, profile, regime, wrong_variants
 from hwsearch.progress import Progress
 from hwsearch.report import Report
-from hwsearch.allocate.front import Point
-from hwsearch.allocate.search import front, limits, search
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
-from hwsearch.table import Build, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.task import Task
 
 MAX_ROUNDS = 5
@@ -56,7 +56,7 @@ def run(
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     table = profile(at, table_path, time_limit_s=time_limit_s, seed=seed, progress=progress)
     sensitivity = sensitivity_for(at, sens_path, seed=seed, progress=progress)
-    report, allocation, table = closed_loop(task, at, table, sensitivity, parsed, folder, progress)
+    report, _, table = closed_loop(task, at, table, sensitivity, parsed, folder, progress)
     table.save(table_path)
     sweep = front(table, sensitivity).with_measured(measured_points(report))
     sweep.save(folder / "front.parquet")
@@ -71,7 +71,9 @@ def run(
     return report
 
 
-def sensitivity_for(at: Regime, path: str | Path | None, *, seed: int = 0, progress: Progress | None = None) -> SensitivityTable:
+def sensitivity_for(
+    at: Regime, path: str | Path | None, *, seed: int = 0, progress: Progress | None = None
+) -> SensitivityTable:
     """The sensitivities at `path` where they are of this network and form, else measured anew."""
     precisions = at.backend.precisions(at.options.base)
     wanted = {f"dense.{p}" for p in precisions}
@@ -122,8 +124,12 @@ def closed_loop(
                 tighten = _tighter(tighten, table, budgets, best[1], allocation, step=1)
                 continue
             deploy(task, allocation, folder / f"round{number}.onnx", backend=at.backend, at=at)
-            report, build = verify_with_build(task, allocation, table=table, at=at, rounds=number, session=session)
+            report, build = verify_with_build(
+                task, allocation, table=table, at=at, rounds=number, session=session
+            )
             table = table.with_build(replace(build, role="deployed"))
+            if build.wrong:
+                table = table.with_header(unsupported=_without_wrong(at, table, allocation))
             table.save(folder / "table.parquet")
             progress.step(
                 f"round {number}: {report.latency_ms['measured']:.4g} ms measured, "
@@ -142,6 +148,15 @@ def closed_loop(
             path.unlink()
     assert best is not None
     return best[1], best[2], table
+
+
+def _without_wrong(at: Regime, table: LatencyTable, allocation: Allocation) -> dict[str, dict[str, str]]:
+    """What is not offered any more once an allocation's engine returned wrong outputs."""
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    variants = parse_variants(allocation)
+    for unit, why in wrong_variants(at, variants, str(allocation.options["base"])).items():
+        refused.setdefault(unit, {})[str(variants[unit])] = why
+    return refused
 
 
 def _tighter(
@@ -184,7 +199,10 @@ def _keep(folder: Path, number: int, report: Report, allocation: Allocation) -> 
 
 def measured_points(report: Report) -> list[Point]:
     """Measured allocations to draw on a front: the deployed one, with its interval."""
-    latency = {name: (value if value is not None else float("nan")) * 1e6 for name, value in report.latency_ms.items()}
+    latency = {
+        name: (value if value is not None else float("nan")) * 1e6
+        for name, value in report.latency_ms.items()
+    }
     return [
         Point(
             label="deployed",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from hwsearch import device as devices
 from hwsearch.backends.base import Backend, BuildOptions, Engine, NodeTime
-from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.lower import Lowering, isolate, tensor_names, unit_of
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.network import Network
+from hwsearch.outputs import WRONG, Expected, reason
 from hwsearch.progress import Progress
 from hwsearch.table import Build, Header, LatencyTable, NodeRow
 from hwsearch.variants import Variant, legal, network_bytes, uniform
@@ -46,6 +48,11 @@ class Regime:
     def network(self) -> Network:
         return self.lowering.network
 
+    @cached_property
+    def expected(self) -> Expected:
+        """What engines of this network should return."""
+        return Expected(self.lowering, self.backend.quantize_outputs)
+
     @property
     def clock(self) -> Callable[[], int]:
         """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
@@ -58,7 +65,9 @@ class Regime:
     def build(self, variants: Mapping[str, Variant], base: str | None = None) -> tuple[Engine, Any]:
         """(engine on the example inputs, ONNX model)."""
         model = self.onnx(variants)
-        engine = self.backend.build(model.SerializeToString(), replace(self.options, base=base or self.options.base))
+        engine = self.backend.build(
+            model.SerializeToString(), replace(self.options, base=base or self.options.base)
+        )
         engine.prepare(*self.lowering.arrays())
         return engine, model
 
@@ -69,7 +78,9 @@ def regime(
     """base None: the one that the backend prefers on this device. Raises InvalidInput on one it lacks."""
     bases = backend.bases()
     if base is not None and base not in bases:
-        raise InvalidInput(f"{backend.name} does not offer base precision {base!r} here; it offers {', '.join(bases)}")
+        raise InvalidInput(
+            f"{backend.name} does not offer base precision {base!r} here; it offers {', '.join(bases)}"
+        )
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     return Regime(Lowering(task, batch), backend, BuildOptions(threads, base or bases[0]))
@@ -88,7 +99,9 @@ def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, s
     for node in nodes:
         plain = () if _moves(node.op) else (node.name,)
         sources = [_resolve(s, names) for s in (node.sources or plain)]
-        owners = [(unit, own, source) for source in sources for unit, own in [unit_of(source)] if unit in known]
+        owners = [
+            (unit, own, source) for source in sources for unit, own in [unit_of(source)] if unit in known
+        ]
         working = _ordered({u for u, own, s in owners if own and not _is_conversion(s)}, known)
         if not working and node.op.startswith(_PRODUCTS):
             working = [u for u, _, _ in owners][-1:]  # named after what was fused behind the product
@@ -243,7 +256,9 @@ def profile(
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     fingerprint = devices.fingerprint().to_json()
     with devices.lock(fingerprint["id"]):
-        run = _Run(at, out, fingerprint, mode, seed, protocol or Protocol(), progress or Progress.silent(), command)
+        run = _Run(
+            at, out, fingerprint, mode, seed, protocol or Protocol(), progress or Progress.silent(), command
+        )
         return run.isolated(time_limit_s) if mode == "isolated" else run.context(time_limit_s, builds)
 
 
@@ -262,7 +277,9 @@ class _Run:
             versions=dict(at.backend.versions()),
             options=options,
             mode=mode,
-            command=command if command is not None else " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command
+            if command is not None
+            else " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
             created=_now(),
         )
         self.table = LatencyTable(header)
@@ -270,7 +287,9 @@ class _Run:
             old = LatencyTable.load(self.out)
             old.require(device=device, network=at.network, backend=at.backend.name, options=options)
             if old.header.mode != mode:
-                raise IncompatibleTables(f"{out} was made in mode {old.header.mode}, not {mode}; give another file")
+                raise IncompatibleTables(
+                    f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
+                )
             if dict(old.header.versions) != header.versions:
                 raise IncompatibleTables(
                     f"{out} was measured with {old.header.versions}, this is {header.versions}; give another file"
@@ -285,7 +304,9 @@ class _Run:
         start = self.at.clock()
         design = builds or default_builds(self.at.network)
         total = 3 + design
-        self.progress.start(total, f"profile {self.at.network.name} on {self.at.backend.name}", limit_s=time_limit_s)
+        self.progress.start(
+            total, f"profile {self.at.network.name} on {self.at.backend.name}", limit_s=time_limit_s
+        )
         try:
             self._anchors()
             rng = np.random.default_rng(self.seed)
@@ -293,7 +314,9 @@ class _Run:
                 offered = self.offered()
                 done = [self._as_mapping(b) for b in self.table.builds if b.base == self.at.options.base]
                 allocation = cover(self.at.network, offered, done, rng)
-                fresh = allocation not in done  # else the network is so small that all were built: measure one again
+                fresh = (
+                    allocation not in done
+                )  # else the network is so small that all were built: measure one again
                 role = "heldout" if fresh and number % HELDOUT_SHARE == HELDOUT_SHARE - 1 else "design"
                 if all(len(v) == 1 for v in offered.values()):
                     break  # nothing to choose between: the anchors say it all
@@ -341,12 +364,18 @@ class _Run:
         begun = self.at.clock()
         engine, model = self.at.build(allocation, base)
         build_s = (self.at.clock() - begun) / 1e9
-        timing = paired(reference.run, {role: engine.run}, self.protocol, clock=self.at.clock, seed=self.seed)[role]
+        timing = paired(
+            reference.run, {role: engine.run}, self.protocol, clock=self.at.clock, seed=self.seed
+        )[role]
         build = record(self.at, role, allocation, base, timing, engine, model, build_s)
         self._note_unsupported(build)
+        if build.wrong:
+            self._note_wrong(allocation, base)
         self._store(self.table.with_build(build))
         self._rescale()
-        self.progress.step(f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}")
+        self.progress.step(
+            f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
+        )
         return build
 
     def _reference(self) -> Engine:
@@ -366,6 +395,14 @@ class _Run:
                 refused.setdefault(name, {})[variant] = f"executed in {executed}"
             elif not executed and asked != build.base:
                 refused.setdefault(name, {})[variant] = "the engine's record does not name this layer"
+        self.table = self.table.with_header(unsupported=refused)
+
+    def _note_wrong(self, allocation: Mapping[str, Variant], base: str) -> None:
+        """Find the units whose variants make the engine return wrong outputs, and offer those no more."""
+        found = wrong_variants(self.at, allocation, base)
+        refused = {unit: dict(reasons) for unit, reasons in self.table.header.unsupported.items()}
+        for name, why in found.items():
+            refused.setdefault(name, {})[str(allocation[name])] = why
         self.table = self.table.with_header(unsupported=refused)
 
     def _rescale(self) -> None:
@@ -391,7 +428,9 @@ class _Run:
         for unit in self.at.network.units:
             for variant in legal(unit, self.at.backend.precisions(base)):
                 jobs.setdefault((unit.signature, variant), unit.name)
-        self.progress.start(3 + len(jobs), f"profile {self.at.network.name} layer by layer on {self.at.backend.name}")
+        self.progress.start(
+            3 + len(jobs), f"profile {self.at.network.name} layer by layer on {self.at.backend.name}"
+        )
         try:
             self._anchors()
             for (_, variant), name in jobs.items():
@@ -414,20 +453,43 @@ class _Run:
         engine, model = self.isolated_engine(name, variant)
         build_s = (self.at.clock() - begun) / 1e9
         timing = paired(
-            self._reference().run, {name: engine.run}, replace(self.protocol, width=0.02), clock=self.at.clock, seed=self.seed
+            self._reference().run,
+            {name: engine.run},
+            replace(self.protocol, width=0.02),
+            clock=self.at.clock,
+            seed=self.seed,
         )[name]
-        build = record(self.at, "isolated", {name: variant}, self.at.options.base, timing, engine, model, build_s)
+        build = record(
+            self.at, "isolated", {name: variant}, self.at.options.base, timing, engine, model, build_s
+        )
         self._note_unsupported(build)
         self._store(self.table.with_build(build))
         self.progress.step(f"{name} {variant}: {build.ratio:.4f} of the reference")
 
     def isolated_engine(self, name: str, variant: Variant) -> tuple[Engine, Any]:
         marked = isolate(self.at.lowering.marked, self.at.network[name])
-        model = self.at.lowering.assemble(marked, {name: variant}, quantize_outputs=self.at.backend.quantize_outputs)
+        model = self.at.lowering.assemble(
+            marked, {name: variant}, quantize_outputs=self.at.backend.quantize_outputs
+        )
         engine = self.at.backend.build(model.SerializeToString(), self.at.options)
         rng = np.random.default_rng(0)
         engine.prepare(*(rng.normal(size=s.shape).astype(s.dtype) for s in engine.inputs))
         return engine, model
+
+
+def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
+    """Units whose variants make an allocation's engine return wrong outputs, with the reason not to offer them.
+
+    Raises BackendUnavailable where the outputs are wrong with no variant but the base itself.
+    """
+    plain = Variant(base)
+    guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
+    if not guilty:
+        raise BackendUnavailable(
+            f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
+            "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
+        )
+    return {name: reason(error) for name, error in guilty.items()}
 
 
 def record(
@@ -437,10 +499,13 @@ def record(
     """A measured engine as a row of the table."""
     rows = attribute(engine.nodes(), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
+    error = at.expected.error(engine, allocation) if role != "isolated" else 0.0
     if role != "isolated":
         executed = told_apart(executed, rows, allocation, at.network)
     if role == "isolated":
-        executed = tuple(e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True))
+        executed = tuple(
+            e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
+        )
     return Build(
         role=role,
         base=base,
@@ -456,6 +521,8 @@ def record(
         build_s=build_s,
         file_bytes=int(model.ByteSize()),
         measured_at=_now(),
+        output_error=error,
+        wrong=error > WRONG,
     )
 
 

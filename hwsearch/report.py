@@ -18,7 +18,9 @@ class Report:
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
     medians, as fast as the machine just was. score: of the module and of the engine. loss: divergence from the dense
     outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets the same budgets, or
-    None. uniforms: all of them. not_as_asked: units that the engine executed in another precision.
+    None. uniforms: all of them. not_as_asked: units that the engine executed in another precision. output_error:
+    relative error of the engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the
+    runtime and not rounding: then nothing is met.
     """
 
     task: str
@@ -37,6 +39,8 @@ class Report:
     variants: dict[str, str] = field(default_factory=dict)
     not_as_asked: dict[str, str] = field(default_factory=dict)
     unstable: bool = False
+    output_error: float = 0.0
+    wrong_outputs: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -68,10 +72,16 @@ class Report:
                 f"uniform  best that meets the budget: {self.uniform['variant']}, {self.uniform['latency_ms']:.4g} ms, "
                 f"score {self.uniform['score']:.4f}"
             )
+        if self.wrong_outputs:
+            lines.append(
+                f"warning  the runtime computes wrong outputs (relative error {self.output_error:.3g}); do not use it"
+            )
         if self.unstable:
             lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")
         if self.not_as_asked:
-            lines.append(f"warning  {len(self.not_as_asked)} unit(s) did not execute as asked; see not_as_asked in the report")
+            lines.append(
+                f"warning  {len(self.not_as_asked)} unit(s) did not execute as asked; see not_as_asked in the report"
+            )
         return "\n".join(lines)
 
 

@@ -202,14 +202,16 @@ def measure_sensitivity(
     finally:
         progress.stop()
     count = keep.count()
-    mean = keep.mean("units") / count
+    mean = keep.total("units") / count
     if not np.all(np.isfinite(mean)):
         bad = [f"{u} as {v}" for (u, v), x in zip(jobs, mean, strict=True) if not np.isfinite(x)]
-        raise InvalidInput(f"the outputs are NaN or infinite with {', '.join(bad[:3])}; check the calibration data")
+        raise InvalidInput(
+            f"the outputs are NaN or infinite with {', '.join(bad[:3])}; check the calibration data"
+        )
     loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
     for (unit, variant), value in zip(jobs, mean, strict=True):
         loss[unit][str(variant)] = max(float(value), 0.0)
-    simulated = keep.mean("whole") / count
+    simulated = keep.total("whole") / count
     predicted = np.array([sum(loss[u][str(v)] for u, v in a.items()) for a in whole])
     from scipy.stats import kendalltau
 
@@ -238,7 +240,8 @@ def _random_allocations(network: Network, variants: Sequence[Variant], seed: int
     rng = np.random.default_rng(seed)
     shares = np.linspace(0.15, 1.0, VALIDATION_ALLOCATIONS)
     return [
-        {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units} for share in shares
+        {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units}
+        for share in shares
     ]
 
 
@@ -246,12 +249,15 @@ def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], sam
     """As many batches as hold `samples` samples, at least one."""
     from torch.utils import _pytree as pytree
 
-    kept, count = [], 0
+    kept: list[Any] = []
+    count = 0
     for traced, args, kwargs in batches:
         if kept and count >= samples:
             break
         kept.append((traced, args, kwargs))
-        count += next((t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if hasattr(t, "shape") and t.dim()), 1)
+        count += next(
+            (t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if hasattr(t, "shape") and t.dim()), 1
+        )
     return kept
 
 
@@ -281,9 +287,12 @@ class _Partial:
     def count(self) -> float:
         return float(sum(entry["count"] for entry in self.sums.values()))
 
-    def mean(self, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Sum over batches; the caller divides by the count."""
-        return np.sum([entry[what] for entry in self.sums.values()], axis=0, dtype=np.float64)
+    def total(self, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Sum over batches."""
+        total: np.ndarray[Any, np.dtype[np.float64]] = np.sum(
+            [entry[what] for entry in self.sums.values()], axis=0, dtype=np.float64
+        )
+        return total
 
     def remove(self) -> None:
         if self.path is not None:

@@ -52,6 +52,7 @@ class Build:
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
     samples_ns, reference_ns: every timed inference. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
+    output_error: relative error of the engine's outputs from the simulated ones; `wrong`: too large to be rounding.
     source: always `measured`; estimates never enter a table.
     """
 
@@ -69,6 +70,8 @@ class Build:
     build_s: float = 0.0
     file_bytes: int = 0
     measured_at: str = ""
+    output_error: float = 0.0
+    wrong: bool = False
     source: str = "measured"
 
     @property
@@ -76,7 +79,9 @@ class Build:
         return self.base, self.variants
 
     def as_asked(self) -> bool:
-        """Whether every unit that the runtime names executed in the precision asked for."""
+        """Whether the outputs are right and every unit that the runtime names executed in the precision asked for."""
+        if self.wrong:
+            return False
         pairs = zip(self.variants, self.executed, strict=True)
         return all(not e or not v or e == Variant.parse(v).precision for v, e in pairs)
 
@@ -176,7 +181,9 @@ class LatencyTable:
         """Write the whole table and put it in place in one step: a killed writer leaves the old file."""
         import pyarrow as pa
 
-        rows = [{**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds]
+        rows = [
+            {**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds
+        ]
         table = pa.Table.from_pylist(rows, schema=_schema())
         write_parquet(table, self.header.to_json(), path)
 
@@ -202,7 +209,12 @@ class LatencyTable:
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
         for build in builds:
-            if build.source != "measured" or build.role is None or not build.ratio or not 0 < build.ratio < float("inf"):
+            if (
+                build.source != "measured"
+                or build.role is None
+                or not build.ratio
+                or not 0 < build.ratio < float("inf")
+            ):
                 raise InvalidInput(
                     f"{path} is damaged: a row has source {build.source!r}, role {build.role!r} and ratio {build.ratio}"
                 )
@@ -224,9 +236,21 @@ class LatencyTable:
         h = self.header
         pairs: list[tuple[str, Any, Any]] = []
         if device is not None:
-            pairs.append(("device", f"{h.device.get('chip')} ({h.device.get('id')})", f"{device.get('chip')} ({device.get('id')})"))
+            pairs.append(
+                (
+                    "device",
+                    f"{h.device.get('chip')} ({h.device.get('id')})",
+                    f"{device.get('chip')} ({device.get('id')})",
+                )
+            )
         if network is not None:
-            pairs.append(("network", f"{h.network.name} ({h.network.fingerprint})", f"{network.name} ({network.fingerprint})"))
+            pairs.append(
+                (
+                    "network",
+                    f"{h.network.name} ({h.network.fingerprint})",
+                    f"{network.name} ({network.fingerprint})",
+                )
+            )
             if h.network.fingerprint == network.fingerprint:
                 pairs.pop()
         if backend is not None:
@@ -292,6 +316,8 @@ def _schema() -> Any:
             ("build_s", pa.float64()),
             ("file_bytes", pa.int64()),
             ("measured_at", pa.string()),
+            ("output_error", pa.float64()),
+            ("wrong", pa.bool_()),
             ("source", pa.string()),
         ]
     )
@@ -320,7 +346,9 @@ def read_parquet(path: str | Path, kind: str, schema: int) -> tuple[Any, dict[st
         raw = (table.schema.metadata or {}).get(KEY)
         header = json.loads(raw) if raw is not None else None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InvalidInput(f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}") from error
+        raise InvalidInput(
+            f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "none of hwsearch's"
         raise InvalidInput(f"{path} is not a {kind.replace('_', ' ')} of hwsearch (found: {found})")

@@ -38,10 +38,10 @@ print(f"{task.name}: {sum(p.numel() for p in task.model.parameters()):,} paramet
 #
 # hwsearch builds the *whole* network several times, each time with other precisions, and times every build against a
 # reference in turn, because a layer costs something else beside its neighbours than alone. The result is a
-# `LatencyTable`. We stop after half a minute here; give it the default ten minutes for numbers that you rely on.
+# `LatencyTable`. We stop after a minute at most; give it the default ten minutes for numbers that you rely on.
 
 # %%
-table = hs.profile(task, out=folder / "table.parquet", backend="openvino", threads=1, time_limit_s=30, builds=12)
+table = hs.profile(task, out=folder / "table.parquet", backend="openvino", threads=1, time_limit_s=60, builds=12)
 table.to_frame().round(3)
 
 # %% [markdown]
@@ -73,13 +73,13 @@ hs.plot_front(front)
 # %% [markdown]
 # ## 4. Search under a budget
 #
-# A budget may be absolute (`latency=2ms`), relative to the dense fp32 network (`latency=18%`) or a speed-up
+# A budget may be absolute (`latency=2ms` or `latency=750us`), relative to the dense fp32 network (`latency=18%`) or a speed-up
 # (`latency=5x`); add `size=2MB` beside it if you like. As machines differ, we ask here for what a point in the middle of
 # the front takes, with its uncertainty in reserve.
 
 # %%
 middle = front.best()[len(front.best()) // 2]
-budget = f"latency={math.ceil(100 * (middle.latency_ns + middle.sigma_ns) / table.dense_ns)}%"
+budget = f"latency={math.ceil((middle.latency_ns + middle.sigma_ns) / 1e3)}us"
 allocation = hs.search(table, sensitivity, [budget])
 print(budget, allocation.counts(), allocation.solver, sep="\n")
 

@@ -86,7 +86,13 @@ class Front:
         """Write Parquet, in place in one step."""
         import pyarrow as pa
 
-        header = {"schema": SCHEMA, "kind": KIND, "over": self.over, "units": list(self.units), "header": self.header}
+        header = {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "over": self.over,
+            "units": list(self.units),
+            "header": self.header,
+        }
         rows = [{**p.__dict__, "variants": list(p.variants)} for p in self.points]
         write_parquet(pa.Table.from_pylist(rows, schema=_schema()), header, path)
 
@@ -98,13 +104,20 @@ class Front:
             points = tuple(Point(**{**row, "variants": tuple(row["variants"])}) for row in table.to_pylist())
             return Front(points, header["over"], tuple(header["units"]), dict(header["header"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"{path} is damaged: {error!r}; make it again with `hwsearch front`") from error
+            raise InvalidInput(
+                f"{path} is damaged: {error!r}; make it again with `hwsearch front`"
+            ) from error
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
-    kinds = {"float": pa.float64(), "bool": pa.bool_(), "str": pa.string(), "tuple[str, ...]": pa.list_(pa.string())}
+    kinds = {
+        "float": pa.float64(),
+        "bool": pa.bool_(),
+        "str": pa.string(),
+        "tuple[str, ...]": pa.list_(pa.string()),
+    }
     return pa.schema([(name, kinds[str(f.type)]) for name, f in Point.__dataclass_fields__.items()])
 
 

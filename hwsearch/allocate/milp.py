@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
+from hwsearch.allocate.problem import Problem, Solution, relative_gap
 from hwsearch.allocate.program import Found, OutOfTime, Program
 from hwsearch.budget import quantity
 from hwsearch.errors import Infeasible
@@ -27,6 +28,7 @@ def solve(
 ) -> Solution:
     """The choice of least loss within all budgets; among equal losses, the one of least cost `prefer`.
 
+    Budgets hold exactly, in integers; the loss is the least within 1e-9 of it, HiGHS being in floats.
     warm: a choice that may be good; it bounds the search, and is the answer if time runs out before a better one.
     prefer: by default the first budgeted column. Ties cost a second program, so they are looked for only where
     two choices of a variable, or of two variables, differ by the same loss.
@@ -40,7 +42,7 @@ def solve(
         raise infeasible(problem, time_limit_s)
     prefer = prefer or next(iter(problem.budgets), None)
     if prefer and found.proven and _may_tie(problem, program.allowed(program.loss(), found.value)):
-        found = replace(found, choice=_cheapest(problem, found, prefer, start + time_limit_s))
+        found = _cheapest(problem, found, prefer, start + time_limit_s)
     return as_solution(problem, found)
 
 
@@ -112,18 +114,21 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
         budgets[column] = problem.cost(column, best.choice) - 1
 
 
-def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Choice:
-    """Of the choices with the same loss one of least cost, or the best that a thousand nodes find."""
+def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Found:
+    """Of the choices with the same loss (within 8 ulp) one of least cost, or the best that TIE_NODES find."""
     program = Program(problem, deadline, [prefer], nodes=TIE_NODES)
-    program.at_most(program.loss(), found.value)
-
-    def equal(choice: Choice) -> bool:
-        return problem.feasible(choice) and problem.total_loss(choice) <= found.value
-
+    loss = program.loss()
+    program.at_most(loss, found.value)
+    most = found.value + 8 * math.ulp(found.value)
     cheaper = program.minimise(
-        program.cost(prefer), lambda choice: problem.cost(prefer, choice), found.choice, equal
+        program.cost(prefer),
+        lambda choice: problem.cost(prefer, choice),
+        found.choice,
+        lambda choice: problem.feasible(choice) and problem.total_loss(choice) <= most,
     )
-    return cheaper.choice if cheaper else found.choice
+    return (
+        replace(found, choice=cheaper.choice, value=problem.total_loss(cheaper.choice)) if cheaper else found
+    )
 
 
 def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:

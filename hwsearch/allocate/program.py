@@ -83,13 +83,13 @@ class Program:
         return (self.upper > 0) & ~struck
 
     def at_most(self, objective: Linear, value: float) -> None:
-        """Bound an objective, within round-off of 1e-9."""
+        """Bound an objective, within 1e-11 of its room."""
         self.upper[~self.allowed(objective, value)] = 0
         room = value - objective.constant
         if room > 0:
             scale = _SPAN / room
             self.rows.append(
-                (np.where(self.upper > 0, objective.coefficients, 0) * scale, {}, _SPAN * (1 + 1e-9))
+                (np.where(self.upper > 0, objective.coefficients, 0) * scale, {}, _SPAN * (1 + 1e-11))
             )
 
     def minimise(

@@ -69,7 +69,9 @@ def space(table: LatencyTable, sensitivity: SensitivityTable, model: LatencyMode
     for src, dst in dict.fromkeys((e.src, e.dst) for e in table.network.edges):
         i, j = position[src], position[dst]
         terms = model.edge_ns(src, dst)
-        matrix = np.array([[round(terms[a.quantized, b.quantized]) for b in variants[j]] for a in variants[i]], np.int64)
+        matrix = np.array(
+            [[round(terms[a.quantized, b.quantized]) for b in variants[j]] for a in variants[i]], np.int64
+        )
         key, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
         pairwise[key] = pairwise.get(key, 0) + matrix
     latency = Cost(
@@ -83,12 +85,14 @@ def space(table: LatencyTable, sensitivity: SensitivityTable, model: LatencyMode
     size = Cost(
         fixed=table.network.fixed_bytes + table.header.graph_bytes,
         unary=tuple(
-            np.array([weight_bytes(u, v) for v in choices], np.int64) for u, choices in zip(units, variants, strict=True)
+            np.array([weight_bytes(u, v) for v in choices], np.int64)
+            for u, choices in zip(units, variants, strict=True)
         ),
         pairwise={},
     )
     loss = tuple(
-        np.array([sensitivity[u.name, str(v)] for v in choices]) for u, choices in zip(units, variants, strict=True)
+        np.array([sensitivity[u.name, str(v)] for v in choices])
+        for u, choices in zip(units, variants, strict=True)
     )
     problem = Problem(
         variables=tuple(u.name for u in units),
@@ -160,7 +164,9 @@ def _fastest(at: Space, bounds: Mapping[str, int]) -> Solution:
     return solve(at.with_budgets({**bounds, "latency": least}))
 
 
-def as_allocation(at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
+def as_allocation(
+    at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
+) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
     variants = at.variants(solution.choice)
     prediction = at.model.predict(variants)

@@ -106,10 +106,14 @@ def check_arrays(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[A
     from hwsearch.errors import InvalidInput
 
     if len(arrays) != len(specs):
-        raise InvalidInput(f"the engine takes {len(specs)} inputs ({', '.join(s.name for s in specs)}), got {len(arrays)}")
+        raise InvalidInput(
+            f"the engine takes {len(specs)} inputs ({', '.join(s.name for s in specs)}), got {len(arrays)}"
+        )
     for array, spec in zip(arrays, specs, strict=True):
         if tuple(array.shape) != spec.shape:
-            raise InvalidInput(f"input {spec.name} has shape {tuple(array.shape)}; the engine was built for {spec.shape}")
+            raise InvalidInput(
+                f"input {spec.name} has shape {tuple(array.shape)}; the engine was built for {spec.shape}"
+            )
     return [np.ascontiguousarray(a, dtype=s.dtype) for a, s in zip(arrays, specs, strict=True)]
 
 

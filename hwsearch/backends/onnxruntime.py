@@ -17,7 +17,15 @@ from typing import Any
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
 
-_INT8_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize", "QAttention", "QOrdered")
+_INT8_KERNELS = (
+    "QLinear",
+    "QGemm",
+    "MatMulInteger",
+    "ConvInteger",
+    "DynamicQuantize",
+    "QAttention",
+    "QOrdered",
+)
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -86,7 +94,9 @@ class ONNXRuntimeEngine:
         try:
             return self._runtime.InferenceSession(self._onnx, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BackendUnavailable(f"ONNX Runtime failed to build the network: {str(error)[:300]}") from error
+            raise BackendUnavailable(
+                f"ONNX Runtime failed to build the network: {str(error)[:300]}"
+            ) from error
 
     @property
     def size_bytes(self) -> int:
@@ -138,7 +148,9 @@ def _node_times(events: list[dict[str, Any]], skip: int) -> list[NodeTime]:
     for key, times in durations.items():
         name, args = key.split("\0")[0], arguments[key]
         kept = times[skip:] or times
-        nodes.append(NodeTime(name, args.get("op_name", ""), (name,), _precision(args), statistics.median(kept)))
+        nodes.append(
+            NodeTime(name, args.get("op_name", ""), (name,), _precision(args), statistics.median(kept))
+        )
     return nodes
 
 

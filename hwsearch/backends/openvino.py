@@ -5,7 +5,7 @@ Source: OpenVINO's documentation of the CPU device and of the runtime (execution
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -142,10 +142,11 @@ class OpenVINOEngine:
 def _spec(port: Any) -> TensorSpec:
     import numpy as np
 
-    return TensorSpec(port.get_any_name(), tuple(port.get_shape()), np.dtype(port.get_element_type().to_dtype()).name)
+    return TensorSpec(
+        port.get_any_name(), tuple(port.get_shape()), np.dtype(port.get_element_type().to_dtype()).name
+    )
 
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-

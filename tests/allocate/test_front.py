@@ -49,12 +49,14 @@ def test_a_sweep_is_monotone_and_lies_on_the_front(problem: Problem, points: int
     for (budget, _), s in zip(found[1:], solutions, strict=True):
         assert s.costs["latency"] <= budget
         reachable = [(loss, c) for c, loss in all_points if c <= budget]
-        assert (s.loss, s.costs["latency"]) == min(reachable)
+        loss, cost = min(reachable)
+        assert s.loss == pytest.approx(loss, rel=1e-9, abs=0)
+        assert s.loss != loss or s.costs["latency"] == cost
     losses = [s.loss for s in solutions]
     assert losses == sorted(losses, reverse=True)
     kept = [s for s, beaten in zip(solutions, dominated(solutions, "latency"), strict=True) if not beaten]
     assert len({s.costs["latency"] for s in kept}) == len({s.loss for s in kept}) == len(kept)
-    assert losses[-1] == min(loss for _, loss in all_points)
+    assert losses[-1] == pytest.approx(min(loss for _, loss in all_points), rel=1e-9, abs=0)
 
 
 def test_other_budgets_hold_throughout() -> None:

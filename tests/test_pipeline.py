@@ -1,0 +1,160 @@
+"""The whole line on a simulated device with a known latency law: budgets hold as measured, files are whole and used again."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hwsearch as hs
+from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.lower import Lowering
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.testing.contract import small_network
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+FILES = {
+    "table.parquet",
+    "sens.parquet",
+    "alloc.json",
+    "model.onnx",
+    "report.json",
+    "front.png",
+    "front.parquet",
+}
+SCORE = 0.75
+
+
+@cache
+def lowering() -> Lowering:
+    return small_network("residual")
+
+
+def task() -> hs.Task:
+    old = lowering().task
+    return hs.Task(old.model, old.example_inputs, old.calibration, lambda predict: SCORE, "simulated")
+
+
+def backend(**options: Any) -> SimulatedBackend:
+    return SimulatedBackend(LatencyLaw.random(lowering().network), **{"noise": 0.003, **options})
+
+
+def between(law: LatencyLaw, share: float) -> str:
+    """A budget so far from all-int8 (0) to dense (1)."""
+    dense, coarse = (law.time_ns(dict.fromkeys(law.units, p)) for p in ("fp32", "int8"))
+    return f"latency={100 * (coarse + share * (dense - coarse)) / dense:.3f}%"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hs.Task, Any]:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        runtime = backend()
+        return folder, task(), hs.run(task(), [between(runtime.law, 0.6)], folder, backend=runtime)
+
+
+def test_the_budget_holds_and_every_file_is_there(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, report = done
+    assert report.met
+    assert report.latency_ms["measured"] <= report.latency_ms["budget"]
+    assert {p.name for p in folder.iterdir()} == FILES
+    assert report.size_bytes["deployed"] == (folder / "model.onnx").stat().st_size
+    assert report.size_bytes["deployed"] <= report.size_bytes["predicted"]
+
+
+def test_the_report_holds_what_is_promised(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    data = json.loads((folder / "report.json").read_text())
+    assert {"task", "backend", "device", "met", "rounds", "uniform"} <= set(data)
+    assert {"dense", "budget", "predicted", "sigma", "measured"} <= set(data["latency_ms"])
+    assert data["score"] == {"dense": SCORE, "deployed": SCORE}
+    assert {"predicted", "measured"} <= set(data["loss"])
+    assert {"dense", "deployed"} <= set(data["size_bytes"])
+    assert {"status", "gap"} <= set(data["solver"])
+
+
+def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    before = LatencyTable.load(folder / "table.parquet")
+    sensitivities = (folder / "sens.parquet").read_bytes()
+    report = hs.run(task(), ["size=45%", between(backend().law, 0.9)], folder, backend=backend())
+    assert report.met
+    after = LatencyTable.load(folder / "table.parquet")
+    assert [b.role for b in after.builds if b.role != "deployed"] == [
+        b.role for b in before.builds if b.role != "deployed"
+    ]
+    assert (folder / "sens.parquet").read_bytes() == sensitivities
+    assert report.size_bytes["deployed"] <= 0.45 * report.size_bytes["dense"]
+
+
+def test_dense_is_the_answer_where_it_meets_the_budget(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    table, sens = (
+        LatencyTable.load(folder / "table.parquet"),
+        hs.SensitivityTable.load(folder / "sens.parquet"),
+    )
+    allocation = hs.search(table, sens, ["latency=1x"])
+    assert allocation.uniform == "dense.fp32"
+    assert allocation.predicted["loss"] == 0.0
+
+
+def test_an_impossible_budget_names_the_least(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    table, sens = (
+        LatencyTable.load(folder / "table.parquet"),
+        hs.SensitivityTable.load(folder / "sens.parquet"),
+    )
+    with pytest.raises(Infeasible, match="least") as caught:
+        hs.search(table, sens, ["latency=1us"])
+    assert caught.value.least["latency"] > 1000
+    assert caught.value.exit_code == 3
+
+
+def test_malformed_budgets_are_usage_errors(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    table, sens = (
+        LatencyTable.load(folder / "table.parquet"),
+        hs.SensitivityTable.load(folder / "sens.parquet"),
+    )
+    for text in ("latency", "latency=", "latency=-1ms", "latency=2MB", "speed=3", "latency=nan%"):
+        with pytest.raises(InvalidInput):
+            hs.search(table, sens, [text])
+
+
+def test_a_device_that_is_slower_than_its_table_ends_in_budget_missed(tmp_path: Path) -> None:
+    """The mixed allocations that the search picks run far slower than the table said: five rounds, then an honest end."""
+    runtime = backend()
+    folder = tmp_path / "run"
+    hs.run(task(), [between(runtime.law, 0.9)], folder, backend=runtime)
+    slower = _SlowWhenMixed(LatencyLaw.random(lowering().network))
+    with pytest.raises(BudgetMissed) as caught:
+        hs.run(task(), [between(runtime.law, 0.5)], folder, backend=slower)
+    assert caught.value.exit_code == 3
+    report = json.loads((folder / "report.json").read_text())
+    assert report["met"] is False
+    assert report["rounds"] <= 5
+
+
+class _SlowWhenMixed(SimulatedBackend):
+    """Everything that is not dense takes three times what the law says."""
+
+    def __init__(self, law: LatencyLaw) -> None:
+        super().__init__(law)
+
+    def build(self, onnx: bytes, options: Any) -> Any:
+        engine = super().build(onnx, options)
+        if b"/int8" in onnx:  # the name of a quantized constant
+            engine.time_ns *= 3
+        return engine
+
+
+def test_a_table_of_another_network_is_refused(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    other = small_network("attention").task
+    with pytest.raises(IncompatibleTables, match="network"):
+        hs.profile(other, out=folder / "table.parquet", backend=backend())
