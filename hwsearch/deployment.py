@@ -29,7 +29,7 @@ from hwsearch.scoring import divergence
 from hwsearch.table import Build, LatencyTable
 from hwsearch.task import Task
 from hwsearch.trace import evaluating, flat_inputs
-from hwsearch.variants import Variant, legal, uniform
+from hwsearch.variants import Variant, uniform
 
 VERIFY = Protocol(width=0.01, limit_s=10.0, min_rounds=9)
 LOSS_SAMPLES = 256
@@ -85,8 +85,7 @@ def deploy(
 
     Raises IncompatibleTables (another network), BackendUnavailable (it does not build).
     """
-    runtime = _backend(backend or allocation.backend)
-    at = at or of_allocation(task, allocation, runtime)
+    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend))
     base = str(allocation.options.get("base", at.options.base))
     model = at.onnx(parse_variants(allocation), metadata=_metadata(allocation, base))
     data = model.SerializeToString()
@@ -158,6 +157,15 @@ def score(task: Task, predict: Callable[..., Any], what: str) -> float:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is to be built: variants, base precision, and the metadata of the file."""
+
+    variants: dict[str, Variant]
+    base: str
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Measured:
     """One allocation measured beside the reference in one session."""
 
@@ -182,19 +190,17 @@ class Session:
         self._uniforms: dict[str, Measured] = {}
         self._scores: dict[str, float] = {}
 
-    def measure_all(
-        self, variants: dict[str, Variant], base: str, uniforms: Mapping[str, tuple[dict[str, Variant], str]]
-    ) -> tuple[Measured, dict[str, Measured]]:
+    def measure_all(self, deployed: Job, uniforms: Mapping[str, Job]) -> tuple[Measured, dict[str, Measured]]:
         """(the allocation, the uniform ones beside it); uniform ones are timed in the first round only."""
         missing = {name: job for name, job in uniforms.items() if name not in self._uniforms}
-        measured = self.measure({"deployed": (variants, base), **missing})
-        deployed = measured.pop("deployed")
+        measured = self.measure({"deployed": deployed, **missing})
+        found = measured.pop("deployed")
         self._uniforms.update(measured)
-        return deployed, dict(self._uniforms)
+        return found, dict(self._uniforms)
 
-    def measure(self, wanted: Mapping[str, tuple[dict[str, Variant], str]]) -> dict[str, Measured]:
-        """name -> (variants, base) measured, all interleaved with the reference and each other."""
-        built = {name: self.at.build(variants, base) for name, (variants, base) in wanted.items()}
+    def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
+        """Each job measured, all interleaved with the reference and each other."""
+        built = {n: self.at.build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
             self.reference.run,
             {name: engine.run for name, (engine, _) in built.items()},
@@ -206,13 +212,13 @@ class Session:
             self.scale_ns = self.reference_now_ns
         return {
             name: Measured(
-                variants=variants,
+                variants=job.variants,
                 timing=timings[name],
-                build=record(self.at, "deployed", variants, base, timings[name], *built[name], 0.0),
+                build=record(self.at, "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
                 engine=built[name][0],
                 file_bytes=int(built[name][1].ByteSize()),
             )
-            for name, (variants, base) in wanted.items()
+            for name, job in wanted.items()
         }
 
     def ms(self, measured: Measured) -> float:
@@ -250,21 +256,17 @@ class Session:
         return total / max(count, 1)
 
 
-def uniform_candidates(
-    at: Regime, unsupported: Mapping[str, Mapping[str, str]]
-) -> dict[str, tuple[dict[str, Variant], str]]:
+def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
     """Every uniform allocation of this backend: each precision wherever a unit supports it, else the base."""
     base = at.options.base
-    candidates = {"dense.fp32": (uniform(at.network, "fp32"), "fp32")}
+    candidates = {"dense.fp32": Job(uniform(at.network, "fp32"), "fp32")}
     for precision in at.backend.precisions(base):
         variant = Variant(precision)
         chosen = {
-            u.name: variant
-            if variant in legal(u, [precision]) and str(variant) not in unsupported.get(u.name, {})
-            else Variant(base)
+            u.name: variant if str(variant) not in unsupported.get(u.name, {}) else Variant(base)
             for u in at.network.units
         }
-        candidates.setdefault(str(variant), (chosen, base))
+        candidates.setdefault(str(variant), Job(chosen, base))
     return candidates
 
 
@@ -311,8 +313,7 @@ def verify_with_build(
     session: Session | None = None,
 ) -> tuple[Report, Build]:
     """As `verify`, with the measured build for the table."""
-    runtime = _backend(backend or allocation.backend)
-    at = at or of_allocation(task, allocation, runtime, threads)
+    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads)
     device = devices.fingerprint()
     if table is not None:
         table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
@@ -322,14 +323,15 @@ def verify_with_build(
     unsupported = table.header.unsupported if table is not None else {}
     candidates = uniform_candidates(at, unsupported)
     base = base if base in at.backend.bases() else at.options.base
-    deployed, measured = session.measure_all(variants, base, candidates)
+    deployed, measured = session.measure_all(Job(variants, base, _metadata(allocation, base)), candidates)
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
     limit = resolve(budgets, session.ms(dense), dense.file_bytes)
 
     def within(m: Measured) -> bool:
         costs = {"latency": session.ms(m), "size": float(m.file_bytes)}
-        return not m.build.wrong and all(costs[column] <= bound for column, bound in limit.items())
+        # a nanosecond of slack: a budget of 100 % is rounded down to whole ones
+        return not m.build.wrong and all(costs[c] <= bound + 1e-6 for c, bound in limit.items())
 
     scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
     best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)

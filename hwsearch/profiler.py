@@ -32,6 +32,9 @@ _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 _MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize")
 _PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearConv", "QGemm",
              "QLinearMatMul", "Deconvolution", "NhwcFusedConv")  # fmt: skip
+METADATA_BYTES = 1024
+"""The most that the metadata of a deployed file takes."""
+
 HELDOUT_SHARE = 5
 """Every fifth build of the design is kept from the fit, to report its error on."""
 
@@ -62,9 +65,14 @@ class Regime:
     def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
         return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
 
-    def build(self, variants: Mapping[str, Variant], base: str | None = None) -> tuple[Engine, Any]:
+    def build(
+        self,
+        variants: Mapping[str, Variant],
+        base: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[Engine, Any]:
         """(engine on the example inputs, ONNX model)."""
-        model = self.onnx(variants)
+        model = self.onnx(variants, metadata)
         engine = self.backend.build(
             model.SerializeToString(), replace(self.options, base=base or self.options.base)
         )
@@ -335,14 +343,16 @@ class _Run:
         self.measure("reference", plain)
         self.measure("dense", uniform(self.at.network, "fp32"), base="fp32")
         lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
+        largest = self.table.find("reference").file_bytes - network_bytes(self.at.network, plain)
         if any(v.quantized for v in lowest.values()):
-            self.measure("uniform", lowest)
-            sizes = self.table.find("uniform").file_bytes - network_bytes(self.at.network, lowest)
-            self._store(self.table.with_header(graph_bytes=int(sizes)))
-        else:
-            sizes = self.table.find("reference").file_bytes - network_bytes(self.at.network, plain)
-            self._store(self.table.with_header(graph_bytes=int(sizes)))
-        self._store(self.table.with_header(dense_file_bytes=self.table.find("dense").file_bytes))
+            build = self.measure("uniform", lowest)
+            largest = max(largest, build.file_bytes - network_bytes(self.at.network, lowest))
+        self._store(
+            self.table.with_header(
+                graph_bytes=max(largest, 0) + METADATA_BYTES,
+                dense_file_bytes=self.table.find("dense").file_bytes,
+            )
+        )
 
     def offered(self) -> dict[str, tuple[Variant, ...]]:
         precisions = self.at.backend.precisions(self.at.options.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -127,7 +128,7 @@ def search(
     parsed = parse_budgets([str(b) for b in budgets])
     at = space(table, sensitivity, model)
     wanted = limits(parsed, at.dense)
-    dense_meets = all(at.dense[column] <= limit for column, limit in wanted.items())
+    dense_meets = all(math.floor(at.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
         return _dense_allocation(at, parsed, wanted)
     bounds = {**wanted, **(tighten or {})}
