@@ -270,9 +270,9 @@ def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]])
     return candidates
 
 
-def resolve(budgets: Sequence[Budget], dense_ms: float, dense_bytes: int) -> dict[str, float]:
-    """Budgets in ms and bytes, relative ones against what the dense network measured in the same session."""
-    dense = {"latency": dense_ms * 1e6, "size": float(dense_bytes)}
+def resolve(budgets: Sequence[Budget], dense_ms: float, dense_bytes: int, macs: int) -> dict[str, float]:
+    """Budgets in ms, bytes and MACs, relative ones against what the dense network measured in the same session."""
+    dense = {"latency": dense_ms * 1e6, "size": float(dense_bytes), "macs": float(macs)}
     return {b.column: b.resolve(dense[b.column]) / (1e6 if b.column == "latency" else 1) for b in budgets}
 
 
@@ -326,10 +326,10 @@ def verify_with_build(
     deployed, measured = session.measure_all(Job(variants, base, _metadata(allocation, base)), candidates)
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
-    limit = resolve(budgets, session.ms(dense), dense.file_bytes)
+    limit = resolve(budgets, session.ms(dense), dense.file_bytes, at.network.macs)
 
     def within(m: Measured) -> bool:
-        costs = {"latency": session.ms(m), "size": float(m.file_bytes)}
+        costs = {"latency": session.ms(m), "size": float(m.file_bytes), "macs": float(at.network.macs)}
         # a nanosecond of slack: a budget of 100 % is rounded down to whole ones
         return not m.build.wrong and all(costs[c] <= bound + 1e-6 for c, bound in limit.items())
 

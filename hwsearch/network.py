@@ -112,6 +112,11 @@ class Network:
     def by_name(self) -> dict[str, Unit]:
         return {unit.name: unit for unit in self.units}
 
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of one inference."""
+        return sum(unit.macs for unit in self.units)
+
     def __getitem__(self, name: str) -> Unit:
         return self.by_name[name]
 

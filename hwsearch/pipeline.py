@@ -168,13 +168,19 @@ def _tighter(
     step: int,
 ) -> dict[str, int]:
     """Limits for the next round: below what was just predicted for a column by at least what it was over."""
-    dense = {"latency": table.dense_ns, "size": float(table.header.dense_file_bytes)}
+    dense = {
+        "latency": table.dense_ns,
+        "size": float(table.header.dense_file_bytes),
+        "macs": float(table.network.macs),
+    }
     wanted = limits(budgets, dense)
     measured = {"latency": report.latency_ms["measured"], "size": report.size_bytes["deployed"]}
     bound = {"latency": report.latency_ms["budget"], "size": report.size_bytes["budget"]}
     predicted = {"latency": allocation.predicted["latency_ns"], "size": allocation.predicted["size_bytes"]}
     tighter = dict(old)
     for column, limit in wanted.items():
+        if column not in measured:
+            continue  # precision does not change it
         over = float(measured[column] or 0) / float(bound[column] or 1) - 1.0
         if over > 0:
             ceiling = min(old.get(column, limit), int(predicted[column]))

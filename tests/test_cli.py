@@ -41,13 +41,13 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
+@pytest.fixture(autouse=True)
+def overview(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwsearch.overview.as_json", lambda table: {"backend": "openvino"})
+    monkeypatch.setattr("hwsearch.overview.summary", lambda table: "a table of 24 builds")
+
+
 class Table:
-    def to_json(self) -> dict[str, str]:
-        return {"backend": "openvino"}
-
-    def summary(self) -> str:
-        return "a table of 24 builds"
-
     @staticmethod
     def load(path: Path) -> str:
         return f"table {path}"

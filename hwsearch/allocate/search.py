@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 KAPPA = 1.0
 """How many standard errors of the prediction a latency budget keeps in reserve."""
 
-UNITS = {"latency": "ns", "size": "bytes"}
-
 
 @dataclass(frozen=True)
 class Space:
@@ -40,8 +38,12 @@ class Space:
 
     @property
     def dense(self) -> dict[str, float]:
-        """Costs of the dense fp32 network, in ns and bytes."""
-        return {"latency": self.table.dense_ns, "size": float(self.table.header.dense_file_bytes)}
+        """Costs of the dense fp32 network, in ns, bytes and MACs."""
+        return {
+            "latency": self.table.dense_ns,
+            "size": float(self.table.header.dense_file_bytes),
+            "macs": float(self.table.network.macs),
+        }
 
     def variants(self, choice: Sequence[int]) -> dict[str, Variant]:
         names = zip(self.problem.variables, self.problem.choices, choice, strict=True)
@@ -91,6 +93,8 @@ def space(table: LatencyTable, sensitivity: SensitivityTable, model: LatencyMode
         ),
         pairwise={},
     )
+    # precision leaves the work as it is; widths will change it
+    macs = Cost(table.network.macs, tuple(np.zeros(len(choices), np.int64) for choices in variants))
     loss = tuple(
         np.array([sensitivity[u.name, str(v)] for v in choices])
         for u, choices in zip(units, variants, strict=True)
@@ -99,7 +103,7 @@ def space(table: LatencyTable, sensitivity: SensitivityTable, model: LatencyMode
         variables=tuple(u.name for u in units),
         choices=tuple(tuple(str(v) for v in choices) for choices in variants),
         loss=loss,
-        costs={"latency": latency, "size": size},
+        costs={"latency": latency, "size": size, "macs": macs},
         budgets={},
     )
     return Space(table, sensitivity, model, problem)
@@ -213,7 +217,7 @@ def _allocation(
     network = at.table.network
     return Allocation(
         variants=variants,
-        predicted={**predicted, "macs": sum(u.macs for u in network.units)},
+        predicted={**predicted, "macs": network.macs},
         dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
