@@ -14,7 +14,6 @@ from hwsearch.table import Build, Header, LatencyTable
 from hwsearch.testing import LatencyLaw
 from hwsearch.variants import Variant, uniform
 
-REFERENCE_NS = 1e6
 DEVICE = {"id": "0123456789ab", "chip": "Simulated CPU"}
 OFFERED = (Variant("fp32"), Variant("int8"))
 
@@ -35,6 +34,11 @@ def chain(length: int = 16, *, kinds: int = 6) -> Network:
     return Network(tuple(units), tuple(edges), input_shapes=((1, 8, 16, 16),), name="chain")
 
 
+def reference_ns(law: LatencyLaw) -> float:
+    """Time of the engine that everything is timed against: all units in fp32."""
+    return law.time_ns(dict.fromkeys(law.units, "fp32"))
+
+
 def random_variants(network: Network, rng: np.random.Generator) -> dict[str, Variant]:
     return {unit.name: OFFERED[rng.integers(2)] for unit in network.units}
 
@@ -46,7 +50,7 @@ def simulated_build(
     """One whole network: `noise` is the error of its ratio, `node_noise` that of each of its nodes."""
     rng = rng or np.random.default_rng(0)
     precisions = {unit: v.precision for unit, v in variants.items()}
-    ratio = law.time_ns(precisions) / REFERENCE_NS * float(np.exp(noise * rng.standard_normal()))
+    ratio = law.time_ns(precisions) / reference_ns(law) * float(np.exp(noise * rng.standard_normal()))
     nodes = [
         NodeTime(
             n.name,
@@ -62,16 +66,16 @@ def simulated_build(
     return Build(
         role=role, base="fp32", variants=tuple(str(variants[u.name]) for u in network.units),
         ratio=ratio, low=ratio * (1 - error), high=ratio * (1 + error), unstable=False,
-        samples_ns=np.full(10, round(ratio * REFERENCE_NS), np.int64),
-        reference_ns=np.full(10, round(REFERENCE_NS), np.int64),
+        samples_ns=np.full(10, round(ratio * reference_ns(law)), np.int64),
+        reference_ns=np.full(10, round(reference_ns(law)), np.int64),
         executed=executed_precisions(rows, network), nodes=rows, file_bytes=1000,
     )  # fmt: skip
 
 
-def header(network: Network, **changes: Any) -> Header:
+def header(network: Network, law: LatencyLaw, **changes: Any) -> Header:
     fields: dict[str, Any] = {
         "network": network, "device": DEVICE, "backend": "simulated", "versions": {"simulated": "1"},
-        "options": {"threads": 1, "base": "fp32", "batch": 1}, "reference_ns": REFERENCE_NS,
+        "options": {"threads": 1, "base": "fp32", "batch": 1}, "reference_ns": reference_ns(law),
     }  # fmt: skip
     return Header(**{**fields, **changes})
 
@@ -93,7 +97,7 @@ def simulated_table(
         done.append(cover(network, {u.name: OFFERED for u in network.units}, done, rng))
         builds.append(build("design", done[-1]))
     builds += [build("heldout", random_variants(network, rng)) for _ in range(heldout)]
-    return LatencyTable(header(network), tuple(builds))
+    return LatencyTable(header(network, law), tuple(builds))
 
 
 def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
@@ -103,7 +107,7 @@ def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
     ]
     for unit in {u.signature: u for u in network.units}.values():
         for variant in OFFERED:
-            ratio = law.time_ns({unit.name: variant.precision}) / REFERENCE_NS
+            ratio = law.time_ns({unit.name: variant.precision}) / reference_ns(law)
             builds.append(
                 Build(
                     role="isolated", base="fp32",
@@ -113,4 +117,4 @@ def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
                     executed=tuple(variant.precision if u is unit else "" for u in network.units),
                 )
             )  # fmt: skip
-    return LatencyTable(header(network, mode="isolated"), tuple(builds))
+    return LatencyTable(header(network, law, mode="isolated"), tuple(builds))
