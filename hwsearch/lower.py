@@ -45,7 +45,9 @@ def mark(x: torch.Tensor, role: str, unit: str, call: int, port: int) -> torch.T
 
 def export(traced: Traced) -> onnx.ModelProto:
     """The fp32 network with markers. Raises UntraceableModel naming the module and the operator."""
-    graph = copy.deepcopy(traced.graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
+        graph = copy.deepcopy(traced.graph)
     nodes = {n.name: n for n in graph.graph.nodes}
     for unit, calls in traced.sites.items():
         for index, site in enumerate(calls):

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -33,8 +33,8 @@ class Task:
     """
 
     model: torch.nn.Module
-    example_inputs: Inputs
-    calibration: Sequence[Inputs]
+    example_inputs: Inputs = field(repr=False)
+    calibration: Sequence[Inputs] = field(repr=False)
     evaluate: Callable[[Predict], float]
     name: str = "task"
 
