@@ -7,7 +7,6 @@ replaces the markers. The Q/DQ form is the one that OpenVINO, ONNX Runtime and T
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -23,11 +22,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils import _pytree as pytree
 
+from hwsearch.canonical import copy_graph, module_path, op_name
 from hwsearch.compress.quantize import QuantizedWeight, Ranges, activation_ranges, quantize_weight
 from hwsearch.errors import InvalidInput, UntraceableModel
+from hwsearch.exporting import first_line
 from hwsearch.network import Unit
 from hwsearch.task import Inputs, Task
-from hwsearch.trace import Site, Traced, as_call, first_line, flat_inputs, module_path, op_name, trace
+from hwsearch.trace import Site, Traced, as_call, flat_inputs, trace
 from hwsearch.variants import Variant
 
 OPSET = 18
@@ -45,9 +46,7 @@ def mark(x: torch.Tensor, role: str, unit: str, call: int, port: int) -> torch.T
 
 def export(traced: Traced) -> onnx.ModelProto:
     """The fp32 network with markers. Raises UntraceableModel naming the module and the operator."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
-        graph = copy.deepcopy(traced.graph)
+    graph = copy_graph(traced.graph)
     nodes = {n.name: n for n in graph.graph.nodes}
     for unit, calls in traced.sites.items():
         for index, site in enumerate(calls):

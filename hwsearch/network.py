@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where a channel group runs through a unit: `each` indices of `axis` of `tensor` belong to each of its slots.
+
+    tensor: `weight`, `output`, `input0` or `input1`.
+    """
+
+    group: str
+    tensor: str
+    axis: int
+    each: int
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,7 @@ class Unit:
     calls: how often the network runs it (tied weights make one unit).
     macs: multiply-accumulates of all calls together.
     other_bytes: bytes stored beside the weight at every precision (the bias, in fp32).
+    ways: the channel groups that its shapes depend on.
     """
 
     name: str
@@ -36,6 +52,53 @@ class Unit:
     calls: int = 1
     macs: int = 0
     other_bytes: int = 0
+    ways: tuple[Way, ...] = ()
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Channel groups whose widths its work depends on: on its input side first, then on its output side."""
+        sides = [[w.group for w in self.ways if (w.tensor == "output") == out] for out in (False, True)]
+        return tuple(dict.fromkeys(sides[0] + sides[1]))
+
+    def narrow(self, widths: Mapping[str, int], channels: Mapping[str, int]) -> Unit:
+        """The unit where only `widths[g]` of the `channels[g]` slots of each group are left.
+
+        Shapes, weights, bias and multiply-accumulates are exact.
+        """
+        cut = [w for w in self.ways if widths.get(w.group, channels[w.group]) != channels[w.group]]
+        if not cut:
+            return self
+        shapes = {"weight": list(self.weight_shape), "output": list(self.output_shape)}
+        shapes |= {f"input{i}": list(s) for i, s in enumerate(self.input_shapes)}
+        for way in cut:
+            shapes[way.tensor][way.axis] -= way.each * (channels[way.group] - widths[way.group])
+        attributes = dict(self.attributes)
+        if int(attributes.get("groups", "1")) > 1 and len(self.weight_shape) > 1:
+            # what one of the groups of a grouped convolution reads is fixed, or their number is
+            reads = self.weight_shape[1] if not self.op.startswith("conv_transpose") else 0
+            if reads and shapes["weight"][1] == reads:
+                attributes["groups"] = str(shapes["input0"][self.channel_axis] // reads)
+        inputs = tuple(tuple(shapes[f"input{i}"]) for i in range(len(self.input_shapes)))
+        output, weight = tuple(shapes["output"]), tuple(shapes["weight"])
+        whole = macs(self.op, self.input_shapes, self.output_shape, self.weight_shape)
+        own = macs(self.op, inputs, output, weight)
+        bias = self.other_bytes
+        if self.out_channels:
+            bias = bias * weight[self.out_axis] // self.out_channels
+        return replace(
+            self,
+            input_shapes=inputs,
+            output_shape=output,
+            weight_shape=weight,
+            attributes=tuple(sorted(attributes.items())),
+            macs=self.macs * own // whole if whole else 0,
+            other_bytes=bias,
+        )
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of a convolution's input that holds channels."""
+        return len(self.input_shapes[0]) - len(self.weight_shape) + 1
 
     @property
     def weight_count(self) -> int:
@@ -78,19 +141,38 @@ class Edge:
         return f"{self.src}->{self.dst}"
 
 
+def macs(
+    op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: tuple[int, ...]
+) -> int:
+    """Multiply-accumulates of one call of a unit."""
+    if op.startswith("conv_transpose"):
+        return math.prod(inputs[0]) * math.prod(weight[1:])
+    if op.startswith("conv"):
+        return math.prod(output) * math.prod(weight[1:])
+    return math.prod(output) * inputs[0][-1]
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that must be pruned together."""
+    """Channels that must be pruned together.
+
+    name: that of the first unit that produces them. channels: how many slots it has; a slot is what is kept or removed as
+    one: a channel of everything tied to it, or an attention head. producers: units whose output channels they are.
+    consumers: units whose weights read them. fixed_bytes: stored for each slot outside of units (norms, embeddings).
+    """
 
     name: str
-    units: tuple[str, ...]
     channels: int
+    producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    fixed_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Network:
     """Units in the order in which they run, the edges between them, and what is stored beside them.
 
+    groups: the channel groups that may be made narrower. blocked: why other channels may not, by module.
     fixed_bytes: parameters and buffers of no unit (norms, embeddings), in fp32.
     weights_digest: hash of all parameters; two networks of one structure may differ in it.
     """
@@ -102,6 +184,7 @@ class Network:
     input_shapes: tuple[tuple[int, ...], ...] = ()
     weights_digest: str = ""
     name: str = field(default="", compare=False)
+    blocked: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
@@ -121,12 +204,33 @@ class Network:
         return self.by_name[name]
 
     @cached_property
+    def channels(self) -> dict[str, int]:
+        """Slots of each channel group: the width of the dense network."""
+        return {g.name: g.channels for g in self.groups}
+
+    def narrow(self, widths: Mapping[str, int]) -> Network:
+        """The network with `widths[g]` slots left of each group named; its groups have that many."""
+        removed = {g.name: g.channels - widths.get(g.name, g.channels) for g in self.groups}
+        if not any(removed.values()):
+            return self
+        units = tuple(u.narrow(widths, self.channels) for u in self.units)
+        share = {u.name: math.prod(u.output_shape) / (math.prod(self[u.name].output_shape) or 1) for u in units}
+        return replace(
+            self,
+            units=units,
+            edges=tuple(replace(e, tensor_bytes=round(e.tensor_bytes * share[e.src])) for e in self.edges),
+            groups=tuple(replace(g, channels=g.channels - removed[g.name]) for g in self.groups),
+            fixed_bytes=self.fixed_bytes - sum(g.fixed_bytes * removed[g.name] for g in self.groups),
+        )
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the structure (not of the weights): what a latency table belongs to."""
         parts = (
             [(u.name, u.signature) for u in self.units],
             [asdict(e) for e in self.edges],
             self.input_shapes,
+            [asdict(g) for g in self.groups],
         )
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -141,13 +245,18 @@ class Network:
             units=tuple(
                 Unit(**{**u, "input_shapes": tuple(map(tuple, u["input_shapes"])),
                         "output_shape": tuple(u["output_shape"]), "weight_shape": tuple(u["weight_shape"]),
-                        "attributes": tuple((k, v) for k, v in u["attributes"]), "fused": tuple(u["fused"])})
+                        "attributes": tuple((k, v) for k, v in u["attributes"]), "fused": tuple(u["fused"]),
+                        "ways": tuple(Way(**w) for w in u.get("ways", ()))})
                 for u in data["units"]
             ),
             edges=tuple(Edge(**{**e, "via": tuple(e["via"])}) for e in data["edges"]),
-            groups=tuple(ChannelGroup(**{**g, "units": tuple(g["units"])}) for g in data["groups"]),
+            groups=tuple(
+                ChannelGroup(**{**g, "producers": tuple(g["producers"]), "consumers": tuple(g["consumers"])})
+                for g in data["groups"]
+            ),
             fixed_bytes=int(data["fixed_bytes"]),
             input_shapes=tuple(map(tuple, data["input_shapes"])),
             weights_digest=data["weights_digest"],
             name=data["name"],
+            blocked=tuple(data.get("blocked", ())),
         )  # fmt: skip

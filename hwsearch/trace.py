@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import math
 import operator
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeGuard
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx._pytree import tree_flatten_spec
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
 
+from hwsearch.canonical import (
+    CONVOLUTIONS,
+    MATMULS,
+    aten,
+    canonicalize,
+    functional_graph,
+    is_get_attr,
+    module_path,
+    op_name,
+    tensor_attr,
+)
+from hwsearch import channels
+from hwsearch.channels import Channels, same
 from hwsearch.errors import InvalidInput, UntraceableModel
-from hwsearch.network import Edge, Network, Unit
+from hwsearch.exporting import check_finite, check_types, export_program, first_line, weights_digest
+from hwsearch.narrowing import masked_graph, narrow_graph
+from hwsearch.network import Edge, Network, Unit, macs
 from hwsearch.task import Inputs
-
-aten = torch.ops.aten
-
-CONVOLUTIONS: dict[Any, str] = {
-    aten.conv1d.default: "conv1d",
-    aten.conv1d.padding: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv2d.padding: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.conv3d.padding: "conv3d",
-    aten.conv_transpose1d.default: "conv_transpose1d",
-    aten.conv_transpose2d.input: "conv_transpose2d",
-    aten.conv_transpose3d.input: "conv_transpose3d",
-}
-MATMULS: frozenset[Any] = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
-ATTENTION = aten.scaled_dot_product_attention.default
 
 # Elementwise operators that runtimes fuse into the layer before them.
 FUSIBLE = frozenset(
@@ -50,11 +42,9 @@ FUSIBLE = frozenset(
     "add add_ sub sub_ mul mul_ div div_ batch_norm dropout dropout_ alias clone contiguous detach_ "
     "softplus neg abs sqrt rsqrt exp pow erf to _to_copy".split()
 )
-# Operators that move or keep data without computing: they pass a tensor on.
 _CLAMPS = frozenset("relu relu_ relu6 relu6_ hardtanh hardtanh_ clamp clamp_min".split())
+# Operators that move or keep data without computing: they pass a tensor on.
 _NOT_FUSED = frozenset("dropout dropout_ alias clone contiguous detach_ to _to_copy".split())
-# Operators whose result shares no memory with anything else: changing it in place is as good as a new tensor.
-_FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul linear addmm cat mean".split())
 
 
 @dataclass(frozen=True)
@@ -84,13 +74,35 @@ class Traced:
     outputs: Any
     """What the model returns on the example: the structure that an engine's flat outputs are put back into."""
 
+    channels: Channels = field(default_factory=Channels)
+    """How the network's channel groups run through the graph's tensors."""
+
+    @cached_property
+    def paths(self) -> dict[str, tuple[str | None, str | None]]:
+        """For each unit where the graph holds its weight and its bias, None for what it has not."""
+        nodes = {n.name: n for n in self.graph.graph.nodes}
+        found = {}
+        for unit, sites in self.sites.items():
+            node, position = nodes[sites[0].node], sites[0].weight
+            bias = _bias_of(node)
+            weight = None if position is None else str(node.args[position].target)
+            found[unit] = weight, None if bias is None else str(bias.target)
+        return found
+
     def weight(self, unit: str) -> torch.Tensor | None:
         """The unit's weight with BatchNorm folded in, or None for a MatMul of two activations."""
-        site = self.sites[unit][0]
-        if site.weight is None:
-            return None
-        nodes = {n.name: n for n in self.graph.graph.nodes}
-        return _tensor_attr(self.graph, str(nodes[site.node].args[site.weight].target)).detach()
+        path = self.paths[unit][0]
+        return None if path is None else tensor_attr(self.graph, path).detach()
+
+    def bias(self, unit: str) -> torch.Tensor | None:
+        """The unit's bias, or None where it has none."""
+        path = self.paths[unit][1]
+        return None if path is None else tensor_attr(self.graph, path).detach()
+
+    def reads(self) -> list[tuple[str, int]]:
+        """(path of its weight, the axis of it that holds what the unit reads) of each unit with a weight."""
+        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units)
+        return [(path, axis) for path, axis in weights if path is not None]
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,32 +132,26 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
                 buffer.detach().copy_(before)
 
 
-def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
+def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: bool = False) -> Traced:
     """Trace a module with `torch.export` and find its units and edges.
 
-    inputs: one example; its batch size is the one the network is built for.
-    Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
+    inputs: one example; its batch size is the one the network is built for. residual: the width that LayerNorm
+    normalises over may be made narrower too. Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
     """
     args, kwargs = as_call(inputs)
     signature = _signature(model)
     kwargs = {**{k: kwargs[k] for k in signature if k in kwargs}, **kwargs}
-    _check_types(model)
+    check_types(model)
     with evaluating(model), torch.no_grad():
         try:
             outputs = model(*args, **kwargs)
         except Exception as error:
             why = f"{type(error).__name__}: {first_line(error)}"
             raise InvalidInput(f"the model fails on example_inputs: {why}") from error
-        _check_finite(outputs)
-        exported = _export(model, args, kwargs)
-        graph = exported.module(check_guards=False)
-        if not _without_mutation(graph):
-            graph = exported.run_decompositions({}).module(check_guards=False)
-            _restore_batch_norm(graph)
-            _drop_state_updates(graph)
-    assert isinstance(graph, fx.GraphModule)
+        check_finite(outputs)
+        graph = functional_graph(export_program(model, args, kwargs))
     graph.meta["signature"] = signature
-    _canonicalize(graph)
+    canonicalize(graph)
     shapes = _Shapes(graph, args, kwargs)
     sites, units = _find_units(graph, shapes)
     if not units:
@@ -158,14 +164,78 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "") -> Traced:
     network = Network(
         units=tuple(units),
         edges=edges,
-        fixed_bytes=sum(t.numel() * t.element_size() for t in others),
+        fixed_bytes=sum(t.numel() * t.element_size() for t in others.values()),
         input_shapes=tuple(
             tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
         ),
-        weights_digest=_digest([*model.named_parameters(), *model.named_buffers()]),
+        weights_digest=weights_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
     )
-    return Traced(network, graph, sites, args, kwargs, outputs)
+    found = Traced(network, graph, sites, args, kwargs, outputs)
+    return _with_channels(found, residual)
+
+
+def _with_channels(traced: Traced, residual: bool) -> Traced:
+    """Find the channel groups, and keep those that can be made narrower with the right result on the example."""
+    graph, sites = traced.graph, traced.sites
+    inputs = flat_inputs(graph, traced.args, traced.kwargs)
+    op = {u.name: u.op for u in traced.network.units}
+    units = {s.node: (unit, op[unit], s.weight) for unit, calls in sites.items() for s in calls}
+    found = channels.find(graph, inputs, units, residual=residual)
+    if found.groups and (why := _wrong(traced, found, list(found.groups), residual)):
+        bad = {g: why for g in found.groups if (why := _wrong(traced, found, [g], residual))}
+        bad = bad or dict.fromkeys(found.groups, why)
+        found = found.without(bad, [f"channels of {g} stay whole: {why}" for g, why in bad.items()])
+        if found.groups and (why := _wrong(traced, found, list(found.groups), residual)):
+            found = found.without(list(found.groups), [f"all channels stay whole: {why}"])
+    nodes = {n.name: n for n in graph.graph.nodes}
+    places = {
+        unit: (calls[0].node, [nodes[calls[0].node].args[p].name for p in calls[0].activations])
+        for unit, calls in sites.items()
+    }
+    weights = {unit: weight for unit, (weight, _) in traced.paths.items() if weight is not None}
+    others = {path: t.numel() * t.element_size() for path, t in _outside_units(graph, sites).items()}
+    network = channels.describe(found, traced.network, places, weights, others)
+    return replace(traced, network=network, channels=found)
+
+
+def _wrong(traced: Traced, found: Channels, groups: Sequence[str], residual: bool) -> str:
+    """What is wrong with the network with every other slot of some groups gone, or nothing."""
+    kept = {g: range(0, len(found.groups[g]), 2) for g in groups}
+    mask = found.mask(kept)
+    inputs = flat_inputs(traced.graph, traced.args, traced.kwargs)
+    run = _Run(narrow_graph(traced.graph, found, mask))
+    with torch.no_grad():
+        try:
+            have = run.run(*inputs, enable_io_processing=False)
+        except Exception as error:
+            at = run.last
+            where = f"{module_path(at) or 'the model itself'} ({at.target})" if at is not None else "the model"
+            return f"{where} does not run with fewer: {first_line(error)}"
+        if residual:
+            return ""
+        want = _Run(masked_graph(traced.graph, found, mask, traced.reads())).run(*inputs, enable_io_processing=False)
+    for a, b in zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True):
+        if not isinstance(b, torch.Tensor) or not b.is_floating_point():
+            continue
+        if a.shape != b.shape or float((a - b).norm()) > 1e-3 * float(b.norm()) + 1e-6:
+            return "the narrow network computes something else than the masked one"
+    return ""
+
+
+class _Run(fx.Interpreter):
+    """Remembers the node that ran last."""
+
+    last: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.last = n
+        return super().run_node(n)
+
+
+def reads_axis(unit: Unit) -> int:
+    """The axis of a unit's weight that holds what it reads."""
+    return 0 if unit.op == "matmul" or "transpose" in unit.op else 1
 
 
 def _signature(model: torch.nn.Module) -> list[str]:
@@ -175,421 +245,6 @@ def _signature(model: torch.nn.Module) -> list[str]:
         inspect.Parameter.KEYWORD_ONLY,
     )
     return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-
-
-def _check_types(model: torch.nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise InvalidInput(f"{name} is not initialised; run the model once before it is traced")
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype is not torch.float32):
-            raise InvalidInput(
-                f"{name} of the model is {str(tensor.dtype).removeprefix('torch.')}; expected float32: "
-                "call model.float() and give float32 inputs, precisions are hwsearch's to choose"
-            )
-
-
-def _check_finite(outputs: Any) -> None:
-    for leaf in pytree.tree_leaves(outputs):
-        if (
-            isinstance(leaf, torch.Tensor)
-            and leaf.is_floating_point()
-            and not bool(torch.isfinite(leaf).all())
-        ):
-            raise InvalidInput(
-                "the model returns NaN or infinity on example_inputs; expected finite outputs. "
-                "Check the weights and the preprocessing of example_inputs."
-            )
-
-
-def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs)
-    except Exception as error:
-        path, cls = _culprit(model, args, kwargs)
-        raise UntraceableModel(
-            f"torch.export cannot trace module {path or '(the model itself)'} ({cls}): {first_line(error)}"
-            f"{_user_frame(error)}. Rewrite that operator without data-dependent Python (torch.where, torch.cond), "
-            "or leave the module out of the model that is searched."
-        ) from error
-
-
-def _culprit(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
-    """The innermost submodule that cannot be exported by itself, with the inputs it gets in a real run."""
-    seen: dict[str, tuple[torch.nn.Module, Any, Any]] = {}
-    handles = []
-    for path, module in model.named_modules():
-
-        def hook(mod: torch.nn.Module, a: Any, k: Any, path: str = path) -> None:
-            seen.setdefault(path, (mod, a, k))
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = ""
-    while True:
-        inside = [p for p in seen if p and (not found or p.startswith(f"{found}.")) and p != found]
-        children = [p for p in inside if not any(p.startswith(f"{q}.") for q in inside)]
-        failing = next((p for p in children if not _exports(*seen[p])), None)
-        if failing is None:
-            return found, type(seen[found][0] if found else model).__name__
-        found = failing
-
-
-def _exports(module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.export.export(module, args, kwargs)
-    except Exception:
-        return False
-    return True
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(". ")
-
-
-def _user_frame(error: BaseException) -> str:
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(own) and frame.line and Path(frame.filename).exists():
-            return f", at {Path(frame.filename).name}:{frame.lineno}: `{frame.line}`"
-    return ""
-
-
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- canonical form
-
-
-def _tensor_attr(graph: fx.GraphModule, path: str) -> torch.Tensor:
-    value = operator.attrgetter(path)(graph)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _set_attr(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None:
-    """Put a new tensor under a (possibly new) dotted path without touching the user's module."""
-    *parents, leaf = path.split(".")
-    module: torch.nn.Module = graph
-    for part in parents:
-        if not isinstance(getattr(module, part, None), torch.nn.Module):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    module._parameters.pop(leaf, None)
-    module._buffers.pop(leaf, None)
-    module.register_buffer(leaf, value.detach())
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
-
-
-def _without_mutation(graph: fx.GraphModule) -> bool:
-    """Turn in-place operators on fresh tensors that nothing else reads into pure ones; False where others remain."""
-    whole = True
-    for node in [n for n in graph.graph.nodes if _mutates(n)]:
-        name = op_name(node)
-        pure = getattr(getattr(aten, name.rstrip("_"), None), node.target._overloadname, None)
-        source = node.args[0] if node.args else None
-        alone = isinstance(source, fx.Node) and set(source.users) == {node}
-        fresh = isinstance(source, fx.Node) and (source.target in CONVOLUTIONS or op_name(source) in _FRESH)
-        if alone and fresh and pure is not None and name.endswith("_"):
-            node.target = pure
-        else:
-            whole = False
-    return whole
-
-
-def _restore_batch_norm(graph: fx.GraphModule) -> None:
-    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
-    for node in [
-        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
-    ]:
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        with graph.graph.inserting_before(node):
-            norm = graph.graph.call_function(
-                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
-            )
-        norm.meta = {**node.meta, "val": node.meta["val"][0]}
-        for user in list(node.users):
-            user.replace_all_uses_with(norm)
-            graph.graph.erase_node(user)
-        graph.graph.erase_node(node)
-
-
-def _drop_state_updates(graph: fx.GraphModule) -> None:
-    """What a model writes into its buffers is for its next call, and a deployed network keeps no state."""
-    for node in reversed(list(graph.graph.nodes)):
-        if _mutates(node) and _is_get_attr(node.args[0]):
-            node.replace_all_uses_with(node.args[1])
-            graph.graph.erase_node(node)
-
-
-def _canonicalize(graph: fx.GraphModule) -> None:
-    _inline(graph, aten.einsum.default)
-    for node in graph.graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = (
-                aten.reshape.default
-            )  # a view asks for strides that rewritten operators need not give
-    _expand_circular_padding(graph)
-    _expand_attention(graph)
-    _fold_constants(graph)
-    _fold_batch_norm(graph)
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
-    for path in [p for p, _ in [*graph.named_parameters(), *graph.named_buffers()]]:
-        if path not in used:
-            parent, _, leaf = path.rpartition(".")
-            delattr(graph.get_submodule(parent), leaf)
-    graph.recompile()
-
-
-def _inline(graph: fx.GraphModule, target: Any) -> None:
-    """Replace each call of an operator by the operators that it is made of."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-        sources = [v for v in flat if isinstance(v, fx.Node)]
-
-        def call(
-            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
-        ) -> torch.Tensor:
-            rest = iter(tensors)
-            args, kwargs = pytree.tree_unflatten(
-                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
-            )
-            result: torch.Tensor = target(*args, **kwargs)
-            return result
-
-        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
-        body = make_fx(call)(*examples)
-        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "call_function":
-                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
-                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                elif inner.op == "output":
-                    node.replace_all_uses_with(values[inner.args[0]])
-        graph.graph.erase_node(node)
-
-
-def _expand_circular_padding(graph: fx.GraphModule) -> None:
-    """Circular padding as slices and concatenations: not every runtime has it."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.pad.default]:
-        x, pads, *rest = node.args
-        if (rest[0] if rest else node.kwargs.get("mode", "constant")) != "circular" or min(pads) < 0:
-            continue
-        shape = x.meta["val"].shape
-        with graph.graph.inserting_before(node):
-            for index in range(len(pads) // 2):
-                before, after = pads[2 * index : 2 * index + 2]
-                axis = len(shape) - 1 - index
-                size = int(shape[axis])
-                parts = [x]
-                if before:
-                    parts.insert(
-                        0, graph.graph.call_function(aten.slice.Tensor, (x, axis, size - before, size))
-                    )
-                if after:
-                    parts.append(graph.graph.call_function(aten.slice.Tensor, (x, axis, 0, after)))
-                if len(parts) > 1:
-                    x = graph.graph.call_function(aten.cat.default, (parts, axis))
-                for part in [*parts, x]:
-                    part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
-        node.replace_all_uses_with(x)
-        graph.graph.erase_node(node)
-
-
-def _free_path(graph: fx.GraphModule, path: str) -> str:
-    """The path, or one like it that holds no tensor yet."""
-    used = {p for p, _ in [*graph.named_parameters(), *graph.named_buffers()]}
-    used |= {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
-    base, dot, leaf = path.rpartition(".")
-    while path in used:
-        base, path = f"{base}_", f"{base}_{dot or '.'}{leaf}"
-    return path
-
-
-def _is_get_attr(node: Any) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def _expand_attention(graph: fx.GraphModule) -> None:
-    """scaled_dot_product_attention as MatMul, Softmax, MatMul, so that both products are units."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is ATTENTION]:
-        q, k, v, mask, _, causal, scale, gqa = _bound(
-            node, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
-            (None, None, None, None, 0.0, False, None, False),
-        )  # fmt: skip
-        q_shape, k_shape = q.meta["val"].shape, k.meta["val"].shape
-        if scale is None:
-            scale = 1.0 / math.sqrt(q_shape[-1])
-
-        def call(target: Any, *args: Any, like: fx.Node = node) -> fx.Node:
-            new = graph.graph.call_function(target, args)
-            new.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
-            return new
-
-        with graph.graph.inserting_before(node):
-            if gqa and k_shape[-3] != q_shape[-3]:
-                k, v = (_repeat_heads(call, t, q_shape[-3]) for t in (k, v))
-            scores = call(
-                aten.matmul.default, call(aten.mul.Tensor, q, scale), call(aten.transpose.int, k, -2, -1)
-            )
-            if causal:
-                path = f"_causal_{q_shape[-2]}_{k_shape[-2]}"
-                allowed = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
-                _set_attr(graph, path, torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf")))
-                scores = call(aten.add.Tensor, scores, graph.graph.get_attr(path))
-            if mask is not None:
-                if mask.meta["val"].dtype == torch.bool:
-                    scores = call(aten.where.ScalarOther, mask, scores, float("-inf"))
-                else:
-                    scores = call(aten.add.Tensor, scores, mask)
-            new = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
-
-
-def _repeat_heads(call: Callable[..., fx.Node], tensor: fx.Node, heads: int) -> fx.Node:
-    *batch, own, length, size = tensor.meta["val"].shape
-    wide = call(aten.unsqueeze.default, tensor, -3)
-    wide = call(aten.expand.default, wide, [*batch, own, heads // own, length, size])
-    return call(aten.reshape.default, wide, [*batch, heads, length, size])
-
-
-def _bound(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
-    values = [*node.args, *defaults[len(node.args) :]]
-    return [node.kwargs.get(name, value) for name, value in zip(names, values, strict=True)]
-
-
-def _fold_constants(graph: fx.GraphModule) -> None:
-    """Weights computed from parameters alone (parametrizations, transposes) become stored tensors."""
-    constant: dict[fx.Node, Any] = {}
-    consumers = set(CONVOLUTIONS) | MATMULS | {aten.linear.default, aten.addmm.default}
-    for node in graph.graph.nodes:
-        if _is_get_attr(node):
-            value = operator.attrgetter(str(node.target))(graph)
-            if isinstance(value, torch.Tensor):
-                constant[node] = value
-        elif (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and all(i in constant for i in node.all_input_nodes)
-        ):
-            with torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constant[n])
-                constant[node] = node.target(*args, **kwargs)
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in consumers:
-            for arg in node.all_input_nodes:
-                if arg in constant and not _is_get_attr(arg):
-                    path = _free_path(graph, f"{module_path(node) or arg.name}.weight")
-                    value = constant[arg]
-                    if (
-                        node.target in MATMULS
-                        and arg is node.args[1]
-                        and value.dim() == 3
-                        and len(value) == 1
-                    ):
-                        value, node.target = value[0], aten.matmul.default
-                    _set_attr(graph, path, value.clone())
-                    with graph.graph.inserting_before(node):
-                        stored = graph.graph.get_attr(path)
-                    stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                    node.replace_input_with(arg, stored)
-
-
-def _fold_batch_norm(graph: fx.GraphModule) -> None:
-    for norm in [
-        n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.batch_norm.default
-    ]:
-        source = norm.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
-            continue
-        kind = CONVOLUTIONS.get(source.target, "linear" if source.target is aten.linear.default else "")
-        weight_node = source.args[1] if len(source.args) > 1 else None
-        if not kind or kind == "conv3d" or not _is_get_attr(weight_node) or norm.args[5]:
-            continue
-        uses = [
-            u
-            for n in graph.graph.nodes
-            if _is_get_attr(n) and n.target == weight_node.target
-            for u in n.users
-        ]
-        gamma, beta, mean, variance = norm.args[1:5]
-        if len(uses) != 1 or not _is_get_attr(mean) or not _is_get_attr(variance):
-            continue
-        bias_node = source.args[2] if len(source.args) > 2 else source.kwargs.get("bias")
-        if bias_node is not None and not _is_get_attr(bias_node):
-            continue
-
-        def tensor(node: Any) -> Any:
-            return None if node is None else _tensor_attr(graph, str(node.target)).detach()
-
-        stats = (tensor(mean), tensor(variance), float(norm.args[7]), tensor(gamma), tensor(beta))
-        if kind == "linear":
-            if norm.meta["val"].dim() != 2:
-                continue  # channels of BatchNorm are not the features of the linear layer
-            weight, bias = _linear_batch_norm(tensor(weight_node), tensor(bias_node), *stats)
-        else:
-            transpose = kind.startswith("conv_transpose")
-            if transpose and _groups(source) != 1:
-                continue
-            weight, bias = fuse_conv_bn_weights(
-                tensor(weight_node), tensor(bias_node), *stats, transpose=transpose
-            )
-        path = str(weight_node.target)
-        base = path.rpartition(".")[0]
-        _set_attr(graph, path, weight)
-        bias_path = _free_path(graph, f"{base}.bias" if base else f"{path}.bias")
-        _set_attr(graph, bias_path, bias)
-        with graph.graph.inserting_before(source):
-            new_bias = graph.graph.get_attr(bias_path)
-        source.args = (source.args[0], weight_node, new_bias, *source.args[3:])
-        source.kwargs = {k: v for k, v in source.kwargs.items() if k != "bias"}
-        norm.replace_all_uses_with(source)
-        graph.graph.erase_node(norm)
-
-
-def _linear_batch_norm(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    eps: float,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)
-    shifted = (0.0 if bias is None else bias) - mean
-    return weight * scale[:, None], shifted * scale + (0.0 if beta is None else beta)
-
-
-def _groups(node: fx.Node) -> int:
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    return int(_bound(node, names, (None, None, None, 1, 0, 0, 1, 1))[6])
-
-
-# ---------------------------------------------------------------- shapes, units, edges
 
 
 class _Shapes(fx.Interpreter):
@@ -639,36 +294,24 @@ def flat_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, 
         ) from error
 
 
-def op_name(node: fx.Node) -> str:
-    """`relu` for torch.ops.aten.relu.default."""
-    name = getattr(node.target, "overloadpacket", None)
-    return str(getattr(name, "__name__", getattr(node.target, "__name__", node.target)))
-
-
-def module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [value[0] for value in stack.values() if value[0]]
-    return paths[-1].removeprefix("L['self'].") if paths else ""
-
-
 def _call_site(node: fx.Node) -> tuple[Site, str, Any] | None:
     """(site, operator, weight node or None) where the node is a unit's call."""
     if node.op != "call_function":
         return None
     if node.target in CONVOLUTIONS:
         op = CONVOLUTIONS[node.target]
-        return (Site(node.name, (0,), 1), op, node.args[1]) if _is_get_attr(node.args[1]) else None
+        return (Site(node.name, (0,), 1), op, node.args[1]) if is_get_attr(node.args[1]) else None
     if node.target is aten.linear.default:
-        return (Site(node.name, (0,), 1), "linear", node.args[1]) if _is_get_attr(node.args[1]) else None
-    if node.target is aten.addmm.default and not node.kwargs and _is_get_attr(node.args[2]):
+        return (Site(node.name, (0,), 1), "linear", node.args[1]) if is_get_attr(node.args[1]) else None
+    if node.target is aten.addmm.default and not node.kwargs and is_get_attr(node.args[2]):
         return Site(node.name, (1,), 2), "matmul", node.args[2]
     if node.target in MATMULS:
         left, right = node.args
-        if _is_get_attr(left) and _is_get_attr(right):
+        if is_get_attr(left) and is_get_attr(right):
             return None
-        if _is_get_attr(right):
+        if is_get_attr(right):
             return Site(node.name, (0,), 1), "matmul", right
-        if _is_get_attr(left):
+        if is_get_attr(left):
             return None  # a constant on the left is no weight that runtimes quantize per channel
         return Site(node.name, (0, 1), None), "matmul", None
     return None
@@ -684,32 +327,32 @@ def _find_units(graph: fx.GraphModule, shapes: _Shapes) -> tuple[dict[str, list[
         if found is None or node.name not in shapes.shape:
             continue
         site, op, weight_node = found
-        weight = _tensor_attr(graph, str(weight_node.target)) if weight_node is not None else None
+        weight = tensor_attr(graph, str(weight_node.target)) if weight_node is not None else None
         if weight is not None and (weight.dim() < 2 or not weight.is_floating_point()):
             continue
         if weight is not None and op == "matmul" and weight.dim() > 2:
             continue  # a stack of weights: runtimes take per-channel scales for one matrix
         inputs = tuple(shapes.shape[node.args[i].name] for i in site.activations)
         output = shapes.shape[node.name]
-        macs = _macs(op, inputs, output, weight, node)
+        count = macs(op, inputs, output, tuple(weight.shape) if weight is not None else ())
         bias = _bias_of(node)
         bias_bytes = 0
         if bias is not None:
-            tensor = _tensor_attr(graph, str(bias.target))
-            bias_bytes = 0 if _same(tensor) in biases else tensor.numel() * tensor.element_size()
-            biases.add(_same(tensor))
-        if weight is not None and _same(weight) in of_weight:
-            name = of_weight[_same(weight)]
+            tensor = tensor_attr(graph, str(bias.target))
+            bias_bytes = 0 if same(tensor) in biases else tensor.numel() * tensor.element_size()
+            biases.add(same(tensor))
+        if weight is not None and same(weight) in of_weight:
+            name = of_weight[same(weight)]
             old = units[name]
             if old.op == op:
                 sites[name].append(site)
                 units[name] = replace(
-                    old, calls=old.calls + 1, macs=old.macs + macs, other_bytes=old.other_bytes + bias_bytes
+                    old, calls=old.calls + 1, macs=old.macs + count, other_bytes=old.other_bytes + bias_bytes
                 )
                 continue
         name = _unit_name(node, weight_node, units)
         if weight is not None:
-            of_weight.setdefault(_same(weight), name)
+            of_weight.setdefault(same(weight), name)
         out_axis = 0
         if op == "matmul":
             out_axis = (weight.dim() - 1) if weight is not None else 0
@@ -723,7 +366,7 @@ def _find_units(graph: fx.GraphModule, shapes: _Shapes) -> tuple[dict[str, list[
             weight_shape=tuple(weight.shape) if weight is not None else (),
             out_axis=out_axis,
             attributes=_attributes(node, op),
-            macs=macs,
+            macs=count,
             other_bytes=bias_bytes,
         )
         sites[name] = [site]
@@ -737,32 +380,27 @@ def _bias_of(node: fx.Node) -> Any:
         return None
     else:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return bias if _is_get_attr(bias) else None
+    return bias if is_get_attr(bias) else None
 
 
-def _same(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Equal for tensors that are one parameter."""
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
-
-
-def _outside_units(graph: fx.GraphModule, sites: dict[str, list[Site]]) -> list[torch.Tensor]:
-    """Stored tensors that something else than a unit reads.
+def _outside_units(graph: fx.GraphModule, sites: dict[str, list[Site]]) -> dict[str, torch.Tensor]:
+    """Stored tensors that something else than a unit reads, by path.
 
     A tied weight that an embedding reads as well is among them: it is stored for the embedding, and once more
     for the unit at its own precision.
     """
     site_of = {site.node: site for calls in sites.values() for site in calls}
-    found: dict[Any, torch.Tensor] = {}
+    found: dict[Any, tuple[str, torch.Tensor]] = {}
     for node in graph.graph.nodes:
-        value = operator.attrgetter(str(node.target))(graph) if _is_get_attr(node) else None
+        value = operator.attrgetter(str(node.target))(graph) if is_get_attr(node) else None
         if not isinstance(value, torch.Tensor):
             continue
         for user in node.users:
             site = site_of.get(user.name)
             weight = user.args[site.weight] if site is not None and site.weight is not None else None
             if site is None or (node is not weight and node is not _bias_of(user)):
-                found[_same(value)] = value
-    return list(found.values())
+                found[same(value)] = str(node.target), value
+    return dict(found.values())
 
 
 def _unit_name(node: fx.Node, weight_node: Any, taken: Mapping[str, Unit]) -> str:
@@ -791,16 +429,6 @@ def _attributes(node: fx.Node, op: str) -> tuple[tuple[str, str], ...]:
         **{k: v for k, v in node.kwargs.items() if k in names},
     }
     return tuple(sorted((k, str(v)) for k, v in values.items()))
-
-
-def _macs(
-    op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: Any, node: fx.Node
-) -> int:
-    if op.startswith("conv_transpose"):
-        return math.prod(inputs[0]) * math.prod(int(n) for n in weight.shape[1:])
-    if op.startswith("conv"):
-        return math.prod(output) * math.prod(int(n) for n in weight.shape[1:])
-    return math.prod(output) * inputs[0][-1]
 
 
 def _find_edges(

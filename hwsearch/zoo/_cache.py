@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from hwsearch import device
 from hwsearch.errors import InvalidInput
 
 
 def cache_dir(name: str) -> Path:
     """`$HWSEARCH_CACHE/zoo/NAME`, by default `~/.cache/hwsearch/zoo/NAME`; it need not exist."""
-    root = os.environ.get("HWSEARCH_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "hwsearch") / "zoo" / name
+    return device.cache_dir() / "zoo" / name
 
 
 def cached(name: str, *files: str) -> list[Path]:

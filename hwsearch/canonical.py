@@ -1,0 +1,385 @@
+"""The canonical form of an exported graph: the one way in which each computation is written.
+
+Operators in place are pure, BatchNorm is folded into the layer before it, attention is spelled out as MatMul, Softmax,
+MatMul, and what is computed from parameters alone is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+CONVOLUTIONS: dict[Any, str] = {
+    aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
+}
+MATMULS: frozenset[Any] = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
+ATTENTION = aten.scaled_dot_product_attention.default
+
+# Operators whose result shares no memory with anything else: changing it in place is as good as a new tensor.
+_FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul linear addmm cat mean".split())
+
+
+def functional_graph(program: ExportedProgram) -> fx.GraphModule:
+    """The graph of an exported program without operators that write into a tensor."""
+    graph = program.module(check_guards=False)
+    if not _without_mutation(graph):
+        graph = program.run_decompositions({}).module(check_guards=False)
+        _restore_batch_norm(graph)
+        _drop_state_updates(graph)
+    return graph
+
+
+def canonicalize(graph: fx.GraphModule) -> None:
+    """Bring a functional graph into canonical form, in place."""
+    _inline(graph, aten.einsum.default)
+    for node in graph.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = (
+                aten.reshape.default
+            )  # a view asks for strides that rewritten operators need not give
+    _expand_circular_padding(graph)
+    _expand_attention(graph)
+    _fold_constants(graph)
+    _fold_batch_norm(graph)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    for path in [p for p, _ in [*graph.named_parameters(), *graph.named_buffers()]]:
+        if path not in used:
+            parent, _, leaf = path.rpartition(".")
+            delattr(graph.get_submodule(parent), leaf)
+    graph.recompile()
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that shares nothing with the first, its weights included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
+        return copy.deepcopy(graph)
+
+
+def op_name(node: fx.Node) -> str:
+    """`relu` for torch.ops.aten.relu.default."""
+    name = getattr(node.target, "overloadpacket", None)
+    return str(getattr(name, "__name__", getattr(node.target, "__name__", node.target)))
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the innermost module that a node comes from; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [value[0] for value in stack.values() if value[0]]
+    return paths[-1].removeprefix("L['self'].") if paths else ""
+
+
+def is_get_attr(node: Any) -> TypeGuard[fx.Node]:
+    """Whether an argument is a tensor that the graph stores."""
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def bound(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    """A call's arguments in the order of the operator's parameters, whether given by position, by name or not at all."""
+    values = [*node.args, *defaults[len(node.args) :]]
+    return [node.kwargs.get(name, value) for name, value in zip(names, values, strict=True)]
+
+
+def tensor_attr(graph: fx.GraphModule, path: str) -> torch.Tensor:
+    """The tensor that is stored under a dotted path."""
+    value = operator.attrgetter(path)(graph)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def set_attr(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None:
+    """Put a new tensor under a (possibly new) dotted path without touching the user's module."""
+    *parents, leaf = path.split(".")
+    module: torch.nn.Module = graph
+    for part in parents:
+        if not isinstance(getattr(module, part, None), torch.nn.Module):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+    module.register_buffer(leaf, value.detach())
+
+
+def _free_path(graph: fx.GraphModule, path: str) -> str:
+    """The path, or one like it that holds no tensor yet."""
+    used = {p for p, _ in [*graph.named_parameters(), *graph.named_buffers()]}
+    used |= {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    base, dot, leaf = path.rpartition(".")
+    while path in used:
+        base, path = f"{base}_", f"{base}_{dot or '.'}{leaf}"
+    return path
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _without_mutation(graph: fx.GraphModule) -> bool:
+    """Turn in-place operators on fresh tensors that nothing else reads into pure ones; False where others remain."""
+    whole = True
+    for node in [n for n in graph.graph.nodes if _mutates(n)]:
+        name = op_name(node)
+        pure = getattr(getattr(aten, name.rstrip("_"), None), node.target._overloadname, None)
+        source = node.args[0] if node.args else None
+        alone = isinstance(source, fx.Node) and set(source.users) == {node}
+        fresh = isinstance(source, fx.Node) and (source.target in CONVOLUTIONS or op_name(source) in _FRESH)
+        if alone and fresh and pure is not None and name.endswith("_"):
+            node.target = pure
+        else:
+            whole = False
+    return whole
+
+
+def _restore_batch_norm(graph: fx.GraphModule) -> None:
+    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
+    for node in [
+        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
+    ]:
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        with graph.graph.inserting_before(node):
+            norm = graph.graph.call_function(
+                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
+            )
+        norm.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            user.replace_all_uses_with(norm)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+
+
+def _drop_state_updates(graph: fx.GraphModule) -> None:
+    """What a model writes into its buffers is for its next call, and a deployed network keeps no state."""
+    for node in reversed(list(graph.graph.nodes)):
+        if _mutates(node) and is_get_attr(node.args[0]):
+            node.replace_all_uses_with(node.args[1])
+            graph.graph.erase_node(node)
+
+
+def _inline(graph: fx.GraphModule, target: Any) -> None:
+    """Replace each call of an operator by the operators that it is made of."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        sources = [v for v in flat if isinstance(v, fx.Node)]
+
+        def call(
+            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
+        ) -> torch.Tensor:
+            rest = iter(tensors)
+            args, kwargs = pytree.tree_unflatten(
+                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
+            )
+            result: torch.Tensor = target(*args, **kwargs)
+            return result
+
+        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
+        body = make_fx(call)(*examples)
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
+        with graph.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "call_function":
+                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
+                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                elif inner.op == "output":
+                    node.replace_all_uses_with(values[inner.args[0]])
+        graph.graph.erase_node(node)
+
+
+def _expand_circular_padding(graph: fx.GraphModule) -> None:
+    """Circular padding as slices and concatenations: not every runtime has it."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.pad.default]:
+        x, pads, *rest = node.args
+        if (rest[0] if rest else node.kwargs.get("mode", "constant")) != "circular" or min(pads) < 0:
+            continue
+        shape = x.meta["val"].shape
+        with graph.graph.inserting_before(node):
+            for index in range(len(pads) // 2):
+                before, after = pads[2 * index : 2 * index + 2]
+                axis = len(shape) - 1 - index
+                size = int(shape[axis])
+                parts = [x]
+                if before:
+                    parts.insert(
+                        0, graph.graph.call_function(aten.slice.Tensor, (x, axis, size - before, size))
+                    )
+                if after:
+                    parts.append(graph.graph.call_function(aten.slice.Tensor, (x, axis, 0, after)))
+                if len(parts) > 1:
+                    x = graph.graph.call_function(aten.cat.default, (parts, axis))
+                for part in [*parts, x]:
+                    part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+
+
+def _expand_attention(graph: fx.GraphModule) -> None:
+    """scaled_dot_product_attention as MatMul, Softmax, MatMul, so that both products are units."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is ATTENTION]:
+        q, k, v, mask, _, causal, scale, gqa = bound(
+            node, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+            (None, None, None, None, 0.0, False, None, False),
+        )  # fmt: skip
+        q_shape, k_shape = q.meta["val"].shape, k.meta["val"].shape
+        if scale is None:
+            scale = 1.0 / math.sqrt(q_shape[-1])
+
+        def call(target: Any, *args: Any, like: fx.Node = node) -> fx.Node:
+            new = graph.graph.call_function(target, args)
+            new.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+            return new
+
+        with graph.graph.inserting_before(node):
+            if gqa and k_shape[-3] != q_shape[-3]:
+                k, v = (_repeat_heads(call, t, q_shape[-3]) for t in (k, v))
+            scores = call(
+                aten.matmul.default, call(aten.mul.Tensor, q, scale), call(aten.transpose.int, k, -2, -1)
+            )
+            if causal:
+                path = f"_causal_{q_shape[-2]}_{k_shape[-2]}"
+                allowed = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
+                set_attr(graph, path, torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf")))
+                scores = call(aten.add.Tensor, scores, graph.graph.get_attr(path))
+            if mask is not None:
+                if mask.meta["val"].dtype == torch.bool:
+                    scores = call(aten.where.ScalarOther, mask, scores, float("-inf"))
+                else:
+                    scores = call(aten.add.Tensor, scores, mask)
+            new = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+
+
+def _repeat_heads(call: Callable[..., fx.Node], tensor: fx.Node, heads: int) -> fx.Node:
+    *batch, own, length, size = tensor.meta["val"].shape
+    wide = call(aten.unsqueeze.default, tensor, -3)
+    wide = call(aten.expand.default, wide, [*batch, own, heads // own, length, size])
+    return call(aten.reshape.default, wide, [*batch, heads, length, size])
+
+
+def _fold_constants(graph: fx.GraphModule) -> None:
+    """Weights computed from parameters alone (parametrizations, transposes) become stored tensors."""
+    constant: dict[fx.Node, Any] = {}
+    consumers = set(CONVOLUTIONS) | MATMULS | {aten.linear.default, aten.addmm.default}
+    for node in graph.graph.nodes:
+        if is_get_attr(node):
+            value = operator.attrgetter(str(node.target))(graph)
+            if isinstance(value, torch.Tensor):
+                constant[node] = value
+        elif (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(i in constant for i in node.all_input_nodes)
+        ):
+            with torch.no_grad():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constant[n])
+                constant[node] = node.target(*args, **kwargs)
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in consumers:
+            for arg in node.all_input_nodes:
+                if arg in constant and not is_get_attr(arg):
+                    path = _free_path(graph, f"{module_path(node) or arg.name}.weight")
+                    value = constant[arg]
+                    if (
+                        node.target in MATMULS
+                        and arg is node.args[1]
+                        and value.dim() == 3
+                        and len(value) == 1
+                    ):
+                        value, node.target = value[0], aten.matmul.default
+                    set_attr(graph, path, value.clone())
+                    with graph.graph.inserting_before(node):
+                        stored = graph.graph.get_attr(path)
+                    stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                    node.replace_input_with(arg, stored)
+
+
+def _fold_batch_norm(graph: fx.GraphModule) -> None:
+    for norm in [
+        n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.batch_norm.default
+    ]:
+        source = norm.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
+            continue
+        kind = CONVOLUTIONS.get(source.target, "linear" if source.target is aten.linear.default else "")
+        weight_node = source.args[1] if len(source.args) > 1 else None
+        if not kind or kind == "conv3d" or not is_get_attr(weight_node) or norm.args[5]:
+            continue
+        uses = [
+            u for n in graph.graph.nodes if is_get_attr(n) and n.target == weight_node.target for u in n.users
+        ]
+        gamma, beta, mean, variance = norm.args[1:5]
+        if len(uses) != 1 or not is_get_attr(mean) or not is_get_attr(variance):
+            continue
+        bias_node = source.args[2] if len(source.args) > 2 else source.kwargs.get("bias")
+        if bias_node is not None and not is_get_attr(bias_node):
+            continue
+
+        def tensor(node: Any) -> Any:
+            return None if node is None else tensor_attr(graph, str(node.target)).detach()
+
+        stats = (tensor(mean), tensor(variance), float(norm.args[7]), tensor(gamma), tensor(beta))
+        if kind == "linear":
+            if norm.meta["val"].dim() != 2:
+                continue  # channels of BatchNorm are not the features of the linear layer
+            weight, bias = _linear_batch_norm(tensor(weight_node), tensor(bias_node), *stats)
+        else:
+            transpose = kind.startswith("conv_transpose")
+            if transpose and _groups(source) != 1:
+                continue
+            weight, bias = fuse_conv_bn_weights(
+                tensor(weight_node), tensor(bias_node), *stats, transpose=transpose
+            )
+        path = str(weight_node.target)
+        base = path.rpartition(".")[0]
+        set_attr(graph, path, weight)
+        bias_path = _free_path(graph, f"{base}.bias" if base else f"{path}.bias")
+        set_attr(graph, bias_path, bias)
+        with graph.graph.inserting_before(source):
+            new_bias = graph.graph.get_attr(bias_path)
+        source.args = (source.args[0], weight_node, new_bias, *source.args[3:])
+        source.kwargs = {k: v for k, v in source.kwargs.items() if k != "bias"}
+        norm.replace_all_uses_with(source)
+        graph.graph.erase_node(norm)
+
+
+def _linear_batch_norm(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.rsqrt(variance + eps) * (1.0 if gamma is None else gamma)
+    shifted = (0.0 if bias is None else bias) - mean
+    return weight * scale[:, None], shifted * scale + (0.0 if beta is None else beta)
+
+
+def _groups(node: fx.Node) -> int:
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    return int(bound(node, names, (None, None, None, 1, 0, 0, 1, 1))[6])

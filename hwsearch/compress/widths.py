@@ -1,0 +1,73 @@
+"""Make a traced network really narrower: fewer channels, heads and neurons in every tensor that they run through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from hwsearch.canonical import set_attr
+from hwsearch.channels import Axis
+from hwsearch.narrowing import left_channels, masked_graph, narrow_graph
+from hwsearch.trace import Traced, reads_axis
+
+Kept = Mapping[str, Sequence[int]]
+"""For each channel group the positions (0 .. channels - 1) of the slots that stay; groups left out stay whole."""
+
+Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
+"""(weight, bias) of units, in the shapes of the narrow network."""
+
+
+def narrow(traced: Traced, kept: Kept, weights: Weights | None = None) -> Traced:
+    """The network with only the kept slots of each group; `weights` replace those of units, for instance refitted ones.
+
+    The traced graph is not changed. What it computes is what the whole one computes with the removed channels masked
+    wherever a unit reads them (groups through LayerNorm excepted).
+    """
+    kept = {g: tuple(k) for g, k in kept.items() if len(k) != traced.network.channels[g]}
+    mask = traced.channels.mask(kept)
+    found = replace(
+        traced,
+        graph=narrow_graph(traced.graph, traced.channels, mask),
+        network=traced.network.narrow({g: len(k) for g, k in kept.items()}),
+        channels=left_channels(traced.channels, mask),
+    )
+    put_weights(found, weights or {})
+    return found
+
+
+def put_weights(traced: Traced, weights: Weights) -> None:
+    """Set weights and biases of units in a graph of one's own. A unit without a bias gets none."""
+    for unit, (weight, bias) in weights.items():
+        path, bias_path = traced.paths[unit]
+        assert path is not None, f"{unit} has no weight"
+        set_attr(traced.graph, path, weight)
+        if bias is not None and bias_path is not None:
+            set_attr(traced.graph, bias_path, bias)
+
+
+def masked(traced: Traced, kept: Kept) -> Traced:
+    """The whole network whose units read zeros in place of the channels that are not kept."""
+    mask = traced.channels.mask(kept)
+    return replace(traced, graph=masked_graph(traced.graph, traced.channels, mask, traced.reads()))
+
+
+def in_slots(traced: Traced, unit: str) -> Axis | None:
+    """The slots along the axis of a unit's weight that it reads, or None where no group runs along it."""
+    path = traced.paths[unit][0]
+    for axis in traced.channels.tensors.get(path or "", []):
+        if axis.axis == reads_axis(traced.network[unit]):
+            return axis
+    return None
+
+
+def out_slots(traced: Traced, unit: str) -> Axis | None:
+    """The slots along the axis of a unit's weight that it puts out."""
+    path = traced.paths[unit][0]
+    for axis in traced.channels.tensors.get(path or "", []):
+        if axis.axis != reads_axis(traced.network[unit]):
+            return axis
+    return None
+
+

@@ -1,0 +1,169 @@
+"""A canonical graph with fewer channels: narrower tensors, and the operators' own numbers to match."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from hwsearch.canonical import CONVOLUTIONS, aten, op_name, set_attr, tensor_attr
+from hwsearch.channels import Axis, Channels
+
+Mask = NDArray[np.bool_]
+"""For each slot number whether it stays."""
+
+
+def share_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph of one's own on the same tensors: setting one leaves the first graph as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
+        shared = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    shared.meta = dict(graph.meta)
+    return shared
+
+
+def narrow_graph(graph: fx.GraphModule, channels: Channels, mask: Mask) -> fx.GraphModule:
+    """The graph without the slots that `mask` leaves out."""
+    narrow = share_graph(graph)
+    for path, axes in channels.tensors.items():
+        value = tensor_attr(graph, path)
+        left = cut(value, axes, mask)
+        if left is not value:
+            set_attr(narrow, path, left)
+    for node in narrow.graph.nodes:
+        if node.op == "call_function":
+            _narrow_arguments(node, channels, mask)
+    narrow.recompile()
+    return narrow
+
+
+def masked_graph(graph: fx.GraphModule, channels: Channels, mask: Mask, reads: Iterable[tuple[str, int]]) -> fx.GraphModule:
+    """The whole graph with zeros for the slots left out, in the weights that read them.
+
+    reads: (path of a weight, its axis that holds what the unit reads).
+    """
+    masked = share_graph(graph)
+    for path, axis in dict.fromkeys(reads):
+        value = tensor_attr(graph, path)
+        for own in channels.tensors.get(path, []):
+            gone = np.flatnonzero(~mask[own.slots])
+            if own.axis == axis and len(gone):
+                set_attr(masked, path, value.index_fill(axis, torch.from_numpy(gone), 0.0))
+    return masked
+
+
+def cut(value: torch.Tensor, axes: Sequence[Axis], mask: NDArray[np.bool_]) -> torch.Tensor:
+    """A tensor without the indices whose slots go."""
+    for axis in axes:
+        left = axis.kept(mask)
+        if len(left) < len(axis.slots):
+            value = value.index_select(axis.axis, torch.from_numpy(left))
+    return value
+
+
+def left_channels(channels: Channels, mask: NDArray[np.bool_]) -> Channels:
+    """The channels of the narrow network, which may be made narrower again."""
+    number = np.where(mask, np.cumsum(mask) - 1, -1)
+
+    def axis(a: Axis) -> Axis:
+        return Axis(a.axis, number[a.slots[mask[a.slots]]])
+
+    return replace(
+        channels,
+        groups={g: number[s[mask[s]]] for g, s in channels.groups.items()},
+        nodes={n: [[axis(a) for a in axes] for axes in several] for n, several in channels.nodes.items()},
+        tensors={p: [axis(a) for a in axes] for p, axes in channels.tensors.items()},
+    )
+
+
+def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
+    """Sizes, positions and counts that an operator states as numbers."""
+
+    def axes(n: Any, which: int = 0) -> list[Axis]:
+        found = channels.nodes.get(n.name, []) if isinstance(n, fx.Node) else []
+        return found[which] if which < len(found) else []
+
+    def rank(n: Any) -> int:
+        return len(channels.shapes[n.name][0])
+
+    def before(n: Any, dim: int, index: int) -> int:
+        """How many indices before `index` along `dim` stay."""
+        for axis in axes(n):
+            if axis.axis == dim % rank(n):
+                index = index + len(axis.slots) if index < 0 else min(index, len(axis.slots))
+                return int(mask[axis.slots[:index]].sum())
+        return index
+
+    name, args = op_name(node).rstrip("_"), list(node.args)
+    own = axes(node)
+    if name in ("reshape", "view", "_unsafe_view", "expand") and own:
+        sizes = list(args[1])  # type: ignore[arg-type]
+        for axis in own:
+            if sizes[axis.axis] != -1:
+                sizes[axis.axis] = len(axis.kept(mask))
+        node.update_arg(1, sizes)
+    elif name == "unflatten" and own:
+        dim, sizes = int(args[1]), list(args[2])  # type: ignore[arg-type]
+        for axis in own:
+            position = axis.axis - dim % rank(args[0])
+            if 0 <= position < len(sizes) and sizes[position] != -1:
+                sizes[position] = len(axis.kept(mask))
+        node.update_arg(2, sizes)
+    elif name in ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split") and axes(args[0]):
+        dim = int(args[2] if len(args) > 2 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+        if any(a.axis == dim % rank(args[0]) for a in axes(args[0])):
+            sizes, start = [], 0
+            for shape in channels.shapes[node.name]:
+                end = start + shape[dim]
+                sizes.append(before(args[0], dim, end) - before(args[0], dim, start))
+                start = end
+            node.target = aten.split_with_sizes.default
+            node.args, node.kwargs = (args[0], sizes, dim), {}
+    elif name == "slice" and axes(args[0]):
+        dim = int(args[1]) if len(args) > 1 else 0  # type: ignore[arg-type]
+        start = args[2] if len(args) > 2 and args[2] is not None else 0
+        end = args[3] if len(args) > 3 and args[3] is not None else 2**62
+        if any(a.axis == dim % rank(args[0]) for a in axes(args[0])):
+            node.args = (args[0], dim, before(args[0], dim, start), before(args[0], dim, end), *args[4:])  # type: ignore[arg-type]
+    elif name == "narrow" and axes(args[0]):
+        dim, start = int(args[1]), int(args[2])  # type: ignore[arg-type]
+        first, last = before(args[0], dim, start), before(args[0], dim, start + int(args[3]))  # type: ignore[arg-type]
+        node.args = (args[0], dim, first, last - first)
+    elif name == "select" and axes(args[0]):
+        node.update_arg(2, before(args[0], int(args[1]), int(args[2])))  # type: ignore[arg-type]
+    elif name == "group_norm" and axes(args[0]):
+        for axis in axes(args[0]):
+            node.update_arg(1, int(args[1]) * len(axis.kept(mask)) // len(axis.slots))  # type: ignore[call-overload]
+    elif name == "layer_norm" and axes(args[0]):
+        for axis in axes(args[0]):
+            if axis.axis == rank(args[0]) - 1:
+                node.update_arg(1, [len(axis.kept(mask))])
+    elif node.target in CONVOLUTIONS and axes(args[0]):
+        _narrow_groups(node, channels, mask, axes(args[0]))
+
+
+def _narrow_groups(
+    node: fx.Node, channels: Channels, mask: Mask, came: Sequence[Axis]
+) -> None:
+    """The number of groups of a depthwise convolution is that of its channels."""
+    position = 6
+    count = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    if count == 1 or any(a.axis == 1 for a in channels.tensors.get(str(weight.target), [])):
+        return
+    for axis in came:
+        left = len(axis.kept(mask)) * int(count) // len(axis.slots)  # type: ignore[call-overload, arg-type]
+        if len(node.args) > position:
+            node.update_arg(position, left)
+        else:
+            node.update_kwarg("groups", left)
+
+
