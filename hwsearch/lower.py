@@ -7,6 +7,7 @@ replaces the markers. The Q/DQ form is the one that OpenVINO, ONNX Runtime and T
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -24,9 +25,11 @@ from torch.utils import _pytree as pytree
 
 from hwsearch.canonical import copy_graph, module_path, op_name
 from hwsearch.compress.quantize import QuantizedWeight, Ranges, activation_ranges, quantize_weight
+from hwsearch.compress.widths import Kept, Weights, narrow
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.exporting import first_line
-from hwsearch.network import Unit
+from hwsearch.network import Network, Unit
+from hwsearch.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.task import Inputs, Task
 from hwsearch.trace import Site, Traced, as_call, flat_inputs, trace
 from hwsearch.variants import Variant
@@ -404,15 +407,59 @@ class Lowering:
         self.inputs = with_batch(task.example_inputs, batch)
         self.traced = trace(task.model, self.inputs, task.name)
         check_calibration(task)
-        self.network = self.traced.network
+        self.whole: Lowering | None = None
+        self.kept: Kept = {}
+        self.replaced: Weights | None = None
+        self.calibrate = True
+
+    @property
+    def network(self) -> Network:
+        return self.traced.network
 
     @cached_property
     def marked(self) -> onnx.ModelProto:
-        return export(self.traced)
+        """The network with markers."""
+        if self.whole is None:
+            return export(self.traced)
+        follow = self.whole.follow
+        if follow is None:
+            return export(self.traced)
+        return follow.narrow(self.traced, self.whole.traced.channels.mask(self.kept))
+
+    @cached_property
+    def follow(self) -> OnnxWidths | None:
+        """How to make the exported network narrower; None where it has to be exported anew for each width."""
+        try:
+            found = OnnxWidths(self.marked, self.traced)
+            half = {g: range(0, n, 2) for g, n in self.network.channels.items()}
+            narrow = self.narrow(half)
+            model = found.narrow(narrow.traced, self.traced.channels.mask(half))
+            plain = {u.name: Variant("fp32") for u in self.network.units}
+            onnx.shape_inference.infer_shapes(assemble(model, plain, {}, {}), strict_mode=True)
+        except (NotFollowed, onnx.shape_inference.InferenceError):
+            return None
+        return found
+
+    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Lowering:
+        """The same task with only the kept slots of its channel groups.
+
+        weights: of units, instead of the whole ones cut. calibrate: take the ranges of activations from the narrow
+        network; else those of the whole one stand in for them.
+        """
+        new = copy.copy(self)
+        for name in ("marked", "follow", "ranges", "weights", "calibration", "network"):
+            new.__dict__.pop(name, None)
+        new.whole, new.kept, new.replaced, new.calibrate = self, kept, weights, calibrate
+        new.traced = narrow(self.traced, kept, weights)
+        return new
 
     @cached_property
     def calibration(self) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:
         """Each calibration batch with a trace for its shape."""
+        if self.whole is not None:
+            whole = {id(t): t for t, _, _ in self.whole.calibration}
+            own = {key: narrow(t, self.kept, self.replaced) for key, t in whole.items()}
+            return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
         traces: dict[str, Traced] = {}
         batches = []
         for inputs in self.task.calibration:
@@ -422,7 +469,8 @@ class Lowering:
             )
             if key not in traces:
                 traces[key] = trace(self.task.model, inputs, self.task.name)
-                if list(traces[key].sites) != list(self.traced.sites):
+                same = list(traces[key].sites) == list(self.traced.sites)
+                if not same or traces[key].network.channels != self.network.channels:
                     raise InvalidInput(
                         "the model runs other layers on calibration batches than on example_inputs; "
                         "make both take the same path"
@@ -432,6 +480,8 @@ class Lowering:
 
     @cached_property
     def ranges(self) -> dict[tuple[str, int, str], float]:
+        if self.whole is not None and not self.calibrate:
+            return self.whole.ranges
         return activation_ranges(self.calibration, self.method)
 
     @cached_property
