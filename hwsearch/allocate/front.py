@@ -2,6 +2,7 @@
 
 Schema history:
   1  one row a point, measured points beside them; header under the Parquet key `hwsearch`.
+  2  widths of channel groups.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hwsearch.table import read_parquet, write_parquet
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "front"
 
 
@@ -40,6 +41,7 @@ class Point:
     size_bytes: float = np.nan
     loss: float = np.nan
     variants: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
     status: str = ""
     gap: float = np.nan
     dominated: bool = False
@@ -55,14 +57,15 @@ class Point:
 class Front:
     """Points over a sweep of one cost column, with what they belong to.
 
-    over: the swept column (`latency` or `size`). units: names, in the order of `Point.variants`.
-    header: network, backend, device, options, and the dense network's `latency` (ns) and `size` (bytes).
+    over: the swept column (`latency` or `size`). units, groups: names, in the order of `Point.variants` and
+    `Point.widths`. header: network, backend, device, options; under `dense` the dense network's costs in ns and bytes.
     """
 
     points: tuple[Point, ...]
     over: str
     units: tuple[str, ...]
     header: dict[str, Any] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row a point; `latency_ms` and `sigma_ms` beside the raw columns."""
@@ -91,9 +94,10 @@ class Front:
             "kind": KIND,
             "over": self.over,
             "units": list(self.units),
+            "groups": list(self.groups),
             "header": self.header,
         }
-        rows = [{**p.__dict__, "variants": list(p.variants)} for p in self.points]
+        rows = [{**p.__dict__, "variants": list(p.variants), "widths": list(p.widths)} for p in self.points]
         write_parquet(pa.Table.from_pylist(rows, schema=_schema()), header, path)
 
     @staticmethod
@@ -101,8 +105,13 @@ class Front:
         """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
         table, header = read_parquet(path, KIND, SCHEMA)
         try:
-            points = tuple(Point(**{**row, "variants": tuple(row["variants"])}) for row in table.to_pylist())
-            return Front(points, header["over"], tuple(header["units"]), dict(header["header"]))
+            points = tuple(
+                Point(**{**row, "variants": tuple(row["variants"]), "widths": tuple(row["widths"])})
+                for row in table.to_pylist()
+            )
+            return Front(
+                points, header["over"], tuple(header["units"]), dict(header["header"]), tuple(header["groups"])
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(
                 f"{path} is damaged: {error!r}; make it again with `hwsearch front`"
@@ -117,6 +126,7 @@ def _schema() -> Any:
         "bool": pa.bool_(),
         "str": pa.string(),
         "tuple[str, ...]": pa.list_(pa.string()),
+        "tuple[int, ...]": pa.list_(pa.int64()),
     }
     return pa.schema([(name, kinds[str(f.type)]) for name, f in Point.__dataclass_fields__.items()])
 
@@ -161,12 +171,18 @@ def dominated(solutions: Sequence[Solution], column: str) -> list[bool]:
 
 def as_front(
     found: Sequence[tuple[int, Solution | None]],
-    problem: Problem,
+    units: Sequence[str],
+    groups: Sequence[str],
+    chosen: Mapping[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]],
     column: str,
     sigma_ns: Mapping[tuple[int, ...], float],
     header: Mapping[str, Any],
 ) -> Front:
-    """A sweep as a Front; sigma_ns: standard error of the predicted latency, for each choice."""
+    """A sweep as a Front.
+
+    chosen: for each choice the variants of the units and the widths of the groups. sigma_ns: standard error of its
+    predicted latency.
+    """
     solutions = [s for _, s in found if s is not None]
     beaten = dict(zip(map(id, solutions), dominated(solutions, column), strict=True))
     points = []
@@ -181,10 +197,11 @@ def as_front(
                 sigma_ns=float(sigma_ns[s.choice]),
                 size_bytes=float(s.costs["size"]),
                 loss=s.loss,
-                variants=tuple(problem.variants(s.choice).values()),
+                variants=chosen[s.choice][0],
+                widths=chosen[s.choice][1],
                 status=s.status,
                 gap=s.gap,
                 dominated=beaten[id(s)],
             )
         )
-    return Front(tuple(points), column, problem.variables, dict(header))
+    return Front(tuple(points), column, tuple(units), dict(header), tuple(groups))

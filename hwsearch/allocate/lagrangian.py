@@ -7,49 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
-
-import numpy as np
-from scipy.optimize import linprog
 
 from hwsearch.allocate.milp import TIME_LIMIT_S, as_solution, minimise, solve
-from hwsearch.allocate.polytope import Linear, Polytope
+from hwsearch.allocate.polytope import Linear
 from hwsearch.allocate.problem import Problem, Solution
 from hwsearch.allocate.program import Program
 
 
 def lower_bound(problem: Problem) -> float:
-    """No allocation within the budgets has less loss than this; infinite where the relaxation is infeasible.
+    """No allocation within the budgets has less loss than this; infinite where none exists for certain.
 
-    The Lagrangian dual of the budgets and of the marginals of the pairs, at the multipliers that the linear program
-    over the local polytope gives (Geoffrion, 1974): with those any least value by blocks is a bound, however far the
-    multipliers are from optimal, so tolerances of the linear program do not touch it.
+    From the linear program over the local polytope, in milliseconds.
     """
-    polytope = Polytope(problem, problem.budgets)
-    loss = polytope.linear(problem.loss)
-    rows, rooms = [], []
-    for column, limit in problem.budgets.items():
-        cost = polytope.linear(problem.costs[column].unary, problem.costs[column])
-        if cost.constant > limit:
-            return math.inf
-        scale = float(max(cost.coefficients.max(), 1))
-        rows.append(cost.coefficients / scale)
-        rooms.append((limit - cost.constant) / scale)
-    span = float(loss.coefficients.max())
-    if not rows or span == 0:
-        return loss.constant
-    costs, room, n = np.array(rows), np.array(rooms), len(polytope.sizes)
-    matrix: Any = polytope.matrix  # sparse, which scipy's stubs do not know of
-    result = linprog(loss.coefficients / span, costs, room, matrix, polytope.right, (0, 1), "highs")
-    if result.status == 2:
-        return math.inf
-    if result.status != 0:
-        return loss.constant
-    prices = np.maximum(-result.ineqlin.marginals, 0)
-    marginals = polytope.matrix[n:].T @ result.eqlin.marginals[n:]
-    reduced = loss.coefficients / span - marginals + prices @ costs
-    least = np.minimum.reduceat(reduced, polytope.starts[:-1]).sum() - prices @ room
-    return loss.constant + max(0.0, span * float(least))
+    program = Program(problem, math.inf)
+    return program.relaxed(program.loss()).bound
 
 
 def hull(

@@ -41,7 +41,7 @@ def solve(
     if found is None:
         raise infeasible(problem, time_limit_s)
     prefer = prefer or next(iter(problem.budgets), None)
-    if prefer and found.proven and _may_tie(problem, program.allowed(program.loss(), found.value)):
+    if prefer and found.proven and _may_tie(problem, found.relaxed.open(found.value)):
         found = _cheapest(problem, found, prefer, start + time_limit_s)
     return as_solution(problem, found)
 
@@ -68,6 +68,8 @@ def minimise(
 
 def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasible:
     """The error that names, for each budget, the least that can be met beside the others or, failing that, alone."""
+    if not problem.budgets:
+        return _untied()
     least: dict[str, float] = {}
     parts = []
     for column in problem.budgets:
@@ -77,13 +79,18 @@ def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasib
         if found is None:
             where = " even without the other budgets"
             found = _least(replace(problem, budgets={}), column, time_limit_s)
-        assert found is not None, "without budgets every choice is allowed"
+        if found is None:
+            return _untied()
         least[column] = found.costs[column]
         known = "" if found.status == "optimal" else "at most "
         parts.append(f"the least {column}{where} is {known}{quantity(column, found.costs[column])}")
     return Infeasible(
         f"no allocation meets {_text(problem.budgets)}: {'; '.join(parts)}; loosen a budget", least
     )
+
+
+def _untied() -> Infeasible:
+    return Infeasible("no allocation agrees with every tie, even without budgets; offer more choices", {})
 
 
 def _text(budgets: Mapping[str, int]) -> str:
@@ -100,6 +107,8 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
     budgets = dict(problem.budgets)
     while True:
         program = Program(replace(problem, budgets=budgets), deadline, [column])
+        if best is not None:
+            program.strike(best.relaxed.open(budgets[column]))
         try:
             found = program.minimise(program.cost(column), lambda choice: problem.cost(column, choice))
         except OutOfTime:
@@ -117,8 +126,8 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
 def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Found:
     """Of the choices with the same loss (within 8 ulp) one of least cost, or the best that TIE_NODES find."""
     program = Program(problem, deadline, [prefer], nodes=TIE_NODES)
-    loss = program.loss()
-    program.at_most(loss, found.value)
+    program.strike(found.relaxed.open(found.value))
+    program.at_most(program.loss(), found.value)
     most = found.value + 8 * math.ulp(found.value)
     cheaper = program.minimise(
         program.cost(prefer),
@@ -132,16 +141,24 @@ def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> F
 
 
 def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
-    """Whether two allowed choices of one variable, or pairs of choices of two, differ by the same loss."""
-    seen: set[float] = set()
+    """Whether two allowed choices of one variable, or pairs of choices of two, differ by the same loss.
+
+    Choices of one variable that require different choices of others are not expected to have the same loss in total.
+    """
+    seen = np.empty(0)
     start = 0
-    for loss in problem.loss:
-        kept = np.sort(loss[allowed[start : start + len(loss)]])
+    for i, loss in enumerate(problem.loss):
+        kept = np.flatnonzero(allowed[start : start + len(loss)])
         start += len(loss)
-        differences = {float(b - a) for i, a in enumerate(kept) for b in kept[i + 1 :]}
-        if 0.0 in differences or seen & differences:
+        a, b = (kept[k] for k in np.triu_indices(len(kept), 1))
+        difference = np.abs(loss[a] - loss[b])
+        free = np.all([t.of[a] == t.of[b] for t in problem.ties if t.i == i], axis=0)
+        if (free & (difference == 0)).any():
             return True
-        seen |= differences
+        difference = np.unique(difference[difference > 0])
+        if np.isin(difference, seen).any():
+            return True
+        seen = np.concatenate([seen, difference])
     return False
 
 

@@ -3,7 +3,8 @@
 A pairwise matrix is first made zero in its first row and column (the rest moves into the unary costs, exactly);
 choices that it then cannot tell apart form one class, and the pair's columns live on classes. The marginals of
 the pair's columns equal the sums of the choices' columns (Wainwright and Jordan, 2008, section 4.1.1), which is
-exact on integers and tight on trees.
+exact on integers and tight on trees. A tie is marginals as well: the columns of a variable's choices that require k
+of another sum to the other's column k.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Polytope:
     """
 
     def __init__(self, problem: Problem, columns: Collection[str]) -> None:
-        self.sizes = problem.sizes
+        self.sizes, self.ties = problem.sizes, problem.ties
         self.pairs = _pairs({column: problem.costs[column] for column in columns})
         widths = [*self.sizes, *(len(p.first_i) * len(p.first_j) for p in self.pairs)]
         self.widths = np.array(widths)
@@ -85,13 +86,18 @@ class Polytope:
         return linear.constant + largest
 
     def decode(self, x: Vector) -> Choice:
-        """The choices nearest to a vector of columns."""
+        """The choices nearest to a vector of columns; they agree with the ties where it is integral."""
         starts = self.starts[: len(self.sizes)]
         return tuple(int(x[s : s + n].argmax()) for s, n in zip(starts, self.sizes, strict=True))
 
     def columns(self, choice: Sequence[int]) -> Ints:
         """The choices' own columns."""
         return np.asarray(self.starts[: len(self.sizes)] + np.asarray(choice), np.int64)
+
+    def wider(self, extra: int) -> csr_array:
+        """`matrix` with columns of zeros added."""
+        m = self.matrix
+        return csr_array((m.data, m.indices, m.indptr), shape=(len(self.right), self.count + extra))
 
     def _equalities(self) -> tuple[csr_array, Vector]:
         n = len(self.sizes)
@@ -106,6 +112,12 @@ class Polytope:
                 cols += [block, self.starts[v] + np.arange(len(classes))]
                 vals += [np.ones(len(block)), -np.ones(len(classes))]
                 row += shape[axis]
+        for tie in self.ties:
+            i, j = (self.starts[v] + np.arange(self.sizes[v]) for v in (tie.i, tie.j))
+            rows += [row + tie.of, row + np.arange(len(j))]
+            cols += [i, j]
+            vals += [np.ones(len(i)), -np.ones(len(j))]
+            row += len(j)
         entries = (np.concatenate(vals), (np.concatenate(rows), np.concatenate(cols)))
         return csr_array(entries, shape=(row, self.count)), (np.arange(row) < n).astype(float)
 

@@ -1,4 +1,4 @@
-"""The factor graph: variables with choices, a loss on each, cost columns on one or two of them, budgets."""
+"""The factor graph: variables with choices, a loss on each, cost columns on one or two of them, ties, budgets."""
 
 from __future__ import annotations
 
@@ -34,11 +34,24 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
+class Tie:
+    """Choosing a for variable i requires choice `of[a]` for variable j, as a unit's widths require its groups'.
+
+    of: [choices of i], integers.
+    """
+
+    i: int
+    j: int
+    of: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Choose one of `choices[i]` for each variable: least total loss, every budgeted cost within its budget.
 
     loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`).
-    budgets: column name -> greatest integer allowed. Raises InvalidInput where these do not fit together.
+    budgets: column name -> greatest integer allowed. ties: choices that require others.
+    Raises InvalidInput where these do not fit together.
     """
 
     variables: tuple[str, ...]
@@ -46,6 +59,7 @@ class Problem:
     loss: tuple[NDArray[np.float64], ...]
     costs: Mapping[str, Cost]
     budgets: Mapping[str, int] = field(default_factory=dict)
+    ties: tuple[Tie, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -61,6 +75,8 @@ class Problem:
         unknown = sorted(set(self.budgets) - set(self.costs))
         if unknown:
             raise InvalidInput(f"budgets on {unknown}, but the costs known are {sorted(self.costs)}")
+        for tie in self.ties:
+            _check_tie(tie, sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -77,9 +93,15 @@ class Problem:
         unary = sum(int(u[a]) for u, a in zip(cost.unary, choice, strict=True))
         return cost.fixed + unary + sum(int(m[choice[i], choice[j]]) for (i, j), m in cost.pairwise.items())
 
+    def consistent(self, choice: Sequence[int]) -> bool:
+        """Whether every tie holds."""
+        return all(tie.of[choice[tie.i]] == choice[tie.j] for tie in self.ties)
+
     def feasible(self, choice: Sequence[int]) -> bool:
-        """Whether every budget holds, in integers."""
-        return all(self.cost(column, choice) <= limit for column, limit in self.budgets.items())
+        """Whether every tie and every budget holds, in integers."""
+        return self.consistent(choice) and all(
+            self.cost(column, choice) <= limit for column, limit in self.budgets.items()
+        )
 
     def variants(self, choice: Sequence[int]) -> dict[str, str]:
         """Variable -> name of what was chosen."""
@@ -114,7 +136,7 @@ def relative_gap(value: float, bound: float) -> float:
 
 
 def brute_force(problem: Problem) -> Solution | None:
-    """The best of all choices, or None if no budget can be met: what every solver here must equal.
+    """The best of all choices, or None if none is feasible: what every solver here must equal.
 
     Ties go to the least first-budgeted cost. For tests: time grows as the product of the sizes.
     """
@@ -151,3 +173,20 @@ def _check_cost(column: str, cost: Cost, sizes: Sequence[int]) -> None:
     total = abs(int(cost.fixed)) + sum(max(abs(int(a.min())), abs(int(a.max()))) for a in arrays)
     if total >= LARGEST:
         raise InvalidInput(f"{column}: costs sum to {total}, beyond 2**53; use a coarser unit")
+
+
+def _check_tie(tie: Tie, sizes: Sequence[int]) -> None:
+    n = len(sizes)
+    if not (0 <= tie.i < n and 0 <= tie.j < n and tie.i != tie.j):
+        raise InvalidInput(f"a tie of {tie.i} to {tie.j} is not between two of {n} variables")
+    if tie.of.shape != (sizes[tie.i],) or not np.issubdtype(tie.of.dtype, np.signedinteger):
+        raise InvalidInput(
+            f"tie of {tie.i} to {tie.j}: expected {sizes[tie.i]} integers, one for each choice of {tie.i}; "
+            f"got {tie.of.dtype} {tie.of.shape}"
+        )
+    absent = np.flatnonzero((tie.of < 0) | (tie.of >= sizes[tie.j]))
+    if len(absent):
+        raise InvalidInput(
+            f"tie of {tie.i} to {tie.j}: choices {absent.tolist()} of {tie.i} require {tie.of[absent].tolist()}, "
+            f"but {tie.j} has choices 0 to {sizes[tie.j] - 1}; leave such choices out"
+        )

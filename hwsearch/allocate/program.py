@@ -6,17 +6,23 @@ within 1e-6. On costs in ns or bytes that lets answers through that are over bud
   then has coefficients below 2**15, is given half a unit to spare, and is missed by a whole one if missed;
 - the objective is scaled to 1e6, and again once the choices that no optimum can hold were struck out;
 - an answer is recomputed in integers; one over budget is cut off and the rest solved again, so none is returned.
+
+With ties a network has thousands of columns, of which an optimum could hold few. The linear relaxation gives a bound
+and, for each column, how far above it any answer that holds the column must be. So the program is solved on a core
+of the cheapest columns, which grows until the answer is below whatever was left out (Balas and Zemel, 1980).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array, vstack
 
 from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
@@ -31,6 +37,9 @@ DIGIT = 12
 
 _SPAN = 1e6
 """Largest coefficient of a scaled objective: HiGHS's absolute gap of 1e-6 is then 1e-12 of the largest loss."""
+
+CORE = 8
+"""Columns in the first core, for each variable; every further core has twice as many."""
 
 _ROUND_OFF = 1e-12
 _INFEASIBLE, _OTHER = 2, 4  # of scipy.optimize.milp
@@ -48,6 +57,25 @@ class Found:
     value: float
     bound: float
     proven: bool
+    relaxed: Relaxed
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """The linear relaxation: no answer is below `bound`, none that holds a column below `bound + above[column]`.
+
+    bound: infinite where nothing is allowed. round_off: of both. choice: the nearest to its solution.
+    """
+
+    bound: float
+    above: Vector
+    round_off: float
+    choice: Choice | None = None
+
+    def open(self, value: float) -> NDArray[np.bool_]:
+        """For each column, whether an answer of at most this value may hold it."""
+        mask: NDArray[np.bool_] = self.above <= value - self.bound + self.round_off
+        return mask
 
 
 class Program:
@@ -65,6 +93,7 @@ class Program:
         self.upper = np.ones(self.polytope.count)
         self.carries = 0
         self.rows: list[tuple[Vector, dict[int, float], float]] = []
+        self.limits: list[tuple[Vector, float]] = []
         self.possible = all(self._bound(column, limit) for column, limit in problem.budgets.items())
 
     def loss(self) -> Linear:
@@ -87,10 +116,64 @@ class Program:
         self.upper[~self.allowed(objective, value)] = 0
         room = value - objective.constant
         if room > 0:
-            scale = _SPAN / room
-            self.rows.append(
-                (np.where(self.upper > 0, objective.coefficients, 0) * scale, {}, _SPAN * (1 + 1e-11))
-            )
+            coefficients, scale = np.where(self.upper > 0, objective.coefficients, 0), _SPAN / room
+            self.limits.append((coefficients, room * (1 + 1e-11)))
+            self.rows.append((coefficients * scale, {}, _SPAN * (1 + 1e-11)))
+
+    def strike(self, kept: NDArray[np.bool_]) -> None:
+        """Allow only choices whose column is kept."""
+        p, n = self.polytope, len(self.polytope.sizes)
+        self.upper[: p.units][~kept[: p.units]] = 0
+        self.possible &= bool(np.maximum.reduceat(self.upper[: p.units], p.starts[:n]).all())
+
+    def relaxed(self, objective: Linear) -> Relaxed:
+        """The bounds that the linear program over the local polytope gives for a shifted objective."""
+        constant, span = objective.constant, _span(objective, self.upper > 0) or 1.0
+        above = np.where(self.upper > 0, objective.coefficients, np.inf)
+        unknown = Relaxed(constant, above, _ROUND_OFF * (abs(constant) + span))
+        left = self.deadline - time.monotonic()
+        if not self.possible:
+            return replace(unknown, bound=math.inf)
+        if left <= 0:
+            return unknown
+        dual = self._dual(objective.coefficients / span, left)
+        if dual is None:
+            return replace(unknown, bound=math.inf) if self._dual(None, left) else unknown
+        if dual.bound < -dual.round_off:
+            return unknown
+        bound = constant + span * max(0.0, dual.bound)
+        return Relaxed(bound, span * dual.above, unknown.round_off + span * dual.round_off, dual.choice)
+
+    def _dual(self, goal: Vector | None, left: float) -> Relaxed | None:
+        """The Lagrangian dual of budgets, ties and marginals, or None if the linear program has no solution.
+
+        It is taken at the linear program's multipliers (Geoffrion, 1974): with any multipliers the least value by
+        blocks is a bound, so tolerances of the linear program do not touch it. Without a goal, the least by which
+        budgets must be exceeded: None where that is not above 0, and else a proof that nothing is allowed.
+        """
+        p, elastic = self.polytope, goal is None
+        scales = [max(float(c.max()), 1.0) for c, _ in self.limits]
+        costs = np.array([c / s for (c, _), s in zip(self.limits, scales, strict=True)]).reshape(-1, p.count)
+        rooms = np.array([room / s for (_, room), s in zip(self.limits, scales, strict=True)])
+        coefficients = np.zeros(p.count) if goal is None else goal
+        rows: Any = np.hstack([costs, np.full((len(rooms), 1), -float(elastic))])
+        matrix: Any = p.wider(1)  # sparse, which scipy's stubs do not know of
+        bounds: Any = np.stack([np.zeros(p.count + 1), np.append(self.upper, np.inf if elastic else 0)], 1)
+        options: Any = {"time_limit": left}
+        objective = np.append(coefficients, float(elastic))
+        result = linprog(objective, rows, rooms, matrix, p.right, bounds, "highs", options=options)
+        if result.status != 0 or result.x is None:
+            return None
+        n = len(p.sizes)
+        prices = np.maximum(-result.ineqlin.marginals, 0)
+        reduced = coefficients - p.matrix[n:].T @ result.eqlin.marginals[n:] + prices @ costs
+        reduced[self.upper == 0] = np.inf
+        least = np.minimum.reduceat(reduced, p.starts[:-1])
+        dual = float(least.sum() - prices @ rooms)
+        round_off = _ROUND_OFF * float(np.abs(least).sum() + np.abs(prices * rooms).sum())
+        if not np.isfinite(dual) or (elastic and dual <= round_off):
+            return None
+        return Relaxed(dual, reduced - np.repeat(least, p.widths), round_off, p.decode(result.x))
 
     def minimise(
         self,
@@ -101,26 +184,61 @@ class Program:
     ) -> Found | None:
         """The least of a shifted objective, or None where nothing is allowed.
 
-        value: the objective, exactly. best: a feasible choice. accept: exact feasibility, by default of the budgets.
+        value: the objective, exactly. best: a feasible choice. accept: exact feasibility, by default the problem's.
         Raises OutOfTime if the deadline came before a first choice.
         """
+        if not self.possible:
+            return None
         accept = accept or self.problem.feasible
+        relaxed = self.relaxed(objective)
+        if math.isinf(relaxed.bound):
+            return None
+        rounded = relaxed.choice
+        if rounded and accept(rounded) and (best is None or value(rounded) < value(best)):
+            best = rounded
+        above = np.sort(relaxed.above[: self.polytope.units])
+        size = CORE * len(self.polytope.sizes)
+        while True:
+            most = math.inf if best is None else value(best)
+            last = size >= len(above) or relaxed.bound + float(above[size]) >= most
+            reach = most if last else relaxed.bound + float(above[size])
+            core = (self.upper > 0) & relaxed.open(reach)
+            found = self._search(objective, value, best, accept, core, relaxed)
+            if found is not None and (last or not found.proven or found.value <= reach):
+                return replace(found, bound=min(found.bound, max(reach, relaxed.bound)))
+            if found is None and last:
+                return None
+            best = best if found is None else found.choice
+            size *= 2
+
+    def _search(
+        self,
+        objective: Linear,
+        value: Callable[[Choice], float],
+        best: Choice | None,
+        accept: Callable[[Choice], bool],
+        core: NDArray[np.bool_],
+        relaxed: Relaxed,
+    ) -> Found | None:
+        """`minimise` on a core of the columns; what it proves is of the core."""
         cuts: list[Ints] = []
-        bound, allowed = objective.constant, self.upper > 0
-        while self.possible:
+        bound, allowed = relaxed.bound, core
+        while True:
             if best is not None:
-                allowed = self.allowed(objective, value(best))
+                allowed = core & self.allowed(objective, value(best))
             span = _span(objective, allowed)
             scale = _SPAN / span if span else 1.0
             result = self._highs(objective.coefficients * scale, allowed, cuts)
             if result is None or result.x is None:
-                if result is not None and result.status == _INFEASIBLE and best is None:
+                infeasible = result is not None and result.status == _INFEASIBLE
+                if best is None and infeasible:
                     return None
                 if best is None:
                     raise OutOfTime(
                         "no allocation was found in the time allowed; allow more, or loosen a budget"
                     )
-                return Found(best, value(best), bound, value(best) <= bound)
+                outside = infeasible and not core[self.polytope.columns(best)].all()
+                return _found(best, value(best), value(best) if outside else bound, False, relaxed)
             if result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
                 bound = max(bound, objective.constant + result.mip_dual_bound / scale)
             choice = self.polytope.decode(result.x)
@@ -130,10 +248,9 @@ class Program:
             if best is None or value(choice) < value(best):
                 best = choice
             done = result.status == 0
-            narrower = _span(objective, self.allowed(objective, value(best)))
+            narrower = _span(objective, core & self.allowed(objective, value(best)))
             if not (done and 0 < narrower < 1e-3 * span):
-                return _found(best, value(best), bound, done)
-        return None
+                return _found(best, value(best), bound, done, relaxed)
 
     def _bound(self, column: str, limit: int) -> bool:
         """Add a budget's rows; False where it cannot be met."""
@@ -145,6 +262,7 @@ class Program:
             self.upper[cost.coefficients > room] = 0
             coefficients = np.where(cost.coefficients > room, 0, cost.coefficients)
             divisor = int(np.gcd.reduce(coefficients)) or 1
+            self.limits.append((coefficients, room))
             self._digits(coefficients // divisor, room // divisor)
         return True
 
@@ -174,10 +292,7 @@ class Program:
             row[[p.count + k for k in carries]] = list(carries.values())
         for row, columns in zip(dense[len(self.rows) :], cuts, strict=True):
             row[columns] = 1
-        equal = csr_array(
-            (p.matrix.data, p.matrix.indices, p.matrix.indptr), shape=(len(p.right), p.count + extra)
-        )
-        matrix = vstack([equal, csr_array(dense)], format="csr")
+        matrix = vstack([p.wider(extra), csr_array(dense)], format="csr")
         lower = np.concatenate([p.right, np.full(len(right), -np.inf)])
         integral = np.zeros(p.count + extra, np.int8)
         integral[: p.units] = integral[p.count :] = 1
@@ -205,7 +320,7 @@ def _span(objective: Linear, allowed: NDArray[np.bool_]) -> float:
     return float(objective.coefficients[allowed].max(initial=0))
 
 
-def _found(choice: Choice, value: float, bound: float, proven: bool) -> Found:
+def _found(choice: Choice, value: float, bound: float, done: bool, relaxed: Relaxed) -> Found:
     if value - bound <= _ROUND_OFF * abs(value):
         bound = value
-    return Found(choice, value, bound, proven)
+    return Found(choice, value, bound, done or value <= bound, relaxed)

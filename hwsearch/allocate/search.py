@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
-from hwsearch.allocate.problem import Cost, Problem, Solution
+from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
 from hwsearch.allocation import Allocation
 from hwsearch.budget import Budget, parse_budgets
-from hwsearch.errors import IncompatibleTables, Infeasible
+from hwsearch.design import AXES, check_axes
+from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, uniform, weight_bytes
@@ -29,12 +32,18 @@ KAPPA = 1.0
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen and what it costs: a problem without its budgets."""
+    """What may be chosen and what it costs: a problem without its budgets.
+
+    The variables are the units, then the channel groups that have more than one width to choose from. A unit's choices
+    are its variants at each of the widths of its groups; ties hold them to what the groups chose.
+    cells: for each unit what its choices stand for.
+    """
 
     table: LatencyTable
     sensitivity: SensitivityTable
     model: LatencyModel
     problem: Problem
+    cells: tuple[tuple[Cell, ...], ...]
 
     @property
     def dense(self) -> dict[str, float]:
@@ -46,67 +55,167 @@ class Space:
         }
 
     def variants(self, choice: Sequence[int]) -> dict[str, Variant]:
+        """The variant of each unit."""
+        chosen = zip(self.table.network.units, self.cells, choice, strict=False)
+        return {unit.name: cells[c].variant for unit, cells, c in chosen}
+
+    def widths(self, choice: Sequence[int]) -> dict[str, int]:
+        """The width of every channel group."""
         names = zip(self.problem.variables, self.problem.choices, choice, strict=True)
-        return {unit: Variant.parse(choices[c]) for unit, choices, c in names}
+        chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :]}
+        return {**self.table.network.channels, **chosen}
 
     def predict(self, choice: Sequence[int]) -> Prediction:
-        return self.model.predict(self.variants(choice))
+        return self.model.predict(self.variants(choice), self.widths(choice))
 
     def with_budgets(self, budgets: Mapping[str, int]) -> Problem:
-        p = self.problem
-        return Problem(p.variables, p.choices, p.loss, p.costs, dict(budgets))
+        return replace(self.problem, budgets=dict(budgets))
 
 
-def space(table: LatencyTable, sensitivity: SensitivityTable, model: LatencyModel | None = None) -> Space:
-    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks."""
+@dataclass(frozen=True)
+class Cell:
+    """One choice of a unit: its variant, and the widths of its groups."""
+
+    variant: Variant
+    widths: tuple[int, ...]
+
+
+def space(
+    table: LatencyTable,
+    sensitivity: SensitivityTable,
+    model: LatencyModel | None = None,
+    *,
+    axes: Sequence[str] = AXES,
+    keep: Sequence[str] = (),
+) -> Space:
+    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
+
+    axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
+    """
     sensitivity.require(table.network)
+    check_axes(axes)
     model = model or fit(table)
+    network = table.network
+    grid = _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
     offered = table.offered()
-    units = table.network.units
-    variants = [[Variant.parse(v) for v in offered[u.name]] for u in units]
-    for unit, choices in zip(units, variants, strict=True):
-        if not choices:
+    base = f"dense.{table.header.options['base']}"
+    cells: list[tuple[Cell, ...]] = []
+    for unit in network.units:
+        variants = [Variant.parse(v) for v in offered[unit.name] if "precision" in axes or v == base]
+        found = [
+            Cell(v, widths)
+            for widths in product(*(grid[g] for g in unit.groups))
+            for v in variants
+            if model.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True)))
+        ]
+        if not found:
             raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
+        cells.append(tuple(found))
+    groups = [g for g, steps in grid.items() if len(steps) > 1]
+    problem = Problem(
+        variables=(*(u.name for u in network.units), *groups),
+        choices=(
+            *(tuple(str(c.variant) for c in own) for own in cells),
+            *(tuple(map(str, grid[g])) for g in groups),
+        ),
+        loss=(
+            *(np.array([sensitivity[u.name, str(c.variant)] for c in own])
+              for u, own in zip(network.units, cells, strict=True)),
+            *(np.array([sensitivity.of_width(g, w) for w in grid[g]]) for g in groups),
+        ),
+        costs=_costs(table, model, cells, grid, groups),
+        budgets={},
+        ties=_ties(table, cells, grid, groups),
+    )  # fmt: skip
+    return Space(table, sensitivity, model, problem, tuple(cells))
+
+
+def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str]) -> dict[str, list[int]]:
+    """Widths that were measured, of the groups that may be made narrower and whose loss is known."""
+    network = table.network
+    names = [u.name for u in network.units] + list(network.channels)
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InvalidInput(f"no layer is named like {pattern!r}; layers are {', '.join(names[:12])}, ...")
+    pinned = {
+        g
+        for u in network.units
+        for g in u.groups
+        if any(fnmatchcase(name, pattern) for pattern in keep for name in (u.name, g))
+    }
+    return {
+        g: [n] if g in pinned or g not in sensitivity.width_loss else steps
+        for (g, steps), n in zip(table.grid().items(), network.channels.values(), strict=True)
+    }
+
+
+def _costs(
+    table: LatencyTable,
+    model: LatencyModel,
+    cells: Sequence[Sequence[Cell]],
+    grid: Mapping[str, Sequence[int]],
+    groups: Sequence[str],
+) -> dict[str, Cost]:
+    """Latency, size and MACs in integers; exact in size and MACs at every width."""
+    network = table.network
+    units = network.units
+    at = [
+        [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
+        for u, own in zip(units, cells, strict=True)
+    ]
+    none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
     pairwise: dict[tuple[int, int], Any] = {}
-    for src, dst in dict.fromkeys((e.src, e.dst) for e in table.network.edges):
+    for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
         i, j = position[src], position[dst]
-        terms = model.edge_ns(src, dst)
+        shares = [network.share(src, w) for _, w in at[i]]
+        terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
         matrix = np.array(
-            [[round(terms[a.quantized, b.quantized]) for b in variants[j]] for a in variants[i]], np.int64
+            [[round(terms[s][a.quantized, b.quantized]) for b, _ in at[j]] for s, (a, _) in zip(shares, at[i], strict=True)],
+            np.int64,
         )
         key, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
         pairwise[key] = pairwise.get(key, 0) + matrix
-    latency = Cost(
-        fixed=round(model.rest_ns),
-        unary=tuple(
-            np.array([round(model.unit_ns(u.name, v)) for v in choices], np.int64)
-            for u, choices in zip(units, variants, strict=True)
+    return {
+        "latency": Cost(
+            fixed=round(model.rest_ns),
+            unary=(
+                *(np.array([round(model.unit_ns(u.name, v, w)) for v, w in own], np.int64)
+                  for u, own in zip(units, at, strict=True)),
+                *none,
+            ),
+            pairwise=pairwise,
         ),
-        pairwise=pairwise,
-    )
-    size = Cost(
-        fixed=table.network.fixed_bytes + table.header.graph_bytes,
-        unary=tuple(
-            np.array([weight_bytes(u, v) for v in choices], np.int64)
-            for u, choices in zip(units, variants, strict=True)
+        "size": Cost(
+            fixed=network.fixed_bytes + table.header.graph_bytes,
+            unary=(
+                *(np.array([weight_bytes(network.unit_at(u.name, w), v) for v, w in own], np.int64)
+                  for u, own in zip(units, at, strict=True)),
+                *(np.array([-g.fixed_bytes * (g.channels - w) for w in grid[g.name]], np.int64)
+                  for name in groups for g in network.groups if g.name == name),
+            ),
         ),
-        pairwise={},
+        "macs": Cost(
+            fixed=0,
+            unary=(
+                *(np.array([network.unit_at(u.name, w).macs for _, w in own], np.int64)
+                  for u, own in zip(units, at, strict=True)),
+                *none,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def _ties(
+    table: LatencyTable, cells: Sequence[Sequence[Cell]], grid: Mapping[str, Sequence[int]], groups: Sequence[str]
+) -> tuple[Tie, ...]:
+    number = {g: len(cells) + i for i, g in enumerate(groups)}
+    return tuple(
+        Tie(i, number[g], np.array([list(grid[g]).index(c.widths[place]) for c in own], np.int64))
+        for i, (unit, own) in enumerate(zip(table.network.units, cells, strict=True))
+        for place, g in enumerate(unit.groups)
+        if g in number
     )
-    # precision leaves the work as it is; widths will change it
-    macs = Cost(table.network.macs, tuple(np.zeros(len(choices), np.int64) for choices in variants))
-    loss = tuple(
-        np.array([sensitivity[u.name, str(v)] for v in choices])
-        for u, choices in zip(units, variants, strict=True)
-    )
-    problem = Problem(
-        variables=tuple(u.name for u in units),
-        choices=tuple(tuple(str(v) for v in choices) for choices in variants),
-        loss=loss,
-        costs={"latency": latency, "size": size, "macs": macs},
-        budgets={},
-    )
-    return Space(table, sensitivity, model, problem)
 
 
 def limits(budgets: Sequence[Budget], dense: Mapping[str, float]) -> dict[str, int]:
@@ -119,6 +228,8 @@ def search(
     sensitivity: SensitivityTable,
     budgets: Sequence[str | Budget],
     *,
+    axes: Sequence[str] = AXES,
+    keep: Sequence[str] = (),
     kappa: float = KAPPA,
     model: LatencyModel | None = None,
     tighten: Mapping[str, int] | None = None,
@@ -126,11 +237,12 @@ def search(
     """The allocation of least loss whose predicted costs meet every budget, solved exactly.
 
     Latency counts as T + kappa * sigma. Where the dense fp32 network meets every budget, it is the answer.
-    tighten: integer limits that replace the budgets' own (the closed loop's).
+    axes: what may be chosen, `width`, `precision` or both. keep: patterns of names (`classifier*`) of units whose
+    channels all stay. tighten: integer limits that replace the budgets' own (the closed loop's).
     Raises Infeasible naming the least that can be met; InvalidInput on malformed budgets.
     """
     parsed = parse_budgets([str(b) for b in budgets])
-    at = space(table, sensitivity, model)
+    at = space(table, sensitivity, model, axes=axes, keep=keep)
     wanted = limits(parsed, at.dense)
     dense_meets = all(math.floor(at.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
@@ -173,15 +285,17 @@ def as_allocation(
     at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
 ) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
-    variants = at.variants(solution.choice)
-    prediction = at.model.predict(variants)
+    variants, widths = at.variants(solution.choice), at.widths(solution.choice)
+    prediction = at.predict(solution.choice)
     return _allocation(
         at,
         {u: str(v) for u, v in variants.items()},
+        widths,
         {
             "latency_ns": prediction.time_ns,
             "sigma_ns": prediction.sigma_ns,
             "size_bytes": solution.costs["size"],
+            "macs": solution.costs["macs"],
             "loss": solution.loss,
         },
         budgets,
@@ -197,16 +311,18 @@ def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str,
         "latency_ns": at.dense["latency"],
         "sigma_ns": (build.high - build.low) / 3.92 * at.table.header.reference_ns,
         "size_bytes": round(at.dense["size"]),
+        "macs": at.table.network.macs,
         "loss": 0.0,
     }
     variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
     proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
-    return _allocation(at, variants, predicted, budgets, wanted, proof, "fp32")
+    return _allocation(at, variants, at.table.network.channels, predicted, budgets, wanted, proof, "fp32")
 
 
 def _allocation(
     at: Space,
     variants: dict[str, str],
+    widths: Mapping[str, int],
     predicted: dict[str, Any],
     budgets: Sequence[Budget],
     wanted: Mapping[str, int],
@@ -217,7 +333,9 @@ def _allocation(
     network = at.table.network
     return Allocation(
         variants=variants,
-        predicted={**predicted, "macs": network.macs},
+        widths=dict(widths),
+        kept={g: list(at.sensitivity.order[g][:w]) for g, w in widths.items() if w < network.channels[g]},
+        predicted=predicted,
         dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
@@ -238,17 +356,26 @@ def front(
     points: int = 20,
     budgets: Sequence[str | Budget] = (),
     *,
+    axes: Sequence[str] = AXES,
+    keep: Sequence[str] = (),
     model: LatencyModel | None = None,
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
-    at = space(table, sensitivity, model)
+    at = space(table, sensitivity, model, axes=axes, keep=keep)
     fixed = limits(parse_budgets([str(b) for b in budgets]), at.dense) if budgets else {}
     found = sweep(at.with_budgets(fixed), over, points)
     sigma = {s.choice: at.predict(s.choice).sigma_ns for _, s in found if s is not None}
     header = table.header
+    chosen = {
+        s.choice: (tuple(map(str, at.variants(s.choice).values())), tuple(at.widths(s.choice).values()))
+        for _, s in found
+        if s is not None
+    }
     return as_front(
         found,
-        at.problem,
+        tuple(u.name for u in table.network.units),
+        tuple(table.network.channels),
+        chosen,
         over,
         sigma,
         {

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import all_choices, network, problems
+from problems import network, problems
+from tied import consistent_choices, tied_problems
 
 from hwsearch.allocate.front import Front, Point, as_front, dominated, sweep
 from hwsearch.allocate.milp import minimise
@@ -35,11 +36,11 @@ def front() -> Front:
     ).with_measured([measured])
 
 
-@settings(max_examples=30, deadline=None)
-@given(problems(budgets=False), st.integers(2, 6))
+@settings(max_examples=50, deadline=None)
+@given(problems(budgets=False) | tied_problems(budgets=False), st.integers(2, 6))
 def test_a_sweep_is_monotone_and_lies_on_the_front(problem: Problem, points: int) -> None:
     found = sweep(problem, "latency", points)
-    all_points = [(problem.cost("latency", a), problem.total_loss(a)) for a in all_choices(problem)]
+    all_points = [(problem.cost("latency", a), problem.total_loss(a)) for a in consistent_choices(problem)]
     assert found[0][1] is None
     assert found[0][0] < min(c for c, _ in all_points)
     budgets = [b for b, _ in found]

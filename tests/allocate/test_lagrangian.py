@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
-from problems import all_choices, network, problems
+from problems import network, problems
+from tied import consistent_choices, tied_problems
 
 from hwsearch.allocate.lagrangian import hull, lower_bound
 from hwsearch.allocate.milp import minimise, solve
@@ -15,7 +16,7 @@ from hwsearch.errors import Infeasible
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
+@given(problems() | tied_problems())
 def test_the_bound_is_below_the_optimum(problem: Problem) -> None:
     best = brute_force(problem)
     bound = lower_bound(problem)
@@ -37,10 +38,10 @@ def test_the_bound_of_what_cannot_be_met() -> None:
     assert lower_bound(problem) == 0.0
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems(budgets=False))
+@settings(max_examples=60, deadline=None)
+@given(problems(budgets=False) | tied_problems(budgets=False))
 def test_hull_corners_are_those_of_brute_force(problem: Problem) -> None:
-    points = {(problem.cost("latency", a), problem.total_loss(a)) for a in all_choices(problem)}
+    points = {(problem.cost("latency", a), problem.total_loss(a)) for a in consistent_choices(problem)}
     corners = hull(problem, "latency")
     found = [(s.costs["latency"], s.loss) for s in corners]
     assert set(found) <= points

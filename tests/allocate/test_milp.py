@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import all_choices, network, problems
 from scipy.optimize import OptimizeResult
+from tied import channels, tied_problems
 
+from hwsearch.allocate import program
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.polytope import Ints, Vector
-from hwsearch.allocate.problem import Cost, Problem, brute_force
+from hwsearch.allocate.problem import Cost, Problem, Tie, brute_force
 from hwsearch.allocate.program import Program
 from hwsearch.errors import HwsearchError, Infeasible
 
@@ -22,8 +24,8 @@ def least(problem: Problem, column: str, budgets: dict[str, int]) -> int | None:
     return min((problem.cost(column, a) for a in all_choices(problem) if within.feasible(a)), default=None)
 
 
-@settings(max_examples=120, deadline=None)
-@given(problems())
+@settings(max_examples=200, deadline=None)
+@given(problems() | tied_problems())
 def test_equals_brute_force(problem: Problem) -> None:
     """The same loss, never over budget, the same least cost among equal losses; infeasible names the true least."""
     best = brute_force(problem)
@@ -45,8 +47,8 @@ def test_equals_brute_force(problem: Problem) -> None:
     assert found.gap <= 1e-2 if found.loss < 1e-8 else found.gap <= 1e-6
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems())
+@settings(max_examples=60, deadline=None)
+@given(problems() | tied_problems())
 def test_minimise_is_exact(problem: Problem) -> None:
     for budgets in ({}, {c: b for c, b in problem.budgets.items() if c != "latency"}):
         expected = least(problem, "latency", budgets)
@@ -114,6 +116,35 @@ def test_infeasible_says_what_can_be_met() -> None:
     with pytest.raises(Infeasible, match="even without the other budgets") as caught:
         solve(replace(problem, budgets={"latency": fastest - 1, "size": smallest - 1}))
     assert caught.value.least == {"latency": fastest, "size": smallest}
+
+
+def test_what_no_tie_allows() -> None:
+    ties = (Tie(0, 1, np.array([0, 0])), Tie(2, 1, np.array([1, 1])))
+    costs = {"latency": Cost(0, (np.array([1, 2]),) * 3)}
+    problem = Problem(tuple("abc"), (tuple("xy"),) * 3, (np.array([0.0, 1.0]),) * 3, costs, ties=ties)
+    assert brute_force(problem) is None
+    for budgets in ({}, {"latency": 100}):
+        with pytest.raises(Infeasible, match="no allocation agrees with every tie"):
+            solve(replace(problem, budgets=budgets))
+    with pytest.raises(Infeasible, match="no allocation agrees with every tie"):
+        minimise(problem, "latency")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [{"latency": 0.7}, {"latency": 0.3}, {"latency": 0.4, "size": 0.2}])
+def test_widths_are_solved_to_proof(
+    seed: int, share: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups and units agree, every budget holds, and leaving columns out of the core changes nothing."""
+    free = channels(5, 3, 4, seed)
+    dense = (0,) * len(free.sizes)
+    assert free.consistent(dense)
+    problem = replace(free, budgets={c: int(free.cost(c, dense) * f) for c, f in share.items()})
+    found = solve(problem)
+    assert problem.feasible(found.choice)
+    assert (found.status, found.gap) == ("optimal", 0.0)
+    monkeypatch.setattr(program, "CORE", 10**6)
+    assert solve(problem).loss == pytest.approx(found.loss, rel=1e-9, abs=0)
 
 
 def test_ties_go_to_the_faster() -> None:

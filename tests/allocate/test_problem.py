@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from problems import all_choices, problems
+from tied import tied_problems
 
 from hwsearch.allocate.polytope import Polytope
-from hwsearch.allocate.problem import Cost, Problem, brute_force, relative_gap
+from hwsearch.allocate.problem import Cost, Problem, Tie, brute_force, relative_gap
 from hwsearch.errors import InvalidInput
 
 TWO = Problem(
@@ -32,6 +33,17 @@ def test_cost_loss_and_variants_of_a_choice() -> None:
     assert TWO.variants((1, 2)) == {"a": "y", "b": "z"}
     assert TWO.feasible((1, 1))
     assert not TWO.feasible((0, 0))
+
+
+def test_a_tie_must_hold_besides_the_budgets() -> None:
+    tied = replace(TWO, ties=(Tie(1, 0, np.array([1, 0, 0])),))
+    assert [a for a in all_choices(tied) if tied.consistent(a)] == [(0, 1), (0, 2), (1, 0)]
+    assert not tied.feasible((1, 1))  # within budget
+    assert not tied.feasible((0, 1))  # agrees
+    assert not any(map(tied.feasible, all_choices(tied)))
+    found = brute_force(replace(tied, budgets={"latency": 25}))
+    assert found is not None
+    assert found.choice == (1, 0)
 
 
 def test_brute_force_by_hand() -> None:
@@ -61,6 +73,10 @@ def _cost(**changes: Any) -> dict[str, Cost]:
     return {"latency": replace(TWO.costs["latency"], **changes)}
 
 
+def _tie(i: int, j: int, of: list[Any]) -> dict[str, Any]:
+    return {"ties": (Tie(i, j, np.array(of)),)}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -84,6 +100,14 @@ def _cost(**changes: Any) -> dict[str, Cost]:
         ),
         (lambda: {"costs": _cost(pairwise={(0, 1): np.zeros((2, 3))})}, "expected integers"),
         (lambda: {"costs": _cost(fixed=2**53)}, "use a coarser unit"),
+        (lambda: _tie(0, 2, [0, 0]), "a tie of 0 to 2 is not between two of 2 variables"),
+        (lambda: _tie(-1, 0, [0, 0]), "not between two"),
+        (lambda: _tie(1, 1, [0, 1, 2]), "not between two"),
+        (lambda: _tie(0, 1, [0, 0, 0]), r"tie of 0 to 1: expected 2 integers.*got int64 \(3,\)"),
+        (lambda: _tie(0, 1, [[0, 0]]), "expected 2 integers"),
+        (lambda: _tie(0, 1, [0.0, 1.0]), "expected 2 integers.*got float64"),
+        (lambda: _tie(0, 1, [0, -1]), r"choices \[1\] of 0 require \[-1\], but 1 has choices 0 to 2"),
+        (lambda: _tie(0, 1, [3, 0]), r"choices \[0\] of 0 require \[3\]"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change: Callable[[], dict[str, Any]], said: str) -> None:
@@ -91,10 +115,10 @@ def test_what_does_not_fit_together_is_refused(change: Callable[[], dict[str, An
         replace(TWO, **change())
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems(budgets=False))
+@settings(max_examples=80, deadline=None)
+@given(problems(budgets=False) | tied_problems(budgets=False))
 def test_the_polytope_costs_what_the_problem_costs(problem: Problem) -> None:
-    """At the point of every choice: marginals hold, and the linear function is the cost, exactly."""
+    """At the point of every choice: marginals hold, ties just if they do, and the linear function is the cost."""
     polytope = Polytope(problem, problem.costs)
     starts = polytope.starts[len(problem.sizes) :]
     for choice in list(all_choices(problem))[::7]:
@@ -102,7 +126,7 @@ def test_the_polytope_costs_what_the_problem_costs(problem: Problem) -> None:
         x[polytope.columns(choice)] = 1
         for p, start in zip(polytope.pairs, starts, strict=False):
             x[start + p.class_i[choice[p.i]] * len(p.first_j) + p.class_j[choice[p.j]]] = 1
-        assert np.array_equal(polytope.matrix @ x, polytope.right)
+        assert np.array_equal(polytope.matrix @ x, polytope.right) == problem.consistent(choice)
         assert polytope.decode(x) == choice
         for column, cost in problem.costs.items():
             linear = polytope.linear(cost.unary, cost)
