@@ -11,7 +11,7 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.variants import Variant
 
-SCHEMA = 1
+SCHEMA = 2
 
 _MAKE = "expected an allocation from `hwsearch search`"
 _KEYS = {
@@ -23,8 +23,10 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """One variant for each unit, in network order.
+    """One variant for each unit and one width for each channel group, in network order.
 
+    widths: slots kept of each group. order: where any group is narrower, the slots of each, the most important first, apart
+    by spaces; a group keeps as many from the front.
     predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `macs`, `loss`. dense: `latency_ns`, `size_bytes` of the dense
     fp32 network. budgets: each with its `text`, `column` and integer `limit` (ns or bytes). solver: `status`, `gap`
     and `bound` (no allocation in the space has less loss than that). network, weights_digest: fingerprints of what it
@@ -41,6 +43,8 @@ class Allocation:
     device: dict[str, Any]
     backend: str
     options: dict[str, Any]
+    widths: dict[str, int] = field(default_factory=dict)
+    order: dict[str, str] = field(default_factory=dict)
     network_name: str = ""
     created: str = ""
     schema: int = field(default=SCHEMA)
@@ -49,7 +53,17 @@ class Allocation:
     def uniform(self) -> str | None:
         """The variant that every unit has, or None where they differ."""
         kinds = set(self.variants.values())
-        return kinds.pop() if len(kinds) == 1 else None
+        return kinds.pop() if len(kinds) == 1 and not self.narrow else None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether any channel goes."""
+        return any(self.widths[g] < len(slots) for g, slots in self.slots.items())
+
+    @property
+    def slots(self) -> dict[str, list[int]]:
+        """`order` as numbers."""
+        return {group: [int(i) for i in text.split()] for group, text in self.order.items()}
 
     def counts(self) -> dict[str, int]:
         """How many units have each variant, the most frequent first."""
@@ -94,6 +108,15 @@ class Allocation:
             raise InvalidInput(f"{path} allocates no unit; search again")
         for variant in allocation.variants.values():
             Variant.parse(variant)
+        try:
+            slots = allocation.slots
+        except ValueError as error:
+            raise InvalidInput(f"{path} is not an allocation: order: {error}; search again") from error
+        for group, own in slots.items():
+            if sorted(own) != list(range(len(own))) or not 0 < allocation.widths.get(group, 0) <= len(own):
+                raise InvalidInput(
+                    f"{path} is not an allocation: width and order of {group} do not fit together; search again"
+                )
         parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
         parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
         for key, part, wanted in parts:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.backends.base import Backend
+from hwsearch.design import AXES, candidate_widths, check_axes
 from hwsearch.pipeline import sensitivity_for
 from hwsearch.profiler import profile as _profile
 from hwsearch.profiler import regime
@@ -29,6 +31,7 @@ def profile(
     batch: int | None = None,
     time_limit_s: float = 600.0,
     mode: str = "context",
+    axes: Sequence[str] = AXES,
     seed: int = 0,
     builds: int | None = None,
     progress: Progress | None = None,
@@ -37,12 +40,12 @@ def profile(
 
     threads: inference threads. base: precision of what is not int8 (None: the backend's preferred one). batch: None
     for that of the example inputs. time_limit_s: seconds after which no further build begins. mode: `context` (whole
-    networks) or `isolated` (layer by layer). builds: builds of the design (None: by the network's size).
+    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both. builds: builds of the design (None: by the network's size).
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     at = regime(task, _backend(backend), threads=threads, base=base, batch=batch)
     return _profile(
-        at, out, time_limit_s=time_limit_s, mode=mode, seed=seed, builds=builds, progress=progress
+        at, out, time_limit_s=time_limit_s, mode=mode, axes=axes, seed=seed, builds=builds, progress=progress
     )
 
 
@@ -52,11 +55,23 @@ def sensitivity(
     out: str | Path | None = None,
     backend: str | Backend = "openvino",
     base: str | None = None,
+    axes: Sequence[str] = AXES,
+    table: LatencyTable | None = None,
+    weights: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """Loss of every (unit, variant) of a backend on the task's calibration data; `out` is used again if it is there.
+    """Loss of every (unit, variant) of a backend, and of every (channel group, width), on the task's calibration data.
 
-    Raises UntraceableModel, IncompatibleTables, InvalidInput.
+    `out` is used again if it is there. axes: without `width` the groups are left out. table: its widths are scored (None:
+    all that a profile would try). weights: folder to keep refitted weights in, for `deploy` and `verify`. Raises UntraceableModel, IncompatibleTables, InvalidInput.
     """
-    return sensitivity_for(regime(task, _backend(backend), base=base), out, seed=seed, progress=progress)
+    at = regime(task, _backend(backend), base=base)
+    check_axes(axes)
+    grid: Mapping[str, Sequence[int]] = {}
+    if "width" in axes and table is not None:
+        table.require(network=at.network)
+        grid = table.grid()
+    elif "width" in axes:
+        grid = {g: candidate_widths(n) for g, n in at.network.channels.items()}
+    return sensitivity_for(at, out, seed=seed, grid=grid, weights=weights, progress=progress)

@@ -123,6 +123,17 @@ Base = Annotated[
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the example inputs.")]
+Axes = Annotated[
+    str, typer.Option(metavar="AXIS[,AXIS]", help="What units may differ in: `width,precision`, or one of them.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="PATTERN", help="Layers whose channels all stay, for instance 'classifier*'; may be given several times."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -153,6 +164,10 @@ def seconds(duration: str) -> float:
     if total <= 0:
         raise InvalidInput(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
     return total
+
+
+def _axes(text: str) -> list[str]:
+    return [axis.strip() for axis in text.split(",") if axis.strip()]
 
 
 def _version(asked: bool) -> None:
@@ -208,6 +223,7 @@ def profile(
         Literal["context", "isolated"],
         typer.Option(help="Time units inside whole networks, or each by itself (the baseline)."),
     ] = "context",
+    axes: Axes = "width,precision",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -219,7 +235,7 @@ def profile(
     with Progress() as progress:
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
-            mode=mode, seed=seed, progress=progress,
+            mode=mode, axes=_axes(axes), seed=seed, progress=progress,
         )  # fmt: skip
     show.table(table, as_json)
 
@@ -242,28 +258,37 @@ def sensitivity(
     output: Output,
     backend: Backend = "openvino",
     base: Base = None,
+    axes: Axes = "width,precision",
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Latency table, to score just the widths that it found.")
+    ] = None,
+    weights: Weights = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Score what each variant of each unit loses. On calibration data."""
+    """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
     import hwsearch as hs
     from hwsearch.progress import Progress
 
     with Progress() as progress:
         scores = hs.sensitivity(
-            hs.load(task), out=output, backend=backend, base=base, seed=seed, progress=progress
-        )
+            hs.load(task), out=output, backend=backend, base=base, axes=_axes(axes), weights=weights, seed=seed,
+            table=None if table is None else hs.LatencyTable.load(table), progress=progress,
+        )  # fmt: skip
     show.sensitivity(scores, as_json)
 
 
 @app.command()
 def search(
-    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, output: Output, as_json: AsJson = False
-) -> None:
+    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, output: Output, axes: Axes = "width,precision",
+    keep: Keep = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Find the best allocation under budgets. The one of least predicted loss, solved exactly."""
     import hwsearch as hs
 
-    allocation = hs.search(hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), budget)
+    allocation = hs.search(
+        hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), budget, axes=_axes(axes), keep=keep or ()
+    )
     allocation.save(output)
     show.allocation(allocation, as_json)
 
@@ -276,6 +301,8 @@ def front(
     over: Annotated[Literal["latency", "size"], typer.Option(help="The cost that is swept.")] = "latency",
     points: Annotated[int, typer.Option(min=2, help="Budgets to sweep.")] = 20,
     budget: MaybeBudgets = None,
+    axes: Axes = "width,precision",
+    keep: Keep = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
     ] = None,
@@ -286,7 +313,7 @@ def front(
 
     found = hs.front(
         hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), over=over, points=points,
-        budgets=budget or (),
+        budgets=budget or (), axes=_axes(axes), keep=keep or (),
     )  # fmt: skip
     found.save(output)
     if plot is not None:
@@ -300,6 +327,7 @@ def deploy(
     allocation: AllocationFile,
     output: Output,
     backend: MaybeBackend = None,
+    weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the ONNX file of an allocation."""
@@ -307,7 +335,7 @@ def deploy(
     from hwsearch.allocation import Allocation
 
     chosen = Allocation.load(allocation)
-    deployed = hs.deploy(hs.load(task), chosen, output, backend=backend)
+    deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
     if as_json:
         show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
     else:
@@ -324,6 +352,7 @@ def verify(
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Latency table that the allocation was searched on.")
     ] = None,
+    weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an allocation. Latency, score and size, beside what was predicted; exit 3 if a budget is missed."""
@@ -332,7 +361,7 @@ def verify(
 
     chosen = Allocation.load(allocation)
     known = None if table is None else hs.LatencyTable.load(table)
-    report = hs.verify(hs.load(task), chosen, backend=backend, threads=threads, table=known)
+    report = hs.verify(hs.load(task), chosen, backend=backend, threads=threads, table=known, weights=weights)
     report.save(output)
     _finish(report, as_json)
 
@@ -348,6 +377,8 @@ def run(
     threads: Threads = 1,
     base: Base = None,
     batch: Batch = None,
+    axes: Axes = "width,precision",
+    keep: Keep = None,
     seed: Seed = 0,
     time_limit: TimeLimit = "10m",
     as_json: AsJson = False,
@@ -361,7 +392,7 @@ def run(
         with Progress() as progress:
             report = hs.run(
                 hs.load(task), budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed,
-                time_limit_s=limit, progress=progress,
+                axes=_axes(axes), keep=keep or (), time_limit_s=limit, progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from hwsearch import device as devices
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend, Engine
 from hwsearch.budget import Budget, parse_budgets
+from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.profiler import Regime, record, regime
+from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.report import Report
 from hwsearch.scoring import divergence
 from hwsearch.table import Build, LatencyTable
@@ -43,6 +45,12 @@ class Deployed:
     size_bytes: int
     allocation: Allocation
     base: str
+    at: Regime = field(repr=False)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The same network in torch, in fp32: really narrower, with parameters that can be fine-tuned."""
+        return as_module(self.at.lowering)
 
 
 def check_allocation(allocation: Allocation, at: Regime) -> None:
@@ -69,6 +77,22 @@ def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads:
     return at
 
 
+def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
+    """The regime with the channels that an allocation keeps, its weights refitted (by `bank`, or anew)."""
+    channels = at.network.channels
+    if not allocation.narrow:
+        return at
+    if {g: len(s) for g, s in allocation.slots.items()} != channels:
+        raise IncompatibleTables("the allocation is of other channel groups than the network has; search again")
+    bank = bank or weight_bank(at.lowering, None, allocation.slots)
+    return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank))
+
+
+def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
+    """The weights that an allocation is put together from, kept in `folder`."""
+    return weight_bank(at.lowering, folder, allocation.slots) if allocation.narrow else None
+
+
 def parse_variants(allocation: Allocation) -> dict[str, Variant]:
     return {unit: Variant.parse(v) for unit, v in allocation.variants.items()}
 
@@ -79,20 +103,25 @@ def deploy(
     out: str | Path,
     *,
     backend: str | Backend | None = None,
+    weights: str | Path | None = None,
     at: Regime | None = None,
 ) -> Deployed:
     """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
 
-    Raises IncompatibleTables (another network), BackendUnavailable (it does not build).
+    weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; without it they are refitted anew.
+    at: the allocation's own regime, at its widths. Raises IncompatibleTables (another network), BackendUnavailable
+    (it does not build).
     """
-    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend))
+    if at is None:
+        whole = of_allocation(task, allocation, _backend(backend or allocation.backend))
+        at = at_widths(whole, allocation, bank_of(whole, allocation, weights))
     base = str(allocation.options.get("base", at.options.base))
     model = at.onnx(parse_variants(allocation), metadata=_metadata(allocation, base))
     data = model.SerializeToString()
     at.backend.build(data, replace(at.options, base=base if base in at.backend.bases() else at.options.base))
     path = Path(out)
     write_bytes(path, data)
-    return Deployed(path, len(data), allocation, base)
+    return Deployed(path, len(data), allocation, base, at)
 
 
 def _backend(which: str | Backend) -> Backend:
@@ -158,11 +187,12 @@ def score(task: Task, predict: Callable[..., Any], what: str) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be built: variants, base precision, and the metadata of the file."""
+    """What is to be built: variants, base precision, the metadata of the file, and at which widths (None: whole)."""
 
     variants: dict[str, Variant]
     base: str
     metadata: Mapping[str, str] | None = None
+    at: Regime | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +204,7 @@ class Measured:
     build: Build
     engine: Engine
     file_bytes: int
+    at: Regime
 
 
 class Session:
@@ -200,7 +231,8 @@ class Session:
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
-        built = {n: self.at.build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
+        ats = {n: job.at or self.at for n, job in wanted.items()}
+        built = {n: ats[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
             self.reference.run,
             {name: engine.run for name, (engine, _) in built.items()},
@@ -214,9 +246,13 @@ class Session:
             name: Measured(
                 variants=job.variants,
                 timing=timings[name],
-                build=record(self.at, "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
+                build=replace(
+                    record(ats[name], "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
+                    widths=tuple(ats[name].network.channels.values()),
+                ),
                 engine=built[name][0],
                 file_bytes=int(built[name][1].ByteSize()),
+                at=ats[name],
             )
             for name, job in wanted.items()
         }
@@ -228,10 +264,10 @@ class Session:
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
         if what not in self._uniforms:
-            return score(self.at.lowering.task, predictor(self.at.lowering, measured.engine), what)
+            return score(self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what)
         if what not in self._scores:
             self._scores[what] = score(
-                self.at.lowering.task, predictor(self.at.lowering, measured.engine), what
+                self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what
             )
         return self._scores[what]
 
@@ -244,7 +280,7 @@ class Session:
     def loss(self, measured: Measured) -> float:
         """Divergence of the engine's outputs from the dense module's, mean over calibration samples."""
         kind = self.at.lowering.task.divergence
-        predict = predictor(self.at.lowering, measured.engine)
+        predict = predictor(measured.at.lowering, measured.engine)
         total, count = 0.0, 0
         for traced, args, kwargs in self.at.lowering.calibration:
             with torch.no_grad():
@@ -284,6 +320,7 @@ def verify(
     threads: int | None = None,
     out: str | Path | None = None,
     table: LatencyTable | None = None,
+    weights: str | Path | None = None,
     at: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
@@ -291,11 +328,12 @@ def verify(
     """Measure an allocation on this device and report predicted beside measured.
 
     Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
-    given. The budget holds only as measured. Raises IncompatibleTables where the table is of another device.
+    given. The budget holds only as measured. weights: as for `deploy`. Raises IncompatibleTables where the table is of another device.
     """
     report, _ = verify_with_build(
-        task, allocation, backend=backend, threads=threads, table=table, at=at, rounds=rounds, session=session
-    )
+        task, allocation, backend=backend, threads=threads, table=table, weights=weights, at=at, rounds=rounds,
+        session=session,
+    )  # fmt: skip
     if out is not None:
         report.save(out)
     return report
@@ -308,11 +346,13 @@ def verify_with_build(
     backend: str | Backend | None = None,
     threads: int | None = None,
     table: LatencyTable | None = None,
+    weights: str | Path | None = None,
     at: Regime | None = None,
+    own: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
 ) -> tuple[Report, Build]:
-    """As `verify`, with the measured build for the table."""
+    """As `verify`, with the measured build for the table. own: `at` at the allocation's widths."""
     at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads)
     device = devices.fingerprint()
     if table is not None:
@@ -323,13 +363,15 @@ def verify_with_build(
     unsupported = table.header.unsupported if table is not None else {}
     candidates = uniform_candidates(at, unsupported)
     base = base if base in at.backend.bases() else at.options.base
-    deployed, measured = session.measure_all(Job(variants, base, _metadata(allocation, base)), candidates)
+    own = own or at_widths(at, allocation, bank_of(at, allocation, weights))
+    job = Job(variants, base, _metadata(allocation, base), own)
+    deployed, measured = session.measure_all(job, candidates)
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
     limit = resolve(budgets, session.ms(dense), dense.file_bytes, at.network.macs)
 
     def within(m: Measured) -> bool:
-        costs = {"latency": session.ms(m), "size": float(m.file_bytes), "macs": float(at.network.macs)}
+        costs = {"latency": session.ms(m), "size": float(m.file_bytes), "macs": float(m.at.network.macs)}
         # a nanosecond of slack: a budget of 100 % is rounded down to whole ones
         return not m.build.wrong and all(costs[c] <= bound + 1e-6 for c, bound in limit.items())
 
@@ -362,6 +404,8 @@ def verify_with_build(
             "predicted": allocation.predicted["size_bytes"],
             "deployed": deployed.file_bytes,
         },
+        macs={"dense": at.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
+        widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
         uniform=None
         if best is None

@@ -10,7 +10,7 @@ Bayesian linear regression: boundary terms are pooled over edges by tensor size 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from scipy.stats import kendalltau
 
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Edge, Network
-from hwsearch.table import Build, LatencyTable
+from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant
 
 Floats = NDArray[np.float64]
@@ -52,15 +52,18 @@ class LatencyModel:
         self.inflate, self.floor_ns = inflate, floor
         self.network: Network = table.network
 
-    def predict(self, variants: Mapping[str, Variant]) -> Prediction:
-        """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured."""
-        row = self._row(variants)
+    def predict(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> Prediction:
+        """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured.
+
+        widths: slots kept, of the channel groups that are not whole.
+        """
+        row = self._row(variants, widths or {})
         variance = float(row @ self._covariance @ row)
         return Prediction(float(row @ self._mean), float(self.inflate * np.sqrt(variance + self.floor_ns**2)))
 
-    def _row(self, variants: Mapping[str, Variant]) -> Floats:
+    def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
         row = np.zeros(len(self._index))
-        for features in _all_features(self.network, variants).values():
+        for features in _all_features(self.network, variants, widths).values():
             for feature, value in features:
                 if feature not in self._index:
                     if feature[0] == "unit":
@@ -76,20 +79,28 @@ class LatencyModel:
         """b0: what no unit and no edge accounts for."""
         return float(self._mean[self._index["rest",]])
 
-    def unit_ns(self, unit: str, variant: Variant) -> float:
-        """t[u, v] without any boundary. Raises InvalidInput on a variant that was not measured."""
-        feature = ("unit", self.network[unit].signature, str(variant))
+    def unit_ns(self, unit: str, variant: Variant, widths: Mapping[str, int] | None = None) -> float:
+        """t[u, v] without any boundary, at some widths. Raises InvalidInput on what was not measured."""
+        feature = ("unit", self.network.unit_at(unit, widths or {}).signature, str(variant))
         if feature not in self._index:
-            raise InvalidInput(f"the table has no measurement of {variant} for unit {unit}")
+            raise InvalidInput(f"the table has no measurement of {variant} for unit {unit} at widths {widths or 'whole'}")
         return float(self._mean[self._index[feature]])
 
-    def edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
-        """Sum over the edges from src to dst of r[e, class pair]; float to float is 0."""
+    def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
+        """Whether a unit was measured in a variant at some widths."""
+        return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self._index
+
+    def edge_ns(self, src: str, dst: str, share: float = 1.0) -> dict[tuple[bool, bool], float]:
+        """Sum over the edges from src to dst of r[e, class pair]; float to float is 0.
+
+        share: of its whole size that src's output has.
+        """
         totals = {(False, False): 0.0}
         for pair in PAIRS:
             total = 0.0
             for edge in self.network.edges:
                 if (edge.src, edge.dst) == (src, dst):
+                    edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
                     for feature, value in (
                         *_edge_features(edge, pair, "src"),
                         *_edge_features(edge, pair, "dst"),
@@ -113,13 +124,14 @@ def _edge_features(edge: Edge, pair: tuple[bool, bool], side: str) -> list[tuple
 
 
 def _all_features(
-    network: Network, variants: Mapping[str, Variant]
+    network: Network, variants: Mapping[str, Variant], widths: Mapping[str, int]
 ) -> dict[str, list[tuple[Feature, float]]]:
     """For each unit the terms of its own time and of the edges that it is on; under "" the rest."""
     features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
     for unit in network.units:
-        features[unit.name] = [(("unit", unit.signature, str(variants[unit.name])), 1.0)]
-    for edge in network.edges:
+        signature = network.unit_at(unit.name, widths).signature
+        features[unit.name] = [(("unit", signature, str(variants[unit.name])), 1.0)]
+    for edge in network.edges_at(widths):
         pair = variants[edge.src].quantized, variants[edge.dst].quantized
         features[edge.src] += _edge_features(edge, pair, "src")
         features[edge.dst] += _edge_features(edge, pair, "dst")
@@ -136,12 +148,6 @@ class _Row:
     features: list[tuple[Feature, float]]
     value: float
     error: float
-
-
-def usable(table: LatencyTable) -> list[Build]:
-    """Builds a fit may use: whole networks under the table's base that ran as asked."""
-    base = table.header.options["base"]
-    return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
 
 
 def fit(
@@ -161,10 +167,11 @@ def fit(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
     equations = _Equations(table, builds, boundaries)
-    folds = min(5, len(builds) // 2)
+    folds = min(5 if len(equations.features) <= _MANY else 3, len(builds) // 2)
     part = np.arange(len(builds)) % folds
     best: tuple[float, _Scales, float] | None = None
-    for scales in _SCALES if boundaries else _SCALES[:1]:
+    tried = _SCALES if len(equations.features) <= _MANY else _FEW_SCALES
+    for scales in tried if boundaries else _SCALES[:1]:
         errors, scores = [], []
         for fold in range(folds):
             held = np.flatnonzero(part == fold)
@@ -188,16 +195,12 @@ def fit(
     )
 
 
-def variants_of(table: LatencyTable, build: Build) -> dict[str, Variant]:
-    """A build's allocation by unit name."""
-    return {u.name: Variant.parse(v) for u, v in zip(table.network.units, build.variants, strict=True)}
-
-
 def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
     """One equation for the whole build, then one for each unit (fused ones together)."""
     reference = table.header.reference_ns
     total = build.ratio * reference
-    features = _all_features(table.network, variants_of(table, build))
+    candidate = table.candidate(build)
+    features = _all_features(table.network, candidate.variants, candidate.widths)
     if not boundaries:
         features = {
             name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
@@ -249,6 +252,11 @@ class _Scales:
 
 
 _SCALES = [_Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
+
+
+_FEW_SCALES = [_Scales(0.01, 0.001), _Scales(0.03, 0.01), _Scales(0.1, 0.03)]
+_MANY = 400
+"""Parameters above which fewer priors are compared: the time to solve grows with their cube."""
 
 
 class _Equations:
@@ -333,7 +341,8 @@ class Validation:
 def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
     """Predicted against measured on builds that the fit has not seen."""
     table = model.table
-    predicted = [model.predict(variants_of(table, b)) for b in builds]
+    candidates = [table.candidate(b) for b in builds]
+    predicted = [model.predict(c.variants, c.widths) for c in candidates]
     measured = np.array([table.time_ns(b) for b in builds])
     times = np.array([p.time_ns for p in predicted])
     sigma = np.array([p.sigma_ns for p in predicted])

@@ -19,6 +19,8 @@ from hwsearch.channels import Axis, Channels
 Mask = NDArray[np.bool_]
 """For each slot number whether it stays."""
 
+SPLITS = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk".split())
+
 
 def share_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """A graph of one's own on the same tensors: setting one leaves the first graph as it is."""
@@ -44,7 +46,9 @@ def narrow_graph(graph: fx.GraphModule, channels: Channels, mask: Mask) -> fx.Gr
     return narrow
 
 
-def masked_graph(graph: fx.GraphModule, channels: Channels, mask: Mask, reads: Iterable[tuple[str, int]]) -> fx.GraphModule:
+def masked_graph(
+    graph: fx.GraphModule, channels: Channels, mask: Mask, reads: Iterable[tuple[str, int]]
+) -> fx.GraphModule:
     """The whole graph with zeros for the slots left out, in the weights that read them.
 
     reads: (path of a weight, its axis that holds what the unit reads).
@@ -75,11 +79,19 @@ def left_channels(channels: Channels, mask: NDArray[np.bool_]) -> Channels:
     def axis(a: Axis) -> Axis:
         return Axis(a.axis, number[a.slots[mask[a.slots]]])
 
+    def shape(own: tuple[int, ...], axes: Sequence[Axis]) -> tuple[int, ...]:
+        left = {a.axis: len(a.kept(mask)) for a in axes}
+        return tuple(left.get(d, size) for d, size in enumerate(own))
+
     return replace(
         channels,
         groups={g: number[s[mask[s]]] for g, s in channels.groups.items()},
         nodes={n: [[axis(a) for a in axes] for axes in several] for n, several in channels.nodes.items()},
         tensors={p: [axis(a) for a in axes] for p, axes in channels.tensors.items()},
+        shapes={
+            n: [shape(own, axes) for own, axes in zip(several, channels.nodes[n], strict=True)]
+            for n, several in channels.shapes.items()
+        },
     )
 
 
@@ -101,23 +113,30 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
                 return int(mask[axis.slots[:index]].sum())
         return index
 
-    name, args = op_name(node).rstrip("_"), list(node.args)
+    name = op_name(node).rstrip("_")
+    args: list[Any] = list(node.args)
+    options: dict[str, Any] = dict(node.kwargs)
     own = axes(node)
     if name in ("reshape", "view", "_unsafe_view", "expand") and own:
-        sizes = list(args[1])  # type: ignore[arg-type]
+        sizes = list(args[1])
         for axis in own:
             if sizes[axis.axis] != -1:
                 sizes[axis.axis] = len(axis.kept(mask))
         node.update_arg(1, sizes)
+    elif name == "repeat" and own and not axes(args[0]):  # copies for each channel of a tensor without
+        times = list(args[1])
+        for axis in own:
+            times[axis.axis] = len(axis.kept(mask))
+        node.update_arg(1, times)
     elif name == "unflatten" and own:
-        dim, sizes = int(args[1]), list(args[2])  # type: ignore[arg-type]
+        dim, sizes = int(args[1]), list(args[2])
         for axis in own:
             position = axis.axis - dim % rank(args[0])
             if 0 <= position < len(sizes) and sizes[position] != -1:
                 sizes[position] = len(axis.kept(mask))
         node.update_arg(2, sizes)
-    elif name in ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split") and axes(args[0]):
-        dim = int(args[2] if len(args) > 2 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+    elif name in SPLITS and axes(args[0]):
+        dim = args[2] if len(args) > 2 else options.get("dim", 0)
         if any(a.axis == dim % rank(args[0]) for a in axes(args[0])):
             sizes, start = [], 0
             for shape in channels.shapes[node.name]:
@@ -127,43 +146,35 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
             node.target = aten.split_with_sizes.default
             node.args, node.kwargs = (args[0], sizes, dim), {}
     elif name == "slice" and axes(args[0]):
-        dim = int(args[1]) if len(args) > 1 else 0  # type: ignore[arg-type]
+        dim = int(args[1]) if len(args) > 1 else 0
         start = args[2] if len(args) > 2 and args[2] is not None else 0
         end = args[3] if len(args) > 3 and args[3] is not None else 2**62
         if any(a.axis == dim % rank(args[0]) for a in axes(args[0])):
-            node.args = (args[0], dim, before(args[0], dim, start), before(args[0], dim, end), *args[4:])  # type: ignore[arg-type]
+            node.args = (args[0], dim, before(args[0], dim, start), before(args[0], dim, end), *args[4:])
     elif name == "narrow" and axes(args[0]):
-        dim, start = int(args[1]), int(args[2])  # type: ignore[arg-type]
-        first, last = before(args[0], dim, start), before(args[0], dim, start + int(args[3]))  # type: ignore[arg-type]
+        dim, start = int(args[1]), int(args[2])
+        first, last = before(args[0], dim, start), before(args[0], dim, start + int(args[3]))
         node.args = (args[0], dim, first, last - first)
     elif name == "select" and axes(args[0]):
-        node.update_arg(2, before(args[0], int(args[1]), int(args[2])))  # type: ignore[arg-type]
+        node.update_arg(2, before(args[0], int(args[1]), int(args[2])))
     elif name == "group_norm" and axes(args[0]):
         for axis in axes(args[0]):
-            node.update_arg(1, int(args[1]) * len(axis.kept(mask)) // len(axis.slots))  # type: ignore[call-overload]
-    elif name == "layer_norm" and axes(args[0]):
+            node.update_arg(1, int(args[1]) * len(axis.kept(mask)) // len(axis.slots))
+    elif name in ("layer_norm", "rms_norm") and axes(args[0]):
         for axis in axes(args[0]):
             if axis.axis == rank(args[0]) - 1:
                 node.update_arg(1, [len(axis.kept(mask))])
     elif node.target in CONVOLUTIONS and axes(args[0]):
-        _narrow_groups(node, channels, mask, axes(args[0]))
+        _narrow_groups(node, mask, axes(args[0]))
 
 
-def _narrow_groups(
-    node: fx.Node, channels: Channels, mask: Mask, came: Sequence[Axis]
-) -> None:
-    """The number of groups of a depthwise convolution is that of its channels."""
+def _narrow_groups(node: fx.Node, mask: Mask, came: Sequence[Axis]) -> None:
+    """A depthwise convolution has as many groups as channels; any other keeps the number of its groups."""
     position = 6
-    count = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    if count == 1 or any(a.axis == 1 for a in channels.tensors.get(str(weight.target), [])):
-        return
+    count: Any = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
     for axis in came:
-        left = len(axis.kept(mask)) * int(count) // len(axis.slots)  # type: ignore[call-overload, arg-type]
-        if len(node.args) > position:
-            node.update_arg(position, left)
-        else:
-            node.update_kwarg("groups", left)
-
-
+        if count != 1 and count == len(axis.slots):
+            if len(node.args) > position:
+                node.update_arg(position, len(axis.kept(mask)))
+            else:
+                node.update_kwarg("groups", len(axis.kept(mask)))

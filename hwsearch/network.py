@@ -73,18 +73,16 @@ class Unit:
         for way in cut:
             shapes[way.tensor][way.axis] -= way.each * (channels[way.group] - widths[way.group])
         attributes = dict(self.attributes)
-        if int(attributes.get("groups", "1")) > 1 and len(self.weight_shape) > 1:
-            # what one of the groups of a grouped convolution reads is fixed, or their number is
-            reads = self.weight_shape[1] if not self.op.startswith("conv_transpose") else 0
-            if reads and shapes["weight"][1] == reads:
-                attributes["groups"] = str(shapes["input0"][self.channel_axis] // reads)
+        if self.op.startswith("conv"):
+            before, left = self.input_shapes[0][self.channel_axis], shapes["input0"][self.channel_axis]
+            if attributes.get("groups", "1") == str(before) != "1":  # depthwise
+                attributes["groups"] = str(left)
         inputs = tuple(tuple(shapes[f"input{i}"]) for i in range(len(self.input_shapes)))
         output, weight = tuple(shapes["output"]), tuple(shapes["weight"])
         whole = macs(self.op, self.input_shapes, self.output_shape, self.weight_shape)
         own = macs(self.op, inputs, output, weight)
-        bias = self.other_bytes
-        if self.out_channels:
-            bias = bias * weight[self.out_axis] // self.out_channels
+        axis = self.channel_axis if self.op.startswith("conv") else -1
+        bias = self.other_bytes * output[axis] // self.output_shape[axis] if self.other_bytes else 0
         return replace(
             self,
             input_shapes=inputs,
@@ -208,17 +206,37 @@ class Network:
         """Slots of each channel group: the width of the dense network."""
         return {g.name: g.channels for g in self.groups}
 
+    @cached_property
+    def _narrowed(self) -> dict[Any, Unit]:
+        return {}
+
+    def unit_at(self, name: str, widths: Mapping[str, int]) -> Unit:
+        """A unit as it is where only `widths[g]` slots are left of each group named."""
+        unit = self.by_name[name]
+        key = name, *(widths.get(g, self.channels[g]) for g in unit.groups)
+        if key not in self._narrowed:
+            self._narrowed[key] = unit.narrow(widths, self.channels)
+        return self._narrowed[key]
+
+    def share(self, unit: str, widths: Mapping[str, int]) -> float:
+        """Of its whole size how much a unit's output has at some widths."""
+        own, dense = self.unit_at(unit, widths).output_shape, self.by_name[unit].output_shape
+        return math.prod(own) / (math.prod(dense) or 1)
+
+    def edges_at(self, widths: Mapping[str, int]) -> tuple[Edge, ...]:
+        """The edges with the tensors that their sources put out at some widths."""
+        share = {e.src: self.share(e.src, widths) for e in self.edges}
+        return tuple(replace(e, tensor_bytes=round(e.tensor_bytes * share[e.src])) for e in self.edges)
+
     def narrow(self, widths: Mapping[str, int]) -> Network:
         """The network with `widths[g]` slots left of each group named; its groups have that many."""
         removed = {g.name: g.channels - widths.get(g.name, g.channels) for g in self.groups}
         if not any(removed.values()):
             return self
-        units = tuple(u.narrow(widths, self.channels) for u in self.units)
-        share = {u.name: math.prod(u.output_shape) / (math.prod(self[u.name].output_shape) or 1) for u in units}
         return replace(
             self,
-            units=units,
-            edges=tuple(replace(e, tensor_bytes=round(e.tensor_bytes * share[e.src])) for e in self.edges),
+            units=tuple(self.unit_at(u.name, widths) for u in self.units),
+            edges=self.edges_at(widths),
             groups=tuple(replace(g, channels=g.channels - removed[g.name]) for g in self.groups),
             fixed_bytes=self.fixed_bytes - sum(g.fixed_bytes * removed[g.name] for g in self.groups),
         )

@@ -96,8 +96,6 @@ class OnnxWidths:
             role, unit, call, port = json.loads(helper.get_node_attr_value(node, "tag"))
             site = self.traced.sites[unit][call]
             if role == "weight":
-                for axis in self.traced.channels.tensors.get(self.traced.paths[unit][0] or "", []):
-                    self.axis.setdefault(f"{node.output[0]}@{axis.axis}", axis)
                 return
             of = site.node if role == "out" else self._nodes[site.node].args[site.activations[port]].name
             self._set(node.output[0], self._traced(of))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hwsearch.latency import fit, usable, validate
-from hwsearch.table import LatencyTable
+from hwsearch.latency import fit, validate
+from hwsearch.table import LatencyTable, usable
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:

@@ -13,12 +13,15 @@ from hwsearch.allocate.search import front, limits, search
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import Budget, parse_budgets
-from hwsearch.deployment import Session, deploy, parse_variants, verify_with_build
+from hwsearch.compress.bank import WeightBank
+from hwsearch.deployment import Session, at_widths, deploy, parse_variants, verify_with_build
+from hwsearch.design import AXES, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import fit
 from hwsearch.plot import plot_front
 from hwsearch.profiler import Regime, profile, regime, wrong_variants
 from hwsearch.progress import Progress
+from hwsearch.refitting import weight_bank
 from hwsearch.report import Report
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
 from hwsearch.table import LatencyTable
@@ -39,12 +42,15 @@ def run(
     batch: int | None = None,
     seed: int = 0,
     time_limit_s: float = 600.0,
+    axes: Sequence[str] = AXES,
+    keep: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`; another run there,
-    with another budget, uses the table and the sensitivities again. Raises Infeasible (with the least that can be met)
+    axes: what may be chosen, `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
+    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
+    `weights`; another run there, with another budget, uses the table and the sensitivities again. Raises Infeasible (with the least that can be met)
     and BudgetMissed (after five rounds; the nearest allocation is left in `out`).
     """
     parsed = parse_budgets([str(b) for b in budgets])
@@ -54,11 +60,16 @@ def run(
     runtime = backends.get(backend) if isinstance(backend, str) else backend
     at = regime(task, runtime, threads=threads, base=base, batch=batch)
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
-    table = profile(at, table_path, time_limit_s=time_limit_s, seed=seed, progress=progress)
-    sensitivity = sensitivity_for(at, sens_path, seed=seed, progress=progress)
-    report, _, table = closed_loop(task, at, table, sensitivity, parsed, folder, progress)
+    check_axes(axes)
+    table = profile(at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress)
+    grid = table.grid() if "width" in axes else {}
+    weights = folder / "weights"
+    sensitivity = sensitivity_for(at, sens_path, seed=seed, grid=grid, weights=weights, progress=progress)
+    report, _, table = closed_loop(
+        task, at, table, sensitivity, parsed, folder, progress, axes=axes, keep=keep, weights=weights
+    )
     table.save(table_path)
-    sweep = front(table, sensitivity).with_measured(measured_points(report))
+    sweep = front(table, sensitivity, axes=axes, keep=keep).with_measured(measured_points(report))
     sweep.save(folder / "front.parquet")
     plot_front(sweep, folder / "front.png")
     if not report.met:
@@ -72,23 +83,40 @@ def run(
 
 
 def sensitivity_for(
-    at: Regime, path: str | Path | None, *, seed: int = 0, progress: Progress | None = None
+    at: Regime,
+    path: str | Path | None,
+    *,
+    seed: int = 0,
+    grid: Mapping[str, Sequence[int]] | None = None,
+    weights: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> SensitivityTable:
-    """The sensitivities at `path` where they are of this network and form, else measured anew."""
+    """The sensitivities at `path` where they are of this network and form, else measured anew.
+
+    grid: widths of the channel groups to score. weights: folder of refitted weights to use and to leave.
+    """
     precisions = at.backend.precisions(at.options.base)
     wanted = {f"dense.{p}" for p in precisions}
+    narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
         found.require(at.network)
         have = set(next(iter(found.loss.values())))
-        if wanted <= have and found.quantize_outputs == at.backend.quantize_outputs:
+        if not wanted <= have or found.quantize_outputs != at.backend.quantize_outputs:
+            raise IncompatibleTables(
+                f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
+            )
+        if all(set(steps) <= set(found.width_loss.get(g, {})) for g, steps in narrower.items()):
             return found
-        raise IncompatibleTables(
-            f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
-        )
+    bank = None
+    if narrower:
+        progress_ = progress or Progress.silent()
+        progress_.start(None, "finding which channels matter")
+        bank = weight_bank(at.lowering, weights)
+        progress_.stop()
     return measure_sensitivity(
         at.lowering, path, precisions=precisions, quantize_outputs=at.backend.quantize_outputs,
-        kind=at.lowering.task.divergence, seed=seed, progress=progress,
+        kind=at.lowering.task.divergence, seed=seed, grid=narrower, bank=bank, progress=progress,
     )  # fmt: skip
 
 
@@ -100,6 +128,10 @@ def closed_loop(
     budgets: Sequence[Budget],
     folder: Path,
     progress: Progress | None = None,
+    *,
+    axes: Sequence[str] = AXES,
+    keep: Sequence[str] = (),
+    weights: str | Path | None = None,
 ) -> tuple[Report, Allocation, LatencyTable]:
     """Search, deploy and measure until the budget holds as measured, at most five times.
 
@@ -111,25 +143,31 @@ def closed_loop(
     session = Session(at, table)
     best: tuple[tuple[bool, float], Report, Allocation] | None = None
     tighten: dict[str, int] = {}
+    bank: WeightBank | None = None
     try:
         for number in range(1, MAX_ROUNDS + 1):
             model = fit(table)
             try:
-                allocation = search(table, sensitivity, budgets, model=model, tighten=tighten)
+                allocation = search(
+                    table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=tighten
+                )
             except Infeasible:
                 if best is None:
                     raise
                 break  # nothing predicted to be faster is left
-            if best is not None and allocation.variants == best[2].variants:
+            if best is not None and (allocation.variants, allocation.widths) == (best[2].variants, best[2].widths):
                 tighten = _tighter(tighten, table, budgets, best[1], allocation, step=1)
                 continue
-            deploy(task, allocation, folder / f"round{number}.onnx", backend=at.backend, at=at)
+            if bank is None and allocation.narrow:
+                bank = weight_bank(at.lowering, weights, sensitivity.order)
+            own = at_widths(at, allocation, bank)
+            deploy(task, allocation, folder / f"round{number}.onnx", at=own)
             report, build = verify_with_build(
-                task, allocation, table=table, at=at, rounds=number, session=session
+                task, allocation, table=table, at=at, own=own, rounds=number, session=session
             )
             table = table.with_build(replace(build, role="deployed"))
             if build.wrong:
-                table = table.with_header(unsupported=_without_wrong(at, table, allocation))
+                table = table.with_header(unsupported=_without_wrong(own, table, allocation))
             table.save(folder / "table.parquet")
             progress.step(
                 f"round {number}: {report.latency_ms['measured']:.4g} ms measured, "
@@ -174,13 +212,16 @@ def _tighter(
         "macs": float(table.network.macs),
     }
     wanted = limits(budgets, dense)
-    measured = {"latency": report.latency_ms["measured"], "size": report.size_bytes["deployed"]}
-    bound = {"latency": report.latency_ms["budget"], "size": report.size_bytes["budget"]}
-    predicted = {"latency": allocation.predicted["latency_ns"], "size": allocation.predicted["size_bytes"]}
+    measured = {
+        "latency": report.latency_ms["measured"], "size": report.size_bytes["deployed"], "macs": report.macs["deployed"],
+    }  # fmt: skip
+    bound = {
+        "latency": report.latency_ms["budget"], "size": report.size_bytes["budget"], "macs": report.macs["budget"],
+    }  # fmt: skip
+    predicted = {"latency": allocation.predicted["latency_ns"], "size": allocation.predicted["size_bytes"],
+                 "macs": allocation.predicted["macs"]}  # fmt: skip
     tighter = dict(old)
     for column, limit in wanted.items():
-        if column not in measured:
-            continue  # precision does not change it
         over = float(measured[column] or 0) / float(bound[column] or 1) - 1.0
         if over > 0:
             ceiling = min(old.get(column, limit), int(predicted[column]))
@@ -219,5 +260,6 @@ def measured_points(report: Report) -> list[Point]:
             loss=report.loss["measured"],
             score=report.score["deployed"],
             variants=tuple(report.variants.values()),
+            widths=tuple(kept for kept, _ in report.widths.values()),
         )
     ]

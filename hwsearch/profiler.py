@@ -1,4 +1,4 @@
-"""Which whole networks to build, and what their times say of units and edges."""
+"""Build whole networks by design, time them, and keep what their nodes took: the latency table."""
 
 from __future__ import annotations
 
@@ -14,24 +14,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch import device as devices
-from hwsearch.backends.base import Backend, BuildOptions, Engine, NodeTime
+from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.design import (
+    AXES,
+    Candidate,
+    all_cells,
+    apart,
+    candidate_widths,
+    check_axes,
+    cover,
+    default_builds,
+    random_candidate,
+    whole,
+    worth,
+)
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.lower import Lowering, isolate, tensor_names, unit_of
+from hwsearch.compress.widths import Kept, Weights
+from hwsearch.lower import Lowering, isolate, tensor_names
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
 from hwsearch.progress import Progress
-from hwsearch.table import Build, Header, LatencyTable, NodeRow
+from hwsearch.table import Build, Header, LatencyTable, usable
 from hwsearch.variants import Variant, legal, network_bytes, uniform
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
 
 MODES = ("context", "isolated")
-_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
-_MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize")
-_PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearConv", "QGemm",
-             "QLinearMatMul", "Deconvolution", "NhwcFusedConv")  # fmt: skip
+SHORT = Protocol(width=0.02, limit_s=0.5, min_rounds=3)
+"""Builds of a design over widths are many: what one lacks in rounds the others give."""
+
+MOST_BUILDS = 400
+PROBE_SHARE = 0.4
+"""Of the time limit, what finding the widths worth knowing may take."""
+
 METADATA_BYTES = 1024
 """The most that the metadata of a deployed file takes."""
 
@@ -61,6 +79,12 @@ class Regime:
         """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
         own: Callable[[], int] = getattr(self.backend, "clock", time.perf_counter_ns)
         return own
+
+    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Regime:
+        """The same with only the kept slots of the channel groups; see `Lowering.narrow`."""
+        if all(len(k) == self.network.channels[g] for g, k in kept.items()) and not weights:
+            return self
+        return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
 
     def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
         return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
@@ -94,151 +118,6 @@ def regime(
     return Regime(Lowering(task, batch), backend, BuildOptions(threads, base or bases[0]))
 
 
-# ---------------------------------------------------------------- attribution
-
-
-def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, str]) -> tuple[NodeRow, ...]:
-    """Each executed node as the work of units, a conversion on an edge, or the rest.
-
-    names: for each ONNX tensor the node that makes it, for runtimes which name layers after tensors.
-    """
-    known = {unit.name: i for i, unit in enumerate(network.units)}
-    rows = []
-    for node in nodes:
-        plain = () if _moves(node.op) else (node.name,)
-        sources = [_resolve(s, names) for s in (node.sources or plain)]
-        owners = [
-            (unit, own, source) for source in sources for unit, own in [unit_of(source)] if unit in known
-        ]
-        working = _ordered({u for u, own, s in owners if own and not _is_conversion(s)}, known)
-        if not working and node.op.startswith(_PRODUCTS):
-            working = [u for u, _, _ in owners][-1:]  # named after what was fused behind the product
-        if working:
-            kind, units = "unit", working
-        elif owners:
-            converts = [u for u, own, s in owners if own]
-            kind = "edge" if converts else "rest"
-            units = (converts or [u for u, _, _ in owners])[-1:]
-        else:
-            mentioned = _mentioned(node.name, known)
-            kind, units = ("edge" if _moves(node.op) else "rest"), mentioned[-1:]
-        rows.append(NodeRow(node.name, node.op, kind, tuple(units), node.precision, node.time_ns))
-    return tuple(rows)
-
-
-def _resolve(source: str, names: Mapping[str, str]) -> str:
-    if "|" in source:
-        return source
-    while source:
-        if source in names:
-            return names[source]
-        if "_" not in source and "/" not in source:
-            return ""
-        source = source[: max(source.rfind("_"), source.rfind("/"))]
-    return ""
-
-
-def _is_conversion(source: str) -> bool:
-    return source.split("|")[2].startswith(_CONVERSIONS)
-
-
-def _moves(op: str) -> bool:
-    return op.startswith(_MOVES) or "Reorder" in op
-
-
-def _ordered(units: set[str], known: Mapping[str, int]) -> list[str]:
-    return sorted(units, key=known.__getitem__)
-
-
-def _mentioned(name: str, known: Mapping[str, int]) -> list[str]:
-    found = [(name.rfind(f"{unit}|") + len(unit), len(unit), unit) for unit in known if f"{unit}|" in name]
-    return [unit for _, _, unit in sorted(found)]
-
-
-def executed_precisions(rows: Sequence[NodeRow], network: Network) -> tuple[str, ...]:
-    """For each unit the precision of the longest node that does its work; empty where no node names it."""
-    longest: dict[str, tuple[float, str]] = {}
-    for row in rows:
-        if row.kind == "unit":
-            moved = _moves(row.op)
-            for unit in row.units:
-                rank = (-1.0 if moved else row.time_ns, row.precision)
-                if unit not in longest or rank[0] > longest[unit][0]:
-                    longest[unit] = rank
-    return tuple(longest[u.name][1] if u.name in longest else "" for u in network.units)
-
-
-def told_apart(
-    executed: Sequence[str], rows: Sequence[NodeRow], allocation: Mapping[str, Variant], network: Network
-) -> tuple[str, ...]:
-    """Executed precisions, empty for a float unit inside a fused node that reports the int8 of a unit fused with it.
-
-    A runtime gives a fused node one precision. It confirms int8 for whoever asked for it, and says nothing of the rest.
-    """
-    mixed = {
-        unit
-        for row in rows
-        if row.kind == "unit" and len(row.units) > 1
-        for unit in row.units
-        if row.precision != allocation[unit].precision
-        and not allocation[unit].quantized
-        and any(allocation[other].precision == row.precision for other in row.units)
-    }
-    return tuple("" if u.name in mixed else e for u, e in zip(network.units, executed, strict=True))
-
-
-# ---------------------------------------------------------------- design
-
-
-def random_allocation(
-    network: Network, offered: Mapping[str, Sequence[Variant]], rng: np.random.Generator
-) -> dict[str, Variant]:
-    """A Markov run over the units: neighbours keep a variant with a random stickiness, under a random mix."""
-    stickiness = rng.uniform(0.0, 0.9)
-    weights: dict[Variant, float] = {}
-    allocation: dict[str, Variant] = {}
-    previous: Variant | None = None
-    for unit in network.units:
-        choices = list(offered[unit.name])
-        for variant in choices:
-            weights.setdefault(variant, float(rng.exponential()))
-        if previous in choices and rng.random() < stickiness:
-            allocation[unit.name] = previous
-        else:
-            p = np.array([weights[v] for v in choices]) + 1e-9
-            allocation[unit.name] = choices[int(rng.choice(len(choices), p=p / p.sum()))]
-        previous = allocation[unit.name]
-    return allocation
-
-
-def cover(
-    network: Network,
-    offered: Mapping[str, Sequence[Variant]],
-    done: Sequence[Mapping[str, Variant]],
-    rng: np.random.Generator,
-    pool: int = 48,
-) -> dict[str, Variant]:
-    """The allocation, of a random pool, that most covers what was seldom built: (unit, variant) and (edge, pair)."""
-    counts: dict[tuple[Any, ...], int] = {}
-    for allocation in done:
-        for fact in _facts(network, allocation):
-            counts[fact] = counts.get(fact, 0) + 1
-    candidates = [random_allocation(network, offered, rng) for _ in range(pool)]
-    candidates = [a for a in candidates if a not in done] or candidates
-    return max(candidates, key=lambda a: sum(1.0 / (1 + counts.get(f, 0)) ** 2 for f in _facts(network, a)))
-
-
-def _facts(network: Network, allocation: Mapping[str, Variant]) -> list[tuple[Any, ...]]:
-    facts: list[tuple[Any, ...]] = [(u.signature, u.name, allocation[u.name]) for u in network.units]
-    facts += [(e.name, allocation[e.src].quantized, allocation[e.dst].quantized) for e in network.edges]
-    return facts
-
-
-def default_builds(network: Network) -> int:
-    """Builds of the design, held-out ones included, where the time limit allows them."""
-    return int(np.clip(len(network.units) // 2 + 10, 16, 40))
-
-
 # ---------------------------------------------------------------- the profile
 
 
@@ -248,6 +127,7 @@ def profile(
     *,
     time_limit_s: float = 600.0,
     mode: str = "context",
+    axes: Sequence[str] = AXES,
     seed: int = 0,
     builds: int | None = None,
     protocol: Protocol | None = None,
@@ -256,26 +136,29 @@ def profile(
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
+    axes: what allocations may differ in; without `width` every channel stays.
     Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
     """
     if mode not in MODES:
         raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    axes = check_axes(axes)
     fingerprint = devices.fingerprint().to_json()
     with devices.lock(fingerprint["id"]):
-        run = _Run(
-            at, out, fingerprint, mode, seed, protocol or Protocol(), progress or Progress.silent(), command
-        )
-        return run.isolated(time_limit_s) if mode == "isolated" else run.context(time_limit_s, builds)
+        run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
+        if mode == "isolated":
+            return run.isolated(time_limit_s)
+        return run.context(time_limit_s, builds, "width" in axes)
 
 
 class _Run:
     def __init__(
-        self, at: Regime, out: str | Path | None, device: dict[str, Any], mode: str, seed: int, protocol: Protocol,
+        self, at: Regime, out: str | Path | None, device: dict[str, Any], mode: str, seed: int, protocol: Protocol | None,
         progress: Progress, command: str | None,
     ) -> None:  # fmt: skip
-        self.at, self.protocol, self.progress, self.seed = at, protocol, progress, seed
+        self.at, self.progress, self.seed = at, progress, seed
+        self.protocol, self.short = protocol or Protocol(), protocol or SHORT
         self.out = Path(out) if out is not None else None
         options = {**at.options.to_json(), "batch": at.lowering.batch}
         header = Header(
@@ -308,45 +191,129 @@ class _Run:
 
     # ---- whole networks
 
-    def context(self, time_limit_s: float, builds: int | None) -> LatencyTable:
-        start = self.at.clock()
-        design = builds or default_builds(self.at.network)
-        total = 3 + design
-        self.progress.start(
-            total, f"profile {self.at.network.name} on {self.at.backend.name}", limit_s=time_limit_s
-        )
+    def context(self, time_limit_s: float, builds: int | None, widths: bool) -> LatencyTable:
+        self.start, self.limit_s, self.said = self.at.clock(), time_limit_s, set[float]()
+        title = f"profile {self.at.network.name} on {self.at.backend.name}"
+        self.progress.start(3 + (builds or default_builds(self.at.network)), title, limit_s=time_limit_s)
         try:
             self._anchors()
-            rng = np.random.default_rng(self.seed)
-            while (number := sum(b.role in ("design", "heldout") for b in self.table.builds)) < design:
-                offered = self.offered()
-                done = [self._as_mapping(b) for b in self.table.builds if b.base == self.at.options.base]
-                allocation = cover(self.at.network, offered, done, rng)
-                fresh = (
-                    allocation not in done
-                )  # else the network is so small that all were built: measure one again
-                role = "heldout" if fresh and number % HELDOUT_SHARE == HELDOUT_SHARE - 1 else "design"
-                if all(len(v) == 1 for v in offered.values()):
-                    break  # nothing to choose between: the anchors say it all
-                if self.at.clock() - start > time_limit_s * 1e9:
-                    self.progress.step(f"time limit of {time_limit_s:.0f} s reached", done=total)
-                    break
-                self.measure(role, allocation)
+            if widths:
+                self._find_grid()
+            if widths and any(len(steps) > 1 for steps in self.table.grid().values()):
+                self._design_widths(builds)
+            else:
+                self._design(builds or default_builds(self.at.network))
         finally:
             self.progress.stop()
         return self.table
 
+    def _late(self, share: float = 1.0) -> bool:
+        if self.at.clock() - self.start <= share * self.limit_s * 1e9:
+            return False
+        if share not in self.said:
+            self.said.add(share)
+            self.progress.say(f"{share:.0%} of the time limit of {self.limit_s:.0f} s is used")
+        return True
+
+    def _design(self, count: int) -> None:
+        """Builds over the variants at whole widths, every fifth held out."""
+        grid = whole(self.at.network)
+        rng = np.random.default_rng(self.seed)
+        while (number := sum(b.role in ("design", "heldout") for b in self.table.builds)) < count:
+            offered = self.offered()
+            if all(len(v) == 1 for v in offered.values()):
+                break  # nothing to choose between: the anchors say it all
+            done = self._done()
+            candidate = cover(self.at.network, offered, grid, done, rng)
+            # not fresh: the network is so small that all were built; measure one again
+            heldout = candidate not in done and number % HELDOUT_SHARE == HELDOUT_SHARE - 1
+            if self._late():
+                break
+            self.measure("heldout" if heldout else "design", candidate)
+
+    def _design_widths(self, count: int | None) -> None:
+        """Builds until every cell (a unit at some widths in some variant) was built, then held-out ones."""
+        rng = np.random.default_rng(self.seed)
+        network, grid = self.at.network, self.table.grid()
+        while sum(b.role == "design" for b in self.table.builds) < (count or MOST_BUILDS):
+            offered = self.offered()
+            done = self._done()
+            built = self._built()
+            missing = all_cells(network, offered, grid) - built
+            enough = sum(b.role == "design" for b in self.table.builds) >= default_builds(network)
+            if (not missing and enough) or all(len(v) == 1 for v in (*offered.values(), *grid.values())):
+                break
+            if self._late(0.9):
+                break
+            candidate = cover(network, offered, grid, done, rng)
+            gained = len(missing & set(candidate.cells(network)))
+            self.progress.expect(-(-len(missing) // max(gained, 1)) + 4)
+            self.measure("design", candidate, protocol=self.short)
+        wanted = min(max(4, (count or default_builds(network)) // HELDOUT_SHARE), 8)
+        for _ in range(200):
+            if sum(b.role == "heldout" for b in self.table.builds) >= wanted or self._late():
+                break
+            done, built = self._done(), self._built()
+            candidate = random_candidate(network, self.offered(), grid, rng)
+            if candidate not in done and built.issuperset(candidate.cells(network)):
+                self.measure("heldout", candidate)
+
+    def _find_grid(self) -> None:
+        """Probe widths of every group, and keep those that are faster than every wider one kept."""
+        if self.table.header.grid:
+            return
+        network, base = self.at.network, self.at.options.base
+        tried = {g: candidate_widths(n) for g, n in network.channels.items()}
+        uniforms = [uniform(network, base), self._lowest()]
+        uniforms = uniforms if uniforms[0] != uniforms[1] else uniforms[:1]
+        probed: dict[str, dict[int, list[float]]] = {}
+        self.progress.expect(len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20)
+        for groups in apart(network):
+            for level in range(1, max(len(tried[g]) for g in groups)):
+                widths = {g: tried[g][min(level, len(tried[g]) - 1)] for g in groups}
+                for number, variants in enumerate(uniforms):
+                    if self._late(PROBE_SHARE):
+                        break
+                    dense = self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
+                    build = self.measure("probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short)
+                    for group, width in widths.items():
+                        known = probed.setdefault(group, {tried[group][0]: []})
+                        if len(known[tried[group][0]]) == number:
+                            known[tried[group][0]].append(self._group_ns(dense, group))
+                        if len(known.setdefault(width, [])) == number:
+                            known[width].append(self._group_ns(build, group))
+        grid = {}
+        for group, times in probed.items():
+            whole_set = {w: t for w, t in times.items() if len(t) == len(uniforms)}
+            if len(whole_set) > 1:
+                grid[group] = worth(whole_set)
+        self._store(self.table.with_header(grid={g: grid.get(g, [n]) for g, n in network.channels.items()}))
+
+    def _group_ns(self, build: Build, group: str) -> float:
+        """Time of the units that a group runs through, conversions on their way in, on the scale of the table."""
+        touched = {u.name for u in self.at.network.units if group in u.groups}
+        counted = sum(n.time_ns for n in build.nodes)
+        own = sum(n.time_ns for n in build.nodes if touched & set(n.units))
+        return own / counted * self.table.time_ns(build) if counted else self.table.time_ns(build)
+
+    def _lowest(self) -> dict[str, Variant]:
+        everything = {u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in self.at.network.units}
+        refused = self.table.header.unsupported
+        return {
+            u: max((x for x in v if str(x) not in refused.get(u, {})), key=lambda x: x.quantized) for u, v in everything.items()
+        }
+
     def _anchors(self) -> None:
-        base = self.at.options.base
-        everything = {u.name: legal(u, self.at.backend.precisions(base)) for u in self.at.network.units}
-        plain = uniform(self.at.network, base)
-        self.measure("reference", plain)
-        self.measure("dense", uniform(self.at.network, "fp32"), base="fp32")
+        base, network = self.at.options.base, self.at.network
+        plain = uniform(network, base)
+        self.measure("reference", Candidate(plain, network.channels))
+        self.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
+        everything = {u.name: legal(u, self.at.backend.precisions(base)) for u in network.units}
         lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
-        largest = self.table.find("reference").file_bytes - network_bytes(self.at.network, plain)
+        largest = self.table.find("reference").file_bytes - network_bytes(network, plain)
         if any(v.quantized for v in lowest.values()):
-            build = self.measure("uniform", lowest)
-            largest = max(largest, build.file_bytes - network_bytes(self.at.network, lowest))
+            build = self.measure("uniform", Candidate(lowest, network.channels))
+            largest = max(largest, build.file_bytes - network_bytes(network, lowest))
         self._store(
             self.table.with_header(
                 graph_bytes=max(largest, 0) + METADATA_BYTES,
@@ -362,25 +329,28 @@ class _Run:
             for u in self.at.network.units
         }
 
-    def measure(self, role: str, allocation: Mapping[str, Variant], base: str | None = None) -> Build:
+    def measure(
+        self, role: str, candidate: Candidate, base: str | None = None, protocol: Protocol | None = None
+    ) -> Build:
         """Build, time and read back one allocation, unless the table has it; it is on disk on return."""
         base = base or self.at.options.base
-        variants = tuple(str(allocation[name]) for name in self.names)
+        variants = tuple(str(candidate.variants[name]) for name in self.names)
+        widths = tuple(candidate.widths[g] for g in self.at.network.channels)
         for old in self.table.builds:
-            if old.key == (base, variants) and old.role == role and role not in ("design", "heldout"):
-                self.progress.step(f"{role}: on disk already")
+            if old.key == (base, variants, widths) and old.role == role and role not in ("design", "heldout"):
                 return old
         reference = self._reference()
         begun = self.at.clock()
-        engine, model = self.at.build(allocation, base)
+        at = self.at.narrow({g: range(w) for g, w in candidate.widths.items()})
+        engine, model = at.build(candidate.variants, base)
         build_s = (self.at.clock() - begun) / 1e9
         timing = paired(
-            reference.run, {role: engine.run}, self.protocol, clock=self.at.clock, seed=self.seed
+            reference.run, {role: engine.run}, protocol or self.protocol, clock=self.at.clock, seed=self.seed
         )[role]
-        build = record(self.at, role, allocation, base, timing, engine, model, build_s)
+        build = replace(record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths)
         self._note_unsupported(build)
         if build.wrong:
-            self._note_wrong(allocation, base)
+            self._note_wrong(at, candidate.variants, base)
         self._store(self.table.with_build(build))
         self._rescale()
         self.progress.step(
@@ -407,9 +377,9 @@ class _Run:
                 refused.setdefault(name, {})[variant] = "the engine's record does not name this layer"
         self.table = self.table.with_header(unsupported=refused)
 
-    def _note_wrong(self, allocation: Mapping[str, Variant], base: str) -> None:
+    def _note_wrong(self, at: Regime, allocation: Mapping[str, Variant], base: str) -> None:
         """Find the units whose variants make the engine return wrong outputs, and offer those no more."""
-        found = wrong_variants(self.at, allocation, base)
+        found = wrong_variants(at, allocation, base)
         refused = {unit: dict(reasons) for unit, reasons in self.table.header.unsupported.items()}
         for name, why in found.items():
             refused.setdefault(name, {})[str(allocation[name])] = why
@@ -425,8 +395,13 @@ class _Run:
         if self.out is not None:
             table.save(self.out)
 
-    def _as_mapping(self, build: Build) -> dict[str, Variant]:
-        return {name: Variant.parse(v) for name, v in zip(self.names, build.variants, strict=True)}
+    def _built(self) -> set[tuple[str, str]]:
+        """Cells that a fit will know."""
+        return {cell for b in usable(self.table) if b.role != "heldout" for cell in self.table.candidate(b).cells(self.at.network)}
+
+    def _done(self) -> list[Candidate]:
+        """What was built under the table's base so far."""
+        return [self.table.candidate(b) for b in self.table.builds if b.base == self.at.options.base]
 
     # ---- single layers
 

@@ -74,6 +74,22 @@ class Progress:
                 ", ".join(part for part in (f"{self._count()} {self._what}: {note}", self._left()) if part)
             )
 
+    def expect(self, more: int) -> None:
+        """So many steps are left: for stages that find out how many they need."""
+        self._total = self._done + more
+        if self._bar is not None and self._row is not None:
+            self._bar.update(self._row, total=self._total)
+
+    def say(self, note: str) -> None:
+        """Something worth knowing that is no step."""
+        if self._quiet:
+            return
+        if self._bar is not None and self._row is not None:
+            self._bar.update(self._row, note=note)
+            self._bar.refresh()
+        else:
+            self._line(f"{self._count()} {self._what}: {note}")
+
     def stop(self) -> None:
         """End the stage; does nothing where none is open."""
         if self._bar is not None:

@@ -18,7 +18,7 @@ class Report:
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
     medians, as fast as the machine just was. score: of the module and of the engine. loss: divergence from the dense
     outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets the same budgets, or
-    None. uniforms: all of them. not_as_asked: units that the engine executed in another precision. output_error:
+    None. uniforms: all of them. widths: slots kept of each channel group, and how many there were. not_as_asked: units that the engine executed in another precision. output_error:
     relative error of the engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the
     runtime and not rounding: then nothing is met.
     """
@@ -37,6 +37,8 @@ class Report:
     uniform: dict[str, Any] | None
     uniforms: list[dict[str, Any]] = field(default_factory=list)
     variants: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    macs: dict[str, float | None] = field(default_factory=dict)
     not_as_asked: dict[str, str] = field(default_factory=dict)
     unstable: bool = False
     output_error: float = 0.0
@@ -65,6 +67,12 @@ class Report:
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
             f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",
         ]
+        if narrow := {g: (w, n) for g, (w, n) in self.widths.items() if w < n}:
+            share = (self.macs["deployed"] or 0) / (self.macs["dense"] or 1)
+            lines.append(
+                f"widths   {len(narrow)} of {len(self.widths)} channel groups narrower, down to "
+                f"{min(w / n for w, n in narrow.values()):.0%}; {share:.0%} of the multiply-accumulates"
+            )
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:

@@ -1,9 +1,11 @@
-"""SensitivityTable: the loss that each (unit, variant) causes, on calibration data.
+"""SensitivityTable: the loss that each (unit, variant) and each (channel group, width) causes, on calibration data.
 
-The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32.
+The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32, or every
+group but one whole and the weights that read it refitted.
 
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
+  2  rows of (group, width) beside them, and the order in which slots go.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from hwsearch.compress.bank import WeightBank
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "sensitivity_table"
 VALIDATION_ALLOCATIONS = 12
 
@@ -39,6 +42,8 @@ VALIDATION_ALLOCATIONS = 12
 class SensitivityTable:
     """loss: unit -> variant -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
 
+    width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
+    slots, the most important first; a width keeps as many from the front.
     quantize_outputs: whether int8 was simulated with quantized outputs, as the backend deploys it.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
@@ -51,6 +56,8 @@ class SensitivityTable:
     rank_correlation: float | None = None
     created: str = ""
     validation: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    width_loss: dict[str, dict[int, float]] = field(default_factory=dict)
+    order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -61,9 +68,21 @@ class SensitivityTable:
                 f"the sensitivity table has no loss of {variant} for unit {unit}; run `hwsearch sensitivity` again"
             ) from error
 
-    def total(self, variants: Mapping[str, Variant]) -> float:
-        """Predicted loss of an allocation: the sum over units."""
-        return sum(self[unit, str(variant)] for unit, variant in variants.items())
+    def of_width(self, group: str, width: int) -> float:
+        """Loss of one group at one width. Raises InvalidInput where it was not measured."""
+        try:
+            return self.width_loss[group][width]
+        except KeyError as error:
+            raise InvalidInput(
+                f"the sensitivity table has no loss of {group} at {width} channels; run `hwsearch sensitivity --table` "
+                "with the latency table"
+            ) from error
+
+    def total(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> float:
+        """Predicted loss of an allocation: the sum over units and groups."""
+        narrower = {g: w for g, w in (widths or {}).items() if w < self.network.channels[g]}
+        units = sum(self[unit, str(variant)] for unit, variant in variants.items())
+        return units + sum(self.of_width(g, w) for g, w in narrower.items())
 
     def require(self, network: Network) -> None:
         """Raises IncompatibleTables unless it is of this network, weights included."""
@@ -77,12 +96,17 @@ class SensitivityTable:
                 )
 
     def to_frame(self) -> pd.DataFrame:
-        """Columns unit, variant, loss."""
+        """Columns unit (or group), variant (or `width` and the slots kept), loss."""
         import pandas as pd
 
-        return pd.DataFrame(
-            [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
-        )
+        return pd.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        units = [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
+        groups = [
+            {"unit": g, "variant": f"width{w}", "loss": x} for g, row in self.width_loss.items() for w, x in row.items()
+        ]
+        return units + groups
 
     def save(self, path: str | Path) -> None:
         import pyarrow as pa
@@ -97,8 +121,9 @@ class SensitivityTable:
             "rank_correlation": self.rank_correlation,
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
+            "order": {g: list(slots) for g, slots in self.order.items()},
         }
-        rows = [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
+        rows = self._rows()
         schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
         write_parquet(pa.Table.from_pylist(rows, schema=schema), header, path)
 
@@ -108,8 +133,12 @@ class SensitivityTable:
         table, header = read_parquet(path, KIND, SCHEMA)
         try:
             loss: dict[str, dict[str, float]] = {}
-            for row in table.to_pylist():
-                loss.setdefault(row["unit"], {})[row["variant"]] = float(row["loss"])
+            widths: dict[str, dict[int, float]] = {}
+            for line in table.to_pylist():
+                if line["variant"].startswith("width"):
+                    widths.setdefault(line["unit"], {})[int(line["variant"][5:])] = float(line["loss"])
+                else:
+                    loss.setdefault(line["unit"], {})[line["variant"]] = float(line["loss"])
             loaded = SensitivityTable(
                 network=Network.from_json(header["network"]),
                 loss=loss,
@@ -119,10 +148,15 @@ class SensitivityTable:
                 rank_correlation=header["rank_correlation"],
                 created=header["created"],
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
+                width_loss=widths,
+                order={g: tuple(int(i) for i in slots) for g, slots in header["order"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+            channels = loaded.network.channels
+            if any(sorted(slots) != list(range(channels[g])) for g, slots in loaded.order.items()):
+                raise ValueError("the order of slots is not one of the network's channels")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"{path} is damaged: {error!r}; make it again") from error
-        if not all(np.isfinite(x) for row in loss.values() for x in row.values()):
+        if not all(np.isfinite(x) for row in (*loss.values(), *widths.values()) for x in row.values()):
             raise InvalidInput(f"{path} is damaged: a loss is not finite; make it again")
         return loaded
 
@@ -172,11 +206,14 @@ def measure_sensitivity(
     kind: str = "auto",
     samples: int = 512,
     seed: int = 0,
+    grid: Mapping[str, Sequence[int]] | None = None,
+    bank: WeightBank | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """Score every (unit, variant) in torch, on at most `samples` calibration samples.
+    """Score every (unit, variant), and every (channel group, width) of `grid`, in torch, on at most `samples` samples.
 
-    One pass a batch; finished batches are kept beside `out`, so that a killed run resumes at the next one.
+    bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
+    kept beside `out`, so that a killed run resumes at the next one.
     """
     from hwsearch.compress.apply import Simulator
     from hwsearch.progress import Progress as Shown
@@ -185,9 +222,14 @@ def measure_sensitivity(
     network = lowering.network
     variants = [Variant(p) for p in precisions if p != "fp32"]
     jobs = [(unit.name, variant) for unit in network.units for variant in variants]
-    whole = _random_allocations(network, variants, seed)
+    narrower = {g: [w for w in steps if w < network.channels[g]] for g, steps in (grid or {}).items()}
+    cuts = [(g, w) for g, steps in narrower.items() for w in steps] if bank is not None else []
+    whole = _random_allocations(network, variants, narrower if bank is not None else {}, seed)
     batches = _limited(lowering.calibration, samples)
-    keep = _Partial(out, network, kind, quantize_outputs, [str(v) for v in variants], samples)
+    settings = [kind, quantize_outputs, [str(v) for v in variants], samples, cuts, bank.key if bank is not None else ""]
+    keep = _Partial(out, network, *settings)
+    if bank is not None and len(keep.sums) < len(batches):
+        bank.build(narrower, progress=progress)
     progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
@@ -195,35 +237,52 @@ def measure_sensitivity(
                 simulate = Simulator(
                     traced, args, kwargs, lowering.weights, lowering.ranges, quantize_outputs=quantize_outputs
                 )
-                losses = [divergence(simulate({unit: v}), simulate.dense, kind) for unit, v in jobs]
-                totals = [divergence(simulate(a), simulate.dense, kind) for a in whole]
-                keep.add(index, [x for x, _ in losses], [x for x, _ in totals], losses[0][1] if losses else 1)
+
+                def lost(
+                    units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
+                ) -> tuple[float, int]:
+                    replaced = bank.masked_weights(widths) if bank is not None and widths else {}
+                    return divergence(simulate(units, replaced), simulate.dense, kind)
+
+                found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
+                totals = [lost(a, w) for a, w in whole]
+                keep.add(index, [x for x, _ in found], [x for x, _ in totals], (found or [(0.0, 1)])[0][1])
             progress.step(f"batch {index + 1} of {len(batches)}")
     finally:
         progress.stop()
     count = keep.count()
     mean = keep.total("units") / count
+    names = [f"{u} as {v}" for u, v in jobs] + [f"{g} at {w} channels" for g, w in cuts]
     if not np.all(np.isfinite(mean)):
-        bad = [f"{u} as {v}" for (u, v), x in zip(jobs, mean, strict=True) if not np.isfinite(x)]
+        bad = [name for name, x in zip(names, mean, strict=True) if not np.isfinite(x)]
         raise InvalidInput(
             f"the outputs are NaN or infinite with {', '.join(bad[:3])}; check the calibration data"
         )
+    losses = np.maximum(mean, 0.0).tolist()
     loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
-    for (unit, variant), value in zip(jobs, mean, strict=True):
-        loss[unit][str(variant)] = max(float(value), 0.0)
-    simulated = keep.total("whole") / count
-    predicted = np.array([sum(loss[u][str(v)] for u, v in a.items()) for a in whole])
-    from scipy.stats import kendalltau
-
-    tau = float(kendalltau(predicted, simulated).statistic) if len(whole) > 2 else float("nan")
+    for (unit, variant), value in zip(jobs, losses, strict=False):
+        loss[unit][str(variant)] = value
+    width_loss: dict[str, dict[int, float]] = {g: {network.channels[g]: 0.0} for g, _ in cuts}
+    for (group, width), value in zip(cuts, losses[len(jobs) :], strict=True):
+        width_loss[group][width] = value
     table = SensitivityTable(
         network=network,
         loss=loss,
         samples=int(count),
         divergence=kind,
         quantize_outputs=quantize_outputs,
-        rank_correlation=tau if np.isfinite(tau) else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        width_loss=width_loss,
+        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
+    )
+    simulated = keep.total("whole") / count
+    predicted = np.array([table.total(a, w) for a, w in whole])
+    from scipy.stats import kendalltau
+
+    tau = float(kendalltau(predicted, simulated).statistic) if len(whole) > 2 else float("nan")
+    table = replace(
+        table,
+        rank_correlation=tau if np.isfinite(tau) else None,
         validation=tuple((float(p), float(s)) for p, s in zip(predicted, simulated, strict=True)),
     )
     if out is not None:
@@ -232,16 +291,19 @@ def measure_sensitivity(
     return table
 
 
-def _random_allocations(network: Network, variants: Sequence[Variant], seed: int) -> list[dict[str, Variant]]:
-    """Whole allocations over fp32 and int8 (the coarsest step), at different shares."""
-    if not variants:
-        return []
-    coarse = max(variants, key=lambda v: v.quantized)
+def _random_allocations(
+    network: Network, variants: Sequence[Variant], widths: Mapping[str, Sequence[int]], seed: int
+) -> list[tuple[dict[str, Variant], dict[str, int]]]:
+    """Whole allocations over fp32 and int8 (the coarsest step) and over widths, at different shares."""
     rng = np.random.default_rng(seed)
-    shares = np.linspace(0.15, 1.0, VALIDATION_ALLOCATIONS)
+    coarse = max(variants, key=lambda v: v.quantized, default=Variant("fp32"))
+    count = VALIDATION_ALLOCATIONS if variants or widths else 0
     return [
-        {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units}
-        for share in shares
+        (
+            {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units},
+            {g: int(rng.choice(list(steps))) for g, steps in widths.items() if steps and rng.random() < share},
+        )
+        for share in np.linspace(0.15, 1.0, count)
     ]
 
 

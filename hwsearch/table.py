@@ -2,6 +2,7 @@
 
 Schema history:
   1  builds with their raw samples and executed nodes; header under the Parquet key `hwsearch`.
+  2  widths of the channel groups in each build, the grid of widths and the groups in the header.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.network import Network
@@ -23,7 +25,7 @@ from hwsearch.variants import Variant
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = b"hwsearch"
 
 
@@ -47,8 +49,9 @@ class NodeRow:
 class Build:
     """One compiled allocation, measured end to end against the reference engine, and its executed nodes.
 
-    role: `reference`, `dense`, `uniform`, `design`, `heldout`, `deployed` or `isolated`.
-    base: base precision it was compiled with. variants: for each unit, in network order.
+    role: `reference`, `dense`, `uniform`, `probe`, `design`, `heldout`, `deployed` or `isolated`.
+    base: base precision it was compiled with. variants: for each unit, in network order. widths: slots kept of each
+    channel group, in network order.
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
     samples_ns, reference_ns: every timed inference. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
@@ -73,10 +76,11 @@ class Build:
     output_error: float = 0.0
     wrong: bool = False
     source: str = "measured"
+    widths: tuple[int, ...] = ()
 
     @property
-    def key(self) -> tuple[str, tuple[str, ...]]:
-        return self.base, self.variants
+    def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+        return self.base, self.variants, self.widths
 
     def as_asked(self) -> bool:
         """Whether the outputs are right and every unit that the runtime names executed in the precision asked for."""
@@ -94,6 +98,7 @@ class Header:
     graph_bytes: the most that graph structure and scales add to stored weights in the deployed file.
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
+    grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
     """
 
     network: Network
@@ -108,6 +113,7 @@ class Header:
     graph_bytes: int = 0
     dense_file_bytes: int = 0
     unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
+    grid: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
@@ -175,6 +181,17 @@ class LatencyTable:
             for unit, variants in seen.items()
         }
 
+    def grid(self) -> dict[str, list[int]]:
+        """For each channel group the widths to choose from, the whole one first."""
+        return {g: self.header.grid.get(g, [n]) for g, n in self.network.channels.items()}
+
+    def candidate(self, build: Build) -> Candidate:
+        """A build's variants by unit, and its widths by group."""
+        names = [u.name for u in self.network.units]
+        variants = {n: Variant.parse(v) for n, v in zip(names, build.variants, strict=True) if v}
+        widths = build.widths or tuple(self.network.channels.values())
+        return Candidate(variants, dict(zip(self.network.channels, widths, strict=True)))
+
     # ------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> None:
@@ -198,6 +215,7 @@ class LatencyTable:
                         **row,
                         "variants": tuple(row["variants"]),
                         "executed": tuple(row["executed"]),
+                        "widths": tuple(row["widths"]),
                         "samples_ns": np.array(row["samples_ns"], np.int64),
                         "reference_ns": np.array(row["reference_ns"], np.int64),
                         "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
@@ -222,6 +240,11 @@ class LatencyTable:
                 if len(values) != len(loaded.network.units):
                     raise InvalidInput(f"{path} is damaged: a row has {len(values)} {what} for "
                                        f"{len(loaded.network.units)} units")  # fmt: skip
+            if build.widths and len(build.widths) != len(loaded.network.groups):
+                raise InvalidInput(f"{path} is damaged: a row has {len(build.widths)} widths for "
+                                   f"{len(loaded.network.groups)} channel groups")  # fmt: skip
+            if any(not 0 < w <= g.channels for w, g in zip(build.widths, loaded.network.groups, strict=False)):
+                raise InvalidInput(f"{path} is damaged: a row has widths {build.widths}")
             try:
                 _ = [Variant.parse(v) for v in build.variants if v]
             except (InvalidInput, TypeError) as error:
@@ -287,6 +310,12 @@ class LatencyTable:
         ).fillna(0)
 
 
+def usable(table: LatencyTable) -> list[Build]:
+    """Builds a fit may use: whole networks under the table's base that ran as asked."""
+    base = table.header.options["base"]
+    return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
+
+
 def _schema() -> Any:
     import pyarrow as pa
 
@@ -319,6 +348,7 @@ def _schema() -> Any:
             ("output_error", pa.float64()),
             ("wrong", pa.bool_()),
             ("source", pa.string()),
+            ("widths", pa.list_(pa.int64())),
         ]
     )
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx._pytree import tree_flatten_spec
 from torch.utils import _pytree as pytree
 
+from hwsearch import channels
 from hwsearch.canonical import (
     CONVOLUTIONS,
     MATMULS,
@@ -27,7 +28,6 @@ from hwsearch.canonical import (
     op_name,
     tensor_attr,
 )
-from hwsearch import channels
 from hwsearch.channels import Channels, same
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.exporting import check_finite, check_types, export_program, first_line, weights_digest
@@ -182,12 +182,11 @@ def _with_channels(traced: Traced, residual: bool) -> Traced:
     op = {u.name: u.op for u in traced.network.units}
     units = {s.node: (unit, op[unit], s.weight) for unit, calls in sites.items() for s in calls}
     found = channels.find(graph, inputs, units, residual=residual)
-    if found.groups and (why := _wrong(traced, found, list(found.groups), residual)):
-        bad = {g: why for g in found.groups if (why := _wrong(traced, found, [g], residual))}
-        bad = bad or dict.fromkeys(found.groups, why)
-        found = found.without(bad, [f"channels of {g} stay whole: {why}" for g, why in bad.items()])
-        if found.groups and (why := _wrong(traced, found, list(found.groups), residual)):
-            found = found.without(list(found.groups), [f"all channels stay whole: {why}"])
+    bad = _bad(traced, found, [g for g in found.groups if g not in found.rescaled])
+    bad |= _bad(traced, found, [g for g in found.groups if g in found.rescaled])
+    found = found.without(bad, [f"channels of {g} stay whole: {why}" for g, why in bad.items()])
+    if bad and found.groups and (why := _wrong(traced, found, list(found.groups))):
+        found = found.without(list(found.groups), [f"all channels stay whole: {why}"])
     nodes = {n.name: n for n in graph.graph.nodes}
     places = {
         unit: (calls[0].node, [nodes[calls[0].node].args[p].name for p in calls[0].activations])
@@ -199,10 +198,19 @@ def _with_channels(traced: Traced, residual: bool) -> Traced:
     return replace(traced, network=network, channels=found)
 
 
-def _wrong(traced: Traced, found: Channels, groups: Sequence[str], residual: bool) -> str:
+def _bad(traced: Traced, found: Channels, groups: list[str]) -> dict[str, str]:
+    """Groups that fail the trial, and why: halved until each is found."""
+    why = _wrong(traced, found, groups) if groups else ""
+    if not why or len(groups) == 1:
+        return dict.fromkeys(groups, why) if why else {}
+    half = len(groups) // 2
+    bad = _bad(traced, found, groups[:half]) | _bad(traced, found, groups[half:])
+    return bad or dict.fromkeys(groups, why)
+
+
+def _wrong(traced: Traced, found: Channels, groups: Sequence[str]) -> str:
     """What is wrong with the network with every other slot of some groups gone, or nothing."""
-    kept = {g: range(0, len(found.groups[g]), 2) for g in groups}
-    mask = found.mask(kept)
+    mask = found.mask({g: range(0, len(found.groups[g]), 2) for g in groups})
     inputs = flat_inputs(traced.graph, traced.args, traced.kwargs)
     run = _Run(narrow_graph(traced.graph, found, mask))
     with torch.no_grad():
@@ -212,7 +220,7 @@ def _wrong(traced: Traced, found: Channels, groups: Sequence[str], residual: boo
             at = run.last
             where = f"{module_path(at) or 'the model itself'} ({at.target})" if at is not None else "the model"
             return f"{where} does not run with fewer: {first_line(error)}"
-        if residual:
+        if not found.rescaled.isdisjoint(groups):
             return ""
         want = _Run(masked_graph(traced.graph, found, mask, traced.reads())).run(*inputs, enable_io_processing=False)
     for a, b in zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True):

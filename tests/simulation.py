@@ -9,7 +9,8 @@ import numpy as np
 
 from hwsearch.backends.base import NodeTime
 from hwsearch.network import Edge, Network, Unit
-from hwsearch.profiler import attribute, cover, executed_precisions
+from hwsearch.attribution import attribute, executed_precisions
+from hwsearch.design import cover
 from hwsearch.table import Build, Header, LatencyTable
 from hwsearch.testing import LatencyLaw
 from hwsearch.variants import Variant, uniform

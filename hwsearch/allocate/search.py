@@ -334,7 +334,7 @@ def _allocation(
     return Allocation(
         variants=variants,
         widths=dict(widths),
-        kept={g: list(at.sensitivity.order[g][:w]) for g, w in widths.items() if w < network.channels[g]},
+        order=_order(at, widths),
         predicted=predicted,
         dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
@@ -347,6 +347,12 @@ def _allocation(
         options={**header.options, "base": base},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _order(at: Space, widths: Mapping[str, int]) -> dict[str, str]:
+    if all(w == at.table.network.channels[g] for g, w in widths.items()):
+        return {}
+    return {g: " ".join(map(str, at.sensitivity.order[g])) for g in widths}
 
 
 def front(

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from hwsearch.compress.quantize import Key, QuantizedWeight, fake_quantize
+from hwsearch.canonical import aten
+from hwsearch.compress.quantize import Key, QuantizedWeight, fake_quantize, quantize_weight
 from hwsearch.trace import Site, Traced, flat_inputs
 from hwsearch.variants import Variant
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Replaced = Mapping[str, tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]]
+"""(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
 
 
 class Simulator:
@@ -47,44 +51,82 @@ class Simulator:
             )
         self.dense = self.values[self.order[-1]]
 
-    def __call__(self, variants: Mapping[str, Variant]) -> Any:
-        """Flat outputs with the named units in their variants and every other unit dense fp32."""
+    def __call__(self, variants: Mapping[str, Variant], weights: Replaced | None = None) -> Any:
+        """Flat outputs with the named units in their variants and every other unit dense fp32.
+
+        weights: those of units to replace, whatever their variant; zeros stand for what a narrower network does not have.
+        """
+        weights = weights or {}
         changed: dict[fx.Node, Any] = {}
         interpreter = fx.Interpreter(self.traced.graph)
         with torch.no_grad():
             for node in self.order:
                 site = self.site.get(node.name)
-                own = site is not None and site[0] in variants and variants[site[0]].precision != "fp32"
+                unit = site[0] if site is not None else ""
+                variant = variants.get(unit, Variant("fp32"))
+                own = site is not None and (variant.precision != "fp32" or unit in weights)
                 if not own and not any(i in changed for i in node.all_input_nodes):
                     continue
                 interpreter.env = _Overlay(changed, self.values)
                 if own and site is not None:
-                    changed[node] = self._unit(node, site, variants[site[0]], interpreter)
+                    changed[node] = self._unit(node, site, variant, weights.get(unit), interpreter)
                 else:
                     changed[node] = interpreter.run_node(node)
         return changed.get(self.order[-1], self.dense)
 
     def _unit(
-        self, node: fx.Node, at: tuple[str, int, Site], variant: Variant, interpreter: fx.Interpreter
+        self,
+        node: fx.Node,
+        at: tuple[str, int, Site],
+        variant: Variant,
+        replaced: tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None] | None,
+        interpreter: fx.Interpreter,
     ) -> Any:
         unit, call, site = at
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         new: list[Any] = list(args)
         half = _HALF.get(variant.precision)
-        for port, position in enumerate(site.activations):
-            if half is not None:
-                new[position] = args[position].to(half).to(args[position].dtype)
-            else:
-                new[position] = fake_quantize(args[position], self.ranges[unit, call, f"in{port}"])
+        if variant.precision != "fp32":
+            for port, position in enumerate(site.activations):
+                if half is not None:
+                    new[position] = args[position].to(half).to(args[position].dtype)
+                else:
+                    new[position] = fake_quantize(args[position], self.ranges[unit, call, f"in{port}"])
         if site.weight is not None:
-            if half is not None:
-                new[site.weight] = args[site.weight].to(half).to(args[site.weight].dtype)
-            else:
-                new[site.weight] = torch.from_numpy(self.weights[unit].dequantized())
+            new[site.weight] = self._weight(unit, args[site.weight], variant, replaced)
+        if replaced is not None and replaced[1] is not None:
+            _put_bias(node, new, kwargs, replaced[1])
         result = node.target(*new, **kwargs)  # type: ignore[operator]
         if half is not None:
             return result.to(half).to(result.dtype)
-        return fake_quantize(result, self.ranges[unit, call, "out"]) if self.quantize_outputs else result
+        quantized = variant.quantized and self.quantize_outputs
+        return fake_quantize(result, self.ranges[unit, call, "out"]) if quantized else result
+
+    def _weight(
+        self,
+        unit: str,
+        own: torch.Tensor,
+        variant: Variant,
+        replaced: tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        half = _HALF.get(variant.precision)
+        weight = own if replaced is None else replaced[0]
+        if variant.quantized and replaced is None:
+            weight = self.weights[unit]
+        elif variant.quantized and isinstance(weight, torch.Tensor):
+            weight = quantize_weight(weight, self.traced.network[unit].out_axis)
+        if isinstance(weight, QuantizedWeight):
+            weight = torch.from_numpy(weight.dequantized())
+        return weight if half is None else weight.to(half).to(own.dtype)
+
+
+def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:
+    if node.target is aten.addmm.default:
+        args[0] = bias
+    elif len(args) > 2:
+        args[2] = bias
+    else:
+        kwargs["bias"] = bias
 
 
 class _Overlay(dict[fx.Node, Any]):

@@ -37,11 +37,14 @@ class QuantizedWeight:
         return (self.values.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
-    """Round to nearest, symmetric, one scale per output channel from its largest magnitude."""
+def quantize_weight(weight: torch.Tensor, axis: int, scales: torch.Tensor | None = None) -> QuantizedWeight:
+    """Round to nearest, symmetric, one scale per output channel: from its largest magnitude unless `scales` are given."""
     dims = [d for d in range(weight.dim()) if d != axis]
-    scales = weight.detach().float().abs().amax(dims, keepdim=True) / LEVELS
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    if scales is None:
+        scales = weight.detach().float().abs().amax(dims, keepdim=True) / LEVELS
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    else:
+        scales = scales.float().reshape([-1 if d == axis else 1 for d in range(weight.dim())])
     values = (weight.detach().float() / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return QuantizedWeight(values.numpy(), scales.flatten().numpy().astype(np.float32), axis)
 

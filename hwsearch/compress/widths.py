@@ -69,5 +69,3 @@ def out_slots(traced: Traced, unit: str) -> Axis | None:
         if axis.axis != reads_axis(traced.network[unit]):
             return axis
     return None
-
-

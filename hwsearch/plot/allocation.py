@@ -198,9 +198,9 @@ def _allocation_text(
     ]
     try:
         if model:
-            units = sum(model.unit_ns(u, v) for u, v in chosen.items()) / 1e6
+            units = sum(model.unit_ns(u, v, allocation.widths) for u, v in chosen.items()) / 1e6
             rest = model.rest_ns / 1e6
-            between = model.predict(chosen).time_ns / 1e6 - units - rest
+            between = model.predict(chosen, allocation.widths).time_ns / 1e6 - units - rest
             lines.append(f"units {units:.4f} ms + boundaries {between:.4f} ms + the rest {rest:.4f} ms")
     except InvalidInput:
         pass  # the dense network under another base precision: measured as a whole

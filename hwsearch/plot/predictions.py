@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hwsearch.errors import InvalidInput
-from hwsearch.latency import LatencyModel, fit, noise_floor, usable, validate
+from hwsearch.latency import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
-from hwsearch.table import Build, LatencyTable
+from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant
 
 
@@ -85,9 +85,9 @@ def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | Non
 
 def _predicted(model: LatencyModel, build: Build) -> tuple[float, float] | None:
     """(ms, sigma in ms); None where the model knows no time of some variant."""
-    pairs = zip(model.network.units, build.variants, strict=True)
+    candidate = model.table.candidate(build)
     try:
-        found = model.predict({u.name: Variant.parse(v) for u, v in pairs})
+        found = model.predict(candidate.variants, candidate.widths)
     except InvalidInput:
         return None
     return found.time_ns / 1e6, found.sigma_ns / 1e6

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lower import Lowering, tensor_names
-from hwsearch.profiler import Regime, attribute, executed_precisions
+from hwsearch.profiler import Regime
 from hwsearch.table import NodeRow
 from hwsearch.task import Task
 from hwsearch.variants import Variant, uniform

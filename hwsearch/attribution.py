@@ -1,0 +1,108 @@
+"""Which unit or edge each executed node of an engine belongs to, and in which precision units ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hwsearch.backends.base import NodeTime
+from hwsearch.network import Network
+from hwsearch.lower import unit_of
+from hwsearch.table import NodeRow
+from hwsearch.variants import Variant
+
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+_MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize")
+_PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearConv", "QGemm",
+             "QLinearMatMul", "Deconvolution", "NhwcFusedConv")  # fmt: skip
+
+
+def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, str]) -> tuple[NodeRow, ...]:
+    """Each executed node as the work of units, a conversion on an edge, or the rest.
+
+    names: for each ONNX tensor the node that makes it, for runtimes which name layers after tensors.
+    """
+    known = {unit.name: i for i, unit in enumerate(network.units)}
+    rows = []
+    for node in nodes:
+        plain = () if _moves(node.op) else (node.name,)
+        sources = [_resolve(s, names) for s in (node.sources or plain)]
+        owners = [
+            (unit, own, source) for source in sources for unit, own in [unit_of(source)] if unit in known
+        ]
+        working = _ordered({u for u, own, s in owners if own and not _is_conversion(s)}, known)
+        if not working and node.op.startswith(_PRODUCTS):
+            working = [u for u, _, _ in owners][-1:]  # named after what was fused behind the product
+        if working:
+            kind, units = "unit", working
+        elif owners:
+            converts = [u for u, own, s in owners if own]
+            kind = "edge" if converts else "rest"
+            units = (converts or [u for u, _, _ in owners])[-1:]
+        else:
+            mentioned = _mentioned(node.name, known)
+            kind, units = ("edge" if _moves(node.op) else "rest"), mentioned[-1:]
+        rows.append(NodeRow(node.name, node.op, kind, tuple(units), node.precision, node.time_ns))
+    return tuple(rows)
+
+
+def _resolve(source: str, names: Mapping[str, str]) -> str:
+    if "|" in source:
+        return source
+    while source:
+        if source in names:
+            return names[source]
+        if "_" not in source and "/" not in source:
+            return ""
+        source = source[: max(source.rfind("_"), source.rfind("/"))]
+    return ""
+
+
+def _is_conversion(source: str) -> bool:
+    return source.split("|")[2].startswith(_CONVERSIONS)
+
+
+def _moves(op: str) -> bool:
+    return op.startswith(_MOVES) or "Reorder" in op
+
+
+def _ordered(units: set[str], known: Mapping[str, int]) -> list[str]:
+    return sorted(units, key=known.__getitem__)
+
+
+def _mentioned(name: str, known: Mapping[str, int]) -> list[str]:
+    found = [(name.rfind(f"{unit}|") + len(unit), len(unit), unit) for unit in known if f"{unit}|" in name]
+    return [unit for _, _, unit in sorted(found)]
+
+
+def executed_precisions(rows: Sequence[NodeRow], network: Network) -> tuple[str, ...]:
+    """For each unit the precision of the longest node that does its work; empty where no node names it."""
+    longest: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        if row.kind == "unit":
+            moved = _moves(row.op)
+            for unit in row.units:
+                rank = (-1.0 if moved else row.time_ns, row.precision)
+                if unit not in longest or rank[0] > longest[unit][0]:
+                    longest[unit] = rank
+    return tuple(longest[u.name][1] if u.name in longest else "" for u in network.units)
+
+
+def told_apart(
+    executed: Sequence[str], rows: Sequence[NodeRow], allocation: Mapping[str, Variant], network: Network
+) -> tuple[str, ...]:
+    """Executed precisions, empty for a float unit inside a fused node that reports the int8 of a unit fused with it.
+
+    A runtime gives a fused node one precision. It confirms int8 for whoever asked for it, and says nothing of the rest.
+    """
+    mixed = {
+        unit
+        for row in rows
+        if row.kind == "unit" and len(row.units) > 1
+        for unit in row.units
+        if row.precision != allocation[unit].precision
+        and not allocation[unit].quantized
+        and any(allocation[other].precision == row.precision for other in row.units)
+    }
+    return tuple("" if u.name in mixed else e for u, e in zip(network.units, executed, strict=True))
+
+

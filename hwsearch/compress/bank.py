@@ -1,0 +1,297 @@
+"""Refitted weights on disk, one per (unit, width, precision), from which any allocation is put together in about a second.
+
+A unit's entry depends on which of its input channels are left and on its precision, not on its output channels: each row of
+a weight is refitted on its own. So widths of neighbours combine freely: columns from the entry of the actual input width,
+rows cut to the actual output width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch.utils import _pytree as pytree
+
+from hwsearch.compress.compensate import (
+    RIDGE,
+    ROWS,
+    Batch,
+    Gptq,
+    Grams,
+    as_columns,
+    feature_columns,
+    from_columns,
+    grid,
+    refit,
+    refittable,
+    shifts_bias,
+)
+from hwsearch.compress.importance import Order
+from hwsearch.compress.quantize import QuantizedWeight, quantize_weight
+from hwsearch.compress.widths import Kept, Weights, in_slots
+from hwsearch.files import write_bytes
+from hwsearch.narrowing import Mask, cut
+from hwsearch.trace import Traced, reads_axis
+from hwsearch.variants import Variant
+
+if TYPE_CHECKING:
+    from hwsearch.progress import Progress
+
+COMBINATIONS = 64
+"""Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
+VERSION = 1
+
+
+class WeightBank:
+    """Weights of a traced network for any widths of its channel groups.
+
+    folder: where entries are kept for the next process, in a folder of their own for each network, weights, order and
+    calibration data; None keeps them in memory alone. order: from `order_slots`; width w keeps the first w slots. Entries
+    are made when they are first asked for, or all at once by `build`, which skips those that exist.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        traced: Traced,
+        batches: Sequence[Batch],
+        order: Order,
+        *,
+        ridge: float = RIDGE,
+        rows: int = ROWS,
+        grams: Grams | None = None,
+    ) -> None:
+        self.traced, self.batches, self.order, self.ridge, self.rows = (
+            traced,
+            list(batches),
+            dict(order),
+            ridge,
+            rows,
+        )
+        self._grams = grams
+        self._memory: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        self.folder = Path(folder) / self.key if folder is not None else None
+        self._axes = {u.name: in_slots(traced, u.name) for u in traced.network.units if u.weight_shape}
+        self._reads = {
+            unit: tuple(
+                g
+                for g, slots in traced.channels.groups.items()
+                if axis is not None and np.isin(axis.slots, slots).any()
+            )
+            for unit, axis in self._axes.items()
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything that entries depend on."""
+        made = hashlib.sha256(repr((VERSION, self.ridge, self.rows)).encode())
+        made.update(f"{self.traced.network.fingerprint} {self.traced.network.weights_digest}".encode())
+        for group, positions in sorted(self.order.items()):
+            made.update(group.encode() + np.asarray(positions, "<i8").tobytes())
+        for _, args, kwargs in self.batches:
+            for tensor in pytree.tree_leaves((args, sorted(kwargs.items()))):
+                if isinstance(tensor, torch.Tensor):
+                    made.update(tensor.detach().contiguous().numpy().tobytes())
+        return made.hexdigest()[:16]
+
+    @property
+    def grams(self) -> Grams:
+        """Gram matrices of all units that can be refitted, from one pass over the batches at their first use."""
+        if self._grams is None:
+            self._grams = Grams(self.batches, [u.name for u in self.traced.network.units], rows=self.rows)
+        return self._grams
+
+    def kept(self, widths: Mapping[str, int]) -> Kept:
+        """Positions of the slots that stay at these widths, ascending; groups left out stay whole."""
+        return {g: tuple(sorted(self.order[g][:w].tolist())) for g, w in widths.items()}
+
+    def mask(self, widths: Mapping[str, int]) -> Mask:
+        """For each slot number whether it stays."""
+        return self.traced.channels.mask(self.kept(widths))
+
+    def weight(
+        self, unit: str, widths: Mapping[str, int], precision: str = "fp32"
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(weight with the columns that are left and all rows, bias with all rows, scales where the precision is int8).
+
+        widths: of the groups that the unit reads; others are ignored. Half precisions have the entry of fp32.
+        """
+        own = {
+            g: widths[g] for g in self._reads[unit] if widths.get(g, len(self.order[g])) < len(self.order[g])
+        }
+        name = (
+            "-".join(f"{w}" for w in (own.get(g, len(self.order[g])) for g in self._reads[unit])) or "whole"
+        )
+        name += ".int8" if precision == "int8" else ""
+        entry = self._memory.get((unit, name))
+        if entry is None:
+            entry = self._load(unit, name) or self._make(unit, name, own, precision == "int8")
+            self._memory[unit, name] = entry
+        return entry["weight"], entry.get("bias"), entry.get("scales")
+
+    def _path(self, unit: str, name: str) -> Path:
+        assert self.folder is not None
+        number = next(i for i, u in enumerate(self.traced.network.units) if u.name == unit)
+        return (
+            self.folder
+            / f"{number:03d}.{re.sub(r'[^A-Za-z0-9._-]', '_', unit)[-80:]}"
+            / f"{name}.safetensors"
+        )
+
+    def _load(self, unit: str, name: str) -> dict[str, torch.Tensor] | None:
+        if self.folder is None or not self._path(unit, name).exists():
+            return None
+        try:
+            return dict(load_tensors(self._path(unit, name).read_bytes()))
+        except SafetensorError:
+            return None
+
+    def _make(self, unit: str, name: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
+        made = self._refitted(unit, widths, int8)
+        if self.folder is not None:
+            write_bytes(self._path(unit, name), save_tensors({k: v.contiguous() for k, v in made.items()}))
+        return made
+
+    def _refitted(self, unit: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
+        own, weight, bias = self.traced.network[unit], self.traced.weight(unit), self.traced.bias(unit)
+        assert weight is not None
+        axis, kept = self._axes[unit], np.arange(weight.shape[reads_axis(own)])
+        if axis is not None:
+            kept = axis.kept(self.mask(widths))
+        found = {} if bias is None else {"bias": bias.clone()}
+        left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
+        if not refittable(own):
+            found["weight"] = left.contiguous()
+            if int8:
+                made = quantize_weight(left, own.out_axis)
+                found |= {
+                    "weight": torch.from_numpy(made.dequantized()),
+                    "scales": torch.from_numpy(made.scales),
+                }
+            return found
+        if len(kept) == weight.shape[reads_axis(own)] and not int8:
+            return found | {"weight": weight.clone()}
+        matrix, columns = as_columns(own, weight), feature_columns(own, kept)
+        shifts = shifts_bias(self.traced, unit)
+        if int8 and "transpose" in own.op:  # a scale of an output channel spans several rows of the matrix
+            new, shift = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
+            made = quantize_weight(from_columns(own, new).float(), own.out_axis)
+            found |= {"weight": torch.from_numpy(made.dequantized()), "scales": torch.from_numpy(made.scales)}
+        elif int8:
+            plain, _ = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
+            scales = grid(plain, torch.eye(1), 127).float()
+            quantizer = Gptq(127, scales)
+            new, shift = refit(
+                self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge, quantizer=quantizer
+            )
+            found |= {"weight": from_columns(own, new).float().contiguous(), "scales": scales}
+        else:
+            new, shift = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
+            found["weight"] = from_columns(own, new).float().contiguous()
+        if bias is not None and shifts:
+            found["bias"] = (bias.double() + shift).float()
+        return found
+
+    # ---- whole networks
+
+    def assemble(self, widths: Mapping[str, int], variants: Mapping[str, Variant] | None = None) -> Weights:
+        """(weight, bias) of the units that have a weight and either read a narrower group or are int8, for `narrow`.
+
+        Shapes are those of the narrow network: rows cut to the actual output width, columns refitted for the actual input
+        width. Weights of int8 units lie on their int8 grid; `quantized` has them as integers.
+        """
+        variants, mask = variants or {}, self.mask(widths)
+        return {
+            unit: self._cut(unit, *self.weight(unit, widths, precision)[:2], mask)
+            for unit, precision in self._concerned(widths, variants)
+        }
+
+    def quantized(
+        self, widths: Mapping[str, int], variants: Mapping[str, Variant]
+    ) -> dict[str, QuantizedWeight]:
+        """The int8 weights of the int8 units, in the shapes of the narrow network."""
+        mask, found = self.mask(widths), {}
+        for unit, precision in self._concerned(widths, variants):
+            if precision == "int8":
+                weight, bias, scales = self.weight(unit, widths, precision)
+                assert scales is not None
+                axis = self.traced.network[unit].out_axis
+                rows = [
+                    a
+                    for a in self.traced.channels.tensors.get(self.traced.paths[unit][0] or "", [])
+                    if a.axis == axis
+                ]
+                left = cut(scales, [type(a)(0, a.slots) for a in rows], mask)
+                found[unit] = quantize_weight(self._cut(unit, weight, bias, mask)[0], axis, left)
+        return found
+
+    def masked_weights(
+        self, widths: Mapping[str, int], variants: Mapping[str, Variant] | None = None
+    ) -> dict[str, tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]]:
+        """The same in the shapes of the dense network, zeros in removed columns, for `Simulator`."""
+        variants, mask, found = variants or {}, self.mask(widths), {}
+        for unit, precision in self._concerned(widths, variants):
+            weight, bias, scales = self.weight(unit, widths, precision)
+            own, axis = self.traced.network[unit], self._axes[unit]
+            whole = torch.zeros(own.weight_shape)
+            kept = axis.kept(mask) if axis is not None else np.arange(own.weight_shape[reads_axis(own)])
+            whole.index_copy_(reads_axis(own), torch.from_numpy(kept), weight)
+            made = whole if scales is None else quantize_weight(whole, own.out_axis, scales)
+            found[unit] = made, bias
+        return found
+
+    def _concerned(
+        self, widths: Mapping[str, int], variants: Mapping[str, Variant]
+    ) -> Iterable[tuple[str, str]]:
+        narrower = {g for g, w in widths.items() if w < len(self.order[g])}
+        for unit, reads in self._reads.items():
+            precision = variants[unit].precision if unit in variants else "fp32"
+            if precision == "int8" or narrower.intersection(reads):
+                yield unit, precision
+
+    def _cut(
+        self, unit: str, weight: torch.Tensor, bias: torch.Tensor | None, mask: Mask
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        path, bias_path = self.traced.paths[unit]
+        tensors = self.traced.channels.tensors
+        axis = reads_axis(self.traced.network[unit])
+        weight = cut(weight, [a for a in tensors.get(path or "", []) if a.axis != axis], mask)
+        return weight, None if bias is None else cut(bias, tensors.get(bias_path or "", []), mask)
+
+    def build(
+        self,
+        grid: Mapping[str, Sequence[int]],
+        precisions: Sequence[str] = ("fp32",),
+        progress: Progress | None = None,
+    ) -> None:
+        """Make every entry for these widths of the groups (dense always included) that does not exist yet."""
+        jobs = [
+            (unit, dict(zip(reads, widths, strict=True)), precision)
+            for unit, reads in self._reads.items()
+            for widths in itertools.islice(
+                itertools.product(*(sorted({len(self.order[g]), *grid.get(g, ())}) for g in reads)),
+                COMBINATIONS,
+            )
+            for precision in ("fp32", "int8")
+            if precision in precisions or (precision == "fp32" and set(precisions) - {"int8"})
+        ]
+        if progress is not None:
+            progress.start(len(jobs), "refitting weights")
+        try:
+            for unit, widths, precision in jobs:
+                self.weight(unit, widths, precision)
+                if progress is not None:
+                    progress.step(unit)
+        finally:
+            if progress is not None:
+                progress.stop()

@@ -1,0 +1,558 @@
+"""Refit a layer's weights after input channels are gone, or round them: regularised least squares on calibration data.
+
+With x what a unit reads (its features: for a convolution the patches under its kernel), G = E[x x^T] their Gram matrix
+and W its weight, what is kept (k) stands in best for what is removed (r) as
+
+    W'_k = W_k + W_r G_rk (G_kk + ridge I)^-1,
+
+the minimum of E|W x - W' x_k|^2 + ridge |W' - W_k|^2; it is the Optimal Brain Surgeon update for a whole block (Hassibi and
+Stork, 1993; Frantar and Alistarh, OBC, 2022). Where the unit has a bias, G is the covariance and the bias takes up the
+difference of the means. Rounding one column after another, each time refitting those not yet rounded, is GPTQ (Frantar et
+al., 2022): the same solver with a quantizer.
+
+Transposed convolutions are refitted as if the patches that they add up were their output; grouped convolutions keep their
+weights, without the removed ones.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch.nn import functional as F
+
+from hwsearch.canonical import aten, bound
+from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
+from hwsearch.narrowing import cut
+from hwsearch.network import Unit
+from hwsearch.trace import Site, Traced, flat_inputs, reads_axis
+
+Batch = tuple[Traced, tuple[Any, ...], dict[str, Any]]
+"""A calibration batch: a trace for its shape, and the arguments of the call."""
+
+RIDGE = 1e-3
+"""Regularisation relative to the mean of the Gram matrix's diagonal."""
+ROWS = 20_000
+"""Positions sampled for each unit: this many, or ten for each feature where that is more."""
+
+Quantizer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(weight [out, features], their Hessian [features, features]) -> rounded weight."""
+
+
+def refittable(unit: Unit) -> bool:
+    """Whether the weight can be refitted: it is a matrix product of what the unit reads, in one group."""
+    return bool(unit.weight_shape) and dict(unit.attributes).get("groups", "1") == "1"
+
+
+def as_columns(unit: Unit, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a matrix [outputs, features], the features of one input index side by side."""
+    return weight.flatten(1) if reads_axis(unit) == 1 else weight.flatten(1).T
+
+
+def from_columns(unit: Unit, matrix: torch.Tensor) -> torch.Tensor:
+    """Inverse of `as_columns`, for any number of inputs and outputs."""
+    if reads_axis(unit) == 1:
+        return matrix.reshape(len(matrix), -1, *unit.weight_shape[2:])
+    return matrix.T.reshape(matrix.shape[1], -1, *unit.weight_shape[2:])
+
+
+def feature_columns(unit: Unit, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Columns of `as_columns` that belong to indices along the axis that the unit reads."""
+    each = math.prod(unit.weight_shape[2:]) if reads_axis(unit) == 1 else 1
+    return (np.asarray(indices, np.int64)[:, None] * each + np.arange(each)).ravel()
+
+
+def shifts_bias(traced: Traced, unit: str) -> bool:
+    """Whether the unit has a bias of its own that takes up a change of its output's mean."""
+    path = traced.paths[unit][1]
+    alone = path is not None and sum(own == path for _, own in traced.paths.values()) == 1
+    return alone and "transpose" not in traced.network[unit].op
+
+
+def patches(node: fx.Node, unit: Unit, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(what the unit reads, number of its leading axes that are positions); the axes after them are features."""
+    if not unit.op.startswith("conv"):
+        return x, x.dim() - 1
+    spatial = len(unit.weight_shape) - 2
+    if x.dim() == spatial + 1:
+        x = x[None]
+    if not unit.op.startswith("conv_transpose"):
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        _, _, _, stride, padding, dilation, _ = bound(node, names, (None, None, None, 1, 0, 1, 1))
+        steps, holes = _each(stride, spatial), _each(dilation, spatial)
+        spans = [d * (k - 1) for d, k in zip(holes, unit.weight_shape[2:], strict=True)]
+        if isinstance(padding, str):
+            around = [(s // 2, s - s // 2) if padding == "same" else (0, 0) for s in spans]
+        else:
+            around = [(p, p) for p in _each(padding, spatial)]
+        x = F.pad(x, [p for pair in reversed(around) for p in pair])
+        for axis, (step, hole, span) in enumerate(zip(steps, holes, spans, strict=True)):
+            x = x.unfold(2 + axis, span + 1, step)[..., ::hole]
+    positions = [0, *range(2, 2 + spatial)]
+    return x.permute(*positions, 1, *range(2 + spatial, x.dim())), 1 + spatial
+
+
+def outputs(unit: Unit, y: torch.Tensor) -> torch.Tensor:
+    """What the unit puts out, with the channels last."""
+    if not unit.op.startswith("conv"):
+        return y
+    spatial = len(unit.weight_shape) - 2
+    return (y if y.dim() == spatial + 2 else y[None]).movedim(1, -1)
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [int(v) for v in (values * count if len(values) == 1 else values)]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Random positions of a tensor, the same for every tensor with these leading axes."""
+
+    lead: tuple[int, ...]
+    index: NDArray[np.int64] | None
+
+    @staticmethod
+    def draw(lead: tuple[int, ...], count: int, seed: int) -> _Sample:
+        total = math.prod(lead)
+        if total <= count:
+            return _Sample(lead, None)
+        return _Sample(lead, np.sort(np.random.default_rng(seed).choice(total, count, replace=False)))
+
+    def rows(self, value: torch.Tensor) -> torch.Tensor:
+        """[positions, features]"""
+        if self.index is not None:
+            where = np.unravel_index(self.index, self.lead)
+            value = value[tuple(torch.from_numpy(i) for i in where)]
+            return value.reshape(len(self.index), -1)
+        return value.reshape(math.prod(self.lead), -1)
+
+
+def _seed(*parts: object) -> int:
+    return zlib.crc32(repr(parts).encode())
+
+
+@dataclass
+class Gram:
+    """Mean of z z^T in float64, where z is what a unit reads with a one after it.
+
+    matrix: [features + 1, features + 1]. rows: how many positions it is the mean of.
+    """
+
+    matrix: torch.Tensor
+    rows: int = 0
+
+    @staticmethod
+    def empty(features: int) -> Gram:
+        return Gram(torch.zeros(features + 1, features + 1, dtype=torch.float64))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in rows [positions, features]."""
+        share = len(rows) / max(self.rows + len(rows), 1)
+        self.rows += len(rows)
+        self.matrix *= 1 - share
+        if len(rows):
+            z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            self.matrix += (z.T @ z).double() * (share / len(rows))
+
+    def moments(self, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E[x x^T], or the covariance where a bias takes up the means; E[x])."""
+        second, mean = self.matrix[:-1, :-1], self.matrix[:-1, -1]
+        return (second - torch.outer(mean, mean) if bias else second), mean
+
+
+class Grams(Mapping[str, Gram]):
+    """The Gram matrix of what each unit reads, by unit, from one pass over calibration batches.
+
+    units: those to take; None for every unit that can be refitted and reads a channel group. Units that read one tensor
+    in one way share a matrix. Positions are sampled at random, the same for one seed.
+    """
+
+    def __init__(
+        self, batches: Sequence[Batch], units: Iterable[str] | None = None, *, rows: int = ROWS, seed: int = 0
+    ) -> None:
+        traced = batches[0][0]
+        reading = {u for g in traced.network.groups for u in g.consumers}
+        wanted = reading if units is None else set(units)
+        names = [u.name for u in traced.network.units if u.name in wanted and refittable(u)]
+        nodes = {n.name: n for n in traced.graph.graph.nodes}
+        self.of: dict[str, tuple[Any, ...]] = {}
+        for name in names:
+            sites = [nodes[s.node] for s in traced.sites[name]]
+            self.of[name] = tuple(
+                _way(n, traced.network[name], s) for n, s in zip(sites, traced.sites[name], strict=True)
+            )
+        unit_of = {ways: name for name, ways in reversed(self.of.items())}
+        self.grams = {
+            ways: Gram.empty(as_columns(u, torch.empty(u.weight_shape, device="meta")).shape[1])
+            for ways, u in ((w, traced.network[n]) for w, n in unit_of.items())
+        }
+        with torch.no_grad():
+            for index, batch in enumerate(batches):
+                sites = {s.node: (u, s) for u in unit_of.values() for s in batch[0].sites[u]}
+                self._take(batch, sites, index, len(batches), rows, seed)
+
+    def _take(
+        self,
+        batch: Batch,
+        sites: Mapping[str, tuple[str, Site]],
+        index: int,
+        batches: int,
+        rows: int,
+        seed: int,
+    ) -> None:
+        traced, args, kwargs = batch
+
+        def see(node: fx.Node, inputs: Callable[[fx.Node], Any]) -> None:
+            if node.name not in sites:
+                return
+            name, site = sites[node.name]
+            unit, gram = traced.network[name], self[name]
+            count = -(-max(rows, 10 * (len(gram.matrix) - 1)) // (batches * unit.calls))
+            view, lead = patches(node, unit, inputs(node.args[site.activations[0]]))  # type: ignore[arg-type]
+            sample = _Sample.draw(tuple(view.shape[:lead]), count, _seed(seed, index, node.name))
+            gram.add(sample.rows(view))
+
+        _Watcher(traced.graph, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
+
+    def __getitem__(self, unit: str) -> Gram:
+        return self.grams[self.of[unit]]
+
+    def __iter__(self) -> Any:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+
+def _way(node: fx.Node, unit: Unit, site: Site) -> tuple[Any, ...]:
+    """What tells the features of two calls apart."""
+    source = node.args[site.activations[0]]
+    kernel = unit.weight_shape[2:] if reads_axis(unit) == 1 else ()
+    return str(source), kernel, unit.attributes if any(k > 1 for k in kernel) or unit.attributes else ()
+
+
+class _Watcher(fx.Interpreter):
+    """Shows each call of a node before it runs."""
+
+    def __init__(
+        self, graph: fx.GraphModule, see: Callable[[fx.Node, Callable[[fx.Node], Any]], None]
+    ) -> None:
+        super().__init__(graph)
+        self.see = see
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.see(n, lambda source: self.env[source])
+        return super().run_node(n)
+
+
+def refit(
+    gram: Gram,
+    weight: torch.Tensor,
+    kept: NDArray[np.int64],
+    *,
+    bias: bool = True,
+    ridge: float = RIDGE,
+    quantizer: Quantizer | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight [out, len(kept)], what to add to the bias [out]) that stand in for a weight [out, features], in float64.
+
+    kept: columns that stay. bias: whether the unit has one; without, the second value is zero. ridge: relative to the mean
+    of the Gram matrix's diagonal. quantizer: rounds the refitted weight, for instance `Gptq`.
+    """
+    second, mean = gram.moments(bias)
+    weight = weight.detach().double()
+    keep = torch.from_numpy(np.asarray(kept, np.int64))
+    gone = torch.from_numpy(np.setdiff1d(np.arange(weight.shape[1]), kept))
+    new = weight[:, keep]
+    hessian = damped(second[keep][:, keep], ridge) if len(gone) or quantizer is not None else second
+    if len(gone):
+        factor = torch.linalg.cholesky(hessian)
+        new = new + torch.cholesky_solve((weight[:, gone] @ second[gone][:, keep]).T, factor).T
+    if quantizer is not None:
+        new = quantizer(new, hessian)
+    return new, (weight @ mean - new @ mean[keep]) if bias else torch.zeros(len(weight), dtype=torch.float64)
+
+
+def damped(second: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+    """The matrix with `ridge` times the mean of its diagonal added to its diagonal, so that it can be inverted."""
+    level = ridge * float(second.diagonal().mean()) if len(second) else 0.0
+    return second + max(level, 1e-12) * torch.eye(len(second), dtype=second.dtype)
+
+
+def reconstruction_error(
+    gram: Gram,
+    weight: torch.Tensor,
+    new: torch.Tensor,
+    kept: NDArray[np.int64],
+    shift: torch.Tensor | None = None,
+) -> float:
+    """E|W x + b - (W' x_k + b + shift)|^2 over calibration, summed over outputs; relative to E|W x|^2."""
+    weight = weight.detach().double()
+    off = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
+    whole = float(torch.einsum("of,fg,og->", off, gram.matrix, off))
+    off[:, torch.from_numpy(np.asarray(kept, np.int64))] -= new.double()
+    if shift is not None:
+        off[:, -1] -= shift.double()
+    return float(torch.einsum("of,fg,og->", off, gram.matrix, off)) / (whole or 1.0)
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """A quantizer to symmetric integers with one scale per output, columns of the largest moment first.
+
+    levels: the largest integer, 127 for int8 and 7 for int4. scales: [out]; None for those of `grid`.
+    """
+
+    levels: int = 127
+    scales: torch.Tensor | None = None
+    block: int = 64
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        scales = (grid(weight, hessian, self.levels) if self.scales is None else self.scales).to(weight)[
+            :, None
+        ]
+        order = torch.argsort(hessian.diagonal(), descending=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        left, rounded = weight[:, order].clone(), torch.empty_like(weight)
+        for start in range(0, weight.shape[1], self.block):
+            end = min(start + self.block, weight.shape[1])
+            errors = weight.new_empty(len(weight), end - start)
+            for j in range(start, end):
+                rounded[:, j] = round_to(left[:, j : j + 1], scales, self.levels)[:, 0]
+                errors[:, j - start] = (left[:, j] - rounded[:, j]) / upper[j, j]
+                left[:, j + 1 : end] -= torch.outer(errors[:, j - start], upper[j, j + 1 : end])
+            left[:, end:] -= errors @ upper[start:end, end:]
+        return rounded[:, torch.argsort(order)]
+
+
+def round_to(weight: torch.Tensor, scales: torch.Tensor, levels: int) -> torch.Tensor:
+    """The nearest values on the grid of symmetric integers; scales broadcast against the weight."""
+    return (weight / scales).round().clamp(-levels, levels) * scales
+
+
+def grid(weight: torch.Tensor, hessian: torch.Tensor, levels: int) -> torch.Tensor:
+    """Scales [out] of least rounding error, each feature weighed by its moment; never above max|w| / levels."""
+    top = weight.abs().amax(1, keepdim=True) / levels
+    top = torch.where(top > 0, top, torch.ones_like(top))
+    if levels >= 127:
+        return top[:, 0]
+    moment = hessian.diagonal()
+    shares = torch.linspace(0.4, 1.0, 31, dtype=weight.dtype)
+    errors = torch.stack([((round_to(weight, top * s, levels) - weight).square() @ moment) for s in shares])
+    return top[:, 0] * shares[errors.argmin(0)]
+
+
+# ---- a narrow network beside the dense one
+
+
+def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
+    """`weights` of the narrow network, and of its other units, with outputs of the dense network's mean and deviation.
+
+    batches: of the dense network; those of another shape than the first are left out. One pass of both networks side by
+    side, unit by unit in order of execution; each correction is seen by the units after it. It is what estimating
+    BatchNorm's statistics again does, folded into the weights. Units without a bias of their own stay.
+    """
+    return _SideBySide(batches, kept, weights).run(_moments)
+
+
+def refit_sequential(
+    batches: Sequence[Batch],
+    kept: Kept,
+    weights: Weights,
+    *,
+    ridge: float = RIDGE,
+    rows: int = ROWS,
+    seed: int = 0,
+) -> Weights:
+    """`weights` of the narrow network, and of its other units, each regressed on what it really reads.
+
+    In order of execution: the targets are the dense network's outputs, the features what arrives in the narrow network with
+    all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
+    is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`.
+    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay.
+    """
+    return _SideBySide(batches, kept, weights).run(lambda step: _regressed(step, ridge, rows, seed))
+
+
+@dataclass
+class _Step:
+    """A unit about to run in the narrow network: for each batch what it reads there, and what it ought to put out."""
+
+    traced: Traced
+    unit: Unit
+    node: fx.Node
+    site: Site
+    inputs: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    outputs: Callable[[], Iterator[torch.Tensor]]
+    """Runs the unit as it is."""
+
+
+_Solved = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _SideBySide:
+    """Runs a dense and a narrow network on all batches at once, node by node."""
+
+    def __init__(self, batches: Sequence[Batch], kept: Kept, weights: Weights) -> None:
+        self.dense = batches[0][0]
+        self.narrow = narrow(self.dense, kept, weights)
+        self.mask = self.dense.channels.mask(kept)
+        own = [batch for batch in batches if batch[0] is self.dense]
+        self.pairs = [
+            (_Stepper(self.dense.graph, flat), _Stepper(self.narrow.graph, flat))
+            for flat in (flat_inputs(traced.graph, args, kwargs) for traced, args, kwargs in own)
+        ]
+        self.weights = dict(weights)
+        self.units = {
+            calls[0].node: (unit, calls[0]) for unit, calls in self.dense.sites.items() if len(calls) == 1
+        }
+
+    def run(self, solve: Callable[[_Step], _Solved | None]) -> Weights:
+        """Weights and biases with every solution put in place before the next unit runs."""
+        with torch.no_grad():
+            nodes = zip(self.dense.graph.graph.nodes, self.narrow.graph.graph.nodes, strict=True)
+            for node, slim in nodes:
+                if node.op == "output":
+                    break
+                for dense, _ in self.pairs:
+                    dense.step(node)
+                if node.name in self.units and self.units[node.name][1].weight is not None:
+                    self._correct(node, slim, solve)
+                for dense, narrow_ in self.pairs:
+                    narrow_.step(slim)
+                    dense.forget(node)
+                    narrow_.forget(slim)
+        return self.weights
+
+    def _correct(self, node: fx.Node, slim: fx.Node, solve: Callable[[_Step], _Solved | None]) -> None:
+        name, site = self.units[node.name]
+        unit = self.narrow.network[name]
+        weight, bias = self.narrow.weight(name), self.narrow.bias(name)
+        assert weight is not None
+        step = _Step(
+            self.narrow, unit, slim, site,
+            inputs=[n.env[slim.args[site.activations[0]]] for _, n in self.pairs],
+            targets=[self._target(node, slim, d, n) for d, n in self.pairs],
+            weight=weight, bias=bias, outputs=lambda: (n.run_node(slim) for _, n in self.pairs),
+        )  # fmt: skip
+        solved = solve(step)
+        if solved is None:
+            return
+        self.weights[name] = solved
+        put_weights(self.narrow, {name: solved})
+        for _, stepper in self.pairs:
+            for source in slim.all_input_nodes:
+                if source.op == "get_attr":
+                    stepper.step(source)
+
+    def _target(self, node: fx.Node, slim: fx.Node, dense: _Stepper, narrow_: _Stepper) -> torch.Tensor:
+        def left(n: fx.Node) -> torch.Tensor:
+            axes = self.dense.channels.nodes.get(n.name, [[]])[0]
+            return cut(dense.env[n], axes, self.mask)
+
+        target = left(node)
+        added, users = list(slim.users), list(node.users)
+        if len(users) == 1 and users[0].target is aten.add.Tensor and not users[0].kwargs:
+            for other, own in zip(users[0].args, added[0].args, strict=True):
+                if other is not node and other in dense.env and own in narrow_.env:
+                    have = narrow_.env[own]
+                    if isinstance(have, torch.Tensor) and have.shape == target.shape:
+                        return target + left(other) - have  # type: ignore[arg-type]
+        return target
+
+
+class _Stepper(fx.Interpreter):
+    """Runs a graph node by node, when told to."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        super().__init__(graph)
+        self.args_iter = iter(inputs)
+
+    def step(self, node: fx.Node) -> None:
+        self.env[node] = self.run_node(node)
+
+    def forget(self, node: fx.Node) -> None:
+        for done in self.user_to_last_uses.get(node, []):
+            del self.env[done]
+
+
+def _moments(step: _Step) -> _Solved | None:
+    """Scale and shift of each output channel that give the targets' mean and deviation."""
+    name = step.unit.name
+    if not shifts_bias(step.traced, name) and "transpose" not in step.unit.op:
+        return None
+    if step.bias is None:
+        return None
+    have = _mean_and_deviation([outputs(step.unit, y) for y in step.outputs()])
+    want = _mean_and_deviation([outputs(step.unit, y) for y in step.targets])
+    scale = (want[1] / have[1].clamp_min(1e-12)).clamp(0.5, 2.0)
+    shape = [-1 if d == step.unit.out_axis else 1 for d in range(step.weight.dim())]
+    if step.unit.op.startswith("conv_transpose") and dict(step.unit.attributes).get("groups", "1") != "1":
+        scale = torch.ones_like(scale)  # several output channels share an index of the weight
+    else:
+        weight = (step.weight.double() * scale.reshape(shape)).float()
+    bias = scale * (step.bias.double() - have[0]) + want[0]
+    return (weight if float((scale - 1).abs().max()) else step.weight), bias.float()
+
+
+def _mean_and_deviation(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel (the last axis), over all else."""
+    flat = [v.reshape(-1, v.shape[-1]) for v in values]
+    count = sum(len(v) for v in flat)
+    mean = torch.stack([v.double().sum(0) for v in flat]).sum(0) / count
+    square = torch.stack([(v.double() - mean).square().sum(0) for v in flat]).sum(0) / count
+    return mean, square.sqrt()
+
+
+def _regressed(step: _Step, ridge: float, rows: int, seed: int) -> _Solved | None:
+    """Least squares of the targets on the inputs; convolutions in groups, group by group."""
+    unit = step.unit
+    if step.bias is not None and not shifts_bias(step.traced, unit.name):
+        return _moments(step)
+    groups = int(dict(unit.attributes).get("groups", "1"))
+    if "transpose" in unit.op:
+        return _moments(step)
+    matrix = as_columns(unit, step.weight).double()
+    prior = matrix.reshape(groups, -1, matrix.shape[1])
+    features = prior.shape[2]
+    second = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
+    cross = torch.zeros(groups, prior.shape[1], features + 1, dtype=torch.float64)
+    total = 0
+    count = -(-max(rows, 10 * features) // len(step.inputs))
+    for index, (x, y) in enumerate(zip(step.inputs, step.targets, strict=True)):
+        view, lead = patches(step.node, unit, x)
+        sample = _Sample.draw(tuple(view.shape[:lead]), count, _seed(seed, index, step.node.name))
+        own = sample.rows(view)
+        own = own.reshape(len(own), groups, features).transpose(0, 1)
+        own = torch.cat([own, own.new_ones(groups, own.shape[1], 1)], 2)
+        target = sample.rows(outputs(unit, y))
+        target = target.reshape(len(target), groups, -1).permute(1, 2, 0)
+        second += (own.transpose(1, 2) @ own).double()
+        cross += (target @ own).double()
+        total += own.shape[1]
+    second, cross = second / total, cross / total
+    mean, goal = second[:, :-1, -1], cross[:, :, -1]
+    second, cross = second[:, :-1, :-1], cross[:, :, :-1]
+    if step.bias is not None:
+        second = second - mean[:, :, None] * mean[:, None, :]
+        cross = cross - goal[:, :, None] * mean[:, None, :]
+    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-9)
+    eye = level[:, None, None] * torch.eye(features, dtype=torch.float64)
+    factor = torch.linalg.cholesky(second + eye)
+    new = torch.cholesky_solve((cross + level[:, None, None] * prior).transpose(1, 2), factor).transpose(1, 2)
+    bias = None
+    if step.bias is not None:
+        bias = (goal - (new @ mean[:, :, None])[:, :, 0]).flatten().float()
+    return from_columns(unit, new.reshape(matrix.shape)).float().contiguous(), bias

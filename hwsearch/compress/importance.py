@@ -1,0 +1,287 @@
+"""Which channels stay: the slots of each group in order of importance.
+
+A narrower choice is a subset of a wider one: width w keeps the first w of the order. Scores are summed over all that the
+slot runs through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from hwsearch.compress.compensate import Batch, Grams, as_columns, damped, feature_columns, shifts_bias
+from hwsearch.compress.widths import in_slots, out_slots
+from hwsearch.trace import Traced, flat_inputs
+
+Criterion = Literal["obs", "fisher", "taylor", "magnitude"]
+Order = Mapping[str, NDArray[np.int64]]
+"""For each group the positions of its slots, most important first."""
+
+
+def order_slots(
+    batches: Sequence[Batch],
+    criterion: str = "obs",
+    *,
+    grams: Grams | None = None,
+    seed: int = 0,
+) -> dict[str, NDArray[np.int64]]:
+    """Positions (0 .. channels - 1) of each group's slots, most important first, by one of these criteria.
+
+    `magnitude`: the squared l2 norm of what stores the slot in producers and consumers, each relative to its whole.
+    `taylor`: (d loss / d gate)^2, the gate multiplied onto what consumers read, mean over batches of the square of the
+        batch's mean gradient (Molchanov et al., 2019, equation 8 with the gate as the parameter).
+    `fisher`: the same with the square inside, the mean over samples: the diagonal of the empirical Fisher matrix of the gates,
+        with labels drawn from the network's own outputs.
+    `obs`: slots are removed one by one, each time the one whose removal, with all that is left refitted, changes least what
+        consumers put out (`compensate`), channels of their outputs weighed by their Fisher information.
+
+    grams: those of the batches where they are known already (only `obs` needs them). Deterministic for one seed.
+    """
+    traced = batches[0][0]
+    if criterion == "magnitude":
+        scores = {g: _magnitude(traced, g) for g in traced.channels.groups}
+    elif criterion in ("taylor", "fisher"):
+        gates = gate_gradients(batches, seed)[0]
+        square = (
+            (lambda x: np.square(x).mean(0)) if criterion == "fisher" else (lambda x: np.square(x.mean(0)))
+        )
+        scores = {g: np.mean([square(x) for x in own], axis=0) for g, own in gates.items()}
+    elif criterion.startswith("obs"):
+        return _eliminated(batches, grams or Grams(batches), criterion, seed)
+    else:
+        raise ValueError(f"unknown criterion {criterion!r}; expected obs, fisher, taylor or magnitude")
+    return {g: np.argsort(-s, kind="stable").astype(np.int64) for g, s in scores.items()}
+
+
+def _magnitude(traced: Traced, group: str) -> NDArray[np.float64]:
+    slots = traced.channels.groups[group]
+    scores = np.zeros(len(slots))
+    units = dict.fromkeys((*traced.channels.producers[group], *traced.channels.consumers[group]))
+    for unit in units:
+        weight = traced.weight(unit)
+        assert weight is not None
+        for axis in (in_slots(traced, unit), out_slots(traced, unit)):
+            if axis is not None:
+                norms = (
+                    weight.double().square().sum([d for d in range(weight.dim()) if d != axis.axis]).numpy()
+                )
+                own = _by_slot(axis.slots, norms[None], slots)[0]
+                scores += own / (own.sum() or 1.0)
+    return scores
+
+
+def _by_slot(
+    labels: NDArray[np.int64], values: NDArray[Any], slots: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Sums of values [n, len(labels)] over the indices of each slot, [n, len(slots)]."""
+    place = np.full(max(int(labels.max()), int(slots.max())) + 1, -1)
+    place[slots] = np.arange(len(slots))
+    to = place[labels]
+    found = np.zeros((len(slots), len(values)))
+    np.add.at(found, to[to >= 0], np.asarray(values, np.float64).T[to >= 0])
+    return found.T
+
+
+# ---- gradients of the loss with respect to gates
+
+
+def gate_gradients(
+    batches: Sequence[Batch], seed: int = 0
+) -> tuple[dict[str, list[NDArray[np.float64]]], dict[str, NDArray[np.float64]]]:
+    """One backward pass a batch.
+
+    (for each group and batch the gradient [samples, slots] of each sample's loss with respect to gates on its slots;
+    for each consumer of a group the mean square of the loss's gradient at its output, by channel of its output.)
+    The loss is the cross-entropy against labels drawn from the network's own outputs; where these are no class logits,
+    half the squared distance from the outputs with unit noise. Its expected square is the Gauss-Newton matrix.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gates: dict[str, list[NDArray[np.float64]]] = {}
+    squares: dict[str, list[NDArray[np.float64]]] = {}
+    for traced, args, kwargs in batches:
+        run = _Gated(traced)
+        flat = flat_inputs(traced.graph, args, kwargs)
+        samples = next(
+            (t.shape[0] for t in pytree.tree_leaves(flat) if isinstance(t, torch.Tensor) and t.dim()), 1
+        )
+        with torch.enable_grad():
+            loss = _probe(run.run(*flat, enable_io_processing=False), generator)
+            reads, puts = list(run.reads), list(run.puts)
+            wanted = [x for _, _, x in reads] + [y for _, _, y in puts]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        own: dict[str, NDArray[np.float64]] = {}
+        for (axis, labels, x), grad in zip(reads, found, strict=False):
+            if grad is None:
+                continue
+            each = (x.detach() * grad).movedim(axis, -1)
+            rows = samples if each.shape[0] % samples == 0 else 1
+            sums = each.reshape(rows, -1, each.shape[-1]).sum(1).numpy()
+            for group, slots in traced.channels.groups.items():
+                if np.isin(labels, slots).any():
+                    gate = _by_slot(labels, sums, slots)
+                    own[group] = own[group] + gate if group in own else gate
+        for group, gate in own.items():
+            gates.setdefault(group, []).append(gate)
+        for (unit, axis, _), grad in zip(puts, found[len(reads) :], strict=True):
+            if grad is not None:
+                square = grad.double().square().movedim(axis, -1).flatten(0, -2)
+                squares.setdefault(unit, []).append(square.mean(0).numpy())
+    for group, slots in batches[0][0].channels.groups.items():
+        gates.setdefault(group, [np.zeros((1, len(slots)))])
+    return gates, {unit: np.mean(own, axis=0) for unit, own in squares.items()}
+
+
+class _Gated(fx.Interpreter):
+    """Keeps what consumers of groups read, each its own copy, and what they put out."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(traced.graph)
+        self.traced = traced
+        consumers = {u for own in traced.channels.consumers.values() for u in own}
+        self.sites = {s.node: (u, s) for u in consumers for s in traced.sites[u]}
+        self.reads: list[tuple[int, NDArray[np.int64], torch.Tensor]] = []
+        self.puts: list[tuple[str, int, torch.Tensor]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name not in self.sites:
+            return super().run_node(n)
+        unit, site = self.sites[n.name]
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        new = list(args)
+        for position in site.activations:
+            axes = self.traced.channels.nodes.get(n.args[position].name, [[]])[0]  # type: ignore[union-attr]
+            x = args[position].clone()
+            if not x.requires_grad:
+                x.requires_grad_()
+            new[position] = x
+            self.reads += [(axis.axis, axis.slots, x) for axis in axes]
+        y = n.target(*new, **kwargs)  # type: ignore[operator]
+        conv = self.traced.network[unit].op.startswith("conv")
+        channel = y.dim() - (len(self.traced.network[unit].weight_shape) - 1) if conv else y.dim() - 1
+        self.puts.append((unit, channel, y))
+        return y
+
+
+def _probe(output: Any, generator: torch.Generator) -> torch.Tensor:
+    """A random loss whose gradient's covariance is the Fisher matrix of the outputs, summed over samples."""
+    total = torch.zeros(())
+    for y in pytree.tree_leaves(output):
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point() or not y.requires_grad:
+            continue
+        axis = -1 if y.dim() != 4 else 1
+        if y.dim() >= 2 and y.shape[axis] >= 2:
+            logits = y.movedim(axis, -1).flatten(0, -2)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            share = len(y) / len(logits)
+            total = total - share * logits.log_softmax(-1).gather(1, labels).sum()
+        else:
+            noise = torch.randn(y.shape, generator=generator)
+            scale = float(y.detach().square().mean().sqrt()) or 1.0
+            total = total + (y * noise).sum() / scale
+    return total
+
+
+# ---- elimination
+
+
+@dataclass
+class _Consumer:
+    """A consumer of a group: its weight and the inverse of its Gram matrix, where slots are being removed."""
+
+    weight: torch.Tensor
+    inverse: torch.Tensor
+    columns: torch.Tensor
+    """[slots, features of each]"""
+
+    def errors(self, left: torch.Tensor) -> torch.Tensor:
+        """What removing each slot would add to the error of its output, the rest refitted: trace W_s (H^-1_ss)^-1 W_s^T."""
+        at = self.columns[left]
+        if at.shape[1] == 1:
+            return self.weight[:, at[:, 0]].square().sum(0) / self.inverse.diagonal()[at[:, 0]]
+        blocks = self.inverse[at[:, :, None], at[:, None, :]]
+        own = self.weight[:, at].permute(1, 2, 0)
+        factor = torch.linalg.cholesky(blocks)
+        return torch.linalg.solve_triangular(factor, own, upper=False).square().sum((1, 2))
+
+    def remove(self, slot: int) -> None:
+        at = self.columns[slot]
+        step = torch.linalg.solve(self.inverse[at][:, at], self.inverse[at])
+        self.weight.addmm_(self.weight[:, at], step, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, at], step, alpha=-1)
+
+    def compact(self, left: torch.Tensor) -> None:
+        """Forget the features of slots that are gone."""
+        stay = torch.ones(len(self.inverse), dtype=torch.bool)
+        stay[self.columns.flatten()] = False
+        stay[self.columns[left].flatten()] = True
+        number = torch.cumsum(stay, 0) - 1
+        self.weight, self.inverse = self.weight[:, stay], self.inverse[stay][:, stay]
+        self.columns = number[self.columns]
+
+
+def _eliminated(
+    batches: Sequence[Batch], grams: Grams, criterion: str, seed: int
+) -> dict[str, NDArray[np.int64]]:
+    traced = batches[0][0]
+    information = gate_gradients(batches, seed)[1] if criterion != "obs-plain" else {}
+    found = {}
+    for group in traced.channels.groups:
+        consumers = [
+            made
+            for unit in traced.channels.consumers[group]
+            if unit in grams
+            and (made := _consumer(traced, grams, group, unit, information.get(unit))) is not None
+        ]
+        if consumers:
+            found[group] = _eliminate(consumers)
+        else:
+            found[group] = np.argsort(-_magnitude(traced, group), kind="stable").astype(np.int64)
+    return found
+
+
+def _consumer(
+    traced: Traced, grams: Grams, group: str, unit: str, information: NDArray[np.float64] | None
+) -> _Consumer | None:
+    axis, slots = in_slots(traced, unit), traced.channels.groups[group]
+    own = [np.flatnonzero(axis.slots == s) for s in slots.tolist()] if axis is not None else []
+    if len({len(o) for o in own}) != 1 or not len(own[0]):
+        return None
+    weight = traced.weight(unit)
+    assert weight is not None
+    columns = as_columns(traced.network[unit], weight).double().clone()
+    second, _ = grams[unit].moments(shifts_bias(traced, unit))
+    if information is not None:
+        root = np.sqrt(np.tile(information, len(columns) // len(information)) if len(information) else 1.0)
+        columns *= torch.from_numpy(root)[:, None]
+    else:
+        columns /= math.sqrt(float(torch.einsum("of,fg,og->", columns, second, columns)) or 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))
+    at = [feature_columns(traced.network[unit], o) for o in own]
+    return _Consumer(columns, inverse, torch.from_numpy(np.stack(at)))
+
+
+def _eliminate(consumers: Iterable[_Consumer]) -> NDArray[np.int64]:
+    """The order in which greedy backward elimination removes slots, last one first."""
+    consumers = list(consumers)
+    left = torch.arange(len(consumers[0].columns))
+    compacted, removed = len(left), []
+    while len(left) > 1:
+        worst = int(torch.stack([c.errors(left) for c in consumers]).sum(0).argmin())
+        slot = int(left[worst])
+        removed.append(slot)
+        left = torch.cat([left[:worst], left[worst + 1 :]])
+        for consumer in consumers:
+            consumer.remove(slot)
+        if len(left) < 0.8 * compacted:
+            compacted = len(left)
+            for consumer in consumers:
+                consumer.compact(left)
+    return np.array([*left.tolist(), *reversed(removed)], np.int64)

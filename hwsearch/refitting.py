@@ -1,0 +1,113 @@
+"""A task with fewer channels: which ones go, refitted weights for what is left, and the module that holds them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from hwsearch.canonical import aten, is_get_attr, set_attr, tensor_attr
+from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.compensate import Grams, refit_sequential
+from hwsearch.compress.importance import order_slots
+from hwsearch.lower import Lowering, with_batch
+from hwsearch.narrowing import share_graph
+from hwsearch.trace import trace
+
+
+def weight_bank(
+    lowering: Lowering, folder: str | Path | None = None, order: Mapping[str, Sequence[int]] | None = None
+) -> WeightBank:
+    """Refitted weights of a task for any widths; kept in `folder` for the next process where it is given.
+
+    order: of the slots of each channel group, the most important first; found on calibration data where it is None.
+    """
+    import numpy as np
+
+    batches = lowering.calibration
+    grams = None
+    if order is None:
+        grams = Grams(batches, [u.name for u in lowering.network.units])
+        found = order_slots(batches, grams=grams)
+    else:
+        found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
+    return WeightBank(folder, lowering.traced, batches, found, grams=grams)
+
+
+def narrowed(lowering: Lowering, widths: Mapping[str, int], bank: WeightBank) -> Lowering:
+    """The task at these widths: refitted weights from the bank, then refitted in order on what really arrives."""
+    kept = bank.kept(widths)
+    weights = dict(bank.assemble(widths))
+    return lowering.narrow(kept, refit_sequential(lowering.calibration, kept, weights), calibrate=True)
+
+
+def as_module(lowering: Lowering) -> torch.nn.Module:
+    """A plain module that computes the (narrow) network in fp32: parameters under their old names, BatchNorm folded.
+
+    It takes any batch size where the model does, and can be fine-tuned as any other module.
+    """
+    graph = share_graph(lowering.traced.graph)
+    _free_batch(graph, lowering)
+    for node in graph.graph.nodes:
+        if is_get_attr(node):
+            value = tensor_attr(graph, str(node.target))
+            if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
+                _parameter(graph, str(node.target), value)
+    graph.recompile()
+    return graph
+
+
+def _parameter(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None:
+    set_attr(graph, path, value)  # a place of its own
+    parent, _, leaf = path.rpartition(".")
+    module = graph.get_submodule(parent)
+    del module._buffers[leaf]
+    module.register_parameter(leaf, torch.nn.Parameter(value.detach().clone()))
+
+
+def _free_batch(graph: fx.GraphModule, lowering: Lowering) -> None:
+    """Replace numbers that are multiples of the batch size by multiples of the input's own."""
+    batch = lowering.batch
+    model = lowering.task.model
+    other = trace(model, with_batch(lowering.task.example_inputs, batch + 1), lowering.task.name).graph
+    if lowering.whole is not None:
+        original = lowering.whole.traced.graph
+    else:
+        original = lowering.traced.graph
+    ours, theirs, own = list(original.graph.nodes), list(other.graph.nodes), list(graph.graph.nodes)
+    if [n.name for n in ours] != [n.name for n in theirs]:
+        return  # the model does something else for another batch
+    scaled: dict[tuple[str, int], int] = {}
+    for a, b in zip(ours, theirs, strict=True):
+        if is_get_attr(a) and tensor_attr(original, str(a.target)).shape != tensor_attr(other, str(b.target)).shape:
+            return
+        x, _ = pytree.tree_flatten((a.args, a.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))
+        y, _ = pytree.tree_flatten((b.args, b.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))
+        for position, (u, v) in enumerate(zip(x, y, strict=True)):
+            if isinstance(u, int) and not isinstance(u, bool) and u != v:
+                if u % batch or u // batch * (batch + 1) != v:
+                    return
+                scaled[a.name, position] = u // batch
+    if not scaled:
+        return
+    first = next(n for n in own if n.op == "placeholder" and n.users)
+    with graph.graph.inserting_after([n for n in own if n.op == "placeholder"][-1]):
+        size = graph.graph.call_function(aten.sym_size.int, (first, 0))
+    for node in own:
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))
+        changed: list[Any] = []
+        for position, value in enumerate(flat):
+            times = scaled.get((node.name, position))
+            if times is None:
+                changed.append(value)
+            elif times == 1:
+                changed.append(size)
+            else:
+                with graph.graph.inserting_before(node):
+                    changed.append(graph.graph.call_function(operator.mul, (size, times)))
+        node.args, node.kwargs = pytree.tree_unflatten(changed, spec)
