@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_predictions as plot_predictions
+    from hwsearch.plot import plot_staircase as plot_staircase
     from hwsearch.scoring import SensitivityTable as SensitivityTable
     from hwsearch.table import LatencyTable as LatencyTable
     from hwsearch.task import Task as Task
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "deployment": ["deploy", "verify"], "pipeline": ["run"],
-    "plot": ["plot_allocation", "plot_front", "plot_predictions"], "allocate.search": ["front", "search"],
+    "plot": ["plot_allocation", "plot_front", "plot_predictions", "plot_staircase"], "allocate.search": ["front", "search"],
     "scoring": ["SensitivityTable"], "table": ["LatencyTable"], "task": ["Task", "load"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

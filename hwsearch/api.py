@@ -40,7 +40,8 @@ def profile(
 
     threads: inference threads. base: precision of what is not int8 (None: the backend's preferred one). batch: None
     for that of the example inputs. time_limit_s: seconds after which no further build begins. mode: `context` (whole
-    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both. builds: builds of the design (None: by the network's size).
+    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both.
+    builds: builds of the design (None: by the network's size).
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     at = regime(task, _backend(backend), threads=threads, base=base, batch=batch)
@@ -64,7 +65,8 @@ def sensitivity(
     """Loss of every (unit, variant) of a backend, and of every (channel group, width), on the task's calibration data.
 
     `out` is used again if it is there. axes: without `width` the groups are left out. table: its widths are scored (None:
-    all that a profile would try). weights: folder to keep refitted weights in, for `deploy` and `verify`. Raises UntraceableModel, IncompatibleTables, InvalidInput.
+    all that a profile would try). weights: folder to keep refitted weights in, for `deploy` and `verify`.
+    Raises UntraceableModel, IncompatibleTables, InvalidInput.
     """
     at = regime(task, _backend(backend), base=base)
     check_axes(axes)

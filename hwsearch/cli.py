@@ -128,7 +128,11 @@ Axes = Annotated[
 ]
 Keep = Annotated[
     list[str] | None,
-    typer.Option("--keep", metavar="PATTERN", help="Layers whose channels all stay, for instance 'classifier*'; may be given several times."),
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="Layers whose channels all stay, for instance 'classifier*'; may be given several times.",
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -250,6 +254,23 @@ def table_show(
 
     table = hs.LatencyTable.load(file)
     show.table(table, as_json)
+
+
+@table_app.command("staircase")
+def table_staircase(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each channel group costs at each width. Kept are those faster than every wider one kept."""
+    import hwsearch as hs
+
+    table = hs.LatencyTable.load(file)
+    if plot is not None:
+        hs.plot_staircase(table, plot)
+    show.staircase(table, as_json)
 
 
 @app.command()

@@ -221,11 +221,13 @@ class Session:
         self._uniforms: dict[str, Measured] = {}
         self._scores: dict[str, float] = {}
 
-    def measure_all(self, deployed: Job, uniforms: Mapping[str, Job]) -> tuple[Measured, dict[str, Measured]]:
-        """(the allocation, the uniform ones beside it); uniform ones are timed in the first round only."""
+    def measure_all(
+        self, deployed: Job | None, uniforms: Mapping[str, Job]
+    ) -> tuple[Measured | None, dict[str, Measured]]:
+        """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once."""
         missing = {name: job for name, job in uniforms.items() if name not in self._uniforms}
-        measured = self.measure({"deployed": deployed, **missing})
-        found = measured.pop("deployed")
+        measured = self.measure({**({"deployed": deployed} if deployed else {}), **missing})
+        found = measured.pop("deployed", None)
         self._uniforms.update(measured)
         return found, dict(self._uniforms)
 
@@ -256,6 +258,13 @@ class Session:
             )
             for name, job in wanted.items()
         }
+
+    def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> dict[str, int]:
+        """Budgets in whole ns, bytes and MACs, relative ones of the dense network as this session measures it."""
+        _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
+        dense = measured["dense.fp32"]
+        found = resolve(budgets, self.ms(dense), dense.file_bytes, self.at.network.macs)
+        return {c: int(limit * (1e6 if c == "latency" else 1)) for c, limit in found.items()}
 
     def ms(self, measured: Measured) -> float:
         """Time on the session's scale, in ms."""
@@ -328,7 +337,8 @@ def verify(
     """Measure an allocation on this device and report predicted beside measured.
 
     Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
-    given. The budget holds only as measured. weights: as for `deploy`. Raises IncompatibleTables where the table is of another device.
+    given. The budget holds only as measured. weights: as for `deploy`.
+    Raises IncompatibleTables where the table is of another device.
     """
     report, _ = verify_with_build(
         task, allocation, backend=backend, threads=threads, table=table, weights=weights, at=at, rounds=rounds,
@@ -366,6 +376,7 @@ def verify_with_build(
     own = own or at_widths(at, allocation, bank_of(at, allocation, weights))
     job = Job(variants, base, _metadata(allocation, base), own)
     deployed, measured = session.measure_all(job, candidates)
+    assert deployed is not None
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
     limit = resolve(budgets, session.ms(dense), dense.file_bytes, at.network.macs)

@@ -128,6 +128,8 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
         for axis in own:
             times[axis.axis] = len(axis.kept(mask))
         node.update_arg(1, times)
+    elif name == "repeat_interleave" and own and not axes(args[0]):
+        node.update_arg(1, len(own[0].kept(mask)))
     elif name == "unflatten" and own:
         dim, sizes = int(args[1]), list(args[2])
         for axis in own:

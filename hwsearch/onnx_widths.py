@@ -269,10 +269,6 @@ class OnnxWidths:
                 name = f"{node.name}/stated1"
                 constants[name] = numpy_helper.from_array(np.asarray(number[left], np.int64), name)
                 new.input[1] = name
-        elif node.op_type in ("Conv", "ConvTranspose") and came is None:
-            unit = node.name.split("|")[0]
-            if unit in self.traced.sites:
-                self._groups(new, unit, mask)
         elif node.op_type in ("Conv", "ConvTranspose"):
             self._groups(new, node.name.split("|")[0], mask)
         elif node.op_type == "GroupNormalization" and came is not None:
@@ -301,13 +297,13 @@ class OnnxWidths:
         state(2, ends)
 
     def _groups(self, node: onnx.NodeProto, unit: str, mask: NDArray[np.bool_]) -> None:
-        """The number of groups of a depthwise convolution is that of its channels."""
-        site = self.traced.sites[unit][0]
-        axis = self._traced(self._nodes[site.node].args[0].name)
-        inside = any(a.axis == 1 for a in self.traced.channels.tensors.get(self.traced.paths[unit][0] or "", []))
+        """A depthwise convolution has as many groups as channels; any other keeps the number of its groups."""
+        if unit not in self.traced.sites:
+            return
+        axis = self._traced(self._nodes[self.traced.sites[unit][0].node].args[0].name)
         for attribute in node.attribute:
-            if attribute.name == "group" and attribute.i > 1 and axis is not None and not inside:
-                attribute.i = attribute.i * len(axis.kept(mask)) // len(axis.slots)
+            if attribute.name == "group" and axis is not None and attribute.i == len(axis.slots) > 1:
+                attribute.i = len(axis.kept(mask))
 
 
 def _axis_of(labels: NDArray[np.int64], name: str) -> Axis | None:

@@ -77,6 +77,13 @@ def summary(table: LatencyTable) -> str:
             f"{found['additive_median_error']:.1%}), Kendall tau {found['kendall_tau']:.2f}, "
             f"noise floor {found['noise_floor']:.1%}"
         )
+    if h.grid:
+        stairs = [len(steps) for steps in h.grid.values()]
+        lines.append(
+            f"widths     {sum(n > 1 for n in stairs)} of {len(stairs)} channel groups have more than one worth knowing, "
+            f"{max(stairs)} at most (see `hwsearch table staircase`)"
+        )
+    lines += [f"whole      {why}" for why in table.network.blocked]
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
     return "\n".join(lines)

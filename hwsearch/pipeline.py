@@ -50,8 +50,8 @@ def run(
 
     axes: what may be chosen, `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there, with another budget, uses the table and the sensitivities again. Raises Infeasible (with the least that can be met)
-    and BudgetMissed (after five rounds; the nearest allocation is left in `out`).
+    `weights`; another run there, with another budget, uses the table and the sensitivities again.
+    Raises Infeasible (with the least that can be met) and BudgetMissed (after five rounds; the nearest allocation is left in `out`).
     """
     parsed = parse_budgets([str(b) for b in budgets])
     folder = Path(out)
@@ -132,6 +132,7 @@ def closed_loop(
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
     weights: str | Path | None = None,
+    session: Session | None = None,
 ) -> tuple[Report, Allocation, LatencyTable]:
     """Search, deploy and measure until the budget holds as measured, at most five times.
 
@@ -140,9 +141,10 @@ def closed_loop(
     """
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
-    session = Session(at, table)
+    session = session or Session(at, table)
+    # relative budgets are of the dense network as it is now, not as it was when the table was made
+    tighten = session.limits(budgets, table)
     best: tuple[tuple[bool, float], Report, Allocation] | None = None
-    tighten: dict[str, int] = {}
     bank: WeightBank | None = None
     try:
         for number in range(1, MAX_ROUNDS + 1):
@@ -225,7 +227,7 @@ def _tighter(
         over = float(measured[column] or 0) / float(bound[column] or 1) - 1.0
         if over > 0:
             ceiling = min(old.get(column, limit), int(predicted[column]))
-            tighter[column] = int(ceiling * (1.0 - max(over, 0.002 * step)))
+            tighter[column] = int(ceiling / (1.0 + over) * (1.0 - 0.002 * step))
     return tighter
 
 

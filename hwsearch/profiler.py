@@ -16,6 +16,7 @@ import numpy as np
 from hwsearch import device as devices
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.compress.widths import Kept, Weights
 from hwsearch.design import (
     AXES,
     Candidate,
@@ -30,12 +31,12 @@ from hwsearch.design import (
     worth,
 )
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.compress.widths import Kept, Weights
 from hwsearch.lower import Lowering, isolate, tensor_names
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
 from hwsearch.progress import Progress
+from hwsearch.staircase import group_times
 from hwsearch.table import Build, Header, LatencyTable, usable
 from hwsearch.variants import Variant, legal, network_bytes, uniform
 
@@ -266,7 +267,6 @@ class _Run:
         tried = {g: candidate_widths(n) for g, n in network.channels.items()}
         uniforms = [uniform(network, base), self._lowest()]
         uniforms = uniforms if uniforms[0] != uniforms[1] else uniforms[:1]
-        probed: dict[str, dict[int, list[float]]] = {}
         self.progress.expect(len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20)
         for groups in apart(network):
             for level in range(1, max(len(tried[g]) for g in groups)):
@@ -274,27 +274,11 @@ class _Run:
                 for number, variants in enumerate(uniforms):
                     if self._late(PROBE_SHARE):
                         break
-                    dense = self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
-                    build = self.measure("probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short)
-                    for group, width in widths.items():
-                        known = probed.setdefault(group, {tried[group][0]: []})
-                        if len(known[tried[group][0]]) == number:
-                            known[tried[group][0]].append(self._group_ns(dense, group))
-                        if len(known.setdefault(width, [])) == number:
-                            known[width].append(self._group_ns(build, group))
-        grid = {}
-        for group, times in probed.items():
-            whole_set = {w: t for w, t in times.items() if len(t) == len(uniforms)}
-            if len(whole_set) > 1:
-                grid[group] = worth(whole_set)
-        self._store(self.table.with_header(grid={g: grid.get(g, [n]) for g, n in network.channels.items()}))
-
-    def _group_ns(self, build: Build, group: str) -> float:
-        """Time of the units that a group runs through, conversions on their way in, on the scale of the table."""
-        touched = {u.name for u in self.at.network.units if group in u.groups}
-        counted = sum(n.time_ns for n in build.nodes)
-        own = sum(n.time_ns for n in build.nodes if touched & set(n.units))
-        return own / counted * self.table.time_ns(build) if counted else self.table.time_ns(build)
+                    self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
+                    self.measure("probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short)
+        times = group_times(self.table)
+        grid = {g: worth(times[g]) if g in times else [n] for g, n in network.channels.items()}
+        self._store(self.table.with_header(grid=grid))
 
     def _lowest(self) -> dict[str, Variant]:
         everything = {u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in self.at.network.units}

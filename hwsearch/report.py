@@ -18,9 +18,9 @@ class Report:
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
     medians, as fast as the machine just was. score: of the module and of the engine. loss: divergence from the dense
     outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets the same budgets, or
-    None. uniforms: all of them. widths: slots kept of each channel group, and how many there were. not_as_asked: units that the engine executed in another precision. output_error:
-    relative error of the engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the
-    runtime and not rounding: then nothing is met.
+    None. uniforms: all of them. widths: slots kept of each channel group, and how many there were. not_as_asked: units that
+    the engine executed in another precision. output_error: relative error of the engine's outputs from the same
+    allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding: then nothing is met.
     """
 
     task: str

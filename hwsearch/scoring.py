@@ -156,7 +156,8 @@ class SensitivityTable:
                 raise ValueError("the order of slots is not one of the network's channels")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"{path} is damaged: {error!r}; make it again") from error
-        if not all(np.isfinite(x) for row in (*loss.values(), *widths.values()) for x in row.values()):
+        losses = [x for row in loss.values() for x in row.values()]
+        if not np.isfinite([*losses, *(x for own in widths.values() for x in own.values())]).all():
             raise InvalidInput(f"{path} is damaged: a loss is not finite; make it again")
         return loaded
 

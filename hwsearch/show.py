@@ -53,6 +53,26 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def staircase(found: LatencyTable, machine: bool) -> None:
+    """Each width tried of each channel group, with its time by precision."""
+    from hwsearch import staircase as stairs
+
+    if machine:
+        as_json(stairs.as_json(found))
+        return
+    steps = stairs.staircase(found)
+    precisions = list(dict.fromkeys(p for s in steps for p in s.times_ns))
+    rows, last = [], ""
+    for s in steps:
+        times = [f"{s.times_ns[p] / 1e3:.1f}" if p in s.times_ns else "" for p in precisions]
+        rows.append((s.group if s.group != last else "", str(s.width), *times, "kept" if s.kept else ""))
+        last = s.group
+    if rows:
+        columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), ""), rows)
+    else:
+        print("the table holds no widths: it was made with `--axes precision`, or the network has no channel groups")
+
+
 def table(found: LatencyTable, machine: bool) -> None:
     """machine: as JSON, here and below."""
     from hwsearch import overview

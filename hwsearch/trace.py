@@ -136,7 +136,8 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
     """Trace a module with `torch.export` and find its units and edges.
 
     inputs: one example; its batch size is the one the network is built for. residual: the width that LayerNorm
-    normalises over may be made narrower too. Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
+    normalises over may be made narrower too.
+    Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
     """
     args, kwargs = as_call(inputs)
     signature = _signature(model)
@@ -218,11 +219,15 @@ def _wrong(traced: Traced, found: Channels, groups: Sequence[str]) -> str:
             have = run.run(*inputs, enable_io_processing=False)
         except Exception as error:
             at = run.last
-            where = f"{module_path(at) or 'the model itself'} ({at.target})" if at is not None else "the model"
+            where = (
+                f"{module_path(at) or 'the model itself'} ({at.target})" if at is not None else "the model"
+            )
             return f"{where} does not run with fewer: {first_line(error)}"
         if not found.rescaled.isdisjoint(groups):
             return ""
-        want = _Run(masked_graph(traced.graph, found, mask, traced.reads())).run(*inputs, enable_io_processing=False)
+        want = _Run(masked_graph(traced.graph, found, mask, traced.reads())).run(
+            *inputs, enable_io_processing=False
+        )
     for a, b in zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True):
         if not isinstance(b, torch.Tensor) or not b.is_floating_point():
             continue

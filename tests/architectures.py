@@ -60,7 +60,9 @@ def concat(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
 def dense(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
     """DenseNet: the input goes on beside what was made of it."""
     norm = nn.BatchNorm2d(c)
-    return Apply(lambda self, x: torch.cat([x, self.a(F.relu(self.norm(x)))], 1), norm=norm, a=conv(c, 4)), c + 4
+    return Apply(
+        lambda self, x: torch.cat([x, self.a(F.relu(self.norm(x)))], 1), norm=norm, a=conv(c, 4)
+    ), c + 4
 
 
 @block
@@ -85,12 +87,16 @@ def uneven_split(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
 def depthwise(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
     times = rng.choice([1, 2])
     depth = nn.Conv2d(w, times * w, 3, padding=1, groups=w, bias=rng.random() < 0.5)
-    return nn.Sequential(conv(c, w, 1), nn.ReLU6(), depth, nn.BatchNorm2d(times * w), conv(times * w, c, 1)), c
+    return nn.Sequential(
+        conv(c, w, 1), nn.ReLU6(), depth, nn.BatchNorm2d(times * w), conv(times * w, c, 1)
+    ), c
 
 
 @block
 def grouped(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
-    return nn.Sequential(conv(c, w, 1), nn.ReLU(), conv(w, 2 * w, groups=2), nn.BatchNorm2d(2 * w), nn.ReLU()), 2 * w
+    return nn.Sequential(
+        conv(c, w, 1), nn.ReLU(), conv(w, 2 * w, groups=2), nn.BatchNorm2d(2 * w), nn.ReLU()
+    ), 2 * w
 
 
 @block
@@ -174,19 +180,30 @@ def shuffle(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
 
 @block
 def pixel_shuffle(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
-    return nn.Sequential(conv(c, 4 * w, 1), nn.PixelShuffle(2), nn.ReLU(), conv(w, 4), nn.PixelUnshuffle(2)), 16
+    return nn.Sequential(
+        conv(c, 4 * w, 1), nn.PixelShuffle(2), nn.ReLU(), conv(w, 4), nn.PixelUnshuffle(2)
+    ), 16
 
 
 @block
 def tied(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
     """One layer run twice."""
-    return Apply(lambda self, x: self.b(self.s(self.s(self.a(x)).relu()).relu()), a=conv(c, w), s=conv(w, w), b=conv(w, c)), c
+    return Apply(
+        lambda self, x: self.b(self.s(self.s(self.a(x)).relu()).relu()),
+        a=conv(c, w),
+        s=conv(w, w),
+        b=conv(w, c),
+    ), c
 
 
 @block
 def padded_shortcut(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
     """ResNet's shortcut without parameters: zeros for the new channels."""
-    return Apply(lambda self, x: F.pad(x, (0, 0, 0, 0, 2, 2)) + self.b(self.a(x).relu()), a=conv(c, w), b=conv(w, c + 4)), c + 4
+    return Apply(
+        lambda self, x: F.pad(x, (0, 0, 0, 0, 2, 2)) + self.b(self.a(x).relu()),
+        a=conv(c, w),
+        b=conv(w, c + 4),
+    ), c + 4
 
 
 @block
@@ -203,7 +220,9 @@ def spatial_attention(c: int, w: int, rng: random.Random) -> tuple[nn.Module, in
 
 @block
 def pools(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
-    return nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.ZeroPad2d(1), conv(c, w), nn.AvgPool2d(3, 1), nn.Dropout(0.1)), w
+    return nn.Sequential(
+        nn.MaxPool2d(3, 1, 1), nn.ZeroPad2d(1), conv(c, w), nn.AvgPool2d(3, 1), nn.Dropout(0.1)
+    ), w
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -214,7 +233,10 @@ def randomize(model: nn.Module) -> nn.Module:
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d) and module.weight is not None:
+        if (
+            isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d)
+            and module.weight is not None
+        ):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.3)
         if isinstance(module, nn.PReLU):
@@ -222,7 +244,9 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def convolutional(kinds: list[str], widths: list[int], head: str, seed: int) -> tuple[nn.Module, torch.Tensor]:
+def convolutional(
+    kinds: list[str], widths: list[int], head: str, seed: int
+) -> tuple[nn.Module, torch.Tensor]:
     """A stem, blocks of these kinds, a head (`flatten`, `pool`, `image`, `two`), and an example input."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -236,12 +260,16 @@ def convolutional(kinds: list[str], widths: list[int], head: str, seed: int) -> 
     if head == "flatten":
         model: nn.Module = nn.Sequential(body, nn.Flatten(), nn.Linear(channels * 36, 3))
     elif head == "pool":
-        model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(channels, 3))
+        model = nn.Sequential(
+            body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(channels, 3)
+        )
     elif head == "image":
         model = nn.Sequential(body, conv(channels, 2, 1))
     else:
         outs = {"a": conv(channels, 2, 1), "b": nn.Linear(channels, 3)}
-        model = Apply(lambda self, x: (self.a(y := self.body(x)), {"b": self.b(y.mean((2, 3)))}), body=body, **outs)
+        model = Apply(
+            lambda self, x: (self.a(y := self.body(x)), {"b": self.b(y.mean((2, 3)))}), body=body, **outs
+        )
     return randomize(model), torch.randn(batch, 3, 6, 6)
 
 
@@ -268,14 +296,21 @@ class Attention(nn.Module):
         if "fused" in self.kind and self.heads == self.kv:
             q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            parts = self.qkv(x).split(self.parts, -1) if "fused" in self.kind else (self.q(x), self.k(x), self.v(x))
+            parts = (
+                self.qkv(x).split(self.parts, -1)
+                if "fused" in self.kind
+                else (self.q(x), self.k(x), self.v(x))
+            )
             q, k, v = (p.view(b, t, -1, self.size).transpose(1, 2) for p in parts)
         if "norm" in self.kind:
             q, k = self.q_norm(q), self.k_norm(k)
         if "rope" in self.kind:
             angle = torch.arange(t)[:, None] / 10 ** torch.arange(0, 1, 2 / self.size)
             cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-            q, k = (u * cos + torch.cat((-u[..., self.size // 2 :], u[..., : self.size // 2]), -1) * sin for u in (q, k))
+            q, k = (
+                u * cos + torch.cat((-u[..., self.size // 2 :], u[..., : self.size // 2]), -1) * sin
+                for u in (q, k)
+            )
         if "repeat" in self.kind:
             k, v = (u.repeat_interleave(self.heads // self.kv, 1) for u in (k, v))
         if "table" in self.kind:
@@ -291,7 +326,10 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.up, self.down = nn.Linear(width, hidden * (2 if kind == "swiglu" else 1)), nn.Linear(hidden, width)
+        self.up, self.down = (
+            nn.Linear(width, hidden * (2 if kind == "swiglu" else 1)),
+            nn.Linear(hidden, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.up(x)
@@ -313,11 +351,8 @@ class Transformer(nn.Module):
             self.position = nn.Parameter(torch.randn(1, 5, width))
         else:
             self.token, self.position_embedding = nn.Embedding(20, width), nn.Embedding(8, width)
-        self.attention, self.mlp = nn.ModuleList(), nn.ModuleList()
-        self.norms = nn.ModuleList(norm(width) for _ in range(4))
-        for _ in range(2):
-            self.attention.append(Attention(width, heads, kv, kind))
-            self.mlp.append(MLP(width, hidden, mlp))
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attention, self.mlp = Attention(width, heads, kv, kind), MLP(width, hidden, mlp)
         self.scale = nn.Parameter(torch.randn(width))
         self.head = nn.Linear(width, 3)
 
@@ -328,18 +363,22 @@ class Transformer(nn.Module):
         else:
             x = self.token(x) + self.position_embedding(torch.arange(x.shape[1]))
         mask = None if keep is None else torch.where(keep[:, None, None, :] > 0, 0.0, -1e4)
-        for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-            x = x + self.scale * attention(self.norms[2 * i](x), mask)
-            x = x + mlp(self.norms[2 * i + 1](x))
+        x = x + self.scale * self.attention(self.norm1(x), mask)
+        x = x + self.mlp(self.norm2(x))
         return self.head(x[:, 0])
 
 
-def transformer(heads: int, kv: int, kind: str, hidden: int, mlp: str, stem: str, norm: str, seed: int) -> tuple[nn.Module, Any]:
-    """A transformer of two blocks, and example inputs."""
+def transformer(
+    heads: int, kv: int, kind: str, hidden: int, mlp: str, stem: str, norm: str, seed: int
+) -> tuple[nn.Module, Any]:
+    """A transformer of one block, and example inputs."""
     torch.manual_seed(seed)
     model = Transformer(heads, kv, kind, hidden, mlp, stem, {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm])
     if stem == "image":
         return randomize(model), torch.randn(2, 3, 6, 6)
     keep = torch.ones(2, 5)
     keep[1, 3:] = 0
-    return randomize(model), {"x": torch.randint(0, 20, (2, 5)), **({"keep": keep} if stem == "masked" else {})}
+    return randomize(model), {
+        "x": torch.randint(0, 20, (2, 5)),
+        **({"keep": keep} if stem == "masked" else {}),
+    }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import BLOCKS, Attention, convolutional, transformer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Apply, image, leaves
 from torch import nn
@@ -19,7 +19,13 @@ from hwsearch.compress.widths import masked, narrow
 from hwsearch.network import macs
 from hwsearch.trace import Traced, _outside_units, as_call, flat_inputs, trace
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "architectures",
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+PROFILE = settings.get_profile("architectures")
 
 
 def run(traced: Traced, inputs: Any) -> list[torch.Tensor]:
@@ -52,14 +58,16 @@ def shapes(traced: Traced) -> dict[str, tuple[int, ...]]:
             return value
 
     with torch.no_grad():
-        Run(traced.graph).run(*flat_inputs(traced.graph, traced.args, traced.kwargs), enable_io_processing=False)
+        Run(traced.graph).run(
+            *flat_inputs(traced.graph, traced.args, traced.kwargs), enable_io_processing=False
+        )
     return found
 
 
 def check_sizes(traced: Traced) -> None:
     """The network says what its graph is: shapes, multiply-accumulates, bytes."""
     real, nodes = shapes(traced), {n.name: n for n in traced.graph.graph.nodes}
-    biases: dict[int, int] = {}
+    biases: set[int] = set()
     for unit in traced.network.units:
         weight, bias = traced.weight(unit.name), traced.bias(unit.name)
         assert unit.weight_shape == (() if weight is None else tuple(weight.shape)), unit
@@ -78,7 +86,7 @@ def check_sizes(traced: Traced) -> None:
             count = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
             assert groups == str(count), unit
         if bias is not None and bias.data_ptr() not in biases:
-            biases[bias.data_ptr()] = own
+            biases.add(bias.data_ptr())
             assert unit.other_bytes == bias.numel() * bias.element_size(), unit
     outside = _outside_units(traced.graph, traced.sites)
     assert traced.network.fixed_bytes == sum(t.numel() * t.element_size() for t in outside.values())
@@ -106,11 +114,12 @@ def check(traced: Traced, inputs: Any, rng: random.Random) -> None:
         whole = less
 
 
+SPELLINGS = ("fused", "bias", "norm", "rope", "table", "repeat")
 seeds = st.integers(0, 1 << 20)
 sizes = st.sampled_from([4, 6, 8, 12])
 
 
-@quick
+@settings(PROFILE, max_examples=20)
 @given(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=3), st.lists(sizes, min_size=4, max_size=4),
        st.sampled_from(["flatten", "pool", "image", "two"]), seeds)  # fmt: skip
 def test_narrow_convolutional_networks_compute_the_masked_ones(
@@ -122,12 +131,19 @@ def test_narrow_convolutional_networks_compute_the_masked_ones(
     check(traced, x, random.Random(seed))
 
 
-@quick
-@given(st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1), (6, 3)]), st.sets(st.sampled_from(["fused", "bias", "norm", "rope", "table", "repeat"])),
+@settings(PROFILE, max_examples=12)
+@given(st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1), (6, 3)]), st.sets(st.sampled_from(SPELLINGS)),
        sizes, st.sampled_from(["gelu", "swiglu"]), st.sampled_from(["image", "ids", "masked"]), st.sampled_from(["layer", "rms"]),
        st.booleans(), seeds)  # fmt: skip
 def test_narrow_transformers_compute_the_masked_ones(
-    heads: tuple[int, int], kind: set[str], hidden: int, mlp: str, stem: str, norm: str, residual: bool, seed: int
+    heads: tuple[int, int],
+    kind: set[str],
+    hidden: int,
+    mlp: str,
+    stem: str,
+    norm: str,
+    residual: bool,
+    seed: int,
 ) -> None:
     if "table" in kind and heads[0] != heads[1]:
         kind = kind | {"repeat"}
@@ -135,11 +151,10 @@ def test_narrow_transformers_compute_the_masked_ones(
     traced = trace(model, inputs, residual=residual)
     assert traced.network.blocked == ()
     found = traced.network.channels
-    for i in range(2):
-        assert [g.channels for g in traced.network.groups if g.consumers == (f"mlp.{i}.down",)] == [hidden]
-        slots = heads[1] if heads[1] > 1 else heads[0]
-        own = [g.channels for g in traced.network.groups if g.consumers == (f"attention.{i}.o",)]
-        assert own == ([slots] if slots > 1 else [4])  # a single head: its features
+    assert [g.channels for g in traced.network.groups if g.consumers == ("mlp.down",)] == [hidden]
+    own = [g.channels for g in traced.network.groups if g.consumers == ("attention.o",)]
+    slots = heads[1] if heads[1] > 1 else heads[0]
+    assert own == [slots] if slots > 1 else own in ([], [4])  # of a single head the features of its values
     assert (12 in found.values() and bool(traced.channels.rescaled)) == residual or hidden == 12
     check(traced, inputs, random.Random(seed))
 
@@ -149,15 +164,18 @@ def test_every_kind_of_block_has_groups(kind: str) -> None:
     model, x = convolutional([kind], [8, 8], "pool", 1)
     traced = trace(model, x)
     assert traced.network.blocked == ()
-    assert any(g.producers[0].startswith("0.2") for g in traced.network.groups) or len(traced.network.groups) > 0
-    for seed in range(3):
-        check(traced, x, random.Random(seed))
+    assert traced.network.groups
+    check(traced, x, random.Random(0))
 
 
-OFFLINE = [n for n in NETWORKS if not n.startswith("hf_")]
+OTHERS = (
+    "mlp_3d_batchnorm transposed_1d transposed_3d three_dimensional activations multihead_attention transformer_masked "
+    "transformer_decoder gpt_block einsum_attention einsum_weight bool_mask pyramid tied_transposed sliced_weight functional norms "
+    "wide_reshapes in_place lstm"
+).split()
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", OTHERS)
 def test_narrow_networks_compute_the_masked_ones(name: str) -> None:
     model, inputs = NETWORKS[name]()
     traced = trace(model, inputs)
@@ -183,7 +201,11 @@ def test_groups_of_a_residual_network() -> None:
 
 def test_groups_of_a_vision_transformer() -> None:
     assert groups("vit") == {
-        "layer.self_attn.in_proj_weight": (4, ("layer.self_attn.in_proj_weight",), ("layer.self_attn.out_proj",)),
+        "layer.self_attn.in_proj_weight": (
+            4,
+            ("layer.self_attn.in_proj_weight",),
+            ("layer.self_attn.out_proj",),
+        ),
         "layer.linear1": (32, ("layer.linear1",), ("layer.linear2",)),
     }
     model, inputs = NETWORKS["vit"]()
@@ -206,7 +228,7 @@ def test_groups_through_concatenations_splits_and_gates() -> None:
     assert set(groups("unet")) == {"down1", "down2", "mid", "dec2"}
     assert groups("grouped") == {"0": (4, ("0",), ("5",))}
     assert groups("mlp_3d_batchnorm") == {"a": (16, ("a",), ("b",))}
-    assert groups("shared_linear") == {"a": (8, ("a",), ("shared", "b"))} or "shared" in groups("shared_linear")["a"][1]
+    assert groups("shared_linear") == {"a": (8, ("a",), ("shared", "b"))}
 
 
 def test_what_a_network_reads_and_puts_out_stays_whole() -> None:
@@ -214,7 +236,7 @@ def test_what_a_network_reads_and_puts_out_stays_whole() -> None:
     for name in ("residual", "unet", "vit"):
         network = trace(*NETWORKS[name]()).network
         last, first = network.units[-1], network.units[0]
-        narrow = network.narrow({g: 1 for g in network.channels})
+        narrow = network.narrow(dict.fromkeys(network.channels, 1))
         assert narrow.units[-1].output_shape == last.output_shape
         assert narrow.units[0].input_shapes == first.input_shapes
 
@@ -244,7 +266,14 @@ def test_what_is_not_followed_is_named_and_the_rest_goes_on() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.d(self.c(self.mixed(self.b(self.a(x).relu()).relu())).relu())
 
-    traced, why = blocked(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 1), mixed=Gather(), c=nn.Conv2d(6, 4, 1), d=nn.Conv2d(4, 2, 1))
+    traced, why = blocked(
+        run,
+        a=nn.Conv2d(3, 8, 1),
+        b=nn.Conv2d(8, 6, 1),
+        mixed=Gather(),
+        c=nn.Conv2d(6, 4, 1),
+        d=nn.Conv2d(4, 2, 1),
+    )
     assert {g.name: g.channels for g in traced.network.groups} == {"a": 8, "c": 4}
     assert why
     assert all(w.startswith("mixed: ") for w in why)
@@ -254,7 +283,14 @@ def test_recurrent_layers_are_named() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.c(self.b(self.rnn(self.a(x).relu())[0]).relu())
 
-    traced, why = blocked(run, torch.randn(2, 5, 6), a=nn.Linear(6, 8), rnn=nn.LSTM(8, 8, batch_first=True), b=nn.Linear(8, 6), c=nn.Linear(6, 2))
+    traced, why = blocked(
+        run,
+        torch.randn(2, 5, 6),
+        a=nn.Linear(6, 8),
+        rnn=nn.LSTM(8, 8, batch_first=True),
+        b=nn.Linear(8, 6),
+        c=nn.Linear(6, 2),
+    )
     assert {g.name: g.channels for g in traced.network.groups} == {"b": 6}
     assert why == ("rnn: channels are not followed through operator aten.lstm.input",)
 
@@ -263,7 +299,9 @@ def test_normalizing_over_channels_mixes_them() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.b(torch.softmax(self.a(x), 1)) + self.d(F.normalize(self.c(x), dim=1))
 
-    traced, why = blocked(run, **{n: nn.Conv2d(i, o, 1) for n, i, o in [("a", 3, 8), ("b", 8, 4), ("c", 3, 8), ("d", 8, 4)]})
+    traced, why = blocked(
+        run, **{n: nn.Conv2d(i, o, 1) for n, i, o in [("a", 3, 8), ("b", 8, 4), ("c", 3, 8), ("d", 8, 4)]}
+    )
     assert not traced.network.groups
     assert len(why) == 2
     assert "softmax" in why[0]

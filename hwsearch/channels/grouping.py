@@ -14,17 +14,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from hwsearch.canonical import aten
+from hwsearch.canonical import op_name
 from hwsearch.channels.atoms import ALWAYS, Ints, Label, each, same, varied
 from hwsearch.channels.groups import Axis, Channels
 from hwsearch.channels.labels import Labels
-from hwsearch.channels.rules import operator_label, repeated
+from hwsearch.channels.rules import REPEATED, operator_label, repeated
 from hwsearch.channels.weights import unit
 
 Units = Mapping[str, tuple[str, str, int | None]]
 """Node -> (unit, operator, position of the weight among its arguments)."""
-
-REPEATS = (aten.expand.default, aten.repeat.default)
 
 Signature = Mapping[int, tuple[Any, ...]]
 """For each slot's root the tensors that it runs through, and along how many indices of each."""
@@ -69,7 +67,7 @@ class _Run(fx.Interpreter):
         if n.name not in labels.units and not any(
             labels.is_stored(i) or labels.get(i) is not None for i in n.all_input_nodes
         ):
-            return repeated(labels, n) if n.target in REPEATS else None
+            return repeated(labels, n) if op_name(n) in REPEATED.split() else None
         if n.target is operator.getitem:
             several = labels.get(n.args[0])
             return several[n.args[1]] if isinstance(several, list) else None  # type: ignore[index]

@@ -24,9 +24,10 @@ ELEMENTWISE = (
 KEPT = "to _to_copy dropout feature_dropout alias detach clone contiguous lift_fresh_copy type_as"
 MOVED = (
     "reshape view _unsafe_view permute transpose t numpy_T narrow split split_with_sizes chunk unbind expand_as mT "
-    "unsqueeze squeeze flatten unflatten flip movedim swapaxes swapdims pixel_shuffle pixel_unshuffle repeat_interleave "
+    "unsqueeze squeeze flatten unflatten flip movedim swapaxes swapdims pixel_shuffle pixel_unshuffle "
     "unsafe_split unsafe_chunk tile select"
 )
+REPEATED = "expand repeat repeat_interleave"
 REDUCED = "mean sum amax amin std var prod logsumexp linalg_vector_norm norm any all"
 SCANNED = "softmax log_softmax _softmax _log_softmax cumsum"
 SPATIAL: Mapping[str, int] = {
@@ -154,13 +155,19 @@ def concatenated(run: Labels, n: fx.Node) -> Any:
 
 
 def repeated(run: Labels, n: fx.Node) -> Any:
-    """Copies along an axis of a tensor without channels may be any number, for instance of a mask for all heads."""
+    """Copies of a tensor without channels may be any number, for instance those of a mask for all heads.
+
+    So may copies of the keys and values of a single head, for the heads of the queries: they themselves stay whole.
+    """
     x = arguments(n)[0]
-    if run.read(x) is not None or not isinstance(run.value[n], torch.Tensor):
-        return moved(run, n)
     rank, shape = run.rank(n), run.shape(n)
-    before = (1,) * (rank - run.rank(x)) + run.shape(x)
+    before, label = (1,) * (rank - run.rank(x)) + run.shape(x), run.read(x)
     free = [d for d in range(1, rank) if before[d] == 1 < shape[d]]
+    if label is not None:
+        single = rank >= 4 and free == [rank - 3] and varied(label) == [label.ndim - 1] and label.ndim > 2
+        if not single or before[-2] == 1:
+            return moved(run, n)
+        run.pin(label)
     return run.atoms.fresh(tuple(shape[d] if d in free else 1 for d in range(rank))) if free else None
 
 
@@ -331,7 +338,7 @@ RULES: dict[str, Callable[[Labels, fx.Node], Any]] = {
     **dict.fromkeys(("batch_norm", "instance_norm", "prelu"), per_channel),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     **dict.fromkeys(("pad", "constant_pad_nd"), padded),
-    **dict.fromkeys(("expand", "repeat"), repeated),
+    **dict.fromkeys(REPEATED.split(), repeated),
     **dict.fromkeys(("index", "index_select"), indexed),
     **dict.fromkeys(("max", "min"), largest),
     **dict.fromkeys(("cat", "stack"), concatenated),

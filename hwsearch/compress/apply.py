@@ -15,7 +15,7 @@ from hwsearch.variants import Variant
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Replaced = Mapping[str, tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]]
+Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
 
 
@@ -79,7 +79,7 @@ class Simulator:
         node: fx.Node,
         at: tuple[str, int, Site],
         variant: Variant,
-        replaced: tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None] | None,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
         interpreter: fx.Interpreter,
     ) -> Any:
         unit, call, site = at
@@ -107,16 +107,14 @@ class Simulator:
         unit: str,
         own: torch.Tensor,
         variant: Variant,
-        replaced: tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None] | None,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> torch.Tensor:
-        half = _HALF.get(variant.precision)
         weight = own if replaced is None else replaced[0]
-        if variant.quantized and replaced is None:
-            weight = self.weights[unit]
-        elif variant.quantized and isinstance(weight, torch.Tensor):
-            weight = quantize_weight(weight, self.traced.network[unit].out_axis)
-        if isinstance(weight, QuantizedWeight):
-            weight = torch.from_numpy(weight.dequantized())
+        if variant.quantized:
+            out_axis = self.traced.network[unit].out_axis
+            made = self.weights[unit] if replaced is None else quantize_weight(weight, out_axis)
+            return torch.from_numpy(made.dequantized())
+        half = _HALF.get(variant.precision)
         return weight if half is None else weight.to(half).to(own.dtype)
 
 

@@ -31,13 +31,12 @@ from hwsearch.compress.compensate import (
     as_columns,
     feature_columns,
     from_columns,
-    grid,
     refit,
     refittable,
     shifts_bias,
 )
 from hwsearch.compress.importance import Order
-from hwsearch.compress.quantize import QuantizedWeight, quantize_weight
+from hwsearch.compress.quantize import LEVELS, quantize_weight
 from hwsearch.compress.widths import Kept, Weights, in_slots
 from hwsearch.files import write_bytes
 from hwsearch.narrowing import Mask, cut
@@ -121,10 +120,11 @@ class WeightBank:
 
     def weight(
         self, unit: str, widths: Mapping[str, int], precision: str = "fp32"
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(weight with the columns that are left and all rows, bias with all rows, scales where the precision is int8).
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight with the columns that are left and all rows, bias with all rows).
 
-        widths: of the groups that the unit reads; others are ignored. Half precisions have the entry of fp32.
+        widths: of the groups that the unit reads; others are ignored. Half precisions have the entry of fp32;
+        int8 weights lie on their int8 grid, which `quantize_weight` finds again.
         """
         own = {
             g: widths[g] for g in self._reads[unit] if widths.get(g, len(self.order[g])) < len(self.order[g])
@@ -137,7 +137,7 @@ class WeightBank:
         if entry is None:
             entry = self._load(unit, name) or self._make(unit, name, own, precision == "int8")
             self._memory[unit, name] = entry
-        return entry["weight"], entry.get("bias"), entry.get("scales")
+        return entry["weight"], entry.get("bias")
 
     def _path(self, unit: str, name: str) -> Path:
         assert self.folder is not None
@@ -170,34 +170,20 @@ class WeightBank:
             kept = axis.kept(self.mask(widths))
         found = {} if bias is None else {"bias": bias.clone()}
         left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
-        if not refittable(own):
-            found["weight"] = left.contiguous()
+        if not refittable(own) or (len(kept) == weight.shape[reads_axis(own)] and not int8):
             if int8:
-                made = quantize_weight(left, own.out_axis)
-                found |= {
-                    "weight": torch.from_numpy(made.dequantized()),
-                    "scales": torch.from_numpy(made.scales),
-                }
-            return found
-        if len(kept) == weight.shape[reads_axis(own)] and not int8:
-            return found | {"weight": weight.clone()}
-        matrix, columns = as_columns(own, weight), feature_columns(own, kept)
-        shifts = shifts_bias(self.traced, unit)
-        if int8 and "transpose" in own.op:  # a scale of an output channel spans several rows of the matrix
-            new, shift = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
-            made = quantize_weight(from_columns(own, new).float(), own.out_axis)
-            found |= {"weight": torch.from_numpy(made.dequantized()), "scales": torch.from_numpy(made.scales)}
-        elif int8:
-            plain, _ = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
-            scales = grid(plain, torch.eye(1), 127).float()
-            quantizer = Gptq(127, scales)
-            new, shift = refit(
-                self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge, quantizer=quantizer
-            )
-            found |= {"weight": from_columns(own, new).float().contiguous(), "scales": scales}
-        else:
-            new, shift = refit(self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge)
-            found["weight"] = from_columns(own, new).float().contiguous()
+                left = torch.from_numpy(quantize_weight(left, own.out_axis).dequantized())
+            return found | {"weight": left.contiguous()}
+        matrix, shifts = as_columns(own, weight), shifts_bias(self.traced, unit)
+        columns = feature_columns(own, kept)
+        # one scale of a transposed convolution spans several rows of the matrix: it is rounded to nearest
+        quantizer = Gptq(LEVELS) if int8 and "transpose" not in own.op else None
+        new, shift = refit(
+            self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge, quantizer=quantizer
+        )
+        found["weight"] = from_columns(own, new).float().contiguous()
+        if int8 and quantizer is None:
+            found["weight"] = torch.from_numpy(quantize_weight(found["weight"], own.out_axis).dequantized())
         if bias is not None and shifts:
             found["bias"] = (bias.double() + shift).float()
         return found
@@ -208,46 +194,25 @@ class WeightBank:
         """(weight, bias) of the units that have a weight and either read a narrower group or are int8, for `narrow`.
 
         Shapes are those of the narrow network: rows cut to the actual output width, columns refitted for the actual input
-        width. Weights of int8 units lie on their int8 grid; `quantized` has them as integers.
+        width. Weights of int8 units lie on their int8 grid, on which `quantize_weight` leaves them.
         """
         variants, mask = variants or {}, self.mask(widths)
         return {
-            unit: self._cut(unit, *self.weight(unit, widths, precision)[:2], mask)
+            unit: self._cut(unit, *self.weight(unit, widths, precision), mask)
             for unit, precision in self._concerned(widths, variants)
         }
 
-    def quantized(
-        self, widths: Mapping[str, int], variants: Mapping[str, Variant]
-    ) -> dict[str, QuantizedWeight]:
-        """The int8 weights of the int8 units, in the shapes of the narrow network."""
-        mask, found = self.mask(widths), {}
-        for unit, precision in self._concerned(widths, variants):
-            if precision == "int8":
-                weight, bias, scales = self.weight(unit, widths, precision)
-                assert scales is not None
-                axis = self.traced.network[unit].out_axis
-                rows = [
-                    a
-                    for a in self.traced.channels.tensors.get(self.traced.paths[unit][0] or "", [])
-                    if a.axis == axis
-                ]
-                left = cut(scales, [type(a)(0, a.slots) for a in rows], mask)
-                found[unit] = quantize_weight(self._cut(unit, weight, bias, mask)[0], axis, left)
-        return found
-
     def masked_weights(
         self, widths: Mapping[str, int], variants: Mapping[str, Variant] | None = None
-    ) -> dict[str, tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]]:
+    ) -> Weights:
         """The same in the shapes of the dense network, zeros in removed columns, for `Simulator`."""
         variants, mask, found = variants or {}, self.mask(widths), {}
         for unit, precision in self._concerned(widths, variants):
-            weight, bias, scales = self.weight(unit, widths, precision)
+            weight, bias = self.weight(unit, widths, precision)
             own, axis = self.traced.network[unit], self._axes[unit]
             whole = torch.zeros(own.weight_shape)
             kept = axis.kept(mask) if axis is not None else np.arange(own.weight_shape[reads_axis(own)])
-            whole.index_copy_(reads_axis(own), torch.from_numpy(kept), weight)
-            made = whole if scales is None else quantize_weight(whole, own.out_axis, scales)
-            found[unit] = made, bias
+            found[unit] = whole.index_copy_(reads_axis(own), torch.from_numpy(kept), weight), bias
         return found
 
     def _concerned(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,15 @@ from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
 from hwsearch.narrowing import cut
 from hwsearch.network import Unit
 from hwsearch.trace import Site, Traced, flat_inputs, reads_axis
+from hwsearch.variants import Variant
 
 Batch = tuple[Traced, tuple[Any, ...], dict[str, Any]]
 """A calibration batch: a trace for its shape, and the arguments of the call."""
 
 RIDGE = 1e-3
 """Regularisation relative to the mean of the Gram matrix's diagonal."""
+SEQUENTIAL_RIDGE = 1e-2
+"""The same where the targets are outputs and the inputs those of the narrow network."""
 ROWS = 20_000
 """Positions sampled for each unit: this many, or ten for each feature where that is more."""
 
@@ -185,9 +188,9 @@ class Grams(Mapping[str, Gram]):
         nodes = {n.name: n for n in traced.graph.graph.nodes}
         self.of: dict[str, tuple[Any, ...]] = {}
         for name in names:
-            sites = [nodes[s.node] for s in traced.sites[name]]
+            calls = [nodes[s.node] for s in traced.sites[name]]
             self.of[name] = tuple(
-                _way(n, traced.network[name], s) for n, s in zip(sites, traced.sites[name], strict=True)
+                _way(n, traced.network[name], s) for n, s in zip(calls, traced.sites[name], strict=True)
             )
         unit_of = {ways: name for name, ways in reversed(self.of.items())}
         self.grams = {
@@ -216,7 +219,7 @@ class Grams(Mapping[str, Gram]):
             name, site = sites[node.name]
             unit, gram = traced.network[name], self[name]
             count = -(-max(rows, 10 * (len(gram.matrix) - 1)) // (batches * unit.calls))
-            view, lead = patches(node, unit, inputs(node.args[site.activations[0]]))  # type: ignore[arg-type]
+            view, lead = patches(node, unit, inputs(_node(node.args[site.activations[0]])))
             sample = _Sample.draw(tuple(view.shape[:lead]), count, _seed(seed, index, node.name))
             gram.add(sample.rows(view))
 
@@ -237,6 +240,11 @@ def _way(node: fx.Node, unit: Unit, site: Site) -> tuple[Any, ...]:
     source = node.args[site.activations[0]]
     kernel = unit.weight_shape[2:] if reads_axis(unit) == 1 else ()
     return str(source), kernel, unit.attributes if any(k > 1 for k in kernel) or unit.attributes else ()
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 class _Watcher(fx.Interpreter):
@@ -368,8 +376,9 @@ def refit_sequential(
     batches: Sequence[Batch],
     kept: Kept,
     weights: Weights,
+    variants: Mapping[str, Variant] | None = None,
     *,
-    ridge: float = RIDGE,
+    ridge: float = SEQUENTIAL_RIDGE,
     rows: int = ROWS,
     seed: int = 0,
 ) -> Weights:
@@ -378,9 +387,12 @@ def refit_sequential(
     In order of execution: the targets are the dense network's outputs, the features what arrives in the narrow network with
     all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
     is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`.
-    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay.
+    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
+    units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
     """
-    return _SideBySide(batches, kept, weights).run(lambda step: _regressed(step, ridge, rows, seed))
+    int8 = {unit for unit, variant in (variants or {}).items() if variant.quantized}
+    run = _SideBySide(batches, kept, weights).run
+    return run(lambda step: _regressed(step, ridge, rows, seed, step.unit.name in int8))
 
 
 @dataclass
@@ -443,7 +455,7 @@ class _SideBySide:
         assert weight is not None
         step = _Step(
             self.narrow, unit, slim, site,
-            inputs=[n.env[slim.args[site.activations[0]]] for _, n in self.pairs],
+            inputs=[n.env[_node(slim.args[site.activations[0]])] for _, n in self.pairs],
             targets=[self._target(node, slim, d, n) for d, n in self.pairs],
             weight=weight, bias=bias, outputs=lambda: (n.run_node(slim) for _, n in self.pairs),
         )  # fmt: skip
@@ -466,10 +478,12 @@ class _SideBySide:
         added, users = list(slim.users), list(node.users)
         if len(users) == 1 and users[0].target is aten.add.Tensor and not users[0].kwargs:
             for other, own in zip(users[0].args, added[0].args, strict=True):
+                if not isinstance(other, fx.Node) or not isinstance(own, fx.Node):
+                    continue
                 if other is not node and other in dense.env and own in narrow_.env:
                     have = narrow_.env[own]
                     if isinstance(have, torch.Tensor) and have.shape == target.shape:
-                        return target + left(other) - have  # type: ignore[arg-type]
+                        return target + left(other) - have
         return target
 
 
@@ -516,7 +530,7 @@ def _mean_and_deviation(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, t
     return mean, square.sqrt()
 
 
-def _regressed(step: _Step, ridge: float, rows: int, seed: int) -> _Solved | None:
+def _regressed(step: _Step, ridge: float, rows: int, seed: int, int8: bool) -> _Solved | None:
     """Least squares of the targets on the inputs; convolutions in groups, group by group."""
     unit = step.unit
     if step.bias is not None and not shifts_bias(step.traced, unit.name):
@@ -548,10 +562,12 @@ def _regressed(step: _Step, ridge: float, rows: int, seed: int) -> _Solved | Non
     if step.bias is not None:
         second = second - mean[:, :, None] * mean[:, None, :]
         cross = cross - goal[:, :, None] * mean[:, None, :]
-    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-9)
+    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = level[:, None, None] * torch.eye(features, dtype=torch.float64)
     factor = torch.linalg.cholesky(second + eye)
     new = torch.cholesky_solve((cross + level[:, None, None] * prior).transpose(1, 2), factor).transpose(1, 2)
+    if int8 and groups == 1:
+        new = Gptq()(new[0], second[0] + eye[0])[None]
     bias = None
     if step.bias is not None:
         bias = (goal - (new @ mean[:, :, None])[:, :, 0]).flatten().float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hwsearch.compress.compensate import Batch, Grams, as_columns, damped, featu
 from hwsearch.compress.widths import in_slots, out_slots
 from hwsearch.trace import Traced, flat_inputs
 
-Criterion = Literal["obs", "fisher", "taylor", "magnitude"]
+CRITERIA = ("obs", "fisher", "taylor", "magnitude")
 Order = Mapping[str, NDArray[np.int64]]
 """For each group the positions of its slots, most important first."""
 
@@ -50,14 +50,14 @@ def order_slots(
         scores = {g: _magnitude(traced, g) for g in traced.channels.groups}
     elif criterion in ("taylor", "fisher"):
         gates = gate_gradients(batches, seed)[0]
-        square = (
-            (lambda x: np.square(x).mean(0)) if criterion == "fisher" else (lambda x: np.square(x.mean(0)))
-        )
-        scores = {g: np.mean([square(x) for x in own], axis=0) for g, own in gates.items()}
-    elif criterion.startswith("obs"):
-        return _eliminated(batches, grams or Grams(batches), criterion, seed)
+        if criterion == "fisher":
+            scores = {g: np.mean([np.square(x).mean(0) for x in own], axis=0) for g, own in gates.items()}
+        else:
+            scores = {g: np.mean([np.square(x.mean(0)) for x in own], axis=0) for g, own in gates.items()}
+    elif criterion == "obs":
+        return _eliminated(batches, grams or Grams(batches), seed)
     else:
-        raise ValueError(f"unknown criterion {criterion!r}; expected obs, fisher, taylor or magnitude")
+        raise ValueError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")
     return {g: np.argsort(-s, kind="stable").astype(np.int64) for g, s in scores.items()}
 
 
@@ -116,7 +116,7 @@ def gate_gradients(
             loss = _probe(run.run(*flat, enable_io_processing=False), generator)
             reads, puts = list(run.reads), list(run.puts)
             wanted = [x for _, _, x in reads] + [y for _, _, y in puts]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, wanted, allow_unused=True)
         own: dict[str, NDArray[np.float64]] = {}
         for (axis, labels, x), grad in zip(reads, found, strict=False):
             if grad is None:
@@ -157,7 +157,9 @@ class _Gated(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         new = list(args)
         for position in site.activations:
-            axes = self.traced.channels.nodes.get(n.args[position].name, [[]])[0]  # type: ignore[union-attr]
+            source = n.args[position]
+            assert isinstance(source, fx.Node)
+            axes = self.traced.channels.nodes.get(source.name, [[]])[0]
             x = args[position].clone()
             if not x.requires_grad:
                 x.requires_grad_()
@@ -205,11 +207,15 @@ class _Consumer:
         """What removing each slot would add to the error of its output, the rest refitted: trace W_s (H^-1_ss)^-1 W_s^T."""
         at = self.columns[left]
         if at.shape[1] == 1:
-            return self.weight[:, at[:, 0]].square().sum(0) / self.inverse.diagonal()[at[:, 0]]
+            single: torch.Tensor = (
+                self.weight[:, at[:, 0]].square().sum(0) / self.inverse.diagonal()[at[:, 0]]
+            )
+            return single
         blocks = self.inverse[at[:, :, None], at[:, None, :]]
         own = self.weight[:, at].permute(1, 2, 0)
         factor = torch.linalg.cholesky(blocks)
-        return torch.linalg.solve_triangular(factor, own, upper=False).square().sum((1, 2))
+        solved: torch.Tensor = torch.linalg.solve_triangular(factor, own, upper=False)
+        return solved.square().sum((1, 2))
 
     def remove(self, slot: int) -> None:
         at = self.columns[slot]
@@ -227,11 +233,9 @@ class _Consumer:
         self.columns = number[self.columns]
 
 
-def _eliminated(
-    batches: Sequence[Batch], grams: Grams, criterion: str, seed: int
-) -> dict[str, NDArray[np.int64]]:
+def _eliminated(batches: Sequence[Batch], grams: Grams, seed: int) -> dict[str, NDArray[np.int64]]:
     traced = batches[0][0]
-    information = gate_gradients(batches, seed)[1] if criterion != "obs-plain" else {}
+    information = gate_gradients(batches, seed)[1]
     found = {}
     for group in traced.channels.groups:
         consumers = [
@@ -257,10 +261,11 @@ def _consumer(
     weight = traced.weight(unit)
     assert weight is not None
     columns = as_columns(traced.network[unit], weight).double().clone()
-    second, _ = grams[unit].moments(shifts_bias(traced, unit))
-    if information is not None:
-        root = np.sqrt(np.tile(information, len(columns) // len(information)) if len(information) else 1.0)
-        columns *= torch.from_numpy(root)[:, None]
+    second = grams[unit].moments(shifts_bias(traced, unit))[0]
+    if information is not None and information.any():
+        columns *= torch.from_numpy(np.sqrt(np.repeat(information, len(columns) // len(information))))[
+            :, None
+        ]
     else:
         columns /= math.sqrt(float(torch.einsum("of,fg,og->", columns, second, columns)) or 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))

@@ -37,16 +37,27 @@ class QuantizedWeight:
         return (self.values.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int, scales: torch.Tensor | None = None) -> QuantizedWeight:
-    """Round to nearest, symmetric, one scale per output channel: from its largest magnitude unless `scales` are given."""
-    dims = [d for d in range(weight.dim()) if d != axis]
-    if scales is None:
-        scales = weight.detach().float().abs().amax(dims, keepdim=True) / LEVELS
-        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    else:
-        scales = scales.float().reshape([-1 if d == axis else 1 for d in range(weight.dim())])
-    values = (weight.detach().float() / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return QuantizedWeight(values.numpy(), scales.flatten().numpy().astype(np.float32), axis)
+def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
+    """Round to nearest, symmetric, one scale per output channel from its largest magnitude.
+
+    A channel whose values lie on an int8 grid already keeps it: weights rounded before (GPTQ) stay as they are.
+    """
+    shape = [-1 if d == axis else 1 for d in range(weight.dim())]
+    weight = weight.detach().float()
+    rows = weight.movedim(axis, 0).flatten(1)
+    top = rows.abs().amax(1)
+    scales = torch.where(top > 0, _own_grid(rows, top), torch.ones_like(top))
+    values = (weight / scales.reshape(shape)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return QuantizedWeight(values.numpy(), scales.numpy().astype(np.float32), axis)
+
+
+def _own_grid(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Scales [rows]: the largest magnitude is 127, or what makes the 16 largest values whole numbers."""
+    codes = torch.arange(LEVELS, LEVELS // 2, -1)
+    largest = rows.gather(1, rows.abs().topk(min(16, rows.shape[1]), 1).indices)
+    steps = largest[None] / top.clamp_min(1e-30)[None, :, None] * codes[:, None, None]
+    whole = (steps - steps.round()).abs().amax(2) < 2e-3
+    return top / torch.where(whole.any(0), codes[whole.int().argmax(0)], torch.full_like(codes[:1], LEVELS))
 
 
 class _Observer(torch.fx.Interpreter):

@@ -1,4 +1,4 @@
-"""Pictures: a front, predicted against measured latency, one allocation layer by layer.
+"""Pictures: a front, predicted against measured latency, one allocation layer by layer, a staircase of widths.
 
 Every function returns a matplotlib Figure that no global state holds: it needs no display, and nobody must close it.
 """
@@ -6,5 +6,6 @@ Every function returns a matplotlib Figure that no global state holds: it needs 
 from hwsearch.plot.allocation import plot_allocation
 from hwsearch.plot.front import plot_front
 from hwsearch.plot.predictions import plot_predictions
+from hwsearch.plot.staircase import plot_staircase
 
-__all__ = ["plot_allocation", "plot_front", "plot_predictions"]
+__all__ = ["plot_allocation", "plot_front", "plot_predictions", "plot_staircase"]

@@ -13,7 +13,6 @@ from hwsearch.errors import InvalidInput
 from hwsearch.latency import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
 from hwsearch.table import Build, LatencyTable, usable
-from hwsearch.variants import Variant
 
 
 def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,23 +19,37 @@ from hwsearch.network import Edge, Network
 Pair = tuple[bool, bool]
 """Whether the producer and the consumer of an edge are int8."""
 
+GRAIN = 8
+"""Channels that the simulated kernels work on at once."""
+
 _PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 @dataclass(frozen=True)
-class LatencyLaw:
-    """T(a) = rest + sum over units t[u, precision] + sum over edges (fixed + per_byte * bytes)[class pair], in ns.
+class Size:
+    """What the law sees of a unit: its input and output channels in either order, and elements of its output."""
 
-    units: unit -> {precision: time of all its calls}. boundaries: class pair -> (ns, ns for each byte of the edge's
-    fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
+    channels: tuple[int, ...]
+    output: int
+
+
+@dataclass(frozen=True)
+class LatencyLaw:
+    """T(a) = rest + sum over units t[u, precision] * stairs[u] + sum over edges (fixed + per_byte * bytes)[class pair].
+
+    All in ns. units: unit -> {precision: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns for each
+    byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
+    whole: of each unit, the size that `units` is the time of. A narrower one takes the share that is left of its input
+    channels times that of its output channels, both rounded up to GRAIN: a staircase.
     """
 
     units: Mapping[str, Mapping[str, float]]
     edges: Sequence[Edge] = ()
     boundaries: Mapping[Pair, tuple[float, float]] = field(default_factory=dict)
     rest_ns: float = 0.0
+    whole: Mapping[str, Size] = field(default_factory=dict)
 
     @staticmethod
     def random(
@@ -63,30 +78,43 @@ class LatencyLaw:
                 (True, True): (0.0, 0.1 * per_byte),
             },
             rest_ns=0.5 * unit_ns,
+            whole=sizes_of(network),
         )
+
+    def stairs(self, unit: str, sizes: Mapping[str, Size]) -> float:
+        """Of its time at whole widths what a unit takes."""
+        pairs = zip(sizes[unit].channels, self.whole[unit].channels, strict=True) if unit in sizes else ()
+        return math.prod(-(-own // GRAIN) / -(-dense // GRAIN) for own, dense in pairs)
 
     def boundary_ns(self, edge: Edge, pair: Pair) -> float:
         """What one edge costs between units of these classes."""
         fixed, per_byte = self.boundaries.get(pair, (0.0, 0.0))
         return fixed + per_byte * edge.tensor_bytes
 
-    def time_ns(self, precisions: Mapping[str, str]) -> float:
-        """Time of a network of these units, each in its precision; of the whole one if all are there."""
-        return sum(node.time_ns for node in self.nodes(precisions))
+    def time_ns(self, precisions: Mapping[str, str], sizes: Mapping[str, Size] | None = None) -> float:
+        """Time of a network of these units, each in its precision and size; of the whole one if all are there."""
+        return sum(node.time_ns for node in self.nodes(precisions, sizes=sizes))
 
     def nodes(
-        self, precisions: Mapping[str, str], sources: Mapping[str, tuple[str, ...]] | None = None
+        self,
+        precisions: Mapping[str, str],
+        sources: Mapping[str, tuple[str, ...]] | None = None,
+        sizes: Mapping[str, Size] | None = None,
     ) -> list[NodeTime]:
         """What a runtime would record: a node for each unit, and a conversion node for every other edge.
 
         The boundaries of the edges between are folded into the unit that consumes them, as runtimes do at will.
-        sources: for each unit the names of its ONNX nodes.
+        sources: for each unit the names of its ONNX nodes. sizes: of the units that are narrower.
         """
-        times = {unit: self.units[unit][precision] for unit, precision in precisions.items()}
+        sizes = sizes or {}
+        times = {u: self.units[u][precision] * self.stairs(u, sizes) for u, precision in precisions.items()}
         conversions = []
         for index, edge in enumerate(self.edges):
             if edge.src not in precisions or edge.dst not in precisions:
                 continue
+            if edge.src in sizes:
+                left = sizes[edge.src].output / self.whole[edge.src].output
+                edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * left))
             pair = precisions[edge.src] == "int8", precisions[edge.dst] == "int8"
             cost = self.boundary_ns(edge, pair)
             if cost and index % 2 == 0:
@@ -107,6 +135,12 @@ class LatencyLaw:
         if self.rest_ns and set(precisions) == set(self.units):
             conversions.append(NodeTime("simulated_rest", "Rest", (), "fp32", self.rest_ns))
         return nodes + conversions
+
+
+def sizes_of(network: Network, widths: Mapping[str, int] | None = None) -> dict[str, Size]:
+    """The size of each unit at some widths."""
+    units = [network.unit_at(u.name, widths or {}) for u in network.units]
+    return {u.name: Size(u.weight_shape[:2], math.prod(u.output_shape)) for u in units}
 
 
 class SimulatedBackend:
@@ -195,7 +229,9 @@ class SimulatedEngine:
             raise BackendUnavailable(f"the simulated device's law has no units {', '.join(unknown)}")
         self.executed = {unit: options.base if unit in backend.refused else p for unit, p in asked.items()}
         """The precision of each unit."""
-        self.time_ns = backend.law.time_ns(self.executed) * backend.jitter(backend.build_noise)
+        self.sizes = _sizes(self._model) if backend.law.whole else {}
+        """The size of each unit, as its weights and output say."""
+        self.time_ns = backend.law.time_ns(self.executed, self.sizes) * backend.jitter(backend.build_noise)
         """Time of one inference without noise or drift."""
         stored = {tensor.name for tensor in self._model.graph.initializer}
         self.inputs = [_spec(value) for value in self._model.graph.input if value.name not in stored]
@@ -235,7 +271,7 @@ class SimulatedEngine:
             unit, own = unit_of(node.name)
             if own and not node.op_type.startswith(_CONVERSIONS):
                 sources[unit] = (*sources.get(unit, ()), node.name)
-        exact = self._backend.law.nodes(self.executed, sources)
+        exact = self._backend.law.nodes(self.executed, sources, self.sizes)
         deviation = self._backend.node_noise
         return [
             NodeTime(n.name, n.op, n.sources, n.precision, n.time_ns * self._backend.jitter(deviation))
@@ -253,6 +289,24 @@ def _precisions(model: onnx.ModelProto, base: str) -> dict[str, str]:
             int8 = all(_dequantized(tensor, maker) for tensor in node.input[:2])
             quantized[unit] = quantized.get(unit, True) and int8
     return {unit: "int8" if int8 else base for unit, int8 in quantized.items()}
+
+
+def _sizes(model: onnx.ModelProto) -> dict[str, Size]:
+    """Unit -> its size, of the first product that does its work."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+    shapes |= {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.output}
+    stored = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    maker = {output: node for node in model.graph.node for output in node.output}
+    sizes: dict[str, Size] = {}
+    for node in model.graph.node:
+        unit, own = unit_of(node.name)
+        if own and node.op_type in _PRODUCTS and unit not in sizes:
+            weight = node.input[1]
+            while weight in maker and maker[weight].op_type in (*_MOVES, *_CONVERSIONS):
+                weight = maker[weight].input[0]
+            sizes[unit] = Size(stored.get(weight, ())[:2], math.prod(shapes[node.output[0]]))
+    return sizes
 
 
 def _dequantized(tensor: str, maker: Mapping[str, onnx.NodeProto]) -> bool:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +60,29 @@ def test_quantized_outputs_have_255_levels_at_most() -> None:
     simulate = simulator(nn.Sequential(nn.Linear(8, 200)), torch.randn(64, 8), quantize_outputs=True)
     (out,) = simulate({"0": Variant("int8")})
     assert len(out.unique()) <= 256
+
+
+@pytest.mark.parametrize("model", [nn.Linear(8, 4), nn.Conv1d(3, 4, 3), nn.Conv1d(3, 4, 3, padding="same")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_replaced_weights_are_run_in_the_units_variant(model: nn.Module, precision: str) -> None:
+    """The same as a network that has these weights."""
+    x = torch.randn(16, 8) if isinstance(model, nn.Linear) else torch.randn(2, 3, 8)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_()
+    ranged, wanted = simulator(nn.Sequential(model), x), simulator(nn.Sequential(other), x)
+    variants = {"0": Variant(precision)}
+    replaced = {"0": (other.weight.detach(), other.bias.detach())}
+    torch.testing.assert_close(ranged(variants, replaced)[0], wanted(variants)[0])
+    assert torch.equal(ranged({})[0], ranged.dense[0])
+
+
+def test_only_what_comes_after_replaced_weights_changes() -> None:
+    model = TwoHeads()
+    simulate = simulator(model, torch.randn(4, 8))
+    left, right = simulate({}, {"a": (torch.zeros(8, 8), None)})
+    with torch.no_grad():
+        want = model.b(model.a.bias.relu() + 1)
+    torch.testing.assert_close(left, want.expand_as(left))
+    assert torch.equal(right, simulate.dense[1])

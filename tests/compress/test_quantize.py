@@ -79,3 +79,12 @@ def test_the_same_data_gives_the_same_ranges() -> None:
     layer = nn.Linear(80, 40)
     batches = [(trace(layer, x), (x,), {})]
     assert activation_ranges(batches) == activation_ranges(batches)
+
+
+@given(hnp.arrays(np.int8, (3, 20), elements=st.integers(-127, 127)), st.integers(65, 127))
+def test_what_is_on_a_grid_stays_on_it(values: np.ndarray, top: int) -> None:
+    values = np.clip(values, -top, top)
+    values[:, 7] = top
+    weight = torch.from_numpy(values).float() * torch.tensor([[0.1], [3.0], [0.007]])
+    for axis, own in ((0, weight), (1, weight.T)):
+        np.testing.assert_allclose(quantize_weight(own, axis).dequantized(), own.numpy(), rtol=1e-5)

@@ -1,0 +1,59 @@
+"""The picture of a staircase: time against width, one small panel for each channel group."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hwsearch.errors import InvalidInput
+from hwsearch.plot.style import INK, PRECISION_COLORS, Picture, done, shorten, where
+from hwsearch.staircase import staircase
+from hwsearch.table import LatencyTable
+
+MOST_PANELS = 30
+
+
+def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figure:
+    """Time of the units on each channel group against its width, by precision; widths on the grid are filled.
+
+    Groups of one shape and curve are drawn each by itself, at most thirty. Written to `path` (PNG, SVG or PDF) where one
+    is given. Raises InvalidInput where the table holds no probes of widths.
+    """
+    steps = staircase(table)
+    groups = list(dict.fromkeys(s.group for s in steps))
+    if not groups:
+        raise InvalidInput("the table holds no widths; profile without `--axes precision`")
+    shown = groups[:MOST_PANELS]
+    across = min(4, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure = Picture(figsize=(3.1 * across, 2.3 * down + 0.9), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, group in zip(panels, shown, strict=False):
+        own = [s for s in steps if s.group == group]
+        for precision in own[0].times_ns:
+            points = [(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own if precision in s.times_ns]
+            color = PRECISION_COLORS.get(precision, INK)
+            axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=1, label=precision)
+            for width, time, kept in points:
+                axes.plot(width, time, "o", markersize=4, color=color, markerfacecolor=color if kept else "white")
+        axes.set_title(shorten(group, 34), fontsize=8, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=7)
+        axes.grid(color="#DDDDDD", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    more = f" ({len(shown)} of {len(groups)} groups)" if len(groups) > len(shown) else ""
+    header = {"backend": table.header.backend, "options": table.header.options, "device": table.header.device.get("chip")}
+    figure.suptitle(
+        f"{table.network.name}: time of a channel group's units (µs) against its width{more}\n{where(header)}; "
+        "filled: on the grid",
+        fontsize=10, x=0.01, ha="left",
+    )  # fmt: skip
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
+    return done(figure, path)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hwsearch.compress.compensate import Batch
+from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots
+from hwsearch.trace import trace
+from tests.networks import NETWORKS
+
+
+def task(model: nn.Module, *xs: torch.Tensor) -> list[Batch]:
+    traced = trace(model.eval(), xs[0])
+    return [(traced, (x,), {}) for x in xs]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["residual", "transformer_encoder", "densenet", "grouped", "unet"])
+def test_an_order_is_a_permutation_and_repeats(name: str, criterion: str) -> None:
+    model, x = NETWORKS[name]()
+    own = task(model, x)
+    first, again = order_slots(own, criterion), order_slots(own, criterion)
+    assert list(first) == [g.name for g in own[0][0].network.groups]
+    for group, order in first.items():
+        assert sorted(order.tolist()) == list(range(own[0][0].network.channels[group]))
+        np.testing.assert_array_equal(order, again[group])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_dead_channels_go_first(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for dead in (2, 5):
+            model.a.weight[dead], model.a.bias[dead] = 0, 0
+            model.b.weight[:, dead] = 0
+    order = order_slots(task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3))), criterion)["a"]
+    assert set(order[-2:].tolist()) == {2, 5}
+
+
+def test_elimination_keeps_one_of_two_twins() -> None:
+    """A channel that another one repeats is free to go, however large; then the other one is not."""
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        model.a.weight[4], model.a.bias[4] = 3 * model.a.weight[1], 3 * model.a.bias[1]
+    own = task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3)))
+    order = order_slots(own, "obs")["a"].tolist()
+    assert order[-1] in (1, 4)
+    assert not {1, 4} <= set(order[-2:])
+
+
+def test_gate_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    x = torch.randn(4, 3, 7, 7)
+    own = task(model, x)
+    gates, _ = gate_gradients(own, seed=3)
+    with torch.no_grad():
+        logits = model(x)
+        labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(3))
+
+        def loss() -> torch.Tensor:
+            return -model(x).log_softmax(-1).gather(1, labels)[:, 0]
+
+        for slot in range(8):
+            weight = model.b.weight[:, slot].clone()
+            step = 0.02
+            model.b.weight[:, slot] = weight * (1 + step)
+            up = loss()
+            model.b.weight[:, slot] = weight * (1 - step)
+            down = loss()
+            model.b.weight[:, slot] = weight
+            np.testing.assert_allclose(gates["a"][0][:, slot], ((up - down) / (2 * step)).numpy(), atol=1e-3)
+
+
+def test_unknown_criterion() -> None:
+    with pytest.raises(ValueError, match="expected one of obs"):
+        order_slots(task(Net(), torch.randn(2, 3, 9, 9)), "size")
