@@ -33,7 +33,7 @@ from hwsearch.task import Task
 from hwsearch.trace import evaluating, flat_inputs
 from hwsearch.variants import Variant, uniform
 
-VERIFY = Protocol(width=0.01, limit_s=10.0, min_rounds=9)
+VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
 LOSS_SAMPLES = 256
 
 
@@ -85,7 +85,7 @@ def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None
     if {g: len(s) for g, s in allocation.slots.items()} != channels:
         raise IncompatibleTables("the allocation is of other channel groups than the network has; search again")
     bank = bank or weight_bank(at.lowering, None, allocation.slots)
-    return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank))
+    return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, parse_variants(allocation)))
 
 
 def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:

@@ -212,6 +212,7 @@ def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
     if counted <= 0:
         return rows
     scale = total / counted
+    spread = float(np.hypot(0.04, (build.high - build.low) / 3.92 / build.ratio))  # scaled by a total that is as uncertain
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": 0.0}
     for node in build.nodes:
@@ -223,7 +224,7 @@ def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
         members.setdefault(group_of.get(name, name), []).append(name)
     for key, names in members.items():
         value = times.get(key, 0.0)
-        rows.append(_Row([f for n in names for f in features[n]], value, 0.04 * value + 0.004 * total))
+        rows.append(_Row([f for n in names for f in features[n]], value, spread * value + 0.004 * total))
     return rows
 
 

@@ -51,7 +51,7 @@ def run(
     axes: what may be chosen, `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
     `weights`; another run there, with another budget, uses the table and the sensitivities again.
-    Raises Infeasible (with the least that can be met) and BudgetMissed (after five rounds; the nearest allocation is left in `out`).
+    Raises Infeasible (with the least that can be met) and BudgetMissed (after five rounds; the nearest is left in `out`).
     """
     parsed = parse_budgets([str(b) for b in budgets])
     folder = Path(out)

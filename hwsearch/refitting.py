@@ -18,6 +18,10 @@ from hwsearch.compress.importance import order_slots
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph
 from hwsearch.trace import trace
+from hwsearch.variants import Variant
+
+SAMPLES = 512
+"""Calibration samples that the last refitting sees: it holds all their activations."""
 
 
 def weight_bank(
@@ -39,11 +43,24 @@ def weight_bank(
     return WeightBank(folder, lowering.traced, batches, found, grams=grams)
 
 
-def narrowed(lowering: Lowering, widths: Mapping[str, int], bank: WeightBank) -> Lowering:
-    """The task at these widths: refitted weights from the bank, then refitted in order on what really arrives."""
+def narrowed(
+    lowering: Lowering,
+    widths: Mapping[str, int],
+    bank: WeightBank,
+    variants: Mapping[str, Variant] | None = None,
+) -> Lowering:
+    """The task at these widths: refitted weights from the bank, then refitted in order on what really arrives.
+
+    variants: int8 units are rounded on the way, so that later ones make up for it.
+    """
     kept = bank.kept(widths)
     weights = dict(bank.assemble(widths))
-    return lowering.narrow(kept, refit_sequential(lowering.calibration, kept, weights), calibrate=True)
+    batches, samples = [], 0
+    for batch in lowering.calibration:
+        if samples < SAMPLES:
+            batches.append(batch)
+            samples += next((t.shape[0] for t in pytree.tree_leaves(batch[1:]) if isinstance(t, torch.Tensor)), 1)
+    return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
 
 
 def as_module(lowering: Lowering) -> torch.nn.Module:

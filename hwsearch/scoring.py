@@ -205,7 +205,7 @@ def measure_sensitivity(
     precisions: Sequence[str] = PRECISIONS,
     quantize_outputs: bool = False,
     kind: str = "auto",
-    samples: int = 512,
+    samples: int = 256,
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     bank: WeightBank | None = None,

@@ -224,7 +224,10 @@ class LatencyTable:
                 for row in table.to_pylist()
             )
             loaded = LatencyTable(Header.from_json(header), builds)
-        except (KeyError, TypeError, ValueError) as error:
+            for group, steps in loaded.header.grid.items():
+                if sorted({loaded.network.channels[group], *map(int, steps)}, reverse=True) != steps or steps[-1] < 1:
+                    raise ValueError(f"widths {steps} of {group}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
         for build in builds:
             if (

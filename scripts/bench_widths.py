@@ -105,9 +105,9 @@ def bench(spec: str, args: argparse.Namespace) -> None:
               f"KL {joint[-1].loss:.3g}, {allocation.counts()}", flush=True)  # fmt: skip
     if args.rivals:
         rivals = {
-            "(a) uniform width": uniform_widths(at, bank, args.rivals),
+            "(a) uniform width": uniform_widths(at, bank, quick.variants, args.rivals),
             "(b) magnitude, not refitted": least_magnitude(at, args.rivals),
-            "(c) by MACs": by_macs(at, bank, table, sensitivity, args.rivals),
+            "(c) by MACs": by_macs(at, bank, quick.variants, table, sensitivity, args.rivals),
         }
         compare(joint, {what: measured(session, quick.variants, own) for what, own in rivals.items()})
 
@@ -155,12 +155,12 @@ def refitting(at: Regime, bank: WeightBank) -> None:
 # ---------------------------------------------------------------- rivals
 
 
-def uniform_widths(at: Regime, bank: WeightBank, count: int) -> dict[str, Regime]:
+def uniform_widths(at: Regime, bank: WeightBank, variants: Mapping[str, Variant], count: int) -> dict[str, Regime]:
     """The same share of every group, in whole eights where there are many channels; refitted as the joint ones are."""
     found = {}
     for share in np.linspace(0.95, 0.4, count):
         widths = {g: max(1, round(n * share / 8) * 8 if n >= 32 else round(n * share)) for g, n in at.network.channels.items()}
-        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, widths, bank))
+        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, widths, bank, variants))
     return found
 
 
@@ -191,7 +191,7 @@ def least_magnitude(at: Regime, count: int) -> dict[str, Regime]:
 
 
 def by_macs(
-    at: Regime, bank: WeightBank, table: hs.LatencyTable, sensitivity: hs.SensitivityTable, count: int
+    at: Regime, bank: WeightBank, variants: Mapping[str, Variant], table: hs.LatencyTable, sensitivity: hs.SensitivityTable, count: int
 ) -> dict[str, Regime]:
     """Least loss under a budget of multiply-accumulates; refitted as the joint ones are."""
     found = {}
@@ -200,7 +200,7 @@ def by_macs(
             allocation = hs.search(table, sensitivity, [f"macs={share:.3%}"], axes=["width"])
         except HwsearchError:
             break
-        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, allocation.widths, bank))
+        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, variants))
     return found
 
 

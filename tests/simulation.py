@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from hwsearch.backends.base import NodeTime
-from hwsearch.network import Edge, Network, Unit
 from hwsearch.attribution import attribute, executed_precisions
-from hwsearch.design import cover
+from hwsearch.backends.base import NodeTime
+from hwsearch.design import Candidate, Grid, all_cells, candidate_widths, cover, random_candidate, whole, worth
+from hwsearch.network import ChannelGroup, Edge, Network, Unit, Way
+from hwsearch.scoring import SensitivityTable
+from hwsearch.staircase import group_times
 from hwsearch.table import Build, Header, LatencyTable
-from hwsearch.testing import LatencyLaw
-from hwsearch.variants import Variant, uniform
+from hwsearch.testing import LatencyLaw, sizes_of
+from hwsearch.variants import Variant, network_bytes, uniform
 
 DEVICE = {"id": "0123456789ab", "chip": "Simulated CPU"}
 OFFERED = (Variant("fp32"), Variant("int8"))
@@ -35,6 +37,43 @@ def chain(length: int = 16, *, kinds: int = 6) -> Network:
     return Network(tuple(units), tuple(edges), input_shapes=((1, 8, 16, 16),), name="chain")
 
 
+def grouped(channels: tuple[int, ...] = (24, 40, 16)) -> Network:
+    """Convolutions in a row, each with a channel group of its own but the last; an edge over the first two."""
+    sides = (3, *channels, 10)
+    units, groups = [], []
+    names = [f"conv{i}" for i in range(len(sides) - 1)]
+    for i, name in enumerate(names):
+        into, out = sides[i], sides[i + 1]
+        ways = [Way(names[i - 1], "input0", 1, 1), Way(names[i - 1], "weight", 1, 1)] if i else []
+        if i < len(channels):
+            ways += [Way(name, "output", 1, 1), Way(name, "weight", 0, 1)]
+            groups.append(ChannelGroup(name, out, (name,), (names[i + 1],), fixed_bytes=8))
+        k = (3, 5, 1, 7)[i % 4]  # no two units become the same work: the law gives each a time of its own
+        units.append(
+            Unit(name, "conv2d", ((1, into, 8, 8),), (1, out, 8, 8), (out, into, k, k), macs=64 * k * k * into * out,
+                 other_bytes=4 * out, ways=tuple(ways))
+        )  # fmt: skip
+    pairs = [*zip(names, names[1:], strict=False), (names[0], names[2])]
+    edges = tuple(Edge(a, b, 4 * 64 * sides[1 + names.index(a)]) for a, b in pairs)
+    return Network(
+        tuple(units), edges, tuple(groups), fixed_bytes=100 + 8 * sum(channels), input_shapes=((1, 3, 8, 8),),
+        name="grouped",
+    )  # fmt: skip
+
+
+def scores(network: Network, grid: Grid, seed: int = 0) -> SensitivityTable:
+    """Losses that grow as widths fall, and an order of the slots."""
+    rng = np.random.default_rng(seed)
+    loss = {u.name: {"dense.fp32": 0.0, "dense.int8": float(rng.uniform(0.1, 1.0))} for u in network.units}
+    width_loss = {
+        g: dict(zip(steps, np.cumsum([0.0, *rng.uniform(0.1, 1.0, len(steps) - 1)]).tolist(), strict=True))
+        for g, steps in grid.items()
+        if len(steps) > 1
+    }
+    order = {g: tuple(map(int, rng.permutation(n))) for g, n in network.channels.items()}
+    return SensitivityTable(network, loss, 8, "kl", False, width_loss=width_loss, order=order)
+
+
 def reference_ns(law: LatencyLaw) -> float:
     """Time of the engine that everything is timed against: all units in fp32."""
     return law.time_ns(dict.fromkeys(law.units, "fp32"))
@@ -46,12 +85,13 @@ def random_variants(network: Network, rng: np.random.Generator) -> dict[str, Var
 
 def simulated_build(
     network: Network, law: LatencyLaw, variants: Mapping[str, Variant], role: str = "design", *, noise: float = 0.0,
-    node_noise: float = 0.0, rng: np.random.Generator | None = None,
+    node_noise: float = 0.0, rng: np.random.Generator | None = None, widths: Mapping[str, int] | None = None,
 ) -> Build:  # fmt: skip
     """One whole network: `noise` is the error of its ratio, `node_noise` that of each of its nodes."""
     rng = rng or np.random.default_rng(0)
     precisions = {unit: v.precision for unit, v in variants.items()}
-    ratio = law.time_ns(precisions) / reference_ns(law) * float(np.exp(noise * rng.standard_normal()))
+    sizes = sizes_of(network, widths)
+    ratio = law.time_ns(precisions, sizes) / reference_ns(law) * float(np.exp(noise * rng.standard_normal()))
     nodes = [
         NodeTime(
             n.name,
@@ -60,7 +100,7 @@ def simulated_build(
             n.precision,
             n.time_ns * float(np.exp(node_noise * rng.standard_normal())),
         )
-        for n in law.nodes(precisions)
+        for n in law.nodes(precisions, sizes=sizes)
     ]
     rows = attribute(nodes, network, {})
     error = 1.96 * max(noise, 1e-3)
@@ -70,6 +110,7 @@ def simulated_build(
         samples_ns=np.full(10, round(ratio * reference_ns(law)), np.int64),
         reference_ns=np.full(10, round(reference_ns(law)), np.int64),
         executed=executed_precisions(rows, network), nodes=rows, file_bytes=1000,
+        widths=tuple({**network.channels, **(widths or {})}.values()),
     )  # fmt: skip
 
 
@@ -83,22 +124,42 @@ def header(network: Network, law: LatencyLaw, **changes: Any) -> Header:
 
 def simulated_table(
     network: Network, law: LatencyLaw, *, design: int = 18, heldout: int = 0, noise: float = 0.0,
-    node_noise: float = 0.0, seed: int = 0,
+    node_noise: float = 0.0, seed: int = 0, grid: Grid | None = None,
 ) -> LatencyTable:  # fmt: skip
-    """What a profile of a device with this law would hold."""
+    """What a profile of a device with this law would hold; with a grid, as many builds more as cover its cells."""
     rng = np.random.default_rng(seed)
+    offered = {u.name: OFFERED for u in network.units}
+    steps = {**whole(network), **(grid or {})}
 
-    def build(role: str, variants: Mapping[str, Variant]) -> Build:
-        return simulated_build(network, law, variants, role, noise=noise, node_noise=node_noise, rng=rng)
+    def build(role: str, of: Candidate) -> Build:
+        return simulated_build(
+            network, law, of.variants, role, noise=noise, node_noise=node_noise, rng=rng, widths=of.widths
+        )
 
-    builds = [build(role, uniform(network, "fp32")) for role in ("reference", "dense")]
-    builds.append(build("uniform", uniform(network, "int8")))
-    done: list[Mapping[str, Variant]] = [uniform(network, "fp32"), uniform(network, "int8")]
-    for _ in range(design):
-        done.append(cover(network, {u.name: OFFERED for u in network.units}, done, rng))
+    done = [Candidate(uniform(network, p), network.channels) for p in ("fp32", "fp32", "int8")]
+    builds = [build(role, c) for role, c in zip(("reference", "dense", "uniform"), done, strict=True)]
+    while len(done) < 3 + design or all_cells(network, offered, steps) - {x for c in done for x in c.cells(network)}:
+        done.append(cover(network, offered, steps, done, rng))
         builds.append(build("design", done[-1]))
-    builds += [build("heldout", random_variants(network, rng)) for _ in range(heldout)]
-    return LatencyTable(header(network, law), tuple(builds))
+    for _ in range(heldout):
+        widths = random_candidate(network, offered, steps, rng).widths
+        builds.append(build("heldout", Candidate(random_variants(network, rng), widths)))
+    dense = network_bytes(network, uniform(network, "fp32")) + 500
+    made = header(network, law, graph_bytes=500, dense_file_bytes=dense, grid={g: list(s) for g, s in (grid or {}).items()})
+    return LatencyTable(made, tuple(builds))
+
+
+def probed() -> LatencyTable:
+    """A table of `grouped` that holds probes of every width, group by group, and the grid that came of them."""
+    network = grouped()
+    law = LatencyLaw.random(network, 3)
+    plain = [uniform(network, p) for p in ("fp32", "int8")]
+    builds = [simulated_build(network, law, v, r) for r, v in zip(("reference", "uniform"), plain, strict=True)]
+    for group, channels in network.channels.items():
+        for width in candidate_widths(channels)[1:]:
+            builds += [simulated_build(network, law, v, "probe", widths={group: width}) for v in plain]
+    table = LatencyTable(header(network, law), tuple(builds))
+    return table.with_header(grid={g: worth(times) for g, times in group_times(table).items()})
 
 
 def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:

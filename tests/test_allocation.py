@@ -28,6 +28,11 @@ ALLOCATION = Allocation(
 )
 
 
+NARROW = replace(
+    ALLOCATION, widths={"stem": 3, "layer.2": 1}, order={"stem": "2 0 1 3", "layer.2": "0"}
+)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     ALLOCATION.save(tmp_path / "alloc.json")
@@ -94,6 +99,42 @@ def test_missing_keys_are_named(path: Path, key: str) -> None:
     del data[key]
     path.write_text(json.dumps(data))
     with pytest.raises(InvalidInput, match=key):
+        Allocation.load(path)
+
+
+def test_widths_and_the_order_of_slots_come_back(path: Path) -> None:
+    NARROW.save(path)
+    loaded = Allocation.load(path)
+    assert loaded == NARROW
+    assert loaded.slots == {"stem": [2, 0, 1, 3], "layer.2": [0]}
+    assert loaded.narrow
+    assert not replace(NARROW, widths={"stem": 4, "layer.2": 1}).narrow
+    assert not ALLOCATION.narrow
+
+
+def test_a_narrow_allocation_is_not_uniform() -> None:
+    same = dict.fromkeys(NARROW.variants, "dense.int8")
+    assert replace(ALLOCATION, variants=same).uniform == "dense.int8"
+    assert replace(NARROW, variants=same).uniform is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": {"stem": 5, "layer.2": 1}},
+        {"widths": {"stem": 0, "layer.2": 1}},
+        {"widths": {"layer.2": 1}},
+        {"widths": {"stem": "wide", "layer.2": 1}},
+        {"order": {"stem": "2 0 1", "layer.2": "0"}, "widths": {"stem": 4, "layer.2": 1}},
+        {"order": {"stem": "2 0 1 1", "layer.2": "0"}},
+        {"order": {"stem": "2 0 1 4", "layer.2": "0"}},
+        {"order": {"stem": "two", "layer.2": "0"}},
+        {"order": ["2 0 1 3"]},
+    ],
+)
+def test_widths_and_orders_that_do_not_fit_together(path: Path, change: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**NARROW.to_json(), **change}))
+    with pytest.raises(InvalidInput, match="not an allocation"):
         Allocation.load(path)
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from simulation import grouped, probed, simulated_table
 from typer.testing import CliRunner, Result
 
 import hwsearch as hs
@@ -21,6 +22,8 @@ from hwsearch.allocate.front import Front, Point
 from hwsearch.allocation import Allocation
 from hwsearch.errors import BudgetMissed, DeviceBusy, HwsearchError, Infeasible, InvalidInput
 from hwsearch.progress import Progress
+from hwsearch.staircase import staircase
+from hwsearch.testing import LatencyLaw
 
 Install = Callable[..., None]
 
@@ -204,6 +207,7 @@ def test_help_needs_no_heavy_module_and_no_patience() -> None:
         "profile",
         "table",
         "table show",
+        "table staircase",
         "sensitivity",
         "search",
         "front",
@@ -261,14 +265,14 @@ def test_profile_passes_on_everything(api: Install) -> None:
     words = (
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
-    words += " --mode isolated --seed 3"
+    words += " --mode isolated --axes precision --seed 3"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
     assert isinstance(seen.pop("progress"), Progress)
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
-        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "seed": 3,
+        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "seed": 3,
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -280,7 +284,7 @@ def test_profile_defaults(api: Install) -> None:
     del seen["progress"]
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
-        "mode": "context", "seed": 0,
+        "mode": "context", "axes": ["width", "precision"], "seed": 0,
     }  # fmt: skip
 
 
@@ -288,6 +292,31 @@ def test_table_show(api: Install) -> None:
     api(LatencyTable=SimpleNamespace(load=lambda path: Table()))
     assert invoke("table", "show", "t.parquet").stdout == "a table of 24 builds\n"
     assert json.loads(invoke("table", "show", "t.parquet", "--json").stdout) == {"backend": "openvino"}
+
+
+def test_table_staircase(tmp_path: Path) -> None:
+    table = probed()
+    table.save(tmp_path / "t.parquet")
+    plot = tmp_path / "stairs.png"
+    result = invoke("table", "staircase", str(tmp_path / "t.parquet"), "--plot", str(plot))
+    assert result.exit_code == 0
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-len(staircase(table)) :]
+    assert rows[0][:2] == ["conv0", "24"]
+    assert [row[-1] == "kept" for row in rows] == [step.kept for step in staircase(table)]
+    steps = json.loads(invoke("table", "staircase", str(tmp_path / "t.parquet"), "--json").stdout)
+    assert [(s["group"], s["width"], s["times_ns"], s["kept"]) for s in steps] == [
+        (s.group, s.width, s.times_ns, s.kept) for s in staircase(table)
+    ]
+
+
+def test_table_staircase_without_widths(tmp_path: Path) -> None:
+    network = grouped()
+    simulated_table(network, LatencyLaw.random(network), design=1).save(tmp_path / "t.parquet")
+    result = invoke("table", "staircase", str(tmp_path / "t.parquet"))
+    assert result.exit_code == 0
+    assert "holds no widths" in result.stdout
+    assert invoke("table", "staircase", str(tmp_path / "t.parquet"), "--plot", "s.png").exit_code == 2
 
 
 def test_sensitivity(api: Install) -> None:
@@ -302,8 +331,16 @@ def test_sensitivity(api: Install) -> None:
     assert result.stdout.index("touchy") < result.stdout.index("calm")
     assert "5.00e-01" in result.stdout
     assert "0.88" in result.stdout
-    assert (seen["out"], seen["backend"], seen["seed"]) == (Path("s.parquet"), "openvino", 1)
+    del seen["progress"]
+    assert seen == {
+        "out": Path("s.parquet"), "backend": "openvino", "base": None, "axes": ["width", "precision"], "table": None,
+        "weights": None, "seed": 1,
+    }  # fmt: skip
     assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
+    api(LatencyTable=Table)
+    words = "sensitivity zoo:x -o s --table t.parquet --weights w --axes width"
+    assert invoke(*words.split()).exit_code == 0
+    assert (seen["table"], seen["weights"], seen["axes"]) == ("table t.parquet", Path("w"), ["width"])
 
 
 def test_search(api: Install, tmp_path: Path) -> None:
@@ -321,8 +358,8 @@ def test_search(api: Install, tmp_path: Path) -> None:
     path = tmp_path / "alloc.json"
     seen: list[Any] = []
 
-    def find(*words: Any) -> Allocation:
-        seen.append(words)
+    def find(*words: Any, **options: Any) -> Allocation:
+        seen.append((*words, options))
         return chosen
 
     api(LatencyTable=Table, SensitivityTable=Table, search=find)
@@ -339,9 +376,12 @@ def test_search(api: Install, tmp_path: Path) -> None:
         "size=2MB",
     ):
         assert text in result.stdout
-    assert seen == [("table t", "table s", ["latency=42%", "size=2MB"])]
+    given = ("table t", "table s", ["latency=42%", "size=2MB"])
+    assert seen == [(*given, {"axes": ["width", "precision"], "keep": ()})]
     assert Allocation.load(path) == chosen
     assert json.loads(invoke(*words.split(), "--json").stdout) == chosen.to_json()
+    invoke(*words.split(), *"--axes precision,width --keep stem* --keep head".split())
+    assert seen[-1] == (*given, {"axes": ["precision", "width"], "keep": ["stem*", "head"]})
 
 
 def test_front(api: Install, tmp_path: Path) -> None:
@@ -366,7 +406,9 @@ def test_front(api: Install, tmp_path: Path) -> None:
     files = ["--table", "t", "--sensitivity", "s", "-o", str(tmp_path / "f.parquet")]
     result = invoke("front", *files, *"--over latency --points 3 --budget size=2MB --plot f.png".split())
     assert result.exit_code == 0
-    assert seen == {"over": "latency", "points": 3, "budgets": ["size=2MB"]}
+    assert seen == {
+        "over": "latency", "points": 3, "budgets": ["size=2MB"], "axes": ["width", "precision"], "keep": (),
+    }  # fmt: skip
     assert plotted == [(found, Path("f.png"))]
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-4:]
     assert rows[0] == ["1", "ms", "-", "-", "-", "infeasible"]
@@ -382,17 +424,17 @@ def test_front(api: Install, tmp_path: Path) -> None:
 
 def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
-    seen: list[str | None] = []
+    seen: list[Any] = []
 
-    def deploy(task: str, chosen: Any, out: Path, *, backend: str | None) -> Any:
-        seen.append(backend)
+    def deploy(task: str, chosen: Any, out: Path, *, backend: str | None, weights: Path | None) -> Any:
+        seen.append((backend, weights))
         return SimpleNamespace(path=out, size_bytes=1_250_000)
 
     api(deploy=deploy)
     assert invoke("deploy", "zoo:x", "a.json", "-o", "m.onnx").stdout == "m.onnx: 1.25 MB\n"
-    result = invoke("deploy", "zoo:x", "a.json", "-o", "m.onnx", "--backend", "openvino", "--json")
+    result = invoke(*"deploy zoo:x a.json -o m.onnx --backend openvino --weights w --json".split())
     assert json.loads(result.stdout) == {"path": "m.onnx", "size_bytes": 1_250_000}
-    assert seen == [None, "openvino"]
+    assert seen == [(None, None), ("openvino", Path("w"))]
 
 
 @pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
@@ -411,7 +453,9 @@ def test_verify_ends_with_whether_the_budget_is_met(
     assert result.stdout == f"the report, met: {met}\n"
     assert ("missed" in result.stderr) is (not met)
     assert report.saved == Path("r.json")
-    assert seen == {"chosen": "allocation a.json", "backend": None, "threads": 2, "table": "table t.parquet"}
+    assert seen == {
+        "chosen": "allocation a.json", "backend": None, "threads": 2, "table": "table t.parquet", "weights": None,
+    }  # fmt: skip
     assert json.loads(invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--json").stdout) == {"met": met}
 
 
@@ -445,9 +489,12 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
     del seen["progress"]
     assert seen == {
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
-        "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0,
+        "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0, "axes": ["width", "precision"],
+        "keep": (),
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
+    invoke(*words, *"--axes width --keep classifier*".split())
+    assert (seen["axes"], seen["keep"]) == (["width"], ["classifier*"])
 
 
 def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None:

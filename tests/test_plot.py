@@ -15,15 +15,17 @@ from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
+from simulation import probed
 
 from hwsearch.allocate.front import Front, Point
 from hwsearch.allocation import Allocation
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit
 from hwsearch.network import Edge, Network, Unit
-from hwsearch.plot import plot_allocation, plot_front, plot_predictions
+from hwsearch.plot import plot_allocation, plot_front, plot_predictions, plot_staircase
 from hwsearch.plot.style import shorten
 from hwsearch.scoring import SensitivityTable
+from hwsearch.staircase import staircase
 from hwsearch.table import Build, Header, LatencyTable, NodeRow
 
 OPTIONS = {"threads": 2, "base": "bf16", "batch": 1}
@@ -114,7 +116,7 @@ def is_png(path: Path) -> bool:
 def row(cost: float, loss: float, quantized: int, **changes: Any) -> Point:
     """A point of `cost` ms and MB, with `quantized` of ten units in int8."""
     variants = ("dense.int8",) * quantized + ("dense.bf16",) * (10 - quantized)
-    found = Point(cost * 1e6, cost * 1e6, 2e4, cost * 1e6, loss, variants, "optimal", 0.0)
+    found = Point(cost * 1e6, cost * 1e6, 2e4, cost * 1e6, loss, variants, status="optimal", gap=0.0)
     return replace(found, **changes)
 
 
@@ -330,6 +332,32 @@ def test_the_dense_allocation_takes_its_times_from_the_dense_build() -> None:
 def test_an_allocation_of_another_network_is_refused() -> None:
     with pytest.raises(InvalidInput, match="another network"):
         plot_allocation(allocation(network(4), ["dense.int8"] * 4), table(6))
+
+
+# ---------------------------------------------------------------- widths
+
+
+def test_a_staircase_shows_every_width_that_was_probed(tmp_path: Path) -> None:
+    data = probed()
+    figure = plot_staircase(data, tmp_path / "s.png")
+    assert is_png(tmp_path / "s.png")
+    steps = staircase(data)
+    for axes, group in zip(figure.axes, data.network.channels, strict=False):
+        assert axes.get_title(loc="left") == group
+        own = [s for s in steps if s.group == group]
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        drawn = [(line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != "white") for line in dots]
+        for precision in ("fp32", "int8"):
+            assert {(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own} <= set(drawn)
+        assert len(drawn) == 2 * len(own)
+    said = texts(figure)
+    for words in ("grouped", "simulated", "fp32", "int8", "filled: on the grid"):
+        assert words in said
+
+
+def test_a_staircase_of_a_table_without_widths_is_an_error() -> None:
+    with pytest.raises(InvalidInput, match="holds no widths"):
+        plot_staircase(table())
 
 
 @pytest.mark.parametrize(

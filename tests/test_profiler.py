@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -12,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulation import OFFERED, chain
-
 from hwsearch import device as devices
-from hwsearch.backends.base import BuildOptions, NodeTime
+from hwsearch.backends.base import BuildOptions
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol
-from hwsearch.network import Network, Unit
-from hwsearch.profiler import Regime, attribute, cover, executed_precisions, profile, random_allocation
+from hwsearch.profiler import Regime, profile
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import small_network
@@ -46,7 +42,7 @@ def regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
 
 
 def run(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
-    return profile(at, out, **{"builds": DESIGN, "protocol": FAST, **options})
+    return profile(at, out, **{"builds": DESIGN, "protocol": FAST, "axes": ["precision"], **options})
 
 
 def test_every_build_is_measured_and_on_disk(tmp_path: Path) -> None:
@@ -224,66 +220,3 @@ def test_a_network_with_fewer_allocations_than_builds_ends() -> None:
     assert {b.role for b in table.builds[3:]} == {"design"}
 
 
-# ---------------------------------------------------------------- design
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) -> None:
-    network = chain(20)
-    offered = {u.name: OFFERED for u in network.units} | {"layer5.conv": (Variant("fp32"),)}
-    rng = np.random.default_rng(seed)
-    done: list[dict[str, Variant]] = []
-    for _ in range(16):
-        done.append(cover(network, offered, done, rng))
-    for unit, variants in offered.items():
-        assert {a[unit] for a in done} == set(variants)
-    for edge in network.edges:
-        wanted = {
-            (a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])
-        }
-        assert {(a[edge.src].quantized, a[edge.dst].quantized) for a in done} == wanted
-
-
-def test_random_allocations_keep_to_what_is_offered() -> None:
-    network = chain(10)
-    offered = {u.name: OFFERED[i % 2 :] for i, u in enumerate(network.units)}
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        assert all(v in offered[u] for u, v in random_allocation(network, offered, rng).items())
-
-
-# ---------------------------------------------------------------- attribution
-
-
-def _node(name: str, op: str, *sources: str, precision: str = "fp32", time_ns: float = 1.0) -> NodeTime:
-    return NodeTime(name, op, sources, precision, time_ns)
-
-
-def test_attribution() -> None:
-    shape = (1, 8, 4, 4)
-    network = Network(
-        tuple(Unit(n, "conv2d", (shape,), shape) for n in ("conv1", "layer1.conv1", "layer1.conv2"))
-    )
-    nodes = [
-        _node("a", "Convolution", "conv1|0|Conv", "~conv1|0|Relu"),
-        _node("b", "Convolution", "layer1.conv1|0|Conv", "layer1.conv2|0|Conv", precision="int8"),
-        _node("c", "FakeQuantize", "layer1.conv1|0|QuantizeLinear.in.x"),
-        _node("d", "Pooling", "~conv1|0|MaxPool"),
-        _node("x_layer1.conv1|0|Conv_f32_layer1.conv2|0|Conv", "Reorder"),
-        _node("conv1|0|Conv_bf16_layer1.conv1|0|Conv", "Reorder"),
-        _node("e", "Softmax"),
-        _node("f", "Convolution", "tensor_of_conv2"),
-    ]
-    rows = attribute(nodes, network, {"tensor_of_conv2": "layer1.conv2|0|Conv"})
-    assert [(row.kind, row.units) for row in rows] == [
-        ("unit", ("conv1",)),
-        ("unit", ("layer1.conv1", "layer1.conv2")),
-        ("edge", ("layer1.conv1",)),
-        ("rest", ("conv1",)),
-        ("edge", ("layer1.conv2",)),
-        ("edge", ("layer1.conv1",)),
-        ("rest", ()),
-        ("unit", ("layer1.conv2",)),
-    ]
-    assert executed_precisions(rows, network) == ("fp32", "int8", "int8")
-    assert executed_precisions(rows[2:5], network) == ("", "", "")

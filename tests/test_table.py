@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from simulation import DEVICE, chain, isolated_table, simulated_table
+from simulation import DEVICE, chain, grouped, isolated_table, simulated_build, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.table import KEY, SCHEMA, LatencyTable
@@ -49,6 +49,64 @@ def test_round_trip(table: LatencyTable, saved: Path) -> None:
         )
         assert a.nodes == b.nodes
         assert a.source == "measured"
+
+
+GROUPED = grouped()
+GRID = {"conv0": [24, 16], "conv1": [40, 8], "conv2": [16]}
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> LatencyTable:
+    """A table of a network with channel groups; it is also at `narrow.parquet`."""
+    made = simulated_table(GROUPED, LatencyLaw.random(GROUPED), design=3, grid=GRID)
+    made.save(tmp_path / "narrow.parquet")
+    return made
+
+
+def test_widths_and_their_grid_come_back(narrow: LatencyTable, tmp_path: Path) -> None:
+    loaded = LatencyTable.load(tmp_path / "narrow.parquet")
+    assert loaded.header == narrow.header
+    assert loaded.network == GROUPED
+    assert loaded.grid() == GRID
+    assert [b.widths for b in loaded.builds] == [b.widths for b in narrow.builds]
+    assert {b.widths[1] for b in loaded.builds} == {40, 8}
+    for build in loaded.builds:
+        candidate = loaded.candidate(build)
+        assert tuple(candidate.widths.values()) == build.widths
+        assert tuple(map(str, candidate.variants.values())) == build.variants
+
+
+def test_without_a_grid_every_group_is_whole(narrow: LatencyTable) -> None:
+    assert narrow.with_header(grid={}).grid() == {"conv0": [24], "conv1": [40], "conv2": [16]}
+    plain = replace(narrow.builds[0], widths=())
+    assert narrow.candidate(plain).widths == GROUPED.channels
+
+
+@pytest.mark.parametrize("value", [[24, 40], [24, 40, 17], [24, 0, 16], [24, -8, 16], None])
+def test_damaged_widths(narrow: LatencyTable, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "narrow.parquet"
+    _rewrite(path, lambda h: None, _column("widths", value))
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(path)
+
+
+@pytest.mark.parametrize(
+    "grid", [{"conv0": [24, 30]}, {"conv0": [16, 8]}, {"conv0": [24, 0]}, {"conv0": 3}, {"conv9": [24]}, [1]]
+)
+def test_a_damaged_grid(narrow: LatencyTable, tmp_path: Path, grid: Any) -> None:
+    path = tmp_path / "narrow.parquet"
+    _rewrite(path, lambda h: h.update(grid=grid))
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(path)
+
+
+def test_one_allocation_at_other_widths_is_another_build(narrow: LatencyTable) -> None:
+    law = LatencyLaw.random(GROUPED)
+    variants = narrow.candidate(narrow.builds[0]).variants
+    keys = {
+        simulated_build(GROUPED, law, variants, widths={"conv1": w}).key for w in (40, 8)
+    }
+    assert len(keys) == 2
 
 
 def test_saving_twice_gives_the_same_bytes(table: LatencyTable, saved: Path, tmp_path: Path) -> None:

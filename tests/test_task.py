@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy  # noqa: F401  (a task finds it loaded, as in every command, so that the file of its name here is not taken)
 import pytest
 
 from hwsearch.errors import InvalidInput

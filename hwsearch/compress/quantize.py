@@ -52,12 +52,24 @@ def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
 
 
 def _own_grid(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Scales [rows]: the largest magnitude is 127, or what makes the 16 largest values whole numbers."""
-    codes = torch.arange(LEVELS, LEVELS // 2, -1)
-    largest = rows.gather(1, rows.abs().topk(min(16, rows.shape[1]), 1).indices)
-    steps = largest[None] / top.clamp_min(1e-30)[None, :, None] * codes[:, None, None]
-    whole = (steps - steps.round()).abs().amax(2) < 2e-3
-    return top / torch.where(whole.any(0), codes[whole.int().argmax(0)], torch.full_like(codes[:1], LEVELS))
+    """Scales [rows]: the largest magnitude is 127, or the integer (64 to 127) that makes all values of the row integers."""
+    code = torch.full_like(top, LEVELS)
+    largest = rows.gather(
+        1, rows.abs().topk(min(8, rows.shape[1]), 1).indices
+    )  # these rule out nearly every grid
+    left = torch.arange(len(rows))
+    for trial in range(LEVELS, LEVELS // 2, -1):
+        scales = (top / trial).clamp_min(1e-30)[:, None]
+        near = left[_whole(largest[left] / scales[left])]
+        found = near[_whole(rows[near] / scales[near])]
+        code[found] = trial
+        left = left[~torch.isin(left, found)]
+    return top / code
+
+
+def _whole(steps: torch.Tensor) -> torch.Tensor:
+    """For each row whether it holds integers up to rounding errors."""
+    return ((steps - steps.round()).abs() < 2e-3).all(1)
 
 
 class _Observer(torch.fx.Interpreter):

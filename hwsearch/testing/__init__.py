@@ -4,6 +4,6 @@
 """
 
 from hwsearch.testing.contract import BackendContract
-from hwsearch.testing.simulated import LatencyLaw, SimulatedBackend, SimulatedEngine
+from hwsearch.testing.simulated import LatencyLaw, SimulatedBackend, SimulatedEngine, sizes_of
 
-__all__ = ["BackendContract", "LatencyLaw", "SimulatedBackend", "SimulatedEngine"]
+__all__ = ["BackendContract", "LatencyLaw", "SimulatedBackend", "SimulatedEngine", "sizes_of"]

@@ -83,8 +83,10 @@ class LatencyLaw:
 
     def stairs(self, unit: str, sizes: Mapping[str, Size]) -> float:
         """Of its time at whole widths what a unit takes."""
-        pairs = zip(sizes[unit].channels, self.whole[unit].channels, strict=True) if unit in sizes else ()
-        return math.prod(-(-own // GRAIN) / -(-dense // GRAIN) for own, dense in pairs)
+        if unit not in sizes:
+            return 1.0
+        own, dense = (math.prod(-(-n // GRAIN) for n in s.channels) for s in (sizes[unit], self.whole[unit]))
+        return own / dense
 
     def boundary_ns(self, edge: Edge, pair: Pair) -> float:
         """What one edge costs between units of these classes."""

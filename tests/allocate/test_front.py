@@ -28,11 +28,12 @@ PROBLEM = network(12, 4)
 def front() -> Front:
     found = sweep(PROBLEM, "latency", 6)
     sigma = {s.choice: 10.0 for _, s in found if s}
+    chosen = {s.choice: (tuple(PROBLEM.variants(s.choice).values()), (8, 16)) for _, s in found if s}
     measured = Point(
         latency_ns=3e5, low_ns=2.9e5, high_ns=3.2e5, size_bytes=4e5, loss=0.1, label="deployed", score=0.9
     )
     return as_front(
-        found, PROBLEM, "latency", sigma, {"network": "n", "dense": {"latency": 1.0}}
+        found, PROBLEM.variables, ("a", "b"), chosen, "latency", sigma, {"network": "n", "dense": {"latency": 1.0}}
     ).with_measured([measured])
 
 
@@ -96,6 +97,8 @@ def test_round_trip(front: Front, tmp_path: Path) -> None:
     front.save(tmp_path / "f.parquet")
     loaded = Front.load(tmp_path / "f.parquet")
     assert (loaded.over, loaded.units, loaded.header) == (front.over, front.units, front.header)
+    assert loaded.groups == ("a", "b")
+    assert [p.widths for p in loaded.best()] == [(8, 16)] * len(front.best())
     pd.testing.assert_frame_equal(loaded.to_frame(), front.to_frame())
     assert loaded.points[1].variants == front.points[1].variants
     assert loaded.points[0].infeasible
@@ -139,6 +142,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         ({"schema": 99}, IncompatibleTables, "schema 99"),
         ({"kind": "latency_table"}, InvalidInput, "found: latency_table"),
         ({"units": None}, InvalidInput, "damaged"),
+        ({"groups": None}, InvalidInput, "damaged"),
     ],
 )
 def test_other_headers(
@@ -160,6 +164,7 @@ def test_a_file_that_lacks_a_column(front: Front, tmp_path: Path) -> None:
     pq.write_table(table.append_column("colour", pa.array(["red"] * len(table))), path)
     with pytest.raises(InvalidInput, match="colour"):
         Front.load(path)
-    pq.write_table(table.drop_columns(["variants"]), path)
-    with pytest.raises(InvalidInput, match="variants"):
-        Front.load(path)
+    for column in ("variants", "widths"):
+        pq.write_table(table.drop_columns([column]), path)
+        with pytest.raises(InvalidInput, match=column):
+            Front.load(path)

@@ -235,7 +235,7 @@ def test_rounded_on_the_way() -> None:
     """int8 units come out on their grid, and later ones make up for it."""
     own = small()
     traced = own[0][0]
-    kept = {g: list(range(0, n - n // 3)) for g, n in traced.network.channels.items()}
+    kept = {g: list(range(n - n // 3)) for g, n in traced.network.channels.items()}
     names = [u.name for u in traced.network.units]
     weights = refit_sequential(own, kept, {}, dict.fromkeys(names, Variant("int8")))
     rounded = {

@@ -1,0 +1,193 @@
+"""Widths and precisions together, against brute force, exact costs and the law of a simulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+from simulation import OFFERED, grouped, scores, simulated_table
+
+from hwsearch.allocate.search import front, search, space
+from hwsearch.allocation import Allocation
+from hwsearch.design import Candidate
+from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.latency import LatencyModel, fit
+from hwsearch.network import Network
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw, sizes_of
+from hwsearch.variants import Variant, network_bytes
+
+NETWORK = grouped()
+GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16, 8], "conv2": [16, 8]}
+LAW = LatencyLaw.random(NETWORK, 3)
+ADDITIVE = LatencyLaw(LAW.units, rest_ns=LAW.rest_ns, whole=LAW.whole)
+SCORES = scores(NETWORK, GRID)
+
+
+@cache
+def table(additive: bool = False) -> LatencyTable:
+    return simulated_table(NETWORK, ADDITIVE if additive else LAW, design=8, grid=GRID)
+
+
+@cache
+def model(additive: bool = False) -> LatencyModel:
+    return fit(table(additive))
+
+
+def everything(grid: dict[str, list[int]] = GRID) -> Iterator[Candidate]:
+    units, groups = list(NETWORK.by_name), list(grid)
+    for widths in product(*grid.values()):
+        for variants in product(OFFERED, repeat=len(units)):
+            yield Candidate(
+                dict(zip(units, variants, strict=True)), dict(zip(groups, widths, strict=True))
+            )
+
+
+def chosen(found: Allocation) -> Candidate:
+    return Candidate({u: Variant.parse(v) for u, v in found.variants.items()}, found.widths)
+
+
+def law_ns(of: Candidate, law: LatencyLaw) -> float:
+    return law.time_ns({u: v.precision for u, v in of.variants.items()}, sizes_of(NETWORK, of.widths))
+
+
+def between(share: float, times: list[float]) -> float:
+    """A limit so far from the least time (0) to the longest (1)."""
+    return min(times) + share * (max(times) - min(times))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4, 0.6, 0.8])
+def test_the_answer_is_that_of_brute_force(share: float) -> None:
+    """Over all (variants, widths): predicted by the model itself, exact in size and MACs."""
+    at = model()
+    limit = between(share, [at.predict(c.variants, c.widths).time_ns for c in everything()])
+    found = search(table(), SCORES, [f"latency={limit / 1e6:.6f}ms", "size=90%", "macs=90%"], kappa=0.0, model=at)
+    best = min(
+        SCORES.total(c.variants, c.widths)
+        for c in everything()
+        if at.predict(c.variants, c.widths).time_ns <= limit and narrow(c).macs <= 0.9 * NETWORK.macs
+    )
+    assert found.predicted["loss"] == pytest.approx(best, rel=1e-9)
+    assert found.solver["status"] == "optimal"
+    assert found.predicted["loss"] == pytest.approx(SCORES.total(chosen(found).variants, found.widths))
+
+
+def narrow(of: Candidate) -> Network:
+    return NETWORK.narrow(of.widths)
+
+
+@pytest.mark.parametrize("budget", ["latency=60%", "size=20%", "macs=2x", "macs=20%"])
+def test_predicted_costs_are_those_of_the_narrow_network(budget: str) -> None:
+    found = search(table(), SCORES, [budget], model=model())
+    of = chosen(found)
+    prediction = model().predict(of.variants, of.widths)
+    assert found.predicted["latency_ns"] == prediction.time_ns
+    assert found.predicted["sigma_ns"] == prediction.sigma_ns
+    assert found.predicted["macs"] == narrow(of).macs
+    assert found.predicted["size_bytes"] == network_bytes(narrow(of), of.variants) + table().header.graph_bytes
+    for what in found.budgets:
+        column = {"latency": "latency_ns", "size": "size_bytes", "macs": "macs"}[what["column"]]
+        assert found.predicted[column] <= what["limit"]
+    assert found.narrow
+    assert {g: len(s) for g, s in found.slots.items()} == NETWORK.channels
+
+
+def test_every_choice_costs_what_the_model_says_within_rounding() -> None:
+    at = space(table(), SCORES, model())
+    count = 0
+    for choice in product(*map(range, at.problem.sizes)):
+        if count < 40 and at.problem.consistent(choice):
+            count += 1
+            of = Candidate(at.variants(choice), at.widths(choice))
+            assert at.problem.cost("latency", choice) == pytest.approx(at.predict(choice).time_ns, abs=20)
+            assert at.problem.cost("macs", choice) == narrow(of).macs
+    assert count == 40
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.7])
+def test_the_optimum_of_a_fitted_table_is_the_optimum_of_the_law(share: float) -> None:
+    """Where nothing but the fit stands between: its small error may only exclude what is just within the budget."""
+    truth = [(SCORES.total(c.variants, c.widths), law_ns(c, ADDITIVE)) for c in everything()]
+    limit = between(share, [time for _, time in truth])
+    found = search(table(True), SCORES, [f"latency={limit / 1e6:.6f}ms"], kappa=0.0, model=model(True))
+    assert law_ns(chosen(found), ADDITIVE) <= 1.005 * limit
+    assert found.predicted["loss"] <= min(loss for loss, time in truth if time <= 0.995 * limit) + 1e-12
+    assert found.predicted["loss"] >= min(loss for loss, time in truth if time <= 1.005 * limit) - 1e-12
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_boundaries_do_not_lead_it_far_from_the_optimum_of_the_law(share: float) -> None:
+    truth = [(SCORES.total(c.variants, c.widths), law_ns(c, LAW)) for c in everything()]
+    limit = between(share, [time for _, time in truth])
+    found = search(table(), SCORES, [f"latency={limit / 1e6:.6f}ms"], kappa=0.0, model=model())
+    assert law_ns(chosen(found), LAW) <= 1.05 * limit
+    assert found.predicted["loss"] <= min(loss for loss, time in truth if time <= 0.95 * limit) + 1e-12
+
+
+def test_channels_that_are_kept_all_stay() -> None:
+    free = search(table(), SCORES, ["macs=80%"], model=model())
+    assert (free.widths["conv0"], free.widths["conv1"]) != (24, 40)
+    for pattern in ("conv1", "*1"):  # it reads the group of conv0 and puts out its own
+        kept = search(table(), SCORES, ["macs=88%"], model=model(), keep=[pattern])
+        assert kept.widths == {"conv0": 24, "conv1": 40, "conv2": 8}
+        with pytest.raises(Infeasible):
+            search(table(), SCORES, ["macs=80%"], model=model(), keep=[pattern])
+    with pytest.raises(Infeasible):
+        search(table(), SCORES, ["macs=99%"], model=model(), keep=["*"])
+
+
+def test_a_pattern_that_names_no_layer_is_an_error() -> None:
+    with pytest.raises(InvalidInput, match=r"no layer is named like 'fc\*'; layers are conv0"):
+        search(table(), SCORES, ["latency=50%"], model=model(), keep=["fc*"])
+
+
+def test_axes_limit_what_is_chosen() -> None:
+    budget = ["latency=85%"]
+    precision = search(table(), SCORES, budget, model=model(), axes=["precision"])
+    assert precision.widths == NETWORK.channels
+    assert not precision.narrow
+    assert not precision.order
+    assert set(precision.variants.values()) == {"dense.fp32", "dense.int8"}
+    width = search(table(), SCORES, budget, model=model(), axes=["width"])
+    assert set(width.variants.values()) == {"dense.fp32"}
+    assert width.narrow
+    both = search(table(), SCORES, budget, model=model())
+    assert both.predicted["loss"] <= min(precision.predicted["loss"], width.predicted["loss"])
+    with pytest.raises(InvalidInput, match="unknown axes depth"):
+        search(table(), SCORES, budget, axes=["depth"])
+
+
+def test_widths_whose_loss_is_unknown_are_not_offered() -> None:
+    bare = scores(NETWORK, {})
+    assert search(table(), bare, ["latency=90%"], model=model()).widths == NETWORK.channels
+
+
+def test_a_table_without_widths_offers_the_whole_ones() -> None:
+    plain = simulated_table(NETWORK, LAW, design=8)
+    found = search(plain, SCORES, ["latency=90%"])
+    assert found.widths == NETWORK.channels
+    with pytest.raises(IncompatibleTables, match="network"):
+        search(plain, scores(grouped((24, 40, 8)), {}), ["latency=90%"])
+
+
+def test_what_no_width_meets_is_infeasible_and_names_the_least() -> None:
+    with pytest.raises(Infeasible) as caught:
+        search(table(), SCORES, ["macs=1%"], model=model())
+    assert caught.value.least["macs"] == NETWORK.narrow({"conv0": 8, "conv1": 8, "conv2": 8}).macs
+
+
+@pytest.mark.parametrize("options", [{}, {"axes": ["precision"]}, {"keep": ["conv2"]}])
+def test_a_front_holds_the_widths_of_each_point(options: dict[str, Any]) -> None:
+    found = front(table(), SCORES, points=5, model=model(), **options)
+    assert found.groups == tuple(NETWORK.channels)
+    for point in found.best():
+        widths = dict(zip(found.groups, point.widths, strict=True))
+        variants = {u: Variant.parse(v) for u, v in zip(found.units, point.variants, strict=True)}
+        assert point.loss == pytest.approx(SCORES.total(variants, widths))
+        assert point.latency_ns == pytest.approx(model().predict(variants, widths).time_ns, abs=20)
+        assert point.size_bytes == network_bytes(NETWORK.narrow(widths), variants) + 500
+        if options:
+            assert widths["conv2"] == 16
