@@ -1,4 +1,4 @@
-"""hwsearch: per-layer sparsity and precision that meet a budget on a device, on measured times of compiled code."""
+"""hwsearch: per-layer width and precision that meet a budget on a device, on measured times of compiled code."""
 
 from __future__ import annotations
 

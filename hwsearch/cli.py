@@ -89,8 +89,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Finds, layer by layer, the precision that meets a latency or size budget at the least loss of accuracy, "
-    "on measured times of compiled code.",
+    help="Finds, layer by layer, the width and the precision that meet a latency or size budget at the least loss of "
+    "accuracy, on measured times of compiled code.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 infeasible or budget missed.",
 )
 table_app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.")
@@ -148,7 +148,8 @@ SensitivityFile = Annotated[
 _BUDGET = typer.Option(
     "--budget",
     metavar="COST=BOUND",
-    help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `size=800KB`, `size=25%`; "
+    help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `size=800KB`, `size=25%`, "
+    "`macs=50%`; "
     "may be given several times.",
 )
 Budgets = Annotated[list[str], _BUDGET]

@@ -226,7 +226,8 @@ class Session:
     ) -> tuple[Measured | None, dict[str, Measured]]:
         """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once."""
         missing = {name: job for name, job in uniforms.items() if name not in self._uniforms}
-        measured = self.measure({**({"deployed": deployed} if deployed else {}), **missing})
+        jobs = {**({"deployed": deployed} if deployed else {}), **missing}
+        measured = self.measure(jobs) if jobs else {}
         found = measured.pop("deployed", None)
         self._uniforms.update(measured)
         return found, dict(self._uniforms)
@@ -259,12 +260,13 @@ class Session:
             for name, job in wanted.items()
         }
 
-    def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> dict[str, int]:
-        """Budgets in whole ns, bytes and MACs, relative ones of the dense network as this session measures it."""
+    def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[dict[str, int], dict[str, int]]:
+        """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
         _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
         dense = measured["dense.fp32"]
         found = resolve(budgets, self.ms(dense), dense.file_bytes, self.at.network.macs)
-        return {c: int(limit * (1e6 if c == "latency" else 1)) for c, limit in found.items()}
+        whole = {"latency": int(self.ms(dense) * 1e6), "size": dense.file_bytes, "macs": self.at.network.macs}
+        return {c: int(limit * (1e6 if c == "latency" else 1)) for c, limit in found.items()}, whole
 
     def ms(self, measured: Measured) -> float:
         """Time on the session's scale, in ms."""

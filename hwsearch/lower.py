@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -35,6 +36,8 @@ from hwsearch.trace import Site, Traced, as_call, flat_inputs, trace
 from hwsearch.variants import Variant
 
 OPSET = 18
+ACTIVATION_BYTES = 2e9
+"""What the activations of one calibration batch may take; larger batches are cut."""
 MARK = "Mark"
 DOMAIN = "hwsearch"
 
@@ -462,7 +465,7 @@ class Lowering:
             return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
         traces: dict[str, Traced] = {}
         batches = []
-        for inputs in self.task.calibration:
+        for inputs in in_pieces(self.task.calibration, self._piece()):
             args, kwargs = as_call(inputs)
             key = str(
                 [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -477,6 +480,11 @@ class Lowering:
                     )
             batches.append((traces[key], args, kwargs))
         return batches
+
+    def _piece(self) -> int:
+        """The largest batch whose activations may all be held."""
+        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.network.units) / self.batch
+        return max(1, int(ACTIVATION_BYTES / (3 * each)))
 
     @cached_property
     def ranges(self) -> dict[tuple[str, int, str], float]:
@@ -526,6 +534,22 @@ class Lowering:
     ) -> onnx.ModelProto:
         """The deployable network in one allocation."""
         return self.assemble(self.marked, variants, quantize_outputs=quantize_outputs, metadata=metadata)
+
+
+def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:
+    """The same samples in batches of at most `largest`; what is left over of a batch is dropped."""
+    for inputs in batches:
+        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.dim()]
+        count = min((t.shape[0] for t in tensors), default=0)
+        if count <= largest or any(t.shape[0] != count for t in tensors):
+            yield inputs
+            continue
+        for start in range(0, count - largest + 1, largest):
+
+            def piece(leaf: Any, start: int = start) -> Any:
+                return leaf[start : start + largest] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+            yield cast(Inputs, pytree.tree_map(piece, inputs))
 
 
 def with_batch(inputs: Inputs, batch: int | None) -> Inputs:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.allocate.front import Point
-from hwsearch.allocate.search import front, limits, search
+from hwsearch.allocate.search import front, search
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import Budget, parse_budgets
@@ -17,7 +17,7 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment import Session, at_widths, deploy, parse_variants, verify_with_build
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
-from hwsearch.latency import fit
+from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.plot import plot_front
 from hwsearch.profiler import Regime, profile, regime, wrong_variants
 from hwsearch.progress import Progress
@@ -61,7 +61,7 @@ def run(
     at = regime(task, runtime, threads=threads, base=base, batch=batch)
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     check_axes(axes)
-    table = profile(at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress)
+    table = profile(at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False)
     grid = table.grid() if "width" in axes else {}
     weights = folder / "weights"
     sensitivity = sensitivity_for(at, sens_path, seed=seed, grid=grid, weights=weights, progress=progress)
@@ -136,19 +136,24 @@ def closed_loop(
 ) -> tuple[Report, Allocation, LatencyTable]:
     """Search, deploy and measure until the budget holds as measured, at most five times.
 
-    Each measurement joins the table and the model is fitted again; the latency limit also falls by what the last
-    answer was over, so that every round asks for less. Leaves the files of the best round in `folder`.
+    Each measurement joins the table and the model is fitted again; the limits also fall by what it still misses of the
+    last answer, so that every round asks for less. Leaves the files of the best round in `folder`.
     """
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
     session = session or Session(at, table)
     # relative budgets are of the dense network as it is now, not as it was when the table was made
-    tighten = session.limits(budgets, table)
+    wanted, dense = session.limits(budgets, table)
+    tighten = {} if all(dense[column] <= limit for column, limit in wanted.items()) else dict(wanted)
     best: tuple[tuple[bool, float], Report, Allocation] | None = None
+    last: tuple[Report, Allocation] | None = None
     bank: WeightBank | None = None
     try:
         for number in range(1, MAX_ROUNDS + 1):
             model = fit(table)
+            if last is not None:
+                again = _predicted(model, last[1])
+                tighten = _tighter(tighten, wanted, *last, again, step=number - 1)
             try:
                 allocation = search(
                     table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=tighten
@@ -157,8 +162,8 @@ def closed_loop(
                 if best is None:
                     raise
                 break  # nothing predicted to be faster is left
-            if best is not None and (allocation.variants, allocation.widths) == (best[2].variants, best[2].widths):
-                tighten = _tighter(tighten, table, budgets, best[1], allocation, step=1)
+            if last is not None and (allocation.variants, allocation.widths) == (last[1].variants, last[1].widths):
+                tighten = {c: int(limit * 0.98) for c, limit in (tighten or wanted).items()}
                 continue
             if bank is None and allocation.narrow:
                 bank = weight_bank(at.lowering, weights, sensitivity.order)
@@ -181,7 +186,7 @@ def closed_loop(
                 _keep(folder, number, report, allocation)
             if report.met:
                 break
-            tighten = _tighter(tighten, table, budgets, report, allocation, step=number)
+            last = report, allocation
     finally:
         progress.stop()
         for path in folder.glob("round*.onnx"):
@@ -199,35 +204,33 @@ def _without_wrong(at: Regime, table: LatencyTable, allocation: Allocation) -> d
     return refused
 
 
+def _predicted(model: LatencyModel, allocation: Allocation) -> Prediction:
+    """What a model says of an allocation; of one under another base (the dense one) what was said before."""
+    if allocation.options["base"] != model.table.header.options["base"]:
+        return Prediction(float(allocation.predicted["latency_ns"]), float(allocation.predicted["sigma_ns"]))
+    return model.predict(parse_variants(allocation), allocation.widths)
+
+
 def _tighter(
-    old: Mapping[str, int],
-    table: LatencyTable,
-    budgets: Sequence[Budget],
-    report: Report,
-    allocation: Allocation,
-    step: int,
+    old: Mapping[str, int], wanted: Mapping[str, int], report: Report, allocation: Allocation, again: Prediction, step: int
 ) -> dict[str, int]:
-    """Limits for the next round: below what was just predicted for a column by at least what it was over."""
-    dense = {
-        "latency": table.dense_ns,
-        "size": float(table.header.dense_file_bytes),
-        "macs": float(table.network.macs),
+    """Limits for the next round, by what the last answer was over.
+
+    again: what the model, fitted with the measurement, says of that answer now. Where it has learnt the whole difference
+    the latency limit stays; else it falls by the rest. Every round asks for a little less.
+    """
+    costs = {
+        "latency": (report.latency_ms["measured"], report.latency_ms["budget"], again.time_ns),
+        "size": (report.size_bytes["deployed"], report.size_bytes["budget"], allocation.predicted["size_bytes"]),
+        "macs": (report.macs["deployed"], report.macs["budget"], allocation.predicted["macs"]),
     }
-    wanted = limits(budgets, dense)
-    measured = {
-        "latency": report.latency_ms["measured"], "size": report.size_bytes["deployed"], "macs": report.macs["deployed"],
-    }  # fmt: skip
-    bound = {
-        "latency": report.latency_ms["budget"], "size": report.size_bytes["budget"], "macs": report.macs["budget"],
-    }  # fmt: skip
-    predicted = {"latency": allocation.predicted["latency_ns"], "size": allocation.predicted["size_bytes"],
-                 "macs": allocation.predicted["macs"]}  # fmt: skip
     tighter = dict(old)
     for column, limit in wanted.items():
-        over = float(measured[column] or 0) / float(bound[column] or 1) - 1.0
-        if over > 0:
-            ceiling = min(old.get(column, limit), int(predicted[column]))
-            tighter[column] = int(ceiling / (1.0 + over) * (1.0 - 0.002 * step))
+        measured, bound, predicted = (float(x or 0.0) for x in costs[column])
+        if bound and measured > bound:
+            scale = 1e6 if column == "latency" else 1.0
+            short = min(1.0, predicted / (measured * scale))
+            tighter[column] = min(old.get(column, limit), int(limit * short * (1.0 - 0.004 * step)))
     return tighter
 
 

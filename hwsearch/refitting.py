@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,16 @@ from hwsearch.canonical import aten, is_get_attr, set_attr, tensor_attr
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.compensate import Grams, refit_sequential
 from hwsearch.compress.importance import order_slots
+from hwsearch.errors import HwsearchError
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph
 from hwsearch.trace import trace
 from hwsearch.variants import Variant
 
 SAMPLES = 512
-"""Calibration samples that the last refitting sees: it holds all their activations."""
+"""Calibration samples that the last refitting sees at most."""
+MEMORY = 4e9
+"""Bytes that it may take: it holds activations of all samples in both networks."""
 
 
 def weight_bank(
@@ -56,8 +60,10 @@ def narrowed(
     kept = bank.kept(widths)
     weights = dict(bank.assemble(widths))
     batches, samples = [], 0
+    largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
+    most = min(SAMPLES, MEMORY / (8 * largest))
     for batch in lowering.calibration:
-        if samples < SAMPLES:
+        if samples < most:
             batches.append(batch)
             samples += next((t.shape[0] for t in pytree.tree_leaves(batch[1:]) if isinstance(t, torch.Tensor)), 1)
     return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
@@ -91,7 +97,10 @@ def _free_batch(graph: fx.GraphModule, lowering: Lowering) -> None:
     """Replace numbers that are multiples of the batch size by multiples of the input's own."""
     batch = lowering.batch
     model = lowering.task.model
-    other = trace(model, with_batch(lowering.task.example_inputs, batch + 1), lowering.task.name).graph
+    try:
+        other = trace(model, with_batch(lowering.task.example_inputs, batch + 1), lowering.task.name).graph
+    except HwsearchError:
+        return  # the model takes this batch size only
     if lowering.whole is not None:
         original = lowering.whole.traced.graph
     else:

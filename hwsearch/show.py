@@ -86,13 +86,20 @@ def table(found: LatencyTable, machine: bool) -> None:
 def sensitivity(scores: SensitivityTable, machine: bool) -> None:
     """The units that lose most, and how far the sum of losses can be trusted."""
     if machine:
-        fields = ("divergence", "samples", "rank_correlation", "loss")
+        fields = ("divergence", "samples", "rank_correlation", "loss", "width_loss")
         as_json({"network": scores.network.name, **{field: getattr(scores, field) for field in fields}})
         return
     worst = sorted(scores.loss.items(), key=lambda item: -max(item[1].values()))
     variants = list(dict.fromkeys(variant for row in scores.loss.values() for variant in row))
     rows = [(unit, *(f"{row[v]:.2e}" if v in row else "-" for v in variants)) for unit, row in worst[:WORST]]
     columns(("most sensitive units", *variants), rows)
+    if scores.width_loss:
+        groups = []
+        for group, row in scores.width_loss.items():
+            whole = scores.network.channels[group]
+            lost = ", ".join(f"{w}: {x:.1e}" for w, x in sorted(row.items(), reverse=True) if w < whole)
+            groups.append((group, str(whole), lost))
+        columns(("channel group", "channels", "loss at each width"), groups)
     tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"
     print(
         f"{len(worst)} units, {scores.divergence} divergence on {scores.samples} samples; rank correlation of "
@@ -112,10 +119,19 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
         ("loss", f"{predicted['loss']:.3g}", "0"),
         ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
+        *_widths(chosen),
         ("budgets", ", ".join(str(budget["text"]) for budget in chosen.budgets), ""),
         ("solver", f"{chosen.solver['status']}, gap {chosen.solver['gap']:.2g}", ""),
     ]
     columns(("", "predicted", "dense"), rows)
+
+
+def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:
+    """The channel groups that are narrower than the whole."""
+    whole = {g: len(slots) for g, slots in chosen.slots.items()}
+    narrow = [f"{g} {w}/{whole[g]}" for g, w in chosen.widths.items() if w < whole.get(g, w)]
+    more = f" and {len(narrow) - WORST} more" if len(narrow) > WORST else ""
+    return [("widths", ", ".join(narrow[:WORST]) + more, "")] if narrow else []
 
 
 def front(found: Front, machine: bool) -> None:
@@ -125,6 +141,7 @@ def front(found: Front, machine: bool) -> None:
             {
                 "over": found.over,
                 "units": list(found.units),
+                "groups": list(found.groups),
                 "points": [vars(point) for point in found.points],
             }
         )

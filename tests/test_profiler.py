@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from hwsearch import device as devices
 from hwsearch.backends.base import BuildOptions
+from hwsearch.design import all_cells
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol
 from hwsearch.profiler import Regime, profile
+from hwsearch.staircase import staircase
 from hwsearch.table import LatencyTable
-from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
 from hwsearch.testing.contract import small_network
 from hwsearch.variants import Variant, uniform
 
@@ -220,3 +222,111 @@ def test_a_network_with_fewer_allocations_than_builds_ends() -> None:
     assert {b.role for b in table.builds[3:]} == {"design"}
 
 
+# ---------------------------------------------------------------- widths
+
+
+def narrow_law() -> LatencyLaw:
+    return LatencyLaw.random(tiny.lowering("cnn").network, 2)
+
+
+def narrow_regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
+    return Regime(tiny.lowering("cnn"), backend or SimulatedBackend(narrow_law(), **options), BuildOptions())
+
+
+def run_widths(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(at, out, **{"protocol": FAST, **options})
+
+
+@pytest.fixture(scope="module")
+def widths_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LatencyTable]:
+    out = tmp_path_factory.mktemp("widths") / "t.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return out, run_widths(narrow_regime(noise=0.002), out)
+
+
+def test_a_profile_over_widths_times_what_is_really_narrower(widths_table: tuple[Path, LatencyTable]) -> None:
+    """The simulated device takes its time from the shapes of the weights in the ONNX file that it is given."""
+    out, table = widths_table
+    exact = narrow_law()
+    for build in table.builds:
+        candidate = table.candidate(build)
+        precisions = {u: v.precision for u, v in candidate.variants.items()}
+        law_ns = exact.time_ns(precisions, sizes_of(table.network, candidate.widths))
+        assert table.time_ns(build) == pytest.approx(law_ns, rel=0.02)
+        assert build.as_asked()
+        assert not build.wrong
+    assert len({b.widths for b in table.builds}) > 10
+    assert [b.key for b in LatencyTable.load(out).builds] == [b.key for b in table.builds]
+
+
+def test_the_grid_holds_the_edges_of_the_steps(widths_table: tuple[Path, LatencyTable]) -> None:
+    """20 channels take as long as 24 would: 16 and 8 are the next steps down, 12 costs what 16 does."""
+    _, table = widths_table
+    assert table.network.channels == {"stem": 24, "conv1": 20, "conv3": 16}
+    assert table.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
+    assert [b.role for b in table.builds].count("probe") == 2 * (4 + 3 + 3) - 2 * 3
+    assert {s.width for s in staircase(table) if s.group == "conv1"} == {20, 16, 12, 8}
+
+
+def test_the_design_over_widths_leaves_no_cell_unknown(widths_table: tuple[Path, LatencyTable]) -> None:
+    _, table = widths_table
+    offered = {u: [Variant.parse(v) for v in own] for u, own in table.offered().items()}
+    built = [table.candidate(b).cells(table.network) for b in table.builds if b.role != "heldout"]
+    assert set().union(*built) >= all_cells(table.network, offered, table.grid())
+    heldout = [b for b in table.builds if b.role == "heldout"]
+    assert len(heldout) >= 4
+    model = fit(table)
+    for build in heldout:
+        candidate = table.candidate(build)
+        assert build.key not in {b.key for b in table.builds if b is not build}
+        assert model.predict(candidate.variants, candidate.widths).time_ns == pytest.approx(
+            table.time_ns(build), rel=0.03
+        )
+
+
+@pytest.mark.parametrize("number", [6, 30])
+def test_a_profile_over_widths_that_dies_resumes(tmp_path: Path, number: int) -> None:
+    """While it looks for the grid, and after."""
+    out = tmp_path / "t.parquet"
+    backend = SimulatedBackend(narrow_law(), noise=0.002, failing=(number,))
+    with pytest.raises(BackendUnavailable):
+        run_widths(narrow_regime(backend), out)
+    kept = LatencyTable.load(out)
+    assert len(kept.builds) == number - 1
+    table = run_widths(narrow_regime(backend), out)
+    for old, new in zip(kept.builds, table.builds, strict=False):
+        assert old.key == new.key
+        assert np.array_equal(old.samples_ns, new.samples_ns)
+    assert table.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
+    built = backend.builds
+    assert len(run_widths(narrow_regime(backend), out).builds) == len(table.builds)
+    assert backend.builds <= built + 1, "a finished profile was measured again"
+
+
+def test_a_table_of_precisions_gains_widths(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    plain = run_widths(narrow_regime(), out, axes=["precision"], builds=3)
+    assert {b.widths for b in plain.builds} == {(24, 20, 16)}
+    assert plain.grid() == {"stem": [24], "conv1": [20], "conv3": [16]}
+    table = run_widths(narrow_regime(), out)
+    assert [b.key for b in table.builds[: len(plain.builds)]] == [b.key for b in plain.builds]
+    assert len(table.grid()["stem"]) == 3
+
+
+def test_a_backend_without_int8_has_widths_to_choose() -> None:
+    table = run_widths(narrow_regime(int8=False), None)
+    assert len(table.grid()["stem"]) == 3
+    assert {b.variants for b in table.builds} == {("dense.fp32",) * 5}
+
+
+def test_the_time_limit_ends_the_search_for_a_grid() -> None:
+    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+    table = run_widths(narrow_regime(backend), None, time_limit_s=20.0)
+    assert backend.clock() < 30e9
+    assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
+
+
+def test_unknown_axes() -> None:
+    with pytest.raises(InvalidInput, match="unknown axes depth"):
+        run(regime(), None, axes=["depth"])

@@ -42,6 +42,8 @@ RIDGE = 1e-3
 """Regularisation relative to the mean of the Gram matrix's diagonal."""
 SEQUENTIAL_RIDGE = 1e-2
 """The same where the targets are outputs and the inputs those of the narrow network."""
+MOST_FEATURES = 5000
+"""Units that read more features (a classifier on a whole flattened image) keep their weights, without the removed ones."""
 ROWS = 20_000
 """Positions sampled for each unit: this many, or ten for each feature where that is more."""
 
@@ -50,8 +52,10 @@ Quantizer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def refittable(unit: Unit) -> bool:
-    """Whether the weight can be refitted: it is a matrix product of what the unit reads, in one group."""
-    return bool(unit.weight_shape) and dict(unit.attributes).get("groups", "1") == "1"
+    """Whether the weight can be refitted: it is a matrix product of what the unit reads, in one group, and not too large."""
+    if not unit.weight_shape or dict(unit.attributes).get("groups", "1") != "1":
+        return False
+    return math.prod(unit.weight_shape) // unit.weight_shape[1 - reads_axis(unit)] <= MOST_FEATURES
 
 
 def as_columns(unit: Unit, weight: torch.Tensor) -> torch.Tensor:
@@ -541,6 +545,8 @@ def _regressed(step: _Step, ridge: float, rows: int, seed: int, int8: bool) -> _
     matrix = as_columns(unit, step.weight).double()
     prior = matrix.reshape(groups, -1, matrix.shape[1])
     features = prior.shape[2]
+    if features > MOST_FEATURES:
+        return _moments(step)
     second = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
     cross = torch.zeros(groups, prior.shape[1], features + 1, dtype=torch.float64)
     total = 0
