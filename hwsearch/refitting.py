@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from hwsearch.canonical import aten, is_get_attr, set_attr, tensor_attr
 from hwsearch.compress.bank import WeightBank
-from hwsearch.compress.compensate import Grams, refit_sequential
+from hwsearch.compress.compensate import Grams
 from hwsearch.compress.importance import order_slots
+from hwsearch.compress.sequential import refit_sequential
 from hwsearch.errors import HwsearchError
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph

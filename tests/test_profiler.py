@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+
 from hwsearch import device as devices
 from hwsearch.backends.base import BuildOptions
 from hwsearch.design import all_cells

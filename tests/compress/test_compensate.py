@@ -16,14 +16,13 @@ from hwsearch.compress.compensate import (
     feature_columns,
     from_columns,
     grid,
-    recalibrate,
     reconstruction_error,
     refit,
-    refit_sequential,
     refittable,
     round_to,
 )
 from hwsearch.compress.quantize import quantize_weight
+from hwsearch.compress.sequential import recalibrate, refit_sequential
 from hwsearch.compress.widths import narrow
 from hwsearch.trace import trace
 from hwsearch.variants import Variant

@@ -1,0 +1,248 @@
+"""A narrow network beside the dense one: each unit refitted on what it really reads, in order of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from hwsearch.canonical import aten
+from hwsearch.compress.compensate import (
+    MOST_FEATURES,
+    ROWS,
+    Batch,
+    Gptq,
+    Sample,
+    as_columns,
+    as_node,
+    from_columns,
+    outputs,
+    patches,
+    seeded,
+    shifts_bias,
+)
+from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
+from hwsearch.narrowing import cut
+from hwsearch.network import Unit
+from hwsearch.trace import Site, Traced, flat_inputs
+from hwsearch.variants import Variant
+
+SEQUENTIAL_RIDGE = 1e-2
+"""The same where the targets are outputs and the inputs those of the narrow network."""
+
+
+def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
+    """`weights` of the narrow network, and of its other units, with outputs of the dense network's mean and deviation.
+
+    batches: of the dense network; those of another shape than the first are left out. One pass of both networks side by
+    side, unit by unit in order of execution; each correction is seen by the units after it. It is what estimating
+    BatchNorm's statistics again does, folded into the weights. Units without a bias of their own stay.
+    """
+    return _SideBySide(batches, kept, weights).run(_moments)
+
+
+def refit_sequential(
+    batches: Sequence[Batch],
+    kept: Kept,
+    weights: Weights,
+    variants: Mapping[str, Variant] | None = None,
+    *,
+    ridge: float = SEQUENTIAL_RIDGE,
+    rows: int = ROWS,
+    seed: int = 0,
+) -> Weights:
+    """`weights` of the narrow network, and of its other units, each regressed on what it really reads.
+
+    In order of execution: the targets are the dense network's outputs, the features what arrives in the narrow network with
+    all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
+    is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`.
+    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
+    units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
+    """
+    int8 = {unit for unit, variant in (variants or {}).items() if variant.quantized}
+    run = _SideBySide(batches, kept, weights).run
+    return run(lambda step: _regressed(step, ridge, rows, seed, step.unit.name in int8))
+
+
+@dataclass
+class _Step:
+    """A unit about to run in the narrow network: for each batch what it reads there, and what it ought to put out."""
+
+    traced: Traced
+    unit: Unit
+    node: fx.Node
+    site: Site
+    inputs: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    outputs: Callable[[], Iterator[torch.Tensor]]
+    """Runs the unit as it is."""
+
+
+_Solved = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _SideBySide:
+    """Runs a dense and a narrow network on all batches at once, node by node."""
+
+    def __init__(self, batches: Sequence[Batch], kept: Kept, weights: Weights) -> None:
+        self.dense = batches[0][0]
+        self.narrow = narrow(self.dense, kept, weights)
+        self.mask = self.dense.channels.mask(kept)
+        own = [batch for batch in batches if batch[0] is self.dense]
+        self.pairs = [
+            (_Stepper(self.dense.graph, flat), _Stepper(self.narrow.graph, flat))
+            for flat in (flat_inputs(traced.graph, args, kwargs) for traced, args, kwargs in own)
+        ]
+        self.weights = dict(weights)
+        self.units = {
+            calls[0].node: (unit, calls[0]) for unit, calls in self.dense.sites.items() if len(calls) == 1
+        }
+
+    def run(self, solve: Callable[[_Step], _Solved | None]) -> Weights:
+        """Weights and biases with every solution put in place before the next unit runs."""
+        with torch.no_grad():
+            nodes = zip(self.dense.graph.graph.nodes, self.narrow.graph.graph.nodes, strict=True)
+            for node, slim in nodes:
+                if node.op == "output":
+                    break
+                for dense, _ in self.pairs:
+                    dense.step(node)
+                if node.name in self.units and self.units[node.name][1].weight is not None:
+                    self._correct(node, slim, solve)
+                for dense, narrow_ in self.pairs:
+                    narrow_.step(slim)
+                    dense.forget(node)
+                    narrow_.forget(slim)
+        return self.weights
+
+    def _correct(self, node: fx.Node, slim: fx.Node, solve: Callable[[_Step], _Solved | None]) -> None:
+        name, site = self.units[node.name]
+        unit = self.narrow.network[name]
+        weight, bias = self.narrow.weight(name), self.narrow.bias(name)
+        assert weight is not None
+        step = _Step(
+            self.narrow, unit, slim, site,
+            inputs=[n.env[as_node(slim.args[site.activations[0]])] for _, n in self.pairs],
+            targets=[self._target(node, slim, d, n) for d, n in self.pairs],
+            weight=weight, bias=bias, outputs=lambda: (n.run_node(slim) for _, n in self.pairs),
+        )  # fmt: skip
+        solved = solve(step)
+        if solved is None:
+            return
+        self.weights[name] = solved
+        put_weights(self.narrow, {name: solved})
+        for _, stepper in self.pairs:
+            for source in slim.all_input_nodes:
+                if source.op == "get_attr":
+                    stepper.step(source)
+
+    def _target(self, node: fx.Node, slim: fx.Node, dense: _Stepper, narrow_: _Stepper) -> torch.Tensor:
+        def left(n: fx.Node) -> torch.Tensor:
+            axes = self.dense.channels.nodes.get(n.name, [[]])[0]
+            return cut(dense.env[n], axes, self.mask)
+
+        target = left(node)
+        added, users = list(slim.users), list(node.users)
+        if len(users) == 1 and users[0].target is aten.add.Tensor and not users[0].kwargs:
+            for other, own in zip(users[0].args, added[0].args, strict=True):
+                if not isinstance(other, fx.Node) or not isinstance(own, fx.Node):
+                    continue
+                if other is not node and other in dense.env and own in narrow_.env:
+                    have = narrow_.env[own]
+                    if isinstance(have, torch.Tensor) and have.shape == target.shape:
+                        return target + left(other) - have
+        return target
+
+
+class _Stepper(fx.Interpreter):
+    """Runs a graph node by node, when told to."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        super().__init__(graph)
+        self.args_iter = iter(inputs)
+
+    def step(self, node: fx.Node) -> None:
+        self.env[node] = self.run_node(node)
+
+    def forget(self, node: fx.Node) -> None:
+        for done in self.user_to_last_uses.get(node, []):
+            del self.env[done]
+
+
+def _moments(step: _Step) -> _Solved | None:
+    """Scale and shift of each output channel that give the targets' mean and deviation."""
+    name = step.unit.name
+    if not shifts_bias(step.traced, name) and "transpose" not in step.unit.op:
+        return None
+    if step.bias is None:
+        return None
+    have = _mean_and_deviation([outputs(step.unit, y) for y in step.outputs()])
+    want = _mean_and_deviation([outputs(step.unit, y) for y in step.targets])
+    scale = (want[1] / have[1].clamp_min(1e-12)).clamp(0.5, 2.0)
+    shape = [-1 if d == step.unit.out_axis else 1 for d in range(step.weight.dim())]
+    if step.unit.op.startswith("conv_transpose") and dict(step.unit.attributes).get("groups", "1") != "1":
+        scale = torch.ones_like(scale)  # several output channels share an index of the weight
+    else:
+        weight = (step.weight.double() * scale.reshape(shape)).float()
+    bias = scale * (step.bias.double() - have[0]) + want[0]
+    return (weight if float((scale - 1).abs().max()) else step.weight), bias.float()
+
+
+def _mean_and_deviation(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel (the last axis), over all else."""
+    flat = [v.reshape(-1, v.shape[-1]) for v in values]
+    count = sum(len(v) for v in flat)
+    mean = torch.stack([v.double().sum(0) for v in flat]).sum(0) / count
+    square = torch.stack([(v.double() - mean).square().sum(0) for v in flat]).sum(0) / count
+    return mean, square.sqrt()
+
+
+def _regressed(step: _Step, ridge: float, rows: int, seed: int, int8: bool) -> _Solved | None:
+    """Least squares of the targets on the inputs; convolutions in groups, group by group."""
+    unit = step.unit
+    if step.bias is not None and not shifts_bias(step.traced, unit.name):
+        return _moments(step)
+    groups = int(dict(unit.attributes).get("groups", "1"))
+    if "transpose" in unit.op:
+        return _moments(step)
+    matrix = as_columns(unit, step.weight).double()
+    prior = matrix.reshape(groups, -1, matrix.shape[1])
+    features = prior.shape[2]
+    if features > MOST_FEATURES:
+        return _moments(step)
+    second = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
+    cross = torch.zeros(groups, prior.shape[1], features + 1, dtype=torch.float64)
+    total = 0
+    count = -(-max(rows, 10 * features) // len(step.inputs))
+    for index, (x, y) in enumerate(zip(step.inputs, step.targets, strict=True)):
+        view, lead = patches(step.node, unit, x)
+        sample = Sample.draw(tuple(view.shape[:lead]), count, seeded(seed, index, step.node.name))
+        own = sample.rows(view)
+        own = own.reshape(len(own), groups, features).transpose(0, 1)
+        own = torch.cat([own, own.new_ones(groups, own.shape[1], 1)], 2)
+        target = sample.rows(outputs(unit, y))
+        target = target.reshape(len(target), groups, -1).permute(1, 2, 0)
+        second += (own.transpose(1, 2) @ own).double()
+        cross += (target @ own).double()
+        total += own.shape[1]
+    second, cross = second / total, cross / total
+    mean, goal = second[:, :-1, -1], cross[:, :, -1]
+    second, cross = second[:, :-1, :-1], cross[:, :, :-1]
+    if step.bias is not None:
+        second = second - mean[:, :, None] * mean[:, None, :]
+        cross = cross - goal[:, :, None] * mean[:, None, :]
+    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    eye = level[:, None, None] * torch.eye(features, dtype=torch.float64)
+    factor = torch.linalg.cholesky(second + eye)
+    new = torch.cholesky_solve((cross + level[:, None, None] * prior).transpose(1, 2), factor).transpose(1, 2)
+    if int8 and groups == 1:
+        new = Gptq()(new[0], second[0] + eye[0])[None]
+    bias = None
+    if step.bias is not None:
+        bias = (goal - (new @ mean[:, :, None])[:, :, 0]).flatten().float()
+    return from_columns(unit, new.reshape(matrix.shape)).float().contiguous(), bias
