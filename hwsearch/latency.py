@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
 from scipy.stats import kendalltau
 
 from hwsearch.errors import InvalidInput
@@ -191,7 +190,7 @@ def fit(
     _, scales, inflate = best
     mean, covariance = equations.solve(scales, np.arange(len(builds)), bounded=True)
     return LatencyModel(
-        table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 0.3)
+        table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 1.0)
     )
 
 
@@ -294,14 +293,15 @@ class _Equations:
         prior = self.typical * np.array([deviation[f[0]] for f in self.features])
         chosen = np.isin(self.of_build, builds)
         a, b = self.a[chosen], self.b[chosen]
-        covariance = np.linalg.inv(a.T @ a + np.diag(prior**-2.0))
-        mean = covariance @ (a.T @ b)
+        precision, target = a.T @ a + np.diag(prior**-2.0), a.T @ b
+        covariance = np.linalg.inv(precision)
+        mean = covariance @ target
+        free = np.ones(len(mean), bool)
         physical = np.array([f[0] in ("unit", "rest") for f in self.features])
-        if bounded and (mean[physical] < 0).any():
-            lower = np.where(physical, 0.0, -np.inf)
-            stacked = np.vstack([a, np.diag(1.0 / prior)])
-            target = np.concatenate([b, np.zeros(len(prior))])
-            mean = lsq_linear(stacked, target, bounds=(lower, np.full(len(prior), np.inf))).x
+        while bounded and (mean[physical] < 0).any():  # at zero they stay, and the others are solved again
+            free &= ~(physical & (mean < 0))
+            mean = np.zeros(len(free))
+            mean[free] = np.linalg.solve(precision[np.ix_(free, free)], target[free])
         return mean, covariance
 
 

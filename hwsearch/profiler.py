@@ -48,6 +48,8 @@ SHORT = Protocol(width=0.02, limit_s=0.5, min_rounds=3)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
 
 MOST_BUILDS = 400
+COUNTED_NS = 1e8
+"""How long the pass with the runtime's counters on should last: they count in whole microseconds."""
 PROBE_SHARE = 0.4
 """Of the time limit, what finding the widths worth knowing may take."""
 
@@ -475,7 +477,8 @@ def record(
     build_s: float,
 ) -> Build:  # fmt: skip
     """A measured engine as a row of the table."""
-    rows = attribute(engine.nodes(), at.network, tensor_names(model))
+    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
+    rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
     error = at.expected.error(engine, allocation) if role != "isolated" else 0.0
     if role != "isolated":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+import tiny
+import torch
 
 import hwsearch as hs
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.lower import Lowering
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.testing.contract import small_network
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 FILES = {
@@ -25,26 +25,22 @@ FILES = {
     "report.json",
     "front.png",
     "front.parquet",
+    "weights",
 }
 SCORE = 0.75
 
 
-@cache
-def lowering() -> Lowering:
-    return small_network("residual")
-
-
-def task() -> hs.Task:
-    old = lowering().task
+def task(name: str = "cnn") -> hs.Task:
+    old = tiny.task(name)
     return hs.Task(old.model, old.example_inputs, old.calibration, lambda predict: SCORE, "simulated")
 
 
-def backend(**options: Any) -> SimulatedBackend:
-    return SimulatedBackend(LatencyLaw.random(lowering().network), **{"noise": 0.003, **options})
+def backend(name: str = "cnn", **options: Any) -> SimulatedBackend:
+    return SimulatedBackend(LatencyLaw.random(tiny.lowering(name).network), **{"noise": 0.003, **options})
 
 
 def between(law: LatencyLaw, share: float) -> str:
-    """A budget so far from all-int8 (0) to dense (1)."""
+    """A budget so far from all-int8 (0) to dense (1), at whole widths."""
     dense, coarse = (law.time_ns(dict.fromkeys(law.units, p)) for p in ("fp32", "int8"))
     return f"latency={100 * (coarse + share * (dense - coarse)) / dense:.3f}%"
 
@@ -55,7 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hs.Task, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         runtime = backend()
-        return folder, task(), hs.run(task(), [between(runtime.law, 0.6)], folder, backend=runtime)
+        return folder, task(), hs.run(task(), [between(runtime.law, -0.3)], folder, backend=runtime)
 
 
 def test_the_budget_holds_and_every_file_is_there(done: tuple[Path, hs.Task, Any]) -> None:
@@ -76,13 +72,33 @@ def test_the_report_holds_what_is_promised(done: tuple[Path, hs.Task, Any]) -> N
     assert {"predicted", "measured"} <= set(data["loss"])
     assert {"dense", "deployed"} <= set(data["size_bytes"])
     assert {"status", "gap"} <= set(data["solver"])
+    assert data["widths"] == {g: [w, n] for g, (w, n) in data["widths"].items()}
+    assert [n for _, n in data["widths"].values()] == list(tiny.lowering("cnn").network.channels.values())
+    assert any(w < n for w, n in data["widths"].values())
+    narrow = tiny.lowering("cnn").network.narrow({g: w for g, (w, _) in data["widths"].items()})
+    assert data["macs"] == {"dense": tiny.lowering("cnn").network.macs, "budget": None, "deployed": narrow.macs}
+
+
+def test_what_is_deployed_is_really_narrower(done: tuple[Path, hs.Task, Any]) -> None:
+    """Below what all-int8 takes no allocation of whole widths comes."""
+    folder, _, report = done
+    assert report.latency_ms["measured"] < min(u["latency_ms"] for u in report.uniforms)
+    allocation = hs.Allocation.load(folder / "alloc.json")
+    assert allocation.widths == {g: w for g, (w, _) in report.widths.items()}
+    stored = {t.name: tuple(t.dims) for t in onnx.load(folder / "model.onnx").graph.initializer}
+    narrow = tiny.lowering("cnn").network.narrow(allocation.widths)
+    shapes = {tuple(sorted(s)) for s in stored.values()}
+    assert {tuple(sorted(u.weight_shape)) for u in narrow.units} <= shapes
 
 
 def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[Path, hs.Task, Any]) -> None:
     folder, _, _ = done
     before = LatencyTable.load(folder / "table.parquet")
     sensitivities = (folder / "sens.parquet").read_bytes()
+    weights = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert weights
     report = hs.run(task(), ["size=45%", between(backend().law, 0.9)], folder, backend=backend())
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == weights
     assert report.met
     after = LatencyTable.load(folder / "table.parquet")
     assert [b.role for b in after.builds if b.role != "deployed"] == [
@@ -90,6 +106,39 @@ def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[P
     ]
     assert (folder / "sens.parquet").read_bytes() == sensitivities
     assert report.size_bytes["deployed"] <= 0.45 * report.size_bytes["dense"]
+
+
+def test_without_widths_every_channel_stays(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    report = hs.run(task(), [between(backend().law, 0.6)], folder, backend=backend(), axes=["precision"])
+    assert report.met
+    assert all(w == n for w, n in report.widths.values())
+    assert report.macs["deployed"] == report.macs["dense"]
+    assert len(set(report.variants.values())) == 2
+
+
+def test_kept_layers_stay_whole(done: tuple[Path, hs.Task, Any]) -> None:
+    folder, _, _ = done
+    report = hs.run(task(), ["macs=85%"], folder, backend=backend(), keep=["stem"])
+    assert report.met
+    assert report.widths["stem"] == [24, 24]
+    assert report.macs["deployed"] <= report.macs["budget"]
+    with pytest.raises(InvalidInput, match="no layer is named like"):
+        hs.run(task(), ["macs=85%"], folder, backend=backend(), keep=["classifier*"])
+
+
+def test_a_transformer_loses_heads_and_neurons(tmp_path: Path) -> None:
+    report = hs.run(task("transformer"), ["macs=60%"], tmp_path, backend=backend("transformer"), axes=["width"])
+    assert report.met
+    assert set(report.variants.values()) == {"dense.fp32"}
+    assert any(w < n for w, n in report.widths.values())
+    deployed = hs.deploy(task("transformer"), hs.Allocation.load(tmp_path / "alloc.json"), tmp_path / "again.onnx",
+                         backend=backend("transformer"), weights=tmp_path / "weights")  # fmt: skip
+    ours, theirs = (
+        {t.name: t for t in onnx.load(tmp_path / name).graph.initializer} for name in ("again.onnx", "model.onnx")
+    )
+    assert ours == theirs
+    assert isinstance(deployed.module, torch.nn.Module)
 
 
 def test_dense_is_the_answer_where_it_meets_the_budget(done: tuple[Path, hs.Task, Any]) -> None:
@@ -131,7 +180,7 @@ def test_a_device_that_is_slower_than_its_table_ends_in_budget_missed(tmp_path: 
     runtime = backend()
     folder = tmp_path / "run"
     hs.run(task(), [between(runtime.law, 0.9)], folder, backend=runtime)
-    slower = _SlowWhenMixed(LatencyLaw.random(lowering().network))
+    slower = _SlowWhenMixed(LatencyLaw.random(tiny.lowering("cnn").network))
     with pytest.raises(BudgetMissed) as caught:
         hs.run(task(), [between(runtime.law, 0.5)], folder, backend=slower)
     assert caught.value.exit_code == 3
@@ -155,6 +204,6 @@ class _SlowWhenMixed(SimulatedBackend):
 
 def test_a_table_of_another_network_is_refused(done: tuple[Path, hs.Task, Any]) -> None:
     folder, _, _ = done
-    other = small_network("attention").task
+    other = tiny.task("transformer")
     with pytest.raises(IncompatibleTables, match="network"):
         hs.profile(other, out=folder / "table.parquet", backend=backend())
