@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
 from hwsearch.errors import InvalidInput
@@ -174,9 +176,9 @@ def fit(
         errors, scores = [], []
         for fold in range(folds):
             held = np.flatnonzero(part == fold)
-            mean, covariance = equations.solve(scales, np.flatnonzero(part != fold))
+            mean, factor = equations.solve(scales, np.flatnonzero(part != fold))
             predicted = equations.totals[held] @ mean
-            variance = np.einsum("ij,jk,ik->i", equations.totals[held], covariance, equations.totals[held])
+            variance = np.square(solve_triangular(factor, equations.totals[held].T, lower=True)).sum(axis=0)
             # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
             off = predicted - equations.measured[held]
             errors.append(
@@ -188,7 +190,8 @@ def fit(
             best = loss, scales, float(np.sqrt(np.mean(np.concatenate(scores))))
     assert best is not None
     _, scales, inflate = best
-    mean, covariance = equations.solve(scales, np.arange(len(builds)), bounded=True)
+    mean, factor = equations.solve(scales, np.arange(len(builds)), bounded=True)
+    covariance = cho_solve((factor, True), np.eye(len(mean)))
     return LatencyModel(
         table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 1.0)
     )
@@ -272,7 +275,7 @@ class _Equations:
             for feature, value in row.features:
                 design[i, index[feature]] += value
         error = np.array([row.error for _, row in rows])
-        self.a = design / error[:, None]
+        self.a = csr_array(design / error[:, None])
         self.b = np.array([row.value for _, row in rows]) / error
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
@@ -284,7 +287,7 @@ class _Equations:
     def solve(
         self, scales: _Scales, builds: NDArray[np.intp], *, bounded: bool = False
     ) -> tuple[Floats, Floats]:
-        """Posterior mean and covariance on some of the builds.
+        """Posterior mean, and the lower Cholesky factor of the inverse of its covariance, on some of the builds.
 
         bounded: hold times of units and the rest at zero or above.
         """
@@ -293,16 +296,26 @@ class _Equations:
         prior = self.typical * np.array([deviation[f[0]] for f in self.features])
         chosen = np.isin(self.of_build, builds)
         a, b = self.a[chosen], self.b[chosen]
-        precision, target = a.T @ a + np.diag(prior**-2.0), a.T @ b
-        covariance = np.linalg.inv(precision)
-        mean = covariance @ target
-        free = np.ones(len(mean), bool)
-        physical = np.array([f[0] in ("unit", "rest") for f in self.features])
-        while bounded and (mean[physical] < 0).any():  # at zero they stay, and the others are solved again
-            free &= ~(physical & (mean < 0))
-            mean = np.zeros(len(free))
-            mean[free] = np.linalg.solve(precision[np.ix_(free, free)], target[free])
-        return mean, covariance
+        precision, target = (a.T @ a).toarray() + np.diag(prior**-2.0), a.T @ b
+        factor = cholesky(precision, lower=True)
+        mean = cho_solve((factor, True), target)
+        if bounded:
+            mean = _non_negative(precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features]))
+        return mean, factor
+
+
+def _non_negative(precision: Floats, target: Floats, mean: Floats, physical: NDArray[np.bool_]) -> Floats:
+    """The least squares with some parameters at zero or above, by block principal pivoting (Portugal et al., 1994)."""
+    free = np.ones(len(mean), bool)
+    for _ in range(50):
+        slack = precision @ mean - target
+        below, freed = physical & free & (mean < 0), ~free & (slack < 0)
+        if not below.any() and not freed.any():
+            break
+        free = (free & ~below) | freed
+        mean = np.zeros(len(free))
+        mean[free] = np.linalg.solve(precision[np.ix_(free, free)], target[free])
+    return np.where(physical, np.maximum(mean, 0.0), mean)
 
 
 def isolated_sum(table: LatencyTable) -> LatencyModel:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from networks import leaves
 from torch.nn import functional as F
 
 import hwsearch as hs
@@ -83,7 +84,7 @@ def test_the_file_computes_what_the_module_does(name: str, precision: str, backe
             lowering.traced, (x,), {}, lowering.weights, lowering.ranges,
             quantize_outputs=done.at.backend.quantize_outputs,
         )  # fmt: skip
-        want = simulate(parse_variants(done.allocation))
+        (want,) = leaves(simulate(parse_variants(done.allocation)))
     error = np.abs(have - want.numpy()).max() / float(want.abs().max())
     assert error < (1e-4 if precision == "fp32" else 0.1)
 
@@ -94,7 +95,7 @@ def test_the_file_is_really_smaller(name: str, weights: Path, tmp_path: Path) ->
     whole = deploy(tiny.task(name), allocation(name, 1.0), tmp_path / "whole.onnx")
     network, variants = tiny.lowering(name).network, parse_variants(done.allocation)
     saved = network_bytes(network, variants) - network_bytes(network.narrow(done.allocation.widths), variants)
-    assert whole.size_bytes - done.size_bytes >= 0.95 * saved
+    assert whole.size_bytes - done.size_bytes >= saved - 1000  # sizes that operators now state
     sizes = [sum(int(np.prod(t.dims)) for t in onnx.load(d.path).graph.initializer) for d in (whole, done)]
     assert sizes[1] < 0.6 * sizes[0]
 
@@ -118,7 +119,7 @@ def test_the_module_trains_and_takes_any_batch(name: str, weights: Path) -> None
         loss = F.cross_entropy(fresh(x), y)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert any(not torch.equal(p, parameters[n]) for n, p in fresh.named_parameters())
     with torch.no_grad():
