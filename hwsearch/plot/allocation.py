@@ -72,7 +72,7 @@ def plot_allocation(
     arcs.set_ylim(len(units) - 0.4, -0.6)
 
     crossed = _draw_boundaries(arcs, network, chosen, rows)
-    _draw_times(times, model, chosen, rows)
+    _draw_times(times, model, chosen, rows, allocation.widths)
     if sensitivity:
         _draw_losses(panels[2], sensitivity, model, chosen, rows)
     for panel in panels[1:]:
@@ -124,9 +124,10 @@ def _draw_boundaries(
 
 
 def _draw_times(
-    axes: Axes, model: LatencyModel | None, chosen: Mapping[str, Variant], rows: Mapping[str, int]
-) -> None:
-    times = {u: _unit_ms(model, u, chosen[u]) for u in rows}
+    axes: Axes, model: LatencyModel | None, chosen: Mapping[str, Variant], rows: Mapping[str, int],
+    widths: Mapping[str, int],
+) -> None:  # fmt: skip
+    times = {u: _unit_ms(model, u, chosen[u], widths) for u in rows}
     axes.barh(
         list(rows.values()),
         [times[u] for u in rows],
@@ -140,21 +141,38 @@ def _draw_times(
     for unit, names in model.table.offered().items():
         for name in names:
             variant = Variant.parse(name)
-            if variant != chosen[unit]:
+            if variant != chosen[unit] and model.knows(unit, variant, widths):
                 axes.barh(
-                    rows[unit], _unit_ms(model, unit, variant), height=0.72, fill=False, linewidth=1.1,
+                    rows[unit], _unit_ms(model, unit, variant, widths), height=0.72, fill=False, linewidth=1.1,
                     edgecolor=PRECISION_COLORS[variant.precision], zorder=3,
                 )  # fmt: skip
-    axes.set_xlim(left=0)
-    axes.set_xlabel("predicted time of the unit (ms)")
+    longest = axes.get_xlim()[1]
+    for unit, row in rows.items():
+        if kept := _kept(model.network, unit, widths):
+            axes.annotate(
+                kept, (longest, row), (-2, 0), textcoords="offset points", ha="right", va="center", fontsize=8, color=INK, zorder=4,
+            ).set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
+    axes.set_xlim(0, longest)
+    axes.set_xlabel("predicted time of the unit (ms); at the right the channels kept, where some go")
 
 
-def _unit_ms(model: LatencyModel | None, unit: str, variant: Variant) -> float:
+def _kept(network: Network, unit: str, widths: Mapping[str, int]) -> str:
+    """`48/64 → 32/64`: what is left of the channels that a unit reads and of those that it puts out."""
+    whole, own = network[unit], network.unit_at(unit, widths)
+    if own == whole:
+        return ""
+    if not whole.weight_shape:
+        return " × ".join(f"{own.output_shape[w.axis]}/{whole.output_shape[w.axis]}" for w in whole.ways if w.tensor == "output")
+    axis, out = 1 - whole.out_axis, whole.out_axis
+    return f"{own.weight_shape[axis]}/{whole.weight_shape[axis]} → {own.weight_shape[out]}/{whole.weight_shape[out]}"
+
+
+def _unit_ms(model: LatencyModel | None, unit: str, variant: Variant, widths: Mapping[str, int]) -> float:
     """Predicted time in ms; of the dense fp32 build's own nodes where the model's base is another precision."""
     if model is None:
         return 1.0
     try:
-        return model.unit_ns(unit, variant) / 1e6
+        return model.unit_ns(unit, variant, widths) / 1e6
     except InvalidInput:
         pass
     for build in model.table.builds:
