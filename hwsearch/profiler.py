@@ -197,9 +197,8 @@ class _Run:
         self.reference: Engine | None = None
 
     def ended(self, widths: bool) -> bool:
-        """Whether a profile came to its end: held-out builds are the last."""
-        found = any(b.role == "heldout" for b in self.table.builds)
-        return found and (bool(self.table.header.grid) or not widths or not self.at.network.groups)
+        """Whether an earlier profile over these axes came to its end."""
+        return self.table.header.ended and (bool(self.table.header.grid) or not widths or not self.at.network.groups)
 
     # ---- whole networks
 
@@ -215,6 +214,7 @@ class _Run:
                 self._design_widths(builds)
             else:
                 self._design(builds or default_builds(self.at.network))
+            self._store(self.table.with_header(ended=True))
         finally:
             self.progress.stop()
         return self.table
@@ -266,9 +266,20 @@ class _Run:
             if sum(b.role == "heldout" for b in self.table.builds) >= wanted or self._late():
                 break
             done, built = self._done(), self._built()
-            candidate = random_candidate(network, self.offered(), grid, rng)
+            candidate = self._known(random_candidate(network, self.offered(), grid, rng), built)
             if candidate not in done and built.issuperset(candidate.cells(network)):
                 self.measure("heldout", candidate)
+
+    def _known(self, candidate: Candidate, built: set[tuple[str, str]]) -> Candidate:
+        """The candidate with another variant where that of a unit was not built at these widths."""
+        offered = self.offered()
+        variants = {
+            unit: next((v for v in (variant, *offered[unit]) if (signature, str(v)) in built), variant)
+            for (unit, variant), (signature, _) in zip(
+                candidate.variants.items(), candidate.cells(self.at.network), strict=True
+            )
+        }
+        return Candidate(variants, candidate.widths)
 
     def _find_grid(self) -> None:
         """Probe widths of every group, and keep those that are faster than every wider one kept."""

@@ -99,6 +99,7 @@ class Header:
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
     grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
+    ended: whether a profile came to its end, be it by its time limit.
     """
 
     network: Network
@@ -114,6 +115,7 @@ class Header:
     dense_file_bytes: int = 0
     unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
     grid: dict[str, list[int]] = field(default_factory=dict)
+    ended: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
@@ -225,7 +227,10 @@ class LatencyTable:
             )
             loaded = LatencyTable(Header.from_json(header), builds)
             for group, steps in loaded.header.grid.items():
-                if sorted({loaded.network.channels[group], *map(int, steps)}, reverse=True) != steps or steps[-1] < 1:
+                if (
+                    sorted({loaded.network.channels[group], *map(int, steps)}, reverse=True) != steps
+                    or steps[-1] < 1
+                ):
                     raise ValueError(f"widths {steps} of {group}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
@@ -246,7 +251,9 @@ class LatencyTable:
             if build.widths and len(build.widths) != len(loaded.network.groups):
                 raise InvalidInput(f"{path} is damaged: a row has {len(build.widths)} widths for "
                                    f"{len(loaded.network.groups)} channel groups")  # fmt: skip
-            if any(not 0 < w <= g.channels for w, g in zip(build.widths, loaded.network.groups, strict=False)):
+            if any(
+                not 0 < w <= g.channels for w, g in zip(build.widths, loaded.network.groups, strict=False)
+            ):
                 raise InvalidInput(f"{path} is damaged: a row has widths {build.widths}")
             try:
                 _ = [Variant.parse(v) for v in build.variants if v]

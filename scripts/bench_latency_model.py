@@ -19,11 +19,12 @@ from scipy.stats import kendalltau
 
 import hwsearch as hs
 from hwsearch import backends, device
-from hwsearch.latency import fit, usable
+from hwsearch.design import random_allocation
+from hwsearch.latency import fit
 from hwsearch.measure import paired
-from hwsearch.profiler import Regime, profile, random_allocation, regime
+from hwsearch.profiler import Regime, profile, regime
 from hwsearch.progress import Progress
-from hwsearch.table import LatencyTable
+from hwsearch.table import LatencyTable, usable
 from hwsearch.variants import Variant, uniform
 
 
@@ -60,6 +61,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
             args.out / f"{stem}.{mode}.parquet",
             time_limit_s=args.time_limit,
             mode=mode,
+            axes=["precision"],
             progress=Progress(),
         )
     table = tables["context"]

@@ -39,7 +39,7 @@ def main() -> None:
 def bench(spec: str, name: str, out: Path) -> None:
     task = hs.load(spec)
     folder = out / f"{task.name}.{name}"
-    table = hs.profile(task, out=folder / "table.parquet", backend=name, progress=Progress())
+    table = hs.profile(task, out=folder / "table.parquet", backend=name, axes=["precision"], progress=Progress())
     base = table.header.options["base"]
     plain, coarse = table.time_ns(table.find("reference")), table.time_ns(table.find("uniform"))
     dense = table.dense_ns
@@ -48,7 +48,7 @@ def bench(spec: str, name: str, out: Path) -> None:
     )
     budget = f"latency={(plain + coarse) / 2 / dense:.2%}"
     try:
-        report = hs.run(task, [budget], folder, backend=name, progress=Progress())
+        report = hs.run(task, [budget], folder, backend=name, axes=["precision"], progress=Progress())
     except Infeasible as error:
         print(f"  {budget}: infeasible: {error}")
         return

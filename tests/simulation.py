@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import NodeTime
-from hwsearch.design import Candidate, Grid, all_cells, candidate_widths, cover, random_candidate, whole, worth
+from hwsearch.design import (
+    Candidate,
+    Grid,
+    all_cells,
+    candidate_widths,
+    cover,
+    random_candidate,
+    whole,
+    worth,
+)
 from hwsearch.network import ChannelGroup, Edge, Network, Unit, Way
 from hwsearch.scoring import SensitivityTable
 from hwsearch.staircase import group_times
@@ -53,7 +63,7 @@ def grouped(channels: tuple[int, ...] = (24, 40, 16)) -> Network:
             Unit(name, "conv2d", ((1, into, 8, 8),), (1, out, 8, 8), (out, into, k, k), macs=64 * k * k * into * out,
                  other_bytes=4 * out, ways=tuple(ways))
         )  # fmt: skip
-    pairs = [*zip(names, names[1:], strict=False), (names[0], names[2])]
+    pairs = [*pairwise(names), (names[0], names[2])]
     edges = tuple(Edge(a, b, 4 * 64 * sides[1 + names.index(a)]) for a, b in pairs)
     return Network(
         tuple(units), edges, tuple(groups), fixed_bytes=100 + 8 * sum(channels), input_shapes=((1, 3, 8, 8),),
@@ -138,14 +148,22 @@ def simulated_table(
 
     done = [Candidate(uniform(network, p), network.channels) for p in ("fp32", "fp32", "int8")]
     builds = [build(role, c) for role, c in zip(("reference", "dense", "uniform"), done, strict=True)]
-    while len(done) < 3 + design or all_cells(network, offered, steps) - {x for c in done for x in c.cells(network)}:
+    while len(done) < 3 + design or all_cells(network, offered, steps) - {
+        x for c in done for x in c.cells(network)
+    }:
         done.append(cover(network, offered, steps, done, rng))
         builds.append(build("design", done[-1]))
     for _ in range(heldout):
         widths = random_candidate(network, offered, steps, rng).widths
         builds.append(build("heldout", Candidate(random_variants(network, rng), widths)))
     dense = network_bytes(network, uniform(network, "fp32")) + 500
-    made = header(network, law, graph_bytes=500, dense_file_bytes=dense, grid={g: list(s) for g, s in (grid or {}).items()})
+    made = header(
+        network,
+        law,
+        graph_bytes=500,
+        dense_file_bytes=dense,
+        grid={g: list(s) for g, s in (grid or {}).items()},
+    )
     return LatencyTable(made, tuple(builds))
 
 
@@ -154,7 +172,9 @@ def probed() -> LatencyTable:
     network = grouped()
     law = LatencyLaw.random(network, 3)
     plain = [uniform(network, p) for p in ("fp32", "int8")]
-    builds = [simulated_build(network, law, v, r) for r, v in zip(("reference", "uniform"), plain, strict=True)]
+    builds = [
+        simulated_build(network, law, v, r) for r, v in zip(("reference", "uniform"), plain, strict=True)
+    ]
     for group, channels in network.channels.items():
         for width in candidate_widths(channels)[1:]:
             builds += [simulated_build(network, law, v, "probe", widths={group: width}) for v in plain]

@@ -28,9 +28,7 @@ ALLOCATION = Allocation(
 )
 
 
-NARROW = replace(
-    ALLOCATION, widths={"stem": 3, "layer.2": 1}, order={"stem": "2 0 1 3", "layer.2": "0"}
-)
+NARROW = replace(ALLOCATION, widths={"stem": 3, "layer.2": 1}, order={"stem": "2 0 1 3", "layer.2": "0"})
 
 
 @pytest.fixture

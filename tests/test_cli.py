@@ -505,3 +505,41 @@ def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None
         "the report, met: False\n",
         "error: nearest 6 ms\n",
     )
+
+
+@pytest.mark.usefixtures("own_locks")
+def test_every_step_on_a_real_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile, score, search, deploy and verify a tiny network with widths, each from the files of those before."""
+    monkeypatch.undo()  # the overview
+    monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "cache"))
+    spec = f"{Path(__file__).with_name('tiny.py')}:cnn"
+    table, scores, alloc, model, report = (
+        str(tmp_path / name) for name in ("t.parquet", "s.parquet", "a.json", "m.onnx", "r.json")
+    )
+    weights = str(tmp_path / "weights")
+
+    def ok(*words: str) -> Any:
+        result = invoke(*words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    made = ok("profile", spec, "-o", table, "--backend", "onnxruntime", "--time-limit", "4s")
+    assert set(made["grid"]) == {"stem", "conv1", "conv3"}
+    steps = ok("table", "staircase", table)
+    lost = ok(
+        "sensitivity", spec, "-o", scores, "--backend", "onnxruntime", "--table", table, "--weights", weights
+    )
+    assert set(lost["width_loss"]) <= {s["group"] for s in steps}
+    files = ("--table", table, "--sensitivity", scores)
+    found = ok("search", *files, "--budget", "size=70%", "--keep", "stem", "-o", alloc)
+    assert found["widths"]["stem"] == 24
+    assert found["predicted"]["size_bytes"] <= found["budgets"][0]["limit"]
+    swept = ok("front", *files, "--points", "4", "-o", str(tmp_path / "f.parquet"))
+    assert swept["groups"] == ["stem", "conv1", "conv3"]
+    deployed = ok("deploy", spec, alloc, "-o", model, "--weights", weights)
+    assert deployed["size_bytes"] == Path(model).stat().st_size
+    verified = ok("verify", spec, alloc, "-o", report, "--table", table, "--weights", weights)
+    assert verified["met"]
+    assert verified["widths"] == {
+        g: [w, n] for (g, w), n in zip(found["widths"].items(), (24, 20, 16), strict=True)
+    }

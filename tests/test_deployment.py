@@ -69,7 +69,9 @@ def _deployed(name: str, precision: str, folder: Path) -> Deployed:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_computes_what_the_module_does(name: str, precision: str, backend: str, weights: Path) -> None:
+def test_the_file_computes_what_the_module_does(
+    name: str, precision: str, backend: str, weights: Path
+) -> None:
     done = _deployed(name, precision, weights)
     lowering = done.at.lowering
     data = done.path.read_bytes()
@@ -135,7 +137,9 @@ def test_refitted_weights_are_closer_than_those_just_cut(weights: Path) -> None:
     _, (x,), _ = of.calibration[1]
     with torch.no_grad():
         dense = of.task.model(x)
-        off = [float((at.calibration[1][0].graph(x) - dense).square().mean()) for at in (done.at.lowering, cut)]
+        off = [
+            float((at.calibration[1][0].graph(x) - dense).square().mean()) for at in (done.at.lowering, cut)
+        ]
     assert off[0] < 0.5 * off[1]
 
 
@@ -183,4 +187,6 @@ def test_verify_measures_what_is_deployed(share: float, weights: Path, tmp_path:
     dense = law.time_ns(dict.fromkeys(law.units, "fp32"))
     precisions = {u: v.rpartition(".")[2] for u, v in chosen.variants.items()}
     exact = law.time_ns(precisions, sizes_of(network, chosen.widths))
-    assert report.latency_ms["measured"] / report.latency_ms["dense"] == pytest.approx(exact / dense, rel=0.01)
+    assert report.latency_ms["measured"] / report.latency_ms["dense"] == pytest.approx(
+        exact / dense, rel=0.01
+    )

@@ -41,7 +41,9 @@ def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) ->
     for unit, variants in offered.items():
         assert {c.variants[unit] for c in done} == set(variants)
     for edge in network.edges:
-        wanted = {(a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])}
+        wanted = {
+            (a.quantized, b.quantized) for a, b in itertools.product(offered[edge.src], offered[edge.dst])
+        }
         seen = {(c.variants[edge.src].quantized, c.variants[edge.dst].quantized) for c in done}
         assert seen == wanted
 
@@ -111,7 +113,8 @@ def test_widths_worth_knowing_are_faster_than_every_wider_one_that_is(
     assert len(kept) <= MOST_STEPS
     for i, width in enumerate(kept[1:], 1):
         assert any(
-            measured[width][p] < (1 - FASTER) * min(measured[wider][p] for wider in kept[:i]) for p in range(2)
+            measured[width][p] < (1 - FASTER) * min(measured[wider][p] for wider in kept[:i])
+            for p in range(2)
         )
 
 

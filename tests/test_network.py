@@ -81,7 +81,9 @@ def test_a_depthwise_unit_has_as_many_groups_as_channels() -> None:
 def test_a_slot_of_several_indices_takes_them_all() -> None:
     """A head of 4 features in queries, keys and values."""
     ways = (Way("heads", "output", 2, 12), Way("heads", "weight", 0, 12))
-    unit = Unit("qkv", "linear", ((1, 6, 16),), (1, 6, 48), (48, 16), macs=6 * 16 * 48, other_bytes=4 * 48, ways=ways)
+    unit = Unit(
+        "qkv", "linear", ((1, 6, 16),), (1, 6, 48), (48, 16), macs=6 * 16 * 48, other_bytes=4 * 48, ways=ways
+    )
     left = unit.narrow({"heads": 3}, {"heads": 4})
     assert (left.output_shape, left.weight_shape) == ((1, 6, 36), (36, 16))
     assert (left.macs, left.other_bytes) == (6 * 16 * 36, 4 * 36)

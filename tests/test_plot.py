@@ -346,7 +346,9 @@ def test_a_staircase_shows_every_width_that_was_probed(tmp_path: Path) -> None:
         assert axes.get_title(loc="left") == group
         own = [s for s in steps if s.group == group]
         dots = [line for line in axes.lines if line.get_marker() == "o"]
-        drawn = [(line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != "white") for line in dots]
+        drawn = [
+            (line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != "white") for line in dots
+        ]
         for precision in ("fp32", "int8"):
             assert {(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own} <= set(drawn)
         assert len(drawn) == 2 * len(own)

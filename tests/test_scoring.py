@@ -117,7 +117,10 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> list[int]
 
 
 def test_an_interrupted_run_resumes_at_the_next_batch(
-    measured: dict[str, SensitivityTable], banks: dict[str, WeightBank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: dict[str, SensitivityTable],
+    banks: dict[str, WeightBank],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "s.parquet"
     with monkeypatch.context() as patch:
@@ -225,7 +228,9 @@ def test_the_api_scores_the_widths_that_a_table_found(tmp_path: Path) -> None:
     task = tiny.task("cnn")
     backend = SimulatedBackend(LatencyLaw.random(tiny.lowering("cnn").network))
     grid = {"stem": [24], "conv1": [20, 8], "conv3": [16]}
-    table = LatencyTable(Header(tiny.lowering("cnn").network, {}, backend.name, {}, {"base": "fp32"}, grid=grid))
+    table = LatencyTable(
+        Header(tiny.lowering("cnn").network, {}, backend.name, {}, {"base": "fp32"}, grid=grid)
+    )
     out, weights = tmp_path / "s.parquet", tmp_path / "weights"
     found = hs.sensitivity(task, out=out, backend=backend, table=table, weights=weights)
     assert {g: list(row) for g, row in found.width_loss.items()} == {"conv1": [20, 8]}

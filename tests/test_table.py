@@ -103,9 +103,7 @@ def test_a_damaged_grid(narrow: LatencyTable, tmp_path: Path, grid: Any) -> None
 def test_one_allocation_at_other_widths_is_another_build(narrow: LatencyTable) -> None:
     law = LatencyLaw.random(GROUPED)
     variants = narrow.candidate(narrow.builds[0]).variants
-    keys = {
-        simulated_build(GROUPED, law, variants, widths={"conv1": w}).key for w in (40, 8)
-    }
+    keys = {simulated_build(GROUPED, law, variants, widths={"conv1": w}).key for w in (40, 8)}
     assert len(keys) == 2
 
 

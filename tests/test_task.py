@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy  # noqa: F401  (a task finds it loaded, as in every command, so that the file of its name here is not taken)
+import numpy
 import pytest
 
 from hwsearch.errors import InvalidInput
@@ -57,8 +57,6 @@ def test_a_task_may_import_its_siblings_when_it_is_called(folder: Path) -> None:
 
 
 def test_a_file_named_like_a_library_does_not_replace_it(folder: Path) -> None:
-    import numpy
-
     load("numpy.py:good")
     assert sys.modules["numpy"] is numpy
 

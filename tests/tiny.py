@@ -80,3 +80,8 @@ def lowering(name: str) -> Lowering:
 
 def task(name: str) -> hs.Task:
     return lowering(name).task
+
+
+def cnn() -> hs.Task:
+    """For the command line: `tests/tiny.py:cnn`."""
+    return task("cnn")

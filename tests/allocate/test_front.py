@@ -33,7 +33,13 @@ def front() -> Front:
         latency_ns=3e5, low_ns=2.9e5, high_ns=3.2e5, size_bytes=4e5, loss=0.1, label="deployed", score=0.9
     )
     return as_front(
-        found, PROBLEM.variables, ("a", "b"), chosen, "latency", sigma, {"network": "n", "dense": {"latency": 1.0}}
+        found,
+        PROBLEM.variables,
+        ("a", "b"),
+        chosen,
+        "latency",
+        sigma,
+        {"network": "n", "dense": {"latency": 1.0}},
     ).with_measured([measured])
 
 

@@ -41,9 +41,7 @@ def everything(grid: dict[str, list[int]] = GRID) -> Iterator[Candidate]:
     units, groups = list(NETWORK.by_name), list(grid)
     for widths in product(*grid.values()):
         for variants in product(OFFERED, repeat=len(units)):
-            yield Candidate(
-                dict(zip(units, variants, strict=True)), dict(zip(groups, widths, strict=True))
-            )
+            yield Candidate(dict(zip(units, variants, strict=True)), dict(zip(groups, widths, strict=True)))
 
 
 def chosen(found: Allocation) -> Candidate:
@@ -64,7 +62,9 @@ def test_the_answer_is_that_of_brute_force(share: float) -> None:
     """Over all (variants, widths): predicted by the model itself, exact in size and MACs."""
     at = model()
     limit = between(share, [at.predict(c.variants, c.widths).time_ns for c in everything()])
-    found = search(table(), SCORES, [f"latency={limit / 1e6:.6f}ms", "size=90%", "macs=90%"], kappa=0.0, model=at)
+    found = search(
+        table(), SCORES, [f"latency={limit / 1e6:.6f}ms", "size=90%", "macs=90%"], kappa=0.0, model=at
+    )
     best = min(
         SCORES.total(c.variants, c.widths)
         for c in everything()
@@ -87,7 +87,9 @@ def test_predicted_costs_are_those_of_the_narrow_network(budget: str) -> None:
     assert found.predicted["latency_ns"] == prediction.time_ns
     assert found.predicted["sigma_ns"] == prediction.sigma_ns
     assert found.predicted["macs"] == narrow(of).macs
-    assert found.predicted["size_bytes"] == network_bytes(narrow(of), of.variants) + table().header.graph_bytes
+    assert (
+        found.predicted["size_bytes"] == network_bytes(narrow(of), of.variants) + table().header.graph_bytes
+    )
     for what in found.budgets:
         column = {"latency": "latency_ns", "size": "size_bytes", "macs": "macs"}[what["column"]]
         assert found.predicted[column] <= what["limit"]
