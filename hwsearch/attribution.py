@@ -104,5 +104,3 @@ def told_apart(
         and any(allocation[other].precision == row.precision for other in row.units)
     }
     return tuple("" if u.name in mixed else e for u, e in zip(network.units, executed, strict=True))
-
-

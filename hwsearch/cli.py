@@ -124,7 +124,8 @@ Base = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the example inputs.")]
 Axes = Annotated[
-    str, typer.Option(metavar="AXIS[,AXIS]", help="What units may differ in: `width,precision`, or one of them.")
+    str,
+    typer.Option(metavar="AXIS[,AXIS]", help="What units may differ in: `width,precision`, or one of them."),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -136,7 +137,9 @@ Keep = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."),
+    typer.Option(
+        "--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
@@ -282,7 +285,8 @@ def sensitivity(
     base: Base = None,
     axes: Axes = "width,precision",
     table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Latency table, to score just the widths that it found.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Latency table, to score just the widths that it found."),
     ] = None,
     weights: Weights = None,
     seed: Seed = 0,
@@ -309,7 +313,11 @@ def search(
     import hwsearch as hs
 
     allocation = hs.search(
-        hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), budget, axes=_axes(axes), keep=keep or ()
+        hs.LatencyTable.load(table),
+        hs.SensitivityTable.load(sensitivity),
+        budget,
+        axes=_axes(axes),
+        keep=keep or (),
     )
     allocation.save(output)
     show.allocation(allocation, as_json)

@@ -83,7 +83,9 @@ def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None
     if not allocation.narrow:
         return at
     if {g: len(s) for g, s in allocation.slots.items()} != channels:
-        raise IncompatibleTables("the allocation is of other channel groups than the network has; search again")
+        raise IncompatibleTables(
+            "the allocation is of other channel groups than the network has; search again"
+        )
     bank = bank or weight_bank(at.lowering, None, allocation.slots)
     return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, parse_variants(allocation)))
 

@@ -31,7 +31,9 @@ def check_axes(axes: Sequence[str]) -> tuple[str, ...]:
     """Raises InvalidInput on anything but `width` and `precision`."""
     unknown = [a for a in axes if a not in AXES]
     if unknown or not axes:
-        raise InvalidInput(f"unknown axes {', '.join(unknown) or '(none)'}; expected {' and '.join(AXES)}, or one of them")
+        raise InvalidInput(
+            f"unknown axes {', '.join(unknown) or '(none)'}; expected {' and '.join(AXES)}, or one of them"
+        )
     return tuple(axes)
 
 
@@ -62,9 +64,7 @@ def all_cells(network: Network, offered: Offered, grid: Grid) -> set[tuple[str, 
     return found
 
 
-def random_allocation(
-    network: Network, offered: Offered, rng: np.random.Generator
-) -> dict[str, Variant]:
+def random_allocation(network: Network, offered: Offered, rng: np.random.Generator) -> dict[str, Variant]:
     """A Markov run over the units: neighbours keep a variant with a random stickiness, under a random mix."""
     stickiness = rng.uniform(0.0, 0.9)
     weights: dict[Variant, float] = {}
@@ -113,12 +113,19 @@ def cover(
 
 def _facts(network: Network, candidate: Candidate) -> list[tuple[Any, ...]]:
     facts: list[tuple[Any, ...]] = list(candidate.cells(network))
-    pairs = [(e.name, candidate.variants[e.src].quantized, candidate.variants[e.dst].quantized) for e in network.edges]
+    pairs = [
+        (e.name, candidate.variants[e.src].quantized, candidate.variants[e.dst].quantized)
+        for e in network.edges
+    ]
     return facts + pairs
 
 
 def _seldom(
-    network: Network, offered: Offered, grid: Grid, counts: Mapping[tuple[Any, ...], int], rng: np.random.Generator
+    network: Network,
+    offered: Offered,
+    grid: Grid,
+    counts: Mapping[tuple[Any, ...], int],
+    rng: np.random.Generator,
 ) -> Candidate:
     """Widths group by group, each the one whose cells were built least; then variants, by the same rule or at random."""
     widths: dict[str, int] = {}
@@ -133,7 +140,9 @@ def _seldom(
 
     for group, steps in grid.items():
         ready = [
-            u.name for u in network.units if group in u.groups and all(g in widths or g == group for g in u.groups)
+            u.name
+            for u in network.units
+            if group in u.groups and all(g in widths or g == group for g in u.groups)
         ]
         best = (-1.0, 0.0, steps[0])
         for width in steps:

@@ -84,7 +84,9 @@ class LatencyModel:
         """t[u, v] without any boundary, at some widths. Raises InvalidInput on what was not measured."""
         feature = ("unit", self.network.unit_at(unit, widths or {}).signature, str(variant))
         if feature not in self._index:
-            raise InvalidInput(f"the table has no measurement of {variant} for unit {unit} at widths {widths or 'whole'}")
+            raise InvalidInput(
+                f"the table has no measurement of {variant} for unit {unit} at widths {widths or 'whole'}"
+            )
         return float(self._mean[self._index[feature]])
 
     def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
@@ -214,7 +216,9 @@ def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
     if counted <= 0:
         return rows
     scale = total / counted
-    spread = float(np.hypot(0.04, (build.high - build.low) / 3.92 / build.ratio))  # scaled by a total that is as uncertain
+    spread = float(
+        np.hypot(0.04, (build.high - build.low) / 3.92 / build.ratio)
+    )  # scaled by a total that is as uncertain
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": 0.0}
     for node in build.nodes:
@@ -300,7 +304,9 @@ class _Equations:
         factor = cholesky(precision, lower=True)
         mean = cho_solve((factor, True), target)
         if bounded:
-            mean = _non_negative(precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features]))
+            mean = _non_negative(
+                precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features])
+            )
         return mean, factor
 
 

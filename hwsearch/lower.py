@@ -547,7 +547,9 @@ def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:
         for start in range(0, count - largest + 1, largest):
 
             def piece(leaf: Any, start: int = start) -> Any:
-                return leaf[start : start + largest] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+                return (
+                    leaf[start : start + largest] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+                )
 
             yield cast(Inputs, pytree.tree_map(piece, inputs))
 

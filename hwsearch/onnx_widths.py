@@ -27,7 +27,9 @@ MOVES = frozenset(
     "Reshape Transpose Slice Split Concat Gather Squeeze Unsqueeze Expand Flatten Tile DepthToSpace SpaceToDepth".split()
 )
 _LIKE_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_PARAMETERS = frozenset("BatchNormalization InstanceNormalization GroupNormalization PRelu LayerNormalization".split())
+_PARAMETERS = frozenset(
+    "BatchNormalization InstanceNormalization GroupNormalization PRelu LayerNormalization".split()
+)
 
 
 class NotFollowed(Exception):
@@ -80,7 +82,9 @@ class OnnxWidths:
 
     # ---- stored tensors
 
-    def _constant(self, name: str, tensor: onnx.TensorProto, to: Traced, mask: NDArray[np.bool_]) -> onnx.TensorProto:
+    def _constant(
+        self, name: str, tensor: onnx.TensorProto, to: Traced, mask: NDArray[np.bool_]
+    ) -> onnx.TensorProto:
         if name in self.paths:
             old, new = tensor_attr(self.traced.graph, name), tensor_attr(to.graph, name)
             return tensor if new is old else _as_proto(new, name)
@@ -132,14 +136,20 @@ class OnnxWidths:
             return
         shape = self.shape.get(tensor)
         if shape is not None and (axis.axis >= len(shape) or shape[axis.axis] != len(axis.slots)):
-            raise NotFollowed(f"{tensor} has shape {shape}, expected {len(axis.slots)} along axis {axis.axis}")
+            raise NotFollowed(
+                f"{tensor} has shape {shape}, expected {len(axis.slots)} along axis {axis.axis}"
+            )
         self.axis[tensor] = axis
 
     def _move(self, node: onnx.NodeProto) -> None:
         """The operator itself on slot numbers."""
         feeds: dict[str, NDArray[Any]] = {}
         for name in dict.fromkeys(i for i in node.input if i):
-            stated = name in self.stored and name not in self.axis and self.stored[name].data_type == onnx.TensorProto.INT64
+            stated = (
+                name in self.stored
+                and name not in self.axis
+                and self.stored[name].data_type == onnx.TensorProto.INT64
+            )
             if stated:
                 feeds[name] = numpy_helper.to_array(self.stored[name])
             elif name in self.shape:
@@ -149,7 +159,8 @@ class OnnxWidths:
         inputs = [helper.make_tensor_value_info(n, onnx.TensorProto.INT64, a.shape) for n, a in feeds.items()]
         outputs = [helper.make_tensor_value_info(o, onnx.TensorProto.INT64, None) for o in node.output]
         model = helper.make_model(
-            helper.make_graph([node], "move", inputs, outputs), opset_imports=[o for o in self.marked.opset_import if not o.domain]
+            helper.make_graph([node], "move", inputs, outputs),
+            opset_imports=[o for o in self.marked.opset_import if not o.domain],
         )
         try:
             results = ReferenceEvaluator(model).run(None, feeds)
@@ -192,7 +203,12 @@ class OnnxWidths:
         for other in node.input:
             shape = self.shape.get(other, ())
             position = at - (len(into) - len(shape))
-            if other in self.stored and other not in self.paths and position >= 0 and shape[position] == len(axis.slots) > 1:
+            if (
+                other in self.stored
+                and other not in self.paths
+                and position >= 0
+                and shape[position] == len(axis.slots) > 1
+            ):
                 self._slice(other, Axis(position, axis.slots))
 
     def _reduced(self, node: onnx.NodeProto, rank: int) -> list[int]:
@@ -206,7 +222,12 @@ class OnnxWidths:
     def _parameters(self, node: onnx.NodeProto, axis: Axis | None, names: Sequence[str]) -> None:
         for name in names:
             shape = self.shape.get(name, ())
-            if axis is not None and name in self.stored and name not in self.paths and len(axis.slots) in shape:
+            if (
+                axis is not None
+                and name in self.stored
+                and name not in self.paths
+                and len(axis.slots) in shape
+            ):
                 self._slice(name, Axis(shape.index(len(axis.slots)), axis.slots))
 
     def _slice(self, name: str, axis: Axis) -> None:
@@ -281,7 +302,9 @@ class OnnxWidths:
         own = self.axis.get(tensor)
         return self.shape[tensor][axis] if own is None else len(own.kept(mask))
 
-    def _slice_node(self, node: onnx.NodeProto, came: Axis, mask: NDArray[np.bool_], state: Any, stated: Any) -> None:
+    def _slice_node(
+        self, node: onnx.NodeProto, came: Axis, mask: NDArray[np.bool_], state: Any, stated: Any
+    ) -> None:
         rank = len(self.shape[node.input[0]])
         starts, ends = stated(1), stated(2)
         axes = stated(3) if len(node.input) > 3 and node.input[3] else list(range(len(starts)))

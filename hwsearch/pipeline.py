@@ -61,7 +61,9 @@ def run(
     at = regime(task, runtime, threads=threads, base=base, batch=batch)
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     check_axes(axes)
-    table = profile(at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False)
+    table = profile(
+        at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
+    )
     grid = table.grid() if "width" in axes else {}
     weights = folder / "weights"
     sensitivity = sensitivity_for(at, sens_path, seed=seed, grid=grid, weights=weights, progress=progress)
@@ -162,7 +164,10 @@ def closed_loop(
                 if best is None:
                     raise
                 break  # nothing predicted to be faster is left
-            if last is not None and (allocation.variants, allocation.widths) == (last[1].variants, last[1].widths):
+            if last is not None and (allocation.variants, allocation.widths) == (
+                last[1].variants,
+                last[1].widths,
+            ):
                 tighten = {c: int(limit * 0.98) for c, limit in (tighten or wanted).items()}
                 continue
             if bank is None and allocation.narrow:
@@ -212,7 +217,12 @@ def _predicted(model: LatencyModel, allocation: Allocation) -> Prediction:
 
 
 def _tighter(
-    old: Mapping[str, int], wanted: Mapping[str, int], report: Report, allocation: Allocation, again: Prediction, step: int
+    old: Mapping[str, int],
+    wanted: Mapping[str, int],
+    report: Report,
+    allocation: Allocation,
+    again: Prediction,
+    step: int,
 ) -> dict[str, int]:
     """Limits for the next round, by what the last answer was over.
 
@@ -221,7 +231,11 @@ def _tighter(
     """
     costs = {
         "latency": (report.latency_ms["measured"], report.latency_ms["budget"], again.time_ns),
-        "size": (report.size_bytes["deployed"], report.size_bytes["budget"], allocation.predicted["size_bytes"]),
+        "size": (
+            report.size_bytes["deployed"],
+            report.size_bytes["budget"],
+            allocation.predicted["size_bytes"],
+        ),
         "macs": (report.macs["deployed"], report.macs["budget"], allocation.predicted["macs"]),
     }
     tighter = dict(old)

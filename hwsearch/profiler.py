@@ -198,7 +198,9 @@ class _Run:
 
     def ended(self, widths: bool) -> bool:
         """Whether an earlier profile over these axes came to its end."""
-        return self.table.header.ended and (bool(self.table.header.grid) or not widths or not self.at.network.groups)
+        return self.table.header.ended and (
+            bool(self.table.header.grid) or not widths or not self.at.network.groups
+        )
 
     # ---- whole networks
 
@@ -289,7 +291,9 @@ class _Run:
         tried = {g: candidate_widths(n) for g, n in network.channels.items()}
         uniforms = [uniform(network, base), self._lowest()]
         uniforms = uniforms if uniforms[0] != uniforms[1] else uniforms[:1]
-        self.progress.expect(len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20)
+        self.progress.expect(
+            len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20
+        )
         for groups in apart(network):
             for level in range(1, max(len(tried[g]) for g in groups)):
                 widths = {g: tried[g][min(level, len(tried[g]) - 1)] for g in groups}
@@ -297,16 +301,21 @@ class _Run:
                     if self._late(PROBE_SHARE):
                         break
                     self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
-                    self.measure("probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short)
+                    self.measure(
+                        "probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short
+                    )
         times = group_times(self.table)
         grid = {g: worth(times[g]) if g in times else [n] for g, n in network.channels.items()}
         self._store(self.table.with_header(grid=grid))
 
     def _lowest(self) -> dict[str, Variant]:
-        everything = {u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in self.at.network.units}
+        everything = {
+            u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in self.at.network.units
+        }
         refused = self.table.header.unsupported
         return {
-            u: max((x for x in v if str(x) not in refused.get(u, {})), key=lambda x: x.quantized) for u, v in everything.items()
+            u: max((x for x in v if str(x) not in refused.get(u, {})), key=lambda x: x.quantized)
+            for u, v in everything.items()
         }
 
     def _anchors(self) -> None:
@@ -353,7 +362,9 @@ class _Run:
         timing = paired(
             reference.run, {role: engine.run}, protocol or self.protocol, clock=self.at.clock, seed=self.seed
         )[role]
-        build = replace(record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths)
+        build = replace(
+            record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
+        )
         self._note_unsupported(build)
         if build.wrong:
             self._note_wrong(at, candidate.variants, base)
@@ -403,7 +414,12 @@ class _Run:
 
     def _built(self) -> set[tuple[str, str]]:
         """Cells that a fit will know."""
-        return {cell for b in usable(self.table) if b.role != "heldout" for cell in self.table.candidate(b).cells(self.at.network)}
+        return {
+            cell
+            for b in usable(self.table)
+            if b.role != "heldout"
+            for cell in self.table.candidate(b).cells(self.at.network)
+        }
 
     def _done(self) -> list[Candidate]:
         """What was built under the table's base so far."""

@@ -66,7 +66,9 @@ def narrowed(
     for batch in lowering.calibration:
         if samples < most:
             batches.append(batch)
-            samples += next((t.shape[0] for t in pytree.tree_leaves(batch[1:]) if isinstance(t, torch.Tensor)), 1)
+            samples += next(
+                (t.shape[0] for t in pytree.tree_leaves(batch[1:]) if isinstance(t, torch.Tensor)), 1
+            )
     return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
 
 
@@ -111,7 +113,10 @@ def _free_batch(graph: fx.GraphModule, lowering: Lowering) -> None:
         return  # the model does something else for another batch
     scaled: dict[tuple[str, int], int] = {}
     for a, b in zip(ours, theirs, strict=True):
-        if is_get_attr(a) and tensor_attr(original, str(a.target)).shape != tensor_attr(other, str(b.target)).shape:
+        if (
+            is_get_attr(a)
+            and tensor_attr(original, str(a.target)).shape != tensor_attr(other, str(b.target)).shape
+        ):
             return
         x, _ = pytree.tree_flatten((a.args, a.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))
         y, _ = pytree.tree_flatten((b.args, b.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))

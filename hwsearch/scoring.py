@@ -104,7 +104,9 @@ class SensitivityTable:
     def _rows(self) -> list[dict[str, Any]]:
         units = [{"unit": u, "variant": v, "loss": x} for u, row in self.loss.items() for v, x in row.items()]
         groups = [
-            {"unit": g, "variant": f"width{w}", "loss": x} for g, row in self.width_loss.items() for w, x in row.items()
+            {"unit": g, "variant": f"width{w}", "loss": x}
+            for g, row in self.width_loss.items()
+            for w, x in row.items()
         ]
         return units + groups
 
@@ -227,7 +229,14 @@ def measure_sensitivity(
     cuts = [(g, w) for g, steps in narrower.items() for w in steps] if bank is not None else []
     whole = _random_allocations(network, variants, narrower if bank is not None else {}, seed)
     batches = _limited(lowering.calibration, samples)
-    settings = [kind, quantize_outputs, [str(v) for v in variants], samples, cuts, bank.key if bank is not None else ""]
+    settings = [
+        kind,
+        quantize_outputs,
+        [str(v) for v in variants],
+        samples,
+        cuts,
+        bank.key if bank is not None else "",
+    ]
     keep = _Partial(out, network, *settings)
     if bank is not None and len(keep.sums) < len(batches):
         bank.build(narrower, progress=progress)
@@ -302,7 +311,11 @@ def _random_allocations(
     return [
         (
             {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units},
-            {g: int(rng.choice(list(steps))) for g, steps in widths.items() if steps and rng.random() < share},
+            {
+                g: int(rng.choice(list(steps)))
+                for g, steps in widths.items()
+                if steps and rng.random() < share
+            },
         )
         for share in np.linspace(0.15, 1.0, count)
     ]

@@ -70,7 +70,9 @@ def staircase(found: LatencyTable, machine: bool) -> None:
     if rows:
         columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), ""), rows)
     else:
-        print("the table holds no widths: it was made with `--axes precision`, or the network has no channel groups")
+        print(
+            "the table holds no widths: it was made with `--axes precision`, or the network has no channel groups"
+        )
 
 
 def table(found: LatencyTable, machine: bool) -> None:

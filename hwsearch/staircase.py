@@ -47,7 +47,9 @@ def staircase(table: LatencyTable) -> list[Step]:
     order = {g: i for i, g in enumerate(table.network.channels)}
     return [
         Step(group, width, own, width in grid[group])
-        for (group, width), own in sorted(_times(table).items(), key=lambda item: (order[item[0][0]], -item[0][1]))
+        for (group, width), own in sorted(
+            _times(table).items(), key=lambda item: (order[item[0][0]], -item[0][1])
+        )
     ]
 
 
@@ -63,7 +65,9 @@ def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
         widths = table.candidate(build).widths
         for group, whole in table.network.channels.items():
             if widths[group] < whole:
-                times.setdefault((group, whole), {})[precision] = group_ns(table, anchors[build.variants], group)
+                times.setdefault((group, whole), {})[precision] = group_ns(
+                    table, anchors[build.variants], group
+                )
                 times.setdefault((group, widths[group]), {})[precision] = group_ns(table, build, group)
     return times
 

@@ -39,7 +39,9 @@ def main() -> None:
 def bench(spec: str, name: str, out: Path) -> None:
     task = hs.load(spec)
     folder = out / f"{task.name}.{name}"
-    table = hs.profile(task, out=folder / "table.parquet", backend=name, axes=["precision"], progress=Progress())
+    table = hs.profile(
+        task, out=folder / "table.parquet", backend=name, axes=["precision"], progress=Progress()
+    )
     base = table.header.options["base"]
     plain, coarse = table.time_ns(table.find("reference")), table.time_ns(table.find("uniform"))
     dense = table.dense_ns

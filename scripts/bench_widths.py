@@ -49,7 +49,9 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", default=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
     parser.add_argument("--out", type=Path, default=Path("bench-widths"))
     parser.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
@@ -84,7 +86,9 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     dense = session.dense_score
     print(f"  dense score {dense:.4f}")
     for name, m in uniforms.items():
-        print(f"  {name:11s} {session.ms(m):.4g} ms, score {session.score(m, name):.4f}, KL {session.loss(m):.3g}")
+        print(
+            f"  {name:11s} {session.ms(m):.4g} ms, score {session.score(m, name):.4f}, KL {session.loss(m):.3g}"
+        )
     name, quick = min(uniforms.items(), key=lambda pair: session.ms(pair[1]))
     fastest = session.ms(quick)
     joint = []
@@ -92,7 +96,14 @@ def bench(spec: str, args: argparse.Namespace) -> None:
         budget = parse_budgets([f"latency={fastest * share:.6f}ms"])
         try:
             report, allocation, table = closed_loop(
-                task, at, table, sensitivity, budget, folder / f"{share:.3f}", weights=folder / "weights", session=session
+                task,
+                at,
+                table,
+                sensitivity,
+                budget,
+                folder / f"{share:.3f}",
+                weights=folder / "weights",
+                session=session,
             )
         except HwsearchError as error:
             print(f"  {share:.0%} of {name}: {error}")
@@ -144,7 +155,9 @@ def refitting(at: Regime, bank: WeightBank) -> None:
             axis = 1 if at.network[unit].op != "matmul" and "transpose" not in at.network[unit].op else 0
             others = [d for d in range(weight.dim()) if d != axis]
             cut[unit] = whole * (weight.abs().amax(others, keepdim=True) > 0), None
-        plain, fitted = (divergence(simulate({}, w), simulate.dense, low.task.divergence)[0] for w in (cut, refitted))
+        plain, fitted = (
+            divergence(simulate({}, w), simulate.dense, low.task.divergence)[0] for w in (cut, refitted)
+        )
         gains.append((plain / max(fitted, 1e-12), group, plain, fitted))
     if gains:
         ratio = np.median([g for g, *_ in gains])
@@ -155,11 +168,16 @@ def refitting(at: Regime, bank: WeightBank) -> None:
 # ---------------------------------------------------------------- rivals
 
 
-def uniform_widths(at: Regime, bank: WeightBank, variants: Mapping[str, Variant], count: int) -> dict[str, Regime]:
+def uniform_widths(
+    at: Regime, bank: WeightBank, variants: Mapping[str, Variant], count: int
+) -> dict[str, Regime]:
     """The same share of every group, in whole eights where there are many channels; refitted as the joint ones are."""
     found = {}
     for share in np.linspace(0.95, 0.4, count):
-        widths = {g: max(1, round(n * share / 8) * 8 if n >= 32 else round(n * share)) for g, n in at.network.channels.items()}
+        widths = {
+            g: max(1, round(n * share / 8) * 8 if n >= 32 else round(n * share))
+            for g, n in at.network.channels.items()
+        }
         found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, widths, bank, variants))
     return found
 
@@ -191,7 +209,12 @@ def least_magnitude(at: Regime, count: int) -> dict[str, Regime]:
 
 
 def by_macs(
-    at: Regime, bank: WeightBank, variants: Mapping[str, Variant], table: hs.LatencyTable, sensitivity: hs.SensitivityTable, count: int
+    at: Regime,
+    bank: WeightBank,
+    variants: Mapping[str, Variant],
+    table: hs.LatencyTable,
+    sensitivity: hs.SensitivityTable,
+    count: int,
 ) -> dict[str, Regime]:
     """Least loss under a budget of multiply-accumulates; refitted as the joint ones are."""
     found = {}
@@ -204,7 +227,9 @@ def by_macs(
     return found
 
 
-def measured(session: Session, variants: Mapping[str, Variant], networks: Mapping[str, Regime]) -> list[Found]:
+def measured(
+    session: Session, variants: Mapping[str, Variant], networks: Mapping[str, Regime]
+) -> list[Found]:
     found = []
     for what, at in networks.items():
         m = session.measure({what: Job(dict(variants), at.options.base, None, at)})[what]
@@ -214,7 +239,9 @@ def measured(session: Session, variants: Mapping[str, Variant], networks: Mappin
 
 def compare(joint: list[Found], rivals: Mapping[str, list[Found]]) -> None:
     for what, own in rivals.items():
-        print(f"  {what}: " + "; ".join(f"{f.what}: {f.ms:.4g} ms, {f.score:.4f}, KL {f.loss:.3g}" for f in own))
+        print(
+            f"  {what}: " + "; ".join(f"{f.what}: {f.ms:.4g} ms, {f.score:.4f}, KL {f.loss:.3g}" for f in own)
+        )
     print("\n  | budget | joint ms | score | KL |" + "".join(f" {what}: ms, score, KL |" for what in rivals))
     for j in joint:
         cells = []
@@ -223,7 +250,11 @@ def compare(joint: list[Found], rivals: Mapping[str, list[Found]]) -> None:
             best = min(quick, key=lambda f: f.loss, default=None)
             cells.append("none as fast" if best is None else f"{best.ms:.4g}, {best.score:.4f}, {best.loss:.3g}"
                          + ("" if best.loss >= j.loss else " (better)"))  # fmt: skip
-        print(f"  | {j.what} | {j.ms:.4g}{'' if j.met else ' MISSED'} | {j.score:.4f} | {j.loss:.3g} | " + " | ".join(cells) + " |")
+        print(
+            f"  | {j.what} | {j.ms:.4g}{'' if j.met else ' MISSED'} | {j.score:.4f} | {j.loss:.3g} | "
+            + " | ".join(cells)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

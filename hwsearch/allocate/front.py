@@ -110,7 +110,11 @@ class Front:
                 for row in table.to_pylist()
             )
             return Front(
-                points, header["over"], tuple(header["units"]), dict(header["header"]), tuple(header["groups"])
+                points,
+                header["over"],
+                tuple(header["units"]),
+                dict(header["header"]),
+                tuple(header["groups"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(

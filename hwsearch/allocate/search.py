@@ -96,7 +96,9 @@ def space(
     check_axes(axes)
     model = model or fit(table)
     network = table.network
-    grid = _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
+    grid = (
+        _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
+    )
     offered = table.offered()
     base = f"dense.{table.header.options['base']}"
     cells: list[tuple[Cell, ...]] = []
@@ -171,7 +173,10 @@ def _costs(
         shares = [network.share(src, w) for _, w in at[i]]
         terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
         matrix = np.array(
-            [[round(terms[s][a.quantized, b.quantized]) for b, _ in at[j]] for s, (a, _) in zip(shares, at[i], strict=True)],
+            [
+                [round(terms[s][a.quantized, b.quantized]) for b, _ in at[j]]
+                for s, (a, _) in zip(shares, at[i], strict=True)
+            ],
             np.int64,
         )
         key, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
@@ -207,7 +212,10 @@ def _costs(
 
 
 def _ties(
-    table: LatencyTable, cells: Sequence[Sequence[Cell]], grid: Mapping[str, Sequence[int]], groups: Sequence[str]
+    table: LatencyTable,
+    cells: Sequence[Sequence[Cell]],
+    grid: Mapping[str, Sequence[int]],
+    groups: Sequence[str],
 ) -> tuple[Tie, ...]:
     number = {g: len(cells) + i for i, g in enumerate(groups)}
     return tuple(

@@ -162,7 +162,11 @@ def _kept(network: Network, unit: str, widths: Mapping[str, int]) -> str:
     if own == whole:
         return ""
     if not whole.weight_shape:
-        return " × ".join(f"{own.output_shape[w.axis]}/{whole.output_shape[w.axis]}" for w in whole.ways if w.tensor == "output")
+        return " × ".join(
+            f"{own.output_shape[w.axis]}/{whole.output_shape[w.axis]}"
+            for w in whole.ways
+            if w.tensor == "output"
+        )
     axis, out = 1 - whole.out_axis, whole.out_axis
     return f"{own.weight_shape[axis]}/{whole.weight_shape[axis]} → {own.weight_shape[out]}/{whole.weight_shape[out]}"
 

@@ -37,9 +37,13 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
         for precision in own[0].times_ns:
             points = [(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own if precision in s.times_ns]
             color = PRECISION_COLORS.get(precision, INK)
-            axes.plot([p[0] for p in points], [p[1] for p in points], color=color, linewidth=1, label=precision)
+            axes.plot(
+                [p[0] for p in points], [p[1] for p in points], color=color, linewidth=1, label=precision
+            )
             for width, time, kept in points:
-                axes.plot(width, time, "o", markersize=4, color=color, markerfacecolor=color if kept else "white")
+                axes.plot(
+                    width, time, "o", markersize=4, color=color, markerfacecolor=color if kept else "white"
+                )
         axes.set_title(shorten(group, 34), fontsize=8, loc="left")
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
@@ -48,7 +52,11 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
     more = f" ({len(shown)} of {len(groups)} groups)" if len(groups) > len(shown) else ""
-    header = {"backend": table.header.backend, "options": table.header.options, "device": table.header.device.get("chip")}
+    header = {
+        "backend": table.header.backend,
+        "options": table.header.options,
+        "device": table.header.device.get("chip"),
+    }
     figure.suptitle(
         f"{table.network.name}: time of a channel group's units (µs) against its width{more}\n{where(header)}; "
         "filled: on the grid",
