@@ -253,6 +253,7 @@ def _excess(report: Report) -> float:
     pairs = [
         (report.latency_ms["measured"], report.latency_ms["budget"]),
         (report.size_bytes["deployed"], report.size_bytes["budget"]),
+        (report.macs.get("deployed"), report.macs.get("budget")),
     ]
     return max((float(m) / b - 1.0 for m, b in pairs if m is not None and b), default=0.0)
 

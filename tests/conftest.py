@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from hwsearch.device import cache_dir
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers side by side profile with locks of their own, and share the zoo
+    _zoo, _own = cache_dir() / "zoo", Path(tempfile.mkdtemp(prefix="hwsearch-tests-"))
+    (_own / "zoo").symlink_to(_zoo)
+    os.environ["HWSEARCH_CACHE"] = str(_own)
 
 pytest.register_assert_rewrite("hwsearch.testing.contract")
 

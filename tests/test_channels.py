@@ -119,7 +119,7 @@ seeds = st.integers(0, 1 << 20)
 sizes = st.sampled_from([4, 6, 8, 12])
 
 
-@settings(PROFILE, max_examples=20)
+@settings(PROFILE, max_examples=12)
 @given(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=3), st.lists(sizes, min_size=4, max_size=4),
        st.sampled_from(["flatten", "pool", "image", "two"]), seeds)  # fmt: skip
 def test_narrow_convolutional_networks_compute_the_masked_ones(

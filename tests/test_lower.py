@@ -120,6 +120,7 @@ def test_an_isolated_unit_runs(name: str) -> None:
             assert out.shape == unit.output_shape
 
 
+@pytest.mark.slow
 def test_assembling_150_layers_is_quick() -> None:
     made = lowering(nn.Sequential(*[nn.Linear(4, 4) for _ in range(150)]), torch.randn(2, 4))
     variants = uniform(made.network, "int8")

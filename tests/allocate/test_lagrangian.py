@@ -15,7 +15,7 @@ from hwsearch.allocate.problem import Problem, brute_force
 from hwsearch.errors import Infeasible
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems() | tied_problems())
 def test_the_bound_is_below_the_optimum(problem: Problem) -> None:
     best = brute_force(problem)
@@ -38,7 +38,7 @@ def test_the_bound_of_what_cannot_be_met() -> None:
     assert lower_bound(problem) == 0.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems(budgets=False) | tied_problems(budgets=False))
 def test_hull_corners_are_those_of_brute_force(problem: Problem) -> None:
     points = {(problem.cost("latency", a), problem.total_loss(a)) for a in consistent_choices(problem)}

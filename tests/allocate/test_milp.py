@@ -24,7 +24,7 @@ def least(problem: Problem, column: str, budgets: dict[str, int]) -> int | None:
     return min((problem.cost(column, a) for a in all_choices(problem) if within.feasible(a)), default=None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems() | tied_problems())
 def test_equals_brute_force(problem: Problem) -> None:
     """The same loss, never over budget, the same least cost among equal losses; infeasible names the true least."""
@@ -47,7 +47,7 @@ def test_equals_brute_force(problem: Problem) -> None:
     assert found.gap <= 1e-2 if found.loss < 1e-8 else found.gap <= 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems() | tied_problems())
 def test_minimise_is_exact(problem: Problem) -> None:
     for budgets in ({}, {c: b for c, b in problem.budgets.items() if c != "latency"}):

@@ -11,7 +11,7 @@ from hwsearch.allocate.problem import Problem
 from hwsearch.allocate.program import Program
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(problems() | tied_problems())
 def test_no_answer_is_below_the_bounds_of_the_columns_it_holds(problem: Problem) -> None:
     """So that a core may leave out the columns whose bound is above an answer."""
