@@ -321,7 +321,8 @@ def test_table_staircase_without_widths(tmp_path: Path) -> None:
 
 def test_sensitivity(api: Install) -> None:
     scores = SimpleNamespace(
-        network=SimpleNamespace(name="net"), divergence="softmax", samples=512, rank_correlation=0.875,
+        network=SimpleNamespace(name="net", channels={"stem": 32}), divergence="softmax", samples=512,
+        rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25}},
         loss={"calm": {"dense.fp32": 0.0, "dense.int8": 1e-4}, "touchy": {"dense.fp32": 0.0, "dense.int8": 0.5}},
     )  # fmt: skip
     seen: dict[str, Any] = {}
@@ -330,6 +331,7 @@ def test_sensitivity(api: Install) -> None:
     assert result.exit_code == 0
     assert result.stdout.index("touchy") < result.stdout.index("calm")
     assert "5.00e-01" in result.stdout
+    assert "16: 2.5e-01" in result.stdout
     assert "0.88" in result.stdout
     del seen["progress"]
     assert seen == {
