@@ -177,7 +177,8 @@ class _Run:
             mode=mode,
             command=command
             if command is not None
-            else " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
+            # absolute paths say where somebody's files are: their names will do
+            else " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
             created=_now(),
         )
         self.table = LatencyTable(header)
