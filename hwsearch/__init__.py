@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from hwsearch.allocation import Allocation as Allocation
     from hwsearch.api import profile as profile
     from hwsearch.api import sensitivity as sensitivity
+    from hwsearch.checking import check as check
     from hwsearch.deployment import deploy as deploy
     from hwsearch.deployment import verify as verify
     from hwsearch.pipeline import run as run
     from hwsearch.plot import plot_allocation as plot_allocation
+    from hwsearch.plot import plot_diagnosis as plot_diagnosis
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_predictions as plot_predictions
     from hwsearch.plot import plot_staircase as plot_staircase
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "deployment": ["deploy", "verify"], "pipeline": ["run"],
-    "plot": ["plot_allocation", "plot_front", "plot_predictions", "plot_staircase"], "allocate.search": ["front", "search"],
+    "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "checking": ["check"],
+    "deployment": ["deploy", "verify"], "pipeline": ["run"],
+    "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
+    "allocate.search": ["front", "search"],
     "scoring": ["SensitivityTable"], "table": ["LatencyTable"], "task": ["Task", "load"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

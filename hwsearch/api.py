@@ -7,11 +7,11 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.backends.base import Backend
-from hwsearch.design import AXES, candidate_widths, check_axes
+from hwsearch.design import AXES, RESIDUAL, candidate_widths, check_axes
 from hwsearch.pipeline import sensitivity_for
 from hwsearch.profiler import profile as _profile
-from hwsearch.profiler import regime
 from hwsearch.progress import Progress
+from hwsearch.regime import regime
 from hwsearch.scoring import SensitivityTable
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
@@ -34,17 +34,29 @@ def profile(
     axes: Sequence[str] = AXES,
     seed: int = 0,
     builds: int | None = None,
+    load: int = 0,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
 
     threads: inference threads. base: precision of what is not int8 (None: the backend's preferred one). batch: None
     for that of the example inputs. time_limit_s: seconds after which no further build begins. mode: `context` (whole
-    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both.
-    builds: builds of the design (None: by the network's size).
+    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both; beside
+    `width` also `residual`, the width of a transformer's residual stream.
+    builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
+    each: a table of a shared machine is another one.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
-    at = regime(task, _backend(backend), threads=threads, base=base, batch=batch)
+    axes = check_axes(axes)
+    at = regime(
+        task,
+        _backend(backend),
+        threads=threads,
+        base=base,
+        batch=batch,
+        residual=RESIDUAL in axes,
+        load=load,
+    )
     return _profile(
         at, out, time_limit_s=time_limit_s, mode=mode, axes=axes, seed=seed, builds=builds, progress=progress
     )
@@ -68,8 +80,9 @@ def sensitivity(
     all that a profile would try). weights: folder to keep refitted weights in, for `deploy` and `verify`.
     Raises UntraceableModel, IncompatibleTables, InvalidInput.
     """
-    at = regime(task, _backend(backend), base=base)
-    check_axes(axes)
+    axes = check_axes(axes)
+    residual = RESIDUAL in axes or (table is not None and bool(table.header.options.get("residual")))
+    at = regime(task, _backend(backend), base=base, residual=residual)
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
         table.require(network=at.network)

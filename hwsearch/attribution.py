@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hwsearch.backends.base import NodeTime
-from hwsearch.lower import unit_of
+from hwsearch.marking import unit_of
 from hwsearch.network import Network
 from hwsearch.table import NodeRow
 from hwsearch.variants import Variant

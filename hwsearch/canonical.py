@@ -6,10 +6,8 @@ MatMul, and what is computed from parameters alone is stored.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -70,13 +68,6 @@ def canonicalize(graph: fx.GraphModule) -> None:
             parent, _, leaf = path.rpartition(".")
             delattr(graph.get_submodule(parent), leaf)
     graph.recompile()
-
-
-def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph that shares nothing with the first, its weights included."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
-        return copy.deepcopy(graph)
 
 
 def op_name(node: fx.Node) -> str:

@@ -125,7 +125,11 @@ Base = Annotated[
 Batch = Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the example inputs.")]
 Axes = Annotated[
     str,
-    typer.Option(metavar="AXIS[,AXIS]", help="What units may differ in: `width,precision`, or one of them."),
+    typer.Option(
+        metavar="AXIS[,AXIS]",
+        help="What units may differ in: `width,precision`, or one of them; `width,residual,...` also narrows the residual "
+        "stream of transformers.",
+    ),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -141,6 +145,9 @@ Weights = Annotated[
         "--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."
     ),
 ]
+Load = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Busy workers beside the network while it is measured.")
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -151,8 +158,8 @@ SensitivityFile = Annotated[
 _BUDGET = typer.Option(
     "--budget",
     metavar="COST=BOUND",
-    help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `size=800KB`, `size=25%`, "
-    "`macs=50%`; "
+    help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `latency_p99=6ms`, `size=800KB`, "
+    "`size=25%`, `macs=50%`; "
     "may be given several times.",
 )
 Budgets = Annotated[list[str], _BUDGET]
@@ -232,6 +239,7 @@ def profile(
         typer.Option(help="Time units inside whole networks, or each by itself (the baseline)."),
     ] = "context",
     axes: Axes = "width,precision",
+    load: Load = 0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -243,7 +251,7 @@ def profile(
     with Progress() as progress:
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
-            mode=mode, axes=_axes(axes), seed=seed, progress=progress,
+            mode=mode, axes=_axes(axes), load=load, seed=seed, progress=progress,
         )  # fmt: skip
     show.table(table, as_json)
 
@@ -275,6 +283,47 @@ def table_staircase(
     if plot is not None:
         hs.plot_staircase(table, plot)
     show.staircase(table, as_json)
+
+
+@table_app.command("diagnose")
+def table_diagnose(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the latency model gets wrong. Each build predicted without itself, and what the errors go with."""
+    import hwsearch as hs
+    from hwsearch.diagnosis import diagnose
+    from hwsearch.latency import fit
+
+    model = fit(hs.LatencyTable.load(file))
+    if plot is not None:
+        hs.plot_diagnosis(model, plot)
+    show.diagnosis(diagnose(model), as_json)
+
+
+@table_app.command("check")
+def table_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="The task that was profiled; a table of the zoo finds its own."),
+    ] = None,
+    builds: Annotated[int, typer.Option(min=1, help="How many builds to measure again.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    table = hs.LatencyTable.load(file)
+    with Progress() as progress:
+        found = hs.check(table, None if task is None else hs.load(task), builds=builds, progress=progress)
+    show.check(found, as_json)
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -409,6 +458,7 @@ def run(
     batch: Batch = None,
     axes: Axes = "width,precision",
     keep: Keep = None,
+    load: Load = 0,
     seed: Seed = 0,
     time_limit: TimeLimit = "10m",
     as_json: AsJson = False,
@@ -422,7 +472,7 @@ def run(
         with Progress() as progress:
             report = hs.run(
                 hs.load(task), budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed,
-                axes=_axes(axes), keep=keep or (), time_limit_s=limit, progress=progress,
+                axes=_axes(axes), keep=keep or (), load=load, time_limit_s=limit, progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:

@@ -18,14 +18,16 @@ from hwsearch import backends
 from hwsearch import device as devices
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend, Engine
-from hwsearch.budget import Budget, parse_budgets
+from hwsearch.background import background
+from hwsearch.budget import TAILS, Budget, parse_budgets
+from hwsearch.checking import Check, measure_again, spread
 from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
-from hwsearch.profiler import Regime, record, regime
 from hwsearch.refitting import as_module, narrowed, weight_bank
+from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
 from hwsearch.scoring import divergence
 from hwsearch.table import Build, LatencyTable
@@ -72,6 +74,7 @@ def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads:
     at = regime(
         task, backend, threads=threads or int(options.get("threads", 1)),
         base=base if base in backend.bases() else None, batch=options.get("batch"),
+        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)),
     )  # fmt: skip
     check_allocation(allocation, at)
     return at
@@ -222,6 +225,14 @@ class Session:
         self.reference_now_ns = 0.0
         self._uniforms: dict[str, Measured] = {}
         self._scores: dict[str, float] = {}
+        self._check: Check | None = None
+
+    def check(self, table: LatencyTable) -> Check:
+        """Whether the table still holds, by three of its builds; looked at once."""
+        if self._check is None:
+            with background(self.at.load):
+                self._check = measure_again(table, self.at, spread(table, 3), reference=self.reference)
+        return self._check
 
     def measure_all(
         self, deployed: Job | None, uniforms: Mapping[str, Job]
@@ -236,6 +247,10 @@ class Session:
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
+        with background(self.at.load):
+            return self._measure(wanted)
+
+    def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         ats = {n: job.at or self.at for n, job in wanted.items()}
         built = {n: ats[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
@@ -265,14 +280,19 @@ class Session:
     def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[dict[str, int], dict[str, int]]:
         """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
         _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
-        dense = measured["dense.fp32"]
-        found = resolve(budgets, self.ms(dense), dense.file_bytes, self.at.network.macs)
-        whole = {"latency": int(self.ms(dense) * 1e6), "size": dense.file_bytes, "macs": self.at.network.macs}
-        return {c: int(limit * (1e6 if c == "latency" else 1)) for c, limit in found.items()}, whole
+        dense = self.costs(measured["dense.fp32"])
+        return {b.column: b.resolve(dense[b.column]) for b in budgets}, {c: int(x) for c, x in dense.items()}
 
     def ms(self, measured: Measured) -> float:
         """Time on the session's scale, in ms."""
         return measured.timing.ratio * self.scale_ns / 1e6
+
+    def costs(self, measured: Measured) -> dict[str, float]:
+        """Everything that a budget may bound, in ns, bytes and MACs."""
+        time_ns = measured.timing.ratio * self.scale_ns
+        tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
+        size, macs = float(measured.file_bytes), float(measured.at.network.macs)
+        return {"latency": time_ns, **tails, "size": size, "macs": macs}
 
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
@@ -291,11 +311,11 @@ class Session:
             return score(self.at.lowering.task, model, "the dense model")
 
     def loss(self, measured: Measured) -> float:
-        """Divergence of the engine's outputs from the dense module's, mean over calibration samples."""
+        """Divergence of the engine's outputs from the dense module's, mean over the calibration samples kept apart for it."""
         kind = self.at.lowering.task.divergence
         predict = predictor(measured.at.lowering, measured.engine)
         total, count = 0.0, 0
-        for traced, args, kwargs in self.at.lowering.calibration:
+        for traced, args, kwargs in self.at.lowering.scoring:
             with torch.no_grad():
                 dense = traced.graph(*args, **kwargs)
             value, samples = divergence(predict(*args, **kwargs), dense, kind)
@@ -303,6 +323,12 @@ class Session:
             if count >= LOSS_SAMPLES:
                 break
         return total / max(count, 1)
+
+
+def _parted(measured_ns: float, allocation: Allocation) -> bool:
+    """Whether a measurement is further from the prediction than that is uncertain."""
+    predicted, sigma = allocation.predicted["latency_ns"], allocation.predicted["sigma_ns"]
+    return bool(abs(measured_ns - predicted) > max(3 * sigma, 0.05 * predicted))
 
 
 def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
@@ -317,12 +343,6 @@ def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]])
         }
         candidates.setdefault(str(variant), Job(chosen, base))
     return candidates
-
-
-def resolve(budgets: Sequence[Budget], dense_ms: float, dense_bytes: int, macs: int) -> dict[str, float]:
-    """Budgets in ms, bytes and MACs, relative ones against what the dense network measured in the same session."""
-    dense = {"latency": dense_ms * 1e6, "size": float(dense_bytes), "macs": float(macs)}
-    return {b.column: b.resolve(dense[b.column]) / (1e6 if b.column == "latency" else 1) for b in budgets}
 
 
 def verify(
@@ -383,12 +403,17 @@ def verify_with_build(
     assert deployed is not None
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
-    limit = resolve(budgets, session.ms(dense), dense.file_bytes, at.network.macs)
+    limit = {b.column: b.resolve(session.costs(dense)[b.column]) for b in budgets}
 
     def within(m: Measured) -> bool:
-        costs = {"latency": session.ms(m), "size": float(m.file_bytes), "macs": float(m.at.network.macs)}
+        costs = session.costs(m)
         # a nanosecond of slack: a budget of 100 % is rounded down to whole ones
-        return not m.build.wrong and all(costs[c] <= bound + 1e-6 for c, bound in limit.items())
+        return not m.build.wrong and all(costs[c] <= bound + 1 for c, bound in limit.items())
+
+    costs = session.costs(deployed)
+    drift = None
+    if table is not None and _parted(costs["latency"], allocation):
+        drift = session.check(table).to_json()
 
     scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
     best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
@@ -396,12 +421,12 @@ def verify_with_build(
         task=task.name,
         backend=at.backend.name,
         device=device.to_json(),
-        options={**at.options.to_json(), "batch": at.lowering.batch, "base": base},
+        options={**at.described, "base": base},
         met=within(deployed),
         rounds=rounds,
         latency_ms={
             "dense": session.ms(dense),
-            "budget": limit.get("latency"),
+            "budget": limit["latency"] / 1e6 if "latency" in limit else None,
             "predicted": allocation.predicted["latency_ns"] / 1e6,
             "sigma": allocation.predicted["sigma_ns"] / 1e6,
             "measured": session.ms(deployed),
@@ -410,6 +435,8 @@ def verify_with_build(
             "measured_now": deployed.timing.median_ns / 1e6,
             "reference": session.scale_ns / 1e6,
             "reference_now": session.reference_now_ns / 1e6,
+            **{column.removeprefix("latency_"): costs[column] / 1e6 for column in TAILS},
+            **{f"budget_{c.removeprefix('latency_')}": limit[c] / 1e6 for c in TAILS if c in limit},
         },
         score={"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")},
         loss={"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)},
@@ -439,5 +466,6 @@ def verify_with_build(
         unstable=deployed.timing.unstable or dense.timing.unstable,
         output_error=deployed.build.output_error,
         wrong_outputs=deployed.build.wrong,
+        table_check=drift,
     )  # fmt: skip
     return report, deployed.build

@@ -20,6 +20,8 @@ Grid = Mapping[str, Sequence[int]]
 
 AXES = ("width", "precision")
 """What allocations may differ in."""
+RESIDUAL = "residual"
+"""A further axis on request: the residual width of transformers, which changes what LayerNorm normalises over."""
 
 MOST_CANDIDATES = 8
 MOST_STEPS = 6
@@ -28,12 +30,15 @@ FASTER = 0.01
 
 
 def check_axes(axes: Sequence[str]) -> tuple[str, ...]:
-    """Raises InvalidInput on anything but `width` and `precision`."""
-    unknown = [a for a in axes if a not in AXES]
+    """Raises InvalidInput on anything but `width`, `precision` and, beside `width`, `residual`."""
+    unknown = [a for a in axes if a not in (*AXES, RESIDUAL)]
     if unknown or not axes:
         raise InvalidInput(
-            f"unknown axes {', '.join(unknown) or '(none)'}; expected {' and '.join(AXES)}, or one of them"
+            f"unknown axes {', '.join(unknown) or '(none)'}; expected {' and '.join(AXES)}, or one of them; "
+            f"with width also {RESIDUAL}"
         )
+    if RESIDUAL in axes and "width" not in axes:
+        raise InvalidInput(f"{RESIDUAL} is a width: ask for width,{RESIDUAL}")
     return tuple(axes)
 
 
@@ -174,6 +179,15 @@ def candidate_widths(channels: int) -> list[int]:
         step += 16 if step >= 16 else step
     widths = range(channels // step * step, least - 1, -step)
     return list(dict.fromkeys([channels, *widths]))
+
+
+def halving(last: int) -> list[int]:
+    """1 .. last, the last one first, then each time the one furthest from those before."""
+    found: list[int] = []
+    while len(found) < last:
+        rest = [n for n in range(1, last + 1) if n not in found]
+        found.append(max(rest, key=lambda n: (min(abs(n - own) for own in [0, *found]), n)))
+    return found
 
 
 def apart(network: Network) -> list[list[str]]:

@@ -40,17 +40,35 @@ class Prediction:
     sigma_ns: float
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How uncertain predictions are, calibrated on builds left out of the fit.
+
+    inflate: on the standard error that the posterior covariance gives. floor: relative, of what two builds of one
+    allocation differ by and the model's form does not hold.
+    """
+
+    inflate: float = 1.0
+    floor: float = 0.0
+
+    def sigma(self, variance: Any, time_ns: Any) -> Any:
+        """Standard error in ns, of scalars or arrays."""
+        return np.sqrt(self.inflate**2 * variance + np.square(self.floor * time_ns))
+
+
 class LatencyModel:
     """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
 
     def __init__(
-        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, floor: float,
-        inflate: float = 1.0,
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, spread: Spread,
+        left_out: Sequence[tuple[Build, Prediction]] = (),
     ) -> None:  # fmt: skip
         self.table = table
         self._index = {f: i for i, f in enumerate(features)}
         self._mean, self._covariance = mean, covariance
-        self.inflate, self.floor_ns = inflate, floor
+        self.spread = spread
+        self.left_out = tuple(left_out)
+        """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
         self.network: Network = table.network
 
     def predict(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> Prediction:
@@ -59,8 +77,8 @@ class LatencyModel:
         widths: slots kept, of the channel groups that are not whole.
         """
         row = self._row(variants, widths or {})
-        variance = float(row @ self._covariance @ row)
-        return Prediction(float(row @ self._mean), float(self.inflate * np.sqrt(variance + self.floor_ns**2)))
+        time_ns = float(row @ self._mean)
+        return Prediction(time_ns, float(self.spread.sigma(float(row @ self._covariance @ row), time_ns)))
 
     def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
         row = np.zeros(len(self._index))
@@ -172,31 +190,68 @@ def fit(
     equations = _Equations(table, builds, boundaries)
     folds = min(5 if len(equations.features) <= _MANY else 3, len(builds) // 2)
     part = np.arange(len(builds)) % folds
-    best: tuple[float, _Scales, float] | None = None
+    best: tuple[float, _Scales, Floats, Floats] | None = None
     tried = _SCALES if len(equations.features) <= _MANY else _FEW_SCALES
     for scales in tried if boundaries else _SCALES[:1]:
-        errors, scores = [], []
+        guess, variances = np.zeros(len(builds)), np.zeros(len(builds))
         for fold in range(folds):
             held = np.flatnonzero(part == fold)
             mean, factor = equations.solve(scales, np.flatnonzero(part != fold))
-            predicted = equations.totals[held] @ mean
-            variance = np.square(solve_triangular(factor, equations.totals[held].T, lower=True)).sum(axis=0)
-            # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
-            off = predicted - equations.measured[held]
-            errors.append(
-                (off / equations.measured[held]) ** 2 / (1.0 + variance / (0.05 * equations.typical) ** 2)
+            guess[held] = equations.totals[held] @ mean
+            variances[held] = np.square(solve_triangular(factor, equations.totals[held].T, lower=True)).sum(
+                axis=0
             )
-            scores.append(off**2 / (variance + equations.floor**2))
-        loss = float(np.mean(np.concatenate(errors)))
+        # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
+        error = np.square(guess / equations.measured - 1.0)
+        loss = float(np.mean(error / (1.0 + variances / (0.05 * equations.typical) ** 2)))
         if best is None or loss < best[0]:
-            best = loss, scales, float(np.sqrt(np.mean(np.concatenate(scores))))
+            best = loss, scales, guess, variances
     assert best is not None
-    _, scales, inflate = best
+    _, scales, guess, variances = best
+    spread = _calibrated(builds, guess, variances, equations.measured)
     mean, factor = equations.solve(scales, np.arange(len(builds)), bounded=True)
     covariance = cho_solve((factor, True), np.eye(len(mean)))
-    return LatencyModel(
-        table, equations.features, mean, covariance, floor=equations.floor, inflate=max(inflate, 1.0)
-    )
+    known = np.sqrt(variances) < _KNOWN * guess
+    each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
+    left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
+    return LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+
+
+_INFLATES = np.geomspace(0.5, 6.0, 16)
+_FLOORS = np.geomspace(0.002, 0.08, 20)
+_ENOUGH = 8
+"""Builds from which on sigma is calibrated on them."""
+_KNOWN = 0.1
+"""Relative standard error above which a build left out of the fit held terms that the others do not tell."""
+_UNCALIBRATED = Spread(1.0, 0.02)
+"""Where too few builds can be foretold by the others: 2 % is what sessions on shared machines differ by."""
+
+
+def _calibrated(builds: Sequence[Build], guess: Floats, variances: Floats, measured: Floats) -> Spread:
+    """The spread that fits the errors on left-out builds.
+
+    Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
+    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two. Builds
+    of the design look most like what a search picks: where there are enough, they alone count.
+    """
+    known = np.sqrt(variances) < _KNOWN * guess
+    design = known & np.array([b.role == "design" for b in builds])
+    chosen = design if design.sum() >= _ENOUGH else known
+    if chosen.sum() < _ENOUGH:
+        return _UNCALIBRATED
+    off, variance, time = (x[chosen] for x in (measured - guess, variances, guess))
+
+    def likelihood(spread: Spread) -> float:
+        square = np.square(spread.sigma(variance, time))
+        fit = float(np.sum(-0.5 * np.log(square) - 2.5 * np.log1p(off**2 / square / 4.0)))
+        away = np.square(np.log(spread.inflate)) + np.square(np.log(spread.floor / _UNCALIBRATED.floor))
+        return fit - float(away) / 2.0
+
+    best = max((Spread(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
+    z = np.abs(off) / best.sigma(variance, time)
+    # of few builds the quantiles are too small more often than too large
+    scale = float(np.max(np.quantile(z, (0.683, 0.954)) / (1.0, 2.0))) * (1.0 + 1.0 / len(z))
+    return Spread(best.inflate * scale, best.floor * scale)
 
 
 def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
@@ -285,7 +340,6 @@ class _Equations:
         self.totals = design[first]
         self.measured = np.array([rows[i][1].value for i in first])
         self.typical = float(np.mean(self.measured))
-        self.floor = 0.012 * self.typical
         self.units = len(table.network.units)
 
     def solve(
@@ -339,7 +393,7 @@ def isolated_sum(table: LatencyTable) -> LatencyModel:
     calls = {u.signature: u.calls for u in table.network.units}
     mean = np.array([0.0, *(float(np.median(t)) * calls.get(key[0], 1) for key, t in times.items())])
     covariance = np.diag([0.0, *((0.1 * m) ** 2 for m in mean[1:])])
-    return LatencyModel(table, features, mean, covariance, floor=0.0)
+    return LatencyModel(table, features, mean, covariance, spread=Spread())
 
 
 # ---------------------------------------------------------------- report
@@ -366,17 +420,22 @@ def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
     measured = np.array([table.time_ns(b) for b in builds])
     times = np.array([p.time_ns for p in predicted])
     sigma = np.array([p.sigma_ns for p in predicted])
+    return summarise(times, measured, sigma, noise_floor(table))
+
+
+def summarise(times: Floats, measured: Floats, sigma: Floats, noise: float | None) -> Validation:
+    """Predicted times with their standard errors against measured ones."""
     errors = np.abs(times / measured - 1.0)
     z = np.abs(times - measured) / np.maximum(sigma, 1.0)
-    tau = float(kendalltau(times, measured).statistic) if len(builds) > 2 else float("nan")
+    tau = float(kendalltau(times, measured).statistic) if len(times) > 2 else float("nan")
     return Validation(
-        builds=len(builds),
+        builds=len(times),
         median_error=float(np.median(errors)),
         p90_error=float(np.percentile(errors, 90)),
         kendall_tau=tau,
         inside_sigma=float(np.mean(z <= 1)),
         inside_two_sigma=float(np.mean(z <= 2)),
-        noise=noise_floor(table),
+        noise=noise,
     )
 
 

@@ -50,6 +50,10 @@ class Timing:
     def reference_median_ns(self) -> float:
         return float(np.median(self.reference_ns))
 
+    def tail(self, quantile: float) -> float:
+        """That quantile of the candidate's own samples, relative to their median."""
+        return float(np.quantile(self.samples_ns, quantile) / np.median(self.samples_ns))
+
     def __repr__(self) -> str:
         flag = ", UNSTABLE: close other programs or raise the time limit" if self.unstable else ""
         iqr = float(np.subtract(*np.percentile(self.samples_ns, [75, 25])))

@@ -12,16 +12,17 @@ from hwsearch.allocate.front import Point
 from hwsearch.allocate.search import front, search
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
-from hwsearch.budget import Budget, parse_budgets
+from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment import Session, at_widths, deploy, parse_variants, verify_with_build
-from hwsearch.design import AXES, check_axes
+from hwsearch.design import AXES, RESIDUAL, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.plot import plot_front
-from hwsearch.profiler import Regime, profile, regime, wrong_variants
+from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.refitting import weight_bank
+from hwsearch.regime import Regime, regime, wrong_variants
 from hwsearch.report import Report
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
 from hwsearch.table import LatencyTable
@@ -44,11 +45,13 @@ def run(
     time_limit_s: float = 600.0,
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
+    load: int = 0,
     progress: Progress | None = None,
 ) -> Report:
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    axes: what may be chosen, `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
+    axes: what may be chosen, `width`, `precision` or both, and `residual` beside `width`. keep: patterns of names of units
+    whose channels all stay. load: busy workers beside the network, while profiling and verifying.
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
     `weights`; another run there, with another budget, uses the table and the sensitivities again.
     Raises Infeasible (with the least that can be met) and BudgetMissed (after five rounds; the nearest is left in `out`).
@@ -58,9 +61,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     progress = progress or Progress.silent()
     runtime = backends.get(backend) if isinstance(backend, str) else backend
-    at = regime(task, runtime, threads=threads, base=base, batch=batch)
+    axes = check_axes(axes)
+    at = regime(task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load)
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
-    check_axes(axes)
     table = profile(
         at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
     )
@@ -229,33 +232,36 @@ def _tighter(
     again: what the model, fitted with the measurement, says of that answer now. Where it has learnt the whole difference
     the latency limit stays; else it falls by the rest. Every round asks for a little less.
     """
-    costs = {
-        "latency": (report.latency_ms["measured"], report.latency_ms["budget"], again.time_ns),
-        "size": (
-            report.size_bytes["deployed"],
-            report.size_bytes["budget"],
-            allocation.predicted["size_bytes"],
-        ),
-        "macs": (report.macs["deployed"], report.macs["budget"], allocation.predicted["macs"]),
+    costs = _against_budgets(report)
+    now = {
+        "latency": again.time_ns,
+        "size": allocation.predicted["size_bytes"],
+        "macs": allocation.predicted["macs"],
     }
     tighter = dict(old)
     for column, limit in wanted.items():
-        measured, bound, predicted = (float(x or 0.0) for x in costs[column])
-        if bound and measured > bound:
-            scale = 1e6 if column == "latency" else 1.0
-            short = min(1.0, predicted / (measured * scale))
+        measured, bound = costs[column]
+        if measured > bound:
+            tail = allocation.predicted.get(f"{column}_ns", 0.0) / allocation.predicted["latency_ns"]
+            predicted = now[column] if column in now else again.time_ns * tail
+            short = min(1.0, predicted / measured)
             tighter[column] = min(old.get(column, limit), int(limit * short * (1.0 - 0.004 * step)))
     return tighter
 
 
 def _excess(report: Report) -> float:
     """How far over its budgets an allocation measured, relatively (0 and below: met); the worst of them."""
-    pairs = [
-        (report.latency_ms["measured"], report.latency_ms["budget"]),
-        (report.size_bytes["deployed"], report.size_bytes["budget"]),
-        (report.macs.get("deployed"), report.macs.get("budget")),
-    ]
-    return max((float(m) / b - 1.0 for m, b in pairs if m is not None and b), default=0.0)
+    return max((measured / bound - 1.0 for measured, bound in _against_budgets(report).values()), default=0.0)
+
+
+def _against_budgets(report: Report) -> dict[str, tuple[float, float]]:
+    """(measured, bound) of every cost that has a budget, in ns, bytes and MACs."""
+    times = {"latency": ("measured", "budget")}
+    times |= {t: (t.removeprefix("latency_"), f"budget_{t.removeprefix('latency_')}") for t in TAILS}
+    pairs = {c: (report.latency_ms.get(m), report.latency_ms.get(b), 1e6) for c, (m, b) in times.items()}
+    pairs["size"] = report.size_bytes["deployed"], report.size_bytes["budget"], 1.0
+    pairs["macs"] = report.macs.get("deployed"), report.macs.get("budget"), 1.0
+    return {c: (m * scale, b * scale) for c, (m, b, scale) in pairs.items() if m is not None and b}
 
 
 def _keep(folder: Path, number: int, report: Report, allocation: Allocation) -> None:

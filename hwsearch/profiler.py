@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hwsearch import device as devices
-from hwsearch.attribution import attribute, executed_precisions, told_apart
-from hwsearch.backends.base import Backend, BuildOptions, Engine
-from hwsearch.compress.widths import Kept, Weights
+from hwsearch.backends.base import Engine
+from hwsearch.background import background
 from hwsearch.design import (
     AXES,
     Candidate,
@@ -26,30 +23,25 @@ from hwsearch.design import (
     check_axes,
     cover,
     default_builds,
+    halving,
     random_candidate,
     whole,
     worth,
 )
-from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.lower import Lowering, isolate, tensor_names
-from hwsearch.measure import Protocol, Timing, paired
-from hwsearch.network import Network
-from hwsearch.outputs import WRONG, Expected, reason
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.marking import isolate
+from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
+from hwsearch.regime import Regime, record, wrong_variants
 from hwsearch.staircase import group_times
 from hwsearch.table import Build, Header, LatencyTable, usable
 from hwsearch.variants import Variant, legal, network_bytes, uniform
-
-if TYPE_CHECKING:
-    from hwsearch.task import Task
 
 MODES = ("context", "isolated")
 SHORT = Protocol(width=0.02, limit_s=0.5, min_rounds=3)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
 
 MOST_BUILDS = 400
-COUNTED_NS = 1e8
-"""How long the pass with the runtime's counters on should last: they count in whole microseconds."""
 PROBE_SHARE = 0.4
 """Of the time limit, what finding the widths worth knowing may take."""
 
@@ -58,70 +50,6 @@ METADATA_BYTES = 1024
 
 HELDOUT_SHARE = 5
 """Every fifth build of the design is kept from the fit, to report its error on."""
-
-
-@dataclass(frozen=True)
-class Regime:
-    """One network made ready for one backend under one set of options."""
-
-    lowering: Lowering
-    backend: Backend
-    options: BuildOptions
-
-    @property
-    def network(self) -> Network:
-        return self.lowering.network
-
-    @cached_property
-    def expected(self) -> Expected:
-        """What engines of this network should return."""
-        return Expected(self.lowering, self.backend.quantize_outputs)
-
-    @property
-    def clock(self) -> Callable[[], int]:
-        """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
-        own: Callable[[], int] = getattr(self.backend, "clock", time.perf_counter_ns)
-        return own
-
-    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Regime:
-        """The same with only the kept slots of the channel groups; see `Lowering.narrow`."""
-        if all(len(k) == self.network.channels[g] for g, k in kept.items()) and not weights:
-            return self
-        return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
-
-    def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
-        return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
-
-    def build(
-        self,
-        variants: Mapping[str, Variant],
-        base: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> tuple[Engine, Any]:
-        """(engine on the example inputs, ONNX model)."""
-        model = self.onnx(variants, metadata)
-        engine = self.backend.build(
-            model.SerializeToString(), replace(self.options, base=base or self.options.base)
-        )
-        engine.prepare(*self.lowering.arrays())
-        return engine, model
-
-
-def regime(
-    task: Task, backend: Backend, *, threads: int = 1, base: str | None = None, batch: int | None = None
-) -> Regime:
-    """base None: the one that the backend prefers on this device. Raises InvalidInput on one it lacks."""
-    bases = backend.bases()
-    if base is not None and base not in bases:
-        raise InvalidInput(
-            f"{backend.name} does not offer base precision {base!r} here; it offers {', '.join(bases)}"
-        )
-    if threads < 1:
-        raise InvalidInput(f"threads must be at least 1, got {threads}")
-    return Regime(Lowering(task, batch), backend, BuildOptions(threads, base or bases[0]))
-
-
-# ---------------------------------------------------------------- the profile
 
 
 def profile(
@@ -150,7 +78,7 @@ def profile(
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)
     fingerprint = devices.fingerprint().to_json()
-    with devices.lock(fingerprint["id"]):
+    with devices.lock(fingerprint["id"]), background(at.load):
         run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
         if mode == "isolated":
             return run.isolated(time_limit_s)
@@ -167,7 +95,7 @@ class _Run:
         self.at, self.progress, self.seed = at, progress, seed
         self.protocol, self.short = protocol or Protocol(), protocol or SHORT
         self.out = Path(out) if out is not None else None
-        options = {**at.options.to_json(), "batch": at.lowering.batch}
+        options = at.described
         header = Header(
             network=at.network,
             device=device,
@@ -175,23 +103,20 @@ class _Run:
             versions=dict(at.backend.versions()),
             options=options,
             mode=mode,
-            command=command
-            if command is not None
-            # absolute paths say where somebody's files are: their names will do
-            else " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv),
-            created=_now(),
+            command=command if command is not None else " ".join(_without_folder(word) for word in sys.argv),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            task=_without_folder(at.lowering.task.spec),
         )
         self.table = LatencyTable(header)
         if self.out is not None and self.out.exists():
             old = LatencyTable.load(self.out)
-            old.require(device=device, network=at.network, backend=at.backend.name, options=options)
+            old.require(
+                device=device, network=at.network, backend=at.backend.name, options=options,
+                versions=header.versions,
+            )  # fmt: skip
             if old.header.mode != mode:
                 raise IncompatibleTables(
                     f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
-                )
-            if dict(old.header.versions) != header.versions:
-                raise IncompatibleTables(
-                    f"{out} was measured with {old.header.versions}, this is {header.versions}; give another file"
                 )
             self.table = old
         self.names = [u.name for u in at.network.units]
@@ -285,26 +210,38 @@ class _Run:
         return Candidate(variants, candidate.widths)
 
     def _find_grid(self) -> None:
-        """Probe widths of every group, and keep those that are faster than every wider one kept."""
-        if self.table.header.grid:
-            return
+        """Probe widths of every group, and keep those that are faster than every wider one kept.
+
+        Every group is probed at its narrowest width first, then half-way, and so on: where the time runs out, all have a
+        few steps. A longer profile goes on with the widths that are missing.
+        """
         network, base = self.at.network, self.at.options.base
         tried = {g: candidate_widths(n) for g, n in network.channels.items()}
+        base_names = tuple(str(v) for v in uniform(network, base).values())
         uniforms = [uniform(network, base), self._lowest()]
         uniforms = uniforms if uniforms[0] != uniforms[1] else uniforms[:1]
         self.progress.expect(
             len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20
         )
-        for groups in apart(network):
-            for level in range(1, max(len(tried[g]) for g in groups)):
-                widths = {g: tried[g][min(level, len(tried[g]) - 1)] for g in groups}
-                for number, variants in enumerate(uniforms):
+        classes = apart(network)
+        # what was refused since an earlier profile changes the second uniform allocation, but not what its probes showed
+        done = {(b.widths, b.variants == base_names) for b in self.table.builds if b.role == "probe"}
+        missing = False
+        orders = {g: halving(len(steps) - 1) for g, steps in tried.items()}
+        for turn in range(max(map(len, orders.values()), default=0)):
+            for groups in classes:
+                widths = {g: tried[g][orders[g][turn]] for g in groups if turn < len(orders[g])}
+                probe = {**network.channels, **widths}
+                for number, variants in enumerate(uniforms if widths else ()):
+                    if (tuple(probe.values()), number == 0) in done:
+                        continue
                     if self._late(PROBE_SHARE):
                         break
+                    missing = True
                     self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
-                    self.measure(
-                        "probe", Candidate(variants, {**network.channels, **widths}), protocol=self.short
-                    )
+                    self.measure("probe", Candidate(variants, probe), protocol=self.short)
+        if self.table.header.grid and not missing:
+            return
         times = group_times(self.table)
         grid = {g: worth(times[g]) if g in times else [n] for g, n in network.channels.items()}
         self._store(self.table.with_header(grid=grid))
@@ -485,55 +422,6 @@ class _Run:
         return engine, model
 
 
-def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
-    """Units whose variants make an allocation's engine return wrong outputs, with the reason not to offer them.
-
-    Raises BackendUnavailable where the outputs are wrong with no variant but the base itself.
-    """
-    plain = Variant(base)
-    guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
-    if not guilty:
-        raise BackendUnavailable(
-            f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
-            "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
-        )
-    return {name: reason(error) for name, error in guilty.items()}
-
-
-def record(
-    at: Regime, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
-    build_s: float,
-) -> Build:  # fmt: skip
-    """A measured engine as a row of the table."""
-    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
-    rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
-    executed = executed_precisions(rows, at.network)
-    error = at.expected.error(engine, allocation) if role != "isolated" else 0.0
-    if role != "isolated":
-        executed = told_apart(executed, rows, allocation, at.network)
-    if role == "isolated":
-        executed = tuple(
-            e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
-        )
-    return Build(
-        role=role,
-        base=base,
-        variants=tuple(str(allocation[u.name]) if u.name in allocation else "" for u in at.network.units),
-        ratio=timing.ratio,
-        low=timing.low,
-        high=timing.high,
-        unstable=timing.unstable,
-        samples_ns=timing.samples_ns,
-        reference_ns=timing.reference_ns,
-        executed=executed,
-        nodes=rows,
-        build_s=build_s,
-        file_bytes=int(model.ByteSize()),
-        measured_at=_now(),
-        output_error=error,
-        wrong=error > WRONG,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _without_folder(word: str) -> str:
+    """Absolute paths say where somebody's files are: their names will do."""
+    return Path(word).name if Path(word).is_absolute() else word

@@ -38,7 +38,7 @@ def weight_bank(
     """
     import numpy as np
 
-    batches = lowering.calibration
+    batches = lowering.fitting
     grams = None
     if order is None:
         grams = Grams(batches, [u.name for u in lowering.network.units])
@@ -63,7 +63,7 @@ def narrowed(
     batches, samples = [], 0
     largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
     most = min(SAMPLES, MEMORY / (8 * largest))
-    for batch in lowering.calibration:
+    for batch in lowering.fitting:
         if samples < most:
             batches.append(batch)
             samples += next(

@@ -16,11 +16,14 @@ class Report:
 
     met: every budget holds as measured. rounds: rounds of the closed loop. latency_ms: dense, budget (None
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
-    medians, as fast as the machine just was. score: of the module and of the engine. loss: divergence from the dense
-    outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets the same budgets, or
-    None. uniforms: all of them. widths: slots kept of each channel group, and how many there were. not_as_asked: units that
+    medians, as fast as the machine just was; `p90`, `p95` and `p99` are quantiles of single inferences of the deployed
+    engine, `budget_p99` and so on their budgets where there are any. score: of the module and of the engine. loss:
+    divergence from the dense outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets
+    the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how many there were.
+    not_as_asked: units that
     the engine executed in another precision. output_error: relative error of the engine's outputs from the same
     allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding: then nothing is met.
+    table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
     """
 
     task: str
@@ -43,6 +46,7 @@ class Report:
     unstable: bool = False
     output_error: float = 0.0
     wrong_outputs: bool = False
+    table_check: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -67,6 +71,11 @@ class Report:
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
             f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",
         ]
+        lines += [
+            f"tail     {tail} {latency[tail]:.4g} ms measured, budget {latency[f'budget_{tail}']:.4g} ms"
+            for tail in ("p90", "p95", "p99")
+            if latency.get(f"budget_{tail}") is not None
+        ]
         if narrow := {g: (w, n) for g, (w, n) in self.widths.items() if w < n}:
             share = (self.macs["deployed"] or 0) / (self.macs["dense"] or 1)
             lines.append(
@@ -83,6 +92,16 @@ class Report:
         if self.wrong_outputs:
             lines.append(
                 f"warning  the runtime computes wrong outputs (relative error {self.output_error:.3g}); do not use it"
+            )
+        if self.table_check is not None:
+            state = (
+                "the table still holds"
+                if self.table_check["holds"]
+                else "the table no longer holds: profile again"
+            )
+            lines.append(
+                f"warning  prediction and measurement part; {len(self.table_check['builds'])} builds of the table measured "
+                f"again changed by {self.table_check['median']:+.1%} (median): {state}"
             )
         if self.unstable:
             lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")

@@ -6,6 +6,7 @@ group but one whole and the weights that read it refitted.
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
   2  rows of (group, width) beside them, and the order in which slots go.
+  3  losses on calibration batches that no weight was refitted on; which losses of widths are estimated.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
 
-SCHEMA = 2
+SCHEMA = 3
 KIND = "sensitivity_table"
 VALIDATION_ALLOCATIONS = 12
+MOST_WIDTHS = 150
+"""Of more (group, width) the costliest by their Fisher estimate are not measured."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class SensitivityTable:
     """loss: unit -> variant -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
 
     width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
-    slots, the most important first; a width keeps as many from the front.
+    slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
+    measured, but follows the Fisher estimate from the group's narrowest measured width on.
     quantize_outputs: whether int8 was simulated with quantized outputs, as the backend deploys it.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
@@ -58,6 +62,7 @@ class SensitivityTable:
     validation: tuple[tuple[float, float], ...] = field(default=(), repr=False)
     width_loss: dict[str, dict[int, float]] = field(default_factory=dict)
     order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    estimated: frozenset[tuple[str, int]] = frozenset()
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -124,6 +129,7 @@ class SensitivityTable:
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
             "order": {g: list(slots) for g, slots in self.order.items()},
+            "estimated": sorted(map(list, self.estimated)),
         }
         rows = self._rows()
         schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
@@ -152,6 +158,7 @@ class SensitivityTable:
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
                 width_loss=widths,
                 order={g: tuple(int(i) for i in slots) for g, slots in header["order"].items()},
+                estimated=frozenset((str(g), int(w)) for g, w in header["estimated"]),
             )
             channels = loaded.network.channels
             if any(sorted(slots) != list(range(channels[g])) for g, slots in loaded.order.items()):
@@ -215,10 +222,13 @@ def measure_sensitivity(
 ) -> SensitivityTable:
     """Score every (unit, variant), and every (channel group, width) of `grid`, in torch, on at most `samples` samples.
 
+    The samples are of the calibration batches that no weight was refitted on. Of more than 150 widths those with the
+    greatest loss by a Fisher estimate (one backward pass for all) are estimated from it, not measured.
     bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
     kept beside `out`, so that a killed run resumes at the next one.
     """
     from hwsearch.compress.apply import Simulator
+    from hwsearch.compress.importance import removal_losses
     from hwsearch.progress import Progress as Shown
 
     progress = progress or Shown.silent()
@@ -226,9 +236,15 @@ def measure_sensitivity(
     variants = [Variant(p) for p in precisions if p != "fp32"]
     jobs = [(unit.name, variant) for unit in network.units for variant in variants]
     narrower = {g: [w for w in steps if w < network.channels[g]] for g, steps in (grid or {}).items()}
-    cuts = [(g, w) for g, steps in narrower.items() for w in steps] if bank is not None else []
+    every = [(g, w) for g, steps in narrower.items() for w in steps] if bank is not None else []
+    estimates: dict[tuple[str, int], float] = {}
+    if bank is not None and len(every) > MOST_WIDTHS:
+        progress.start(None, "estimating which widths matter")
+        estimates = removal_losses(lowering.fitting, bank.order, every, seed)
+        progress.stop()
+    cuts = _worth_measuring(every, estimates)
     whole = _random_allocations(network, variants, narrower if bank is not None else {}, seed)
-    batches = _limited(lowering.calibration, samples)
+    batches = _limited(lowering.scoring, samples)
     settings = [
         kind,
         quantize_outputs,
@@ -239,7 +255,7 @@ def measure_sensitivity(
     ]
     keep = _Partial(out, network, *settings)
     if bank is not None and len(keep.sums) < len(batches):
-        bank.build(narrower, progress=progress)
+        bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
     progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
@@ -275,6 +291,12 @@ def measure_sensitivity(
     width_loss: dict[str, dict[int, float]] = {g: {network.channels[g]: 0.0} for g, _ in cuts}
     for (group, width), value in zip(cuts, losses[len(jobs) :], strict=True):
         width_loss[group][width] = value
+    estimated = [c for c in every if c not in set(cuts)]
+    for group, width in sorted(estimated, key=lambda c: -c[1]):
+        own = width_loss[group]
+        last = min(own)  # the narrowest so far, measured or estimated
+        share = estimates[group, width] / max(estimates.get((group, last), 0.0), 1e-30)
+        own[width] = own[last] * max(share, 1.0)
     table = SensitivityTable(
         network=network,
         loss=loss,
@@ -284,6 +306,7 @@ def measure_sensitivity(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
         order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
+        estimated=frozenset(estimated),
     )
     simulated = keep.total("whole") / count
     predicted = np.array([table.total(a, w) for a, w in whole])
@@ -299,6 +322,23 @@ def measure_sensitivity(
         table.save(out)
     keep.remove()
     return table
+
+
+def _worth_measuring(
+    cuts: Sequence[tuple[str, int]], estimates: Mapping[tuple[str, int], float]
+) -> list[tuple[str, int]]:
+    """The widths with the least estimated loss, at most 150; of every group the two widest in any case."""
+    if not estimates:
+        return list(cuts)
+    widest = {g: sorted((w for own, w in cuts if own == g), reverse=True)[:2] for g, _ in cuts}
+    kept = {(g, w) for g, widths in widest.items() for w in widths}
+    for cut in sorted(cuts, key=lambda c: estimates[c]):
+        if len(kept) >= MOST_WIDTHS:
+            break
+        kept.add(cut)
+    # what lies between two measured widths is measured as well: estimates go on from the narrowest
+    least = {g: min(w for own, w in kept if own == g) for g in widest}
+    return [(g, w) for g, w in cuts if w >= least[g]]
 
 
 def _random_allocations(

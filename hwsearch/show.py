@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hwsearch.allocate.front import Front
     from hwsearch.allocation import Allocation
+    from hwsearch.checking import Check
+    from hwsearch.diagnosis import Diagnosis
     from hwsearch.report import Report
     from hwsearch.scoring import SensitivityTable
     from hwsearch.table import LatencyTable
@@ -85,11 +87,33 @@ def table(found: LatencyTable, machine: bool) -> None:
         print(overview.summary(found))
 
 
+def diagnosis(found: Diagnosis, machine: bool) -> None:
+    """Errors, how well sigma foretells them, and what they go with."""
+    if machine:
+        as_json(found.to_json())
+    else:
+        print(found)
+
+
+def check(found: Check, machine: bool) -> None:
+    """Each build then and now, and the verdict."""
+    if machine:
+        as_json(found.to_json())
+        return
+    rows = [
+        (b.role, f"{b.then:.4f}", f"{b.now:.4f}", f"{b.change:+.1%}", f"± {b.error:.1%}")
+        for b in found.builds
+    ]
+    columns(("build", "then, of the reference", "now", "change", "standard error"), rows)
+    print(found)
+
+
 def sensitivity(scores: SensitivityTable, machine: bool) -> None:
     """The units that lose most, and how far the sum of losses can be trusted."""
     if machine:
         fields = ("divergence", "samples", "rank_correlation", "loss", "width_loss")
-        as_json({"network": scores.network.name, **{field: getattr(scores, field) for field in fields}})
+        found = {field: getattr(scores, field) for field in fields}
+        as_json({"network": scores.network.name, **found, "estimated": sorted(map(list, scores.estimated))})
         return
     worst = sorted(scores.loss.items(), key=lambda item: -max(item[1].values()))
     variants = list(dict.fromkeys(variant for row in scores.loss.values() for variant in row))
@@ -99,9 +123,15 @@ def sensitivity(scores: SensitivityTable, machine: bool) -> None:
         groups = []
         for group, row in scores.width_loss.items():
             whole = scores.network.channels[group]
-            lost = ", ".join(f"{w}: {x:.1e}" for w, x in sorted(row.items(), reverse=True) if w < whole)
+            lost = ", ".join(
+                f"{w}: {x:.1e}{'~' if (group, w) in scores.estimated else ''}"
+                for w, x in sorted(row.items(), reverse=True)
+                if w < whole
+            )
             groups.append((group, str(whole), lost))
         columns(("channel group", "channels", "loss at each width"), groups)
+        if scores.estimated:
+            print(f"~: {len(scores.estimated)} estimated by the Fisher matrix, not measured")
     tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"
     print(
         f"{len(worst)} units, {scores.divergence} divergence on {scores.samples} samples; rank correlation of "

@@ -99,7 +99,8 @@ class Header:
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
     grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
-    ended: whether a profile came to its end, be it by its time limit.
+    ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
+    of a file that was given by its absolute path the name alone.
     """
 
     network: Network
@@ -116,6 +117,7 @@ class Header:
     unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
     grid: dict[str, list[int]] = field(default_factory=dict)
     ended: bool = False
+    task: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
@@ -168,6 +170,15 @@ class LatencyTable:
     def dense_ns(self) -> float:
         """Time of the dense fp32 network, in ns."""
         return self.time_ns(self.find("dense"))
+
+    def tail(self, quantile: float) -> float:
+        """That quantile of the times of single inferences, relative to their median.
+
+        Pooled over the raw samples of every build of whole networks, each relative to its own median: how far single
+        inferences stray is the machine's doing, and no build alone has samples enough for a 99th percentile.
+        """
+        samples = [b.samples_ns / np.median(b.samples_ns) for b in self.builds if b.role != "isolated"]
+        return float(np.quantile(np.concatenate(samples), quantile)) if samples else 1.0
 
     def offered(self) -> dict[str, tuple[str, ...]]:
         """Variants of each unit that were measured and ran as asked."""
@@ -263,7 +274,7 @@ class LatencyTable:
 
     def require(
         self, *, device: Mapping[str, Any] | None = None, network: Network | None = None, backend: str | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """Raises IncompatibleTables, naming what differs, unless the table is of this device, network and regime."""
         h = self.header
@@ -276,6 +287,11 @@ class LatencyTable:
                     f"{device.get('chip')} ({device.get('id')})",
                 )
             )
+        if backend is not None:
+            pairs.append(("backend", h.backend, backend))
+        if options is not None:
+            keys = dict.fromkeys([*options, *h.options])
+            pairs += [(key, h.options.get(key), options.get(key)) for key in keys]
         if network is not None:
             pairs.append(
                 (
@@ -286,10 +302,8 @@ class LatencyTable:
             )
             if h.network.fingerprint == network.fingerprint:
                 pairs.pop()
-        if backend is not None:
-            pairs.append(("backend", h.backend, backend))
-        for key, value in (options or {}).items():
-            pairs.append((key, h.options.get(key), value))
+        if versions is not None:
+            pairs.append(("runtime", dict(h.versions), dict(versions)))
         for what, own, other in pairs:
             if own != other:
                 raise IncompatibleTables(

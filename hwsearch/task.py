@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -41,6 +41,9 @@ class Task:
     divergence: str = "auto"
     """How outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl if there are classes)."""
 
+    spec: str = ""
+    """What `load` was given; empty for a task that was made otherwise."""
+
 
 def load(spec: str) -> Task:
     """A task from `file.py:function`, `package.module:function` or `zoo:NAME`.
@@ -55,7 +58,7 @@ def load(spec: str) -> Task:
     if source == "zoo":
         from hwsearch import zoo
 
-        return zoo.load(name)
+        return replace(zoo.load(name), spec=spec)
     function = getattr(_module(source, spec), name, None)
     if not callable(function):
         raise InvalidInput(
@@ -70,7 +73,7 @@ def load(spec: str) -> Task:
     if not isinstance(task, Task):
         raise InvalidInput(f"{spec} returned {type(task).__name__}; expected a hwsearch.Task")
     _check(task, spec)
-    return task
+    return replace(task, spec=spec)
 
 
 def _module(source: str, spec: str) -> Any:

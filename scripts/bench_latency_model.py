@@ -22,8 +22,9 @@ from hwsearch import backends, device
 from hwsearch.design import random_allocation
 from hwsearch.latency import fit
 from hwsearch.measure import paired
-from hwsearch.profiler import Regime, profile, regime
+from hwsearch.profiler import profile
 from hwsearch.progress import Progress
+from hwsearch.regime import Regime, regime
 from hwsearch.table import LatencyTable, usable
 from hwsearch.variants import Variant, uniform
 

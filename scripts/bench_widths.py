@@ -30,9 +30,10 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment import Job, Session, uniform_candidates
 from hwsearch.errors import HwsearchError
 from hwsearch.pipeline import closed_loop, sensitivity_for
-from hwsearch.profiler import Regime, profile, regime
+from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.refitting import narrowed, weight_bank
+from hwsearch.regime import Regime, regime
 from hwsearch.scoring import divergence
 from hwsearch.variants import Variant
 
@@ -139,7 +140,7 @@ def weights(at: Regime, bank: WeightBank, grid: Mapping[str, list[int]]) -> None
 def refitting(at: Regime, bank: WeightBank) -> None:
     """Divergence at 75 % width of one group at a time, without and with refitting."""
     low = at.lowering
-    traced, args, kwargs = low.calibration[0]
+    traced, args, kwargs = low.scoring[0]
     simulate = Simulator(traced, args, kwargs, {}, {})
     gains = []
     for group, channels in at.network.channels.items():

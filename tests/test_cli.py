@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from simulation import grouped, probed, simulated_table
+from simulation import chain, grouped, probed, simulated_table
 from typer.testing import CliRunner, Result
 
 import hwsearch as hs
@@ -265,14 +265,14 @@ def test_profile_passes_on_everything(api: Install) -> None:
     words = (
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
-    words += " --mode isolated --axes precision --seed 3"
+    words += " --mode isolated --axes precision --load 2 --seed 3"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
     assert isinstance(seen.pop("progress"), Progress)
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
-        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "seed": 3,
+        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "load": 2, "seed": 3,
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -284,7 +284,7 @@ def test_profile_defaults(api: Install) -> None:
     del seen["progress"]
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
-        "mode": "context", "axes": ["width", "precision"], "seed": 0,
+        "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0,
     }  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def test_table_staircase_without_widths(tmp_path: Path) -> None:
 def test_sensitivity(api: Install) -> None:
     scores = SimpleNamespace(
         network=SimpleNamespace(name="net", channels={"stem": 32}), divergence="softmax", samples=512,
-        rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25}},
+        rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25, 8: 0.5}}, estimated={("stem", 8)},
         loss={"calm": {"dense.fp32": 0.0, "dense.int8": 1e-4}, "touchy": {"dense.fp32": 0.0, "dense.int8": 0.5}},
     )  # fmt: skip
     seen: dict[str, Any] = {}
@@ -331,7 +331,8 @@ def test_sensitivity(api: Install) -> None:
     assert result.exit_code == 0
     assert result.stdout.index("touchy") < result.stdout.index("calm")
     assert "5.00e-01" in result.stdout
-    assert "16: 2.5e-01" in result.stdout
+    assert "16: 2.5e-01, 8: 5.0e-01~" in result.stdout
+    assert "~: 1 estimated" in result.stdout
     assert "0.88" in result.stdout
     del seen["progress"]
     assert seen == {
@@ -492,7 +493,7 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
     assert seen == {
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0, "axes": ["width", "precision"],
-        "keep": (),
+        "keep": (), "load": 0,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
@@ -545,3 +546,50 @@ def test_every_step_on_a_real_runtime(tmp_path: Path, monkeypatch: pytest.Monkey
     assert verified["widths"] == {
         g: [w, n] for (g, w), n in zip(found["widths"].items(), (24, 20, 16), strict=True)
     }
+
+
+def checked(holds: bool) -> Any:
+    found = [SimpleNamespace(role="design", then=0.5, now=0.55, change=0.1, error=0.02)]
+
+    class Found:
+        builds = found
+
+        def __str__(self) -> str:
+            return "1 build measured again"
+
+        def to_json(self) -> dict[str, Any]:
+            return {"holds": holds}
+
+    Found.holds = holds  # type: ignore[attr-defined]
+    return Found()
+
+
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
+def test_table_check(api: Install, holds: bool, code: int) -> None:
+    seen: dict[str, Any] = {}
+    api(
+        LatencyTable=Table,
+        check=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),
+    )
+    result = invoke("table", "check", "t.parquet", "--task", "zoo:x", "--builds", "3")
+    assert result.exit_code == code
+    assert "+10.0%" in result.stdout
+    assert result.stdout.endswith("1 build measured again\n")
+    del seen["progress"]
+    assert seen == {"table": "table t.parquet", "task": "task zoo:x", "builds": 3}
+    result = invoke("table", "check", "t.parquet", "--json")
+    assert (json.loads(result.stdout), result.exit_code) == ({"holds": holds}, code)
+    assert seen["task"] is None
+
+
+def test_table_diagnose(tmp_path: Path) -> None:
+    network = chain(16)
+    table = simulated_table(network, LatencyLaw.random(network, 1), heldout=5, noise=0.02, node_noise=0.05)
+    table.save(tmp_path / "t.parquet")
+    result = invoke("table", "diagnose", str(tmp_path / "t.parquet"), "--plot", str(tmp_path / "d.png"))
+    assert result.exit_code == 0
+    assert "inside one sigma" in result.stdout
+    assert (tmp_path / "d.png").exists()
+    assert {"quality", "correlations", "points"} <= set(
+        json.loads(invoke("table", "diagnose", str(tmp_path / "t.parquet"), "--json").stdout)
+    )

@@ -20,6 +20,7 @@ from hwsearch.design import (
     check_axes,
     cover,
     default_builds,
+    halving,
     random_allocation,
     random_candidate,
     whole,
@@ -46,6 +47,21 @@ def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) ->
         }
         seen = {(c.variants[edge.src].quantized, c.variants[edge.dst].quantized) for c in done}
         assert seen == wanted
+
+
+@pytest.mark.parametrize("last", range(12))
+def test_halving_visits_every_step_once_the_last_first_and_the_middle_next(last: int) -> None:
+    found = halving(last)
+    assert sorted(found) == list(range(1, last + 1))
+    assert found[:1] == ([last] if last else [])
+    if last > 2:
+        assert abs(found[1] - last / 2) <= 0.5
+
+
+def test_the_residual_width_is_a_width() -> None:
+    assert check_axes(["width", "residual"]) == ("width", "residual")
+    with pytest.raises(InvalidInput, match="width,residual"):
+        check_axes(["precision", "residual"])
 
 
 @pytest.mark.parametrize("seed", range(4))

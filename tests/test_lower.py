@@ -15,7 +15,8 @@ from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import InvalidInput, UntraceableModel
-from hwsearch.lower import Lowering, check_calibration, isolate, unit_of, with_batch
+from hwsearch.lower import Lowering, check_calibration, with_batch
+from hwsearch.marking import isolate, unit_of
 from hwsearch.task import Task
 from hwsearch.trace import as_call
 from hwsearch.variants import Variant, uniform
@@ -146,6 +147,23 @@ def test_batch_of_the_deployed_network() -> None:
     assert with_batch({"x": x}, 2)["x"].shape == (2, 4)  # type: ignore[call-overload, index]
     with pytest.raises(InvalidInput, match="at least 1"):
         with_batch(x, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fitted", "scored"),
+    [([64, 32], [8] * 9, [8] * 3), ([100], [10] * 8, [10] * 2), ([3], [1, 1], [1]), ([1], [1], [1])],
+)
+def test_a_quarter_of_the_calibration_data_is_kept_apart(
+    sizes: list[int], fitted: list[int], scored: list[int]
+) -> None:
+    batches = [torch.randn(n, 4) for n in sizes]
+    low = Lowering(Task(nn.Linear(4, 2), torch.randn(1, 4), batches, lambda p: 0.0))
+    assert [len(args[0]) for _, args, _ in low.fitting] == fitted
+    assert [len(args[0]) for _, args, _ in low.scoring] == scored
+    if len(low.calibration) > 1:
+        assert torch.equal(
+            torch.cat([args[0] for _, args, _ in (*low.fitting, *low.scoring)]), torch.cat(batches)
+        )
 
 
 @pytest.mark.parametrize(

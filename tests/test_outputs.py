@@ -13,7 +13,7 @@ from torch import nn
 from hwsearch.errors import BackendUnavailable
 from hwsearch.lower import Lowering
 from hwsearch.outputs import WRONG, Expected
-from hwsearch.profiler import Regime, wrong_variants
+from hwsearch.regime import Regime, wrong_variants
 from hwsearch.task import Task
 from hwsearch.variants import Variant, uniform
 

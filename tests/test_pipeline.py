@@ -13,6 +13,7 @@ import torch
 
 import hwsearch as hs
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.lower import Lowering
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -224,3 +225,52 @@ def test_a_table_of_another_network_is_refused(done: tuple[Path, hs.Task, Any]) 
     other = tiny.task("transformer")
     with pytest.raises(IncompatibleTables, match="network"):
         hs.profile(other, out=folder / "table.parquet", backend=backend())
+
+
+@pytest.mark.usefixtures("own_locks")
+def test_the_residual_width_on_request(tmp_path: Path) -> None:
+    """It is narrowed where asked, and every later step knows that it was from the allocation alone."""
+    runtime = SimulatedBackend(LatencyLaw.random(trace_residual().network), noise=0.003)
+    tiny_task = task("transformer")
+    report = hs.run(
+        tiny_task, ["macs=40%"], tmp_path, backend=runtime, axes=["width", "precision", "residual"]
+    )
+    assert report.met
+    assert report.options["residual"] is True
+    narrowed = {g for g, (kept, whole) in report.widths.items() if kept < whole}
+    assert set(trace_residual().network.channels) - set(tiny.lowering("transformer").network.channels)
+    allocation = hs.Allocation.load(tmp_path / "alloc.json")
+    again = hs.deploy(
+        tiny_task, allocation, tmp_path / "again.onnx", backend=runtime, weights=tmp_path / "weights"
+    )
+    assert again.size_bytes == report.size_bytes["deployed"]
+    assert narrowed
+    with pytest.raises(IncompatibleTables, match="residual"):
+        hs.run(tiny_task, ["macs=40%"], tmp_path, backend=runtime)
+
+
+def trace_residual() -> Lowering:
+    return Lowering(tiny.task("transformer"), residual=True)
+
+
+def test_a_budget_on_a_tail_of_the_latency(done: tuple[Path, hs.Task, Any]) -> None:
+    """The 99th percentile of single inferences is bounded as measured, and predicted from all raw samples."""
+    folder, _, _ = done
+    table = LatencyTable.load(folder / "table.parquet")
+    ratio = table.tail(0.99)
+    assert ratio > 1.0
+    dense_ms = table.dense_ns / 1e6
+    budget = 0.7 * dense_ms
+    report = hs.run(task(), [f"latency_p99={budget:.6f}ms"], folder, backend=backend(noise=0.02))
+    assert report.met
+    assert report.latency_ms["budget_p99"] == pytest.approx(budget, rel=1e-4)
+    assert report.latency_ms["measured"] < report.latency_ms["p99"] <= report.latency_ms["budget_p99"]
+    assert report.latency_ms["p90"] <= report.latency_ms["p95"] <= report.latency_ms["p99"]
+    assert "tail     p99" in str(report)
+    allocation = hs.Allocation.load(folder / "alloc.json")
+    assert allocation.predicted["latency_p99_ns"] == pytest.approx(
+        allocation.predicted["latency_ns"] * LatencyTable.load(folder / "table.parquet").tail(0.99), rel=0.05
+    )
+    with pytest.raises(Infeasible, match="latency_p99") as caught:
+        hs.run(task(), ["latency_p99=1us"], folder, backend=backend())
+    assert set(caught.value.least) == {"latency_p99"}

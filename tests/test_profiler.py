@@ -20,7 +20,8 @@ from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, 
 from hwsearch.latency import fit, validate
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol
-from hwsearch.profiler import Regime, profile
+from hwsearch.profiler import profile
+from hwsearch.regime import Regime
 from hwsearch.staircase import staircase
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
@@ -202,7 +203,7 @@ def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
         ),
         (_header(backend="openvino"), "another backend"),
         (_header(options={"threads": 4, "base": "fp32", "batch": 1}), "another threads"),
-        (_header(versions={"simulated": "2"}), "measured with"),
+        (_header(versions={"simulated": "2"}), "another runtime"),
         (_header(mode="isolated"), "mode isolated"),
     ],
 )
@@ -322,6 +323,21 @@ def test_the_time_limit_ends_the_search_for_a_grid() -> None:
     table = run_widths(narrow_regime(backend), None, time_limit_s=20.0)
     assert backend.clock() < 30e9
     assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
+
+
+def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    first = run_widths(
+        narrow_regime(SimulatedBackend(narrow_law(), noise=0.002, build_ns=1_000_000_000)),
+        out,
+        time_limit_s=30.0,
+    )
+    probed = [b.key for b in first.builds if b.role == "probe"]
+    assert 3 <= len(probed) < 14
+    assert all(len(steps) > 1 for steps in first.grid().values()), "every group has a step before any has all"
+    whole = run_widths(narrow_regime(noise=0.002), out)
+    assert [b.key for b in whole.builds if b.role == "probe"][: len(probed)] == probed
+    assert whole.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
 
 
 def test_unknown_axes() -> None:

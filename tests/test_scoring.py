@@ -16,8 +16,10 @@ import torch
 from simulation import grouped, scores
 
 import hwsearch as hs
+from hwsearch import scoring
 from hwsearch.compress import apply
 from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.importance import removal_losses
 from hwsearch.design import candidate_widths
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.refitting import weight_bank
@@ -61,7 +63,7 @@ def test_every_variant_and_every_width_has_a_loss(measured: dict[str, Sensitivit
         assert row[network.channels[group]] == 0.0
         assert all(loss >= 0.0 for loss in row.values())
         assert sorted(table.order[group]) == list(range(network.channels[group]))
-    assert table.samples == 96
+    assert table.samples == 24, "a quarter of 96, the one that no weight was refitted on"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,11 +89,40 @@ def test_a_width_is_scored_as_the_refitted_network_computes(
     of, bank = tiny.lowering("cnn"), banks["cnn"]
     narrow = of.narrow(bank.kept({"conv1": 8}), bank.assemble({"conv1": 8}))
     total = count = 0.0
-    for (own, args, kwargs), (whole, _, _) in zip(narrow.calibration, of.calibration, strict=True):
+    for (own, args, kwargs), (whole, _, _) in zip(narrow.scoring, of.scoring, strict=True):
         with torch.no_grad():
             value, samples = divergence(own.graph(*args, **kwargs), whole.graph(*args, **kwargs), "auto")
         total, count = total + value, count + samples
     assert measured["cnn"].of_width("conv1", 8) == pytest.approx(total / count, rel=1e-3)
+
+
+def test_of_many_widths_the_costliest_are_estimated(
+    measured: dict[str, SensitivityTable], banks: dict[str, WeightBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "MOST_WIDTHS", 7)
+    table, every = measure("cnn", banks["cnn"]), measured["cnn"]
+    widths = [(g, w) for g, row in every.width_loss.items() for w in row]
+    assert [(g, w) for g, row in table.width_loss.items() for w in row] == widths
+    assert 0 < len(table.estimated) < len(widths) - 7
+    estimates = removal_losses(
+        tiny.lowering("cnn").fitting, banks["cnn"].order, [c for c in widths if c[1] < len(every.order[c[0]])]
+    )
+    for group, row in table.width_loss.items():
+        for width, loss in row.items():
+            if (group, width) in table.estimated:
+                wider = min(w for w in row if w > width)
+                growth = max(estimates[group, width] / estimates[group, wider], 1.0)
+                assert loss == pytest.approx(row[wider] * growth)
+            else:
+                assert loss == pytest.approx(every.of_width(group, width))
+
+
+def test_the_estimates_are_kept_with_the_table(
+    banks: dict[str, WeightBank], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scoring, "MOST_WIDTHS", 7)
+    table = measure("cnn", banks["cnn"], tmp_path / "s.parquet")
+    assert SensitivityTable.load(tmp_path / "s.parquet").estimated == table.estimated != frozenset()
 
 
 def test_without_a_bank_only_variants_are_scored() -> None:
@@ -131,7 +162,7 @@ def test_an_interrupted_run_resumes_at_the_next_batch(
     with monkeypatch.context() as patch:
         made = _interrupt_after(patch, 99)
         table = measure("cnn", banks["cnn"], out)
-        assert len(made) == 1, "the first batch was simulated again"
+        assert len(made) == 2, "the first batch of three was simulated again"
     assert table.loss == measured["cnn"].loss
     assert table.width_loss == measured["cnn"].width_loss
     assert [p.name for p in tmp_path.iterdir()] == ["s.parquet"]
@@ -147,7 +178,7 @@ def test_what_was_begun_for_another_grid_is_not_taken(
             measure("cnn", None, out)
     made = _interrupt_after(monkeypatch, 99)
     measure("cnn", banks["cnn"], out)
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 @pytest.fixture

@@ -214,7 +214,12 @@ def test_a_killed_writer_leaves_the_old_file(saved: Path, when: str) -> None:
 
 
 def test_require_names_what_differs(table: LatencyTable) -> None:
-    table.require(device=DEVICE, network=NETWORK, backend="simulated", options={"threads": 1, "base": "fp32"})
+    table.require(
+        device=DEVICE,
+        network=NETWORK,
+        backend="simulated",
+        options={"threads": 1, "base": "fp32", "batch": 1},
+    )
     table.require()
     with pytest.raises(
         IncompatibleTables,
@@ -229,9 +234,15 @@ def test_require_names_what_differs(table: LatencyTable) -> None:
     with pytest.raises(IncompatibleTables, match="another backend: table=simulated, current=openvino"):
         table.require(backend="openvino")
     with pytest.raises(IncompatibleTables, match="another threads: table=1, current=2"):
-        table.require(options={"threads": 2})
+        table.require(options={"threads": 2, "base": "fp32", "batch": 1})
     with pytest.raises(IncompatibleTables, match="another batch: table=1, current=8"):
-        table.require(options={"batch": 8})
+        table.require(options={"threads": 1, "base": "fp32", "batch": 8})
+    with pytest.raises(IncompatibleTables, match="another load: table=None, current=2"):
+        table.require(options={"threads": 1, "base": "fp32", "batch": 1, "load": 2})
+    with pytest.raises(IncompatibleTables, match="another residual: table=True, current=None"):
+        table.with_header(options={"threads": 1, "residual": True}).require(options={"threads": 1})
+    with pytest.raises(IncompatibleTables, match="another runtime: .*'1'.*'2'"):
+        table.require(versions={"simulated": "2"})
 
 
 def test_the_same_structure_under_another_name_and_other_weights_is_accepted(table: LatencyTable) -> None:

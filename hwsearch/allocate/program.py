@@ -15,8 +15,10 @@ of the cheapest columns, which grows until the answer is below whatever was left
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -297,23 +299,43 @@ class Program:
         integral = np.zeros(p.count + extra, np.int8)
         integral[: p.units] = integral[p.count :] = 1
         for presolve in (True, False):  # presolve may stop at "infeasible or unbounded", which says neither
-            result = milp(
-                np.concatenate([objective, np.zeros(extra)]),
-                integrality=integral,
-                bounds=Bounds(
-                    0, np.concatenate([allowed.astype(float), np.full(extra, float(len(p.widths)))])
-                ),
-                constraints=LinearConstraint(matrix, lower, np.concatenate([p.right, right])),
-                options={
-                    "mip_rel_gap": 0.0,
-                    "time_limit": left,
-                    "presolve": presolve,
-                    "node_limit": self.nodes,
-                },
-            )
+            with _off_stdout():
+                result = milp(
+                    np.concatenate([objective, np.zeros(extra)]),
+                    integrality=integral,
+                    bounds=Bounds(
+                        0, np.concatenate([allowed.astype(float), np.full(extra, float(len(p.widths)))])
+                    ),
+                    constraints=LinearConstraint(matrix, lower, np.concatenate([p.right, right])),
+                    options={
+                        "mip_rel_gap": 0.0,
+                        "time_limit": left,
+                        "presolve": presolve,
+                        "node_limit": self.nodes,
+                    },
+                )
             if result.status != _OTHER:
                 break
         return result
+
+
+@contextmanager
+def _off_stdout() -> Iterator[None]:
+    """HiGHS now and then prints a line of its own debugging, past Python's streams: it goes to standard error.
+
+    Standard output may be JSON for a program.
+    """
+    try:
+        saved = os.dup(1)
+    except OSError:  # closed: nothing can get there
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _span(objective: Linear, allowed: NDArray[np.bool_]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from itertools import product
@@ -16,7 +16,7 @@ from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
 from hwsearch.allocation import Allocation
-from hwsearch.budget import Budget, parse_budgets
+from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
@@ -36,7 +36,7 @@ class Space:
 
     The variables are the units, then the channel groups that have more than one width to choose from. A unit's choices
     are its variants at each of the widths of its groups; ties hold them to what the groups chose.
-    cells: for each unit what its choices stand for.
+    cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median.
     """
 
     table: LatencyTable
@@ -44,12 +44,14 @@ class Space:
     model: LatencyModel
     problem: Problem
     cells: tuple[tuple[Cell, ...], ...]
+    tails: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dense(self) -> dict[str, float]:
         """Costs of the dense fp32 network, in ns, bytes and MACs."""
         return {
             "latency": self.table.dense_ns,
+            **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
             "macs": float(self.table.network.macs),
         }
@@ -87,10 +89,12 @@ def space(
     *,
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
+    budgets: Sequence[Budget] = (),
 ) -> Space:
     """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
 
-    axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay.
+    axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
+    space will be searched under, for the tail latencies among them.
     """
     sensitivity.require(table.network)
     check_axes(axes)
@@ -114,6 +118,7 @@ def space(
             raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
         cells.append(tuple(found))
     groups = [g for g, steps in grid.items() if len(steps) > 1]
+    tails = {b.column: table.tail(TAILS[b.column]) for b in budgets if b.column in TAILS}
     problem = Problem(
         variables=(*(u.name for u in network.units), *groups),
         choices=(
@@ -125,11 +130,11 @@ def space(
               for u, own in zip(network.units, cells, strict=True)),
             *(np.array([sensitivity.of_width(g, w) for w in grid[g]]) for g in groups),
         ),
-        costs=_costs(table, model, cells, grid, groups),
+        costs=_costs(table, model, cells, grid, groups, tails),
         budgets={},
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
-    return Space(table, sensitivity, model, problem, tuple(cells))
+    return Space(table, sensitivity, model, problem, tuple(cells), tails)
 
 
 def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str]) -> dict[str, list[int]]:
@@ -157,8 +162,9 @@ def _costs(
     cells: Sequence[Sequence[Cell]],
     grid: Mapping[str, Sequence[int]],
     groups: Sequence[str],
+    tails: Mapping[str, float],
 ) -> dict[str, Cost]:
-    """Latency, size and MACs in integers; exact in size and MACs at every width."""
+    """Latency, size and MACs in integers; exact in size and MACs at every width. tails: ratios of further latencies."""
     network = table.network
     units = network.units
     at = [
@@ -167,30 +173,32 @@ def _costs(
     ]
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
-    pairwise: dict[tuple[int, int], Any] = {}
+    boundaries: list[tuple[int, int, Any]] = []
     for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
         i, j = position[src], position[dst]
         shares = [network.share(src, w) for _, w in at[i]]
         terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
         matrix = np.array(
             [
-                [round(terms[s][a.quantized, b.quantized]) for b, _ in at[j]]
+                [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
                 for s, (a, _) in zip(shares, at[i], strict=True)
-            ],
-            np.int64,
+            ]
         )
-        key, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
-        pairwise[key] = pairwise.get(key, 0) + matrix
+        boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
+    times = [
+        np.array([model.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)
+    ]
+
+    def latency(ratio: float) -> Cost:
+        pairwise: dict[tuple[int, int], Any] = {}
+        for i, j, matrix in boundaries:
+            pairwise[i, j] = pairwise.get((i, j), 0) + _whole(matrix * ratio)
+        own = (_whole(t * ratio) for t in times)
+        return Cost(fixed=round(model.rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
+
     return {
-        "latency": Cost(
-            fixed=round(model.rest_ns),
-            unary=(
-                *(np.array([round(model.unit_ns(u.name, v, w)) for v, w in own], np.int64)
-                  for u, own in zip(units, at, strict=True)),
-                *none,
-            ),
-            pairwise=pairwise,
-        ),
+        "latency": latency(1.0),
+        **{column: latency(ratio) for column, ratio in tails.items()},
         "size": Cost(
             fixed=network.fixed_bytes + table.header.graph_bytes,
             unary=(
@@ -209,6 +217,10 @@ def _costs(
             ),
         ),
     }  # fmt: skip
+
+
+def _whole(values: Any) -> Any:
+    return np.rint(values).astype(np.int64)
 
 
 def _ties(
@@ -250,7 +262,7 @@ def search(
     Raises Infeasible naming the least that can be met; InvalidInput on malformed budgets.
     """
     parsed = parse_budgets([str(b) for b in budgets])
-    at = space(table, sensitivity, model, axes=axes, keep=keep)
+    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
     wanted = limits(parsed, at.dense)
     dense_meets = all(math.floor(at.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
@@ -261,23 +273,27 @@ def search(
 
 
 def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
-    """Shrink the latency limit until T + kappa * sigma of the answer is within it too.
+    """Shrink the limits on latency and its tails until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
     meets the budget is for the measurement to say.
     """
     best = solve(at.with_budgets(bounds))
-    if "latency" not in bounds or kappa == 0:
+    ratios = {c: r for c, r in {"latency": 1.0, **at.tails}.items() if c in bounds}
+    if not ratios or kappa == 0:
         return best
-    limit = bounds["latency"]
+    shrunk = {c: bounds[c] for c in ratios}
     for _ in range(8):
         prediction = at.predict(best.choice)
-        over = prediction.time_ns + kappa * prediction.sigma_ns - bounds["latency"]
-        if over <= 0:
+        most = prediction.time_ns + kappa * prediction.sigma_ns
+        over = {c: r * most - bounds[c] for c, r in ratios.items() if r * most > bounds[c]}
+        if not over:
             return best
-        limit = min(limit - max(1, round(over / 2)), round(bounds["latency"] - kappa * prediction.sigma_ns))
+        for c, excess in over.items():
+            reserve = ratios[c] * kappa * prediction.sigma_ns
+            shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(bounds[c] - reserve))
         try:
-            best = solve(at.with_budgets({**bounds, "latency": limit}))
+            best = solve(at.with_budgets({**bounds, **shrunk}))
         except Infeasible:
             return _fastest(at, bounds)
     return best
@@ -305,6 +321,7 @@ def as_allocation(
             "size_bytes": solution.costs["size"],
             "macs": solution.costs["macs"],
             "loss": solution.loss,
+            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
         },
         budgets,
         wanted,
@@ -321,6 +338,7 @@ def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str,
         "size_bytes": round(at.dense["size"]),
         "macs": at.table.network.macs,
         "loss": 0.0,
+        **{f"{column}_ns": at.dense[column] for column in at.tails},
     }
     variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
     proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
@@ -375,8 +393,9 @@ def front(
     model: LatencyModel | None = None,
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
-    at = space(table, sensitivity, model, axes=axes, keep=keep)
-    fixed = limits(parse_budgets([str(b) for b in budgets]), at.dense) if budgets else {}
+    parsed = parse_budgets([str(b) for b in budgets]) if budgets else ()
+    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
+    fixed = limits(parsed, at.dense)
     found = sweep(at.with_budgets(fixed), over, points)
     sigma = {s.choice: at.predict(s.choice).sigma_ns for _, s in found if s is not None}
     header = table.header

@@ -23,7 +23,6 @@ from safetensors.torch import save as save_tensors
 from torch.utils import _pytree as pytree
 
 from hwsearch.compress.compensate import (
-    RIDGE,
     ROWS,
     Batch,
     Gptq,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 COMBINATIONS = 64
 """Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
-VERSION = 1
+VERSION = 2
 
 
 class WeightBank:
@@ -66,17 +65,10 @@ class WeightBank:
         batches: Sequence[Batch],
         order: Order,
         *,
-        ridge: float = RIDGE,
         rows: int = ROWS,
         grams: Grams | None = None,
     ) -> None:
-        self.traced, self.batches, self.order, self.ridge, self.rows = (
-            traced,
-            list(batches),
-            dict(order),
-            ridge,
-            rows,
-        )
+        self.traced, self.batches, self.order, self.rows = traced, list(batches), dict(order), rows
         self._grams = grams
         self._memory: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         self.folder = Path(folder) / self.key if folder is not None else None
@@ -93,7 +85,7 @@ class WeightBank:
     @cached_property
     def key(self) -> str:
         """Hash of everything that entries depend on."""
-        made = hashlib.sha256(repr((VERSION, self.ridge, self.rows)).encode())
+        made = hashlib.sha256(repr((VERSION, self.rows)).encode())
         made.update(f"{self.traced.network.fingerprint} {self.traced.network.weights_digest}".encode())
         for group, positions in sorted(self.order.items()):
             made.update(group.encode() + np.asarray(positions, "<i8").tobytes())
@@ -179,7 +171,7 @@ class WeightBank:
         # one scale of a transposed convolution spans several rows of the matrix: it is rounded to nearest
         quantizer = Gptq(LEVELS) if int8 and "transpose" not in own.op else None
         new, shift = refit(
-            self.grams[unit], matrix, columns, bias=shifts, ridge=self.ridge, quantizer=quantizer
+            self.grams[unit], matrix, columns, bias=shifts, ridge=self.grams.ridges[unit], quantizer=quantizer
         )
         found["weight"] = from_columns(own, new).float().contiguous()
         if int8 and quantizer is None:

@@ -35,8 +35,12 @@ from hwsearch.trace import Site, Traced, flat_inputs, reads_axis
 Batch = tuple[Traced, tuple[Any, ...], dict[str, Any]]
 """A calibration batch: a trace for its shape, and the arguments of the call."""
 
-RIDGE = 1e-3
-"""Regularisation relative to the mean of the Gram matrix's diagonal."""
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Regularisations to choose from, relative to the mean of the Gram matrix's diagonal."""
+RIDGE = 0.1
+"""The one where a single batch leaves nothing to choose it on."""
+TRIAL_OUTPUTS = 256
+"""Outputs of a unit that choosing its regularisation looks at."""
 MOST_FEATURES = 5000
 """Units that read more features (a classifier on a whole flattened image) keep their weights, without the removed ones."""
 ROWS = 20_000
@@ -164,6 +168,11 @@ class Gram:
             z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             self.matrix += (z.T @ z).double() * (share / len(rows))
 
+    def without(self, part: Gram) -> Gram:
+        """The mean over the rows that are not in `part`."""
+        rows = self.rows - part.rows
+        return Gram((self.matrix * self.rows - part.matrix * part.rows) / rows, rows)
+
     def moments(self, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(E[x x^T], or the covariance where a bias takes up the means; E[x])."""
         second, mean = self.matrix[:-1, :-1], self.matrix[:-1, -1]
@@ -175,6 +184,9 @@ class Grams(Mapping[str, Gram]):
 
     units: those to take; None for every unit that can be refitted and reads a channel group. Units that read one tensor
     in one way share a matrix. Positions are sampled at random, the same for one seed.
+    ridges: for each unit the regularisation that, fitted on the first three quarters of the batches with a random half
+    of the features gone, is best on the last quarter: a layer that reads 1,280 features of 100 samples must not follow
+    them as one does that reads 9 features of 20,000 positions.
     """
 
     def __init__(
@@ -192,14 +204,24 @@ class Grams(Mapping[str, Gram]):
                 _way(n, traced.network[name], s) for n, s in zip(calls, traced.sites[name], strict=True)
             )
         unit_of = {ways: name for name, ways in reversed(self.of.items())}
-        self.grams = {
-            ways: Gram.empty(as_columns(u, torch.empty(u.weight_shape, device="meta")).shape[1])
-            for ways, u in ((w, traced.network[n]) for w, n in unit_of.items())
-        }
+
+        def empty() -> dict[tuple[Any, ...], Gram]:
+            units = ((w, traced.network[n]) for w, n in unit_of.items())
+            return {
+                w: Gram.empty(as_columns(u, torch.empty(u.weight_shape, device="meta")).shape[1])
+                for w, u in units
+            }
+
+        self.grams, held = empty(), empty()
+        apart = kept_apart(len(batches))
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 sites = {s.node: (u, s) for u in unit_of.values() for s in batch[0].sites[u]}
-                self._take(batch, sites, index, len(batches), rows, seed)
+                into = (self.grams, held) if index >= apart else (self.grams,)
+                self._take(batch, sites, index, len(batches), rows, seed, into)
+        self.ridges = {
+            name: _best_ridge(traced, name, self[name], held[self.of[name]], seed) for name in names
+        }
 
     def _take(
         self,
@@ -209,6 +231,7 @@ class Grams(Mapping[str, Gram]):
         batches: int,
         rows: int,
         seed: int,
+        into: Sequence[Mapping[tuple[Any, ...], Gram]],
     ) -> None:
         traced, args, kwargs = batch
 
@@ -216,11 +239,12 @@ class Grams(Mapping[str, Gram]):
             if node.name not in sites:
                 return
             name, site = sites[node.name]
-            unit, gram = traced.network[name], self[name]
-            count = -(-max(rows, 10 * (len(gram.matrix) - 1)) // (batches * unit.calls))
+            unit = traced.network[name]
+            count = -(-max(rows, 10 * (len(self[name].matrix) - 1)) // (batches * unit.calls))
             view, lead = patches(node, unit, inputs(as_node(node.args[site.activations[0]])))
             sample = Sample.draw(tuple(view.shape[:lead]), count, seeded(seed, index, node.name))
-            gram.add(sample.rows(view))
+            for grams in into:
+                grams[self.of[name]].add(sample.rows(view))
 
         _Watcher(traced.graph, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
 
@@ -232,6 +256,31 @@ class Grams(Mapping[str, Gram]):
 
     def __len__(self) -> int:
         return len(self.of)
+
+
+def kept_apart(batches: int) -> int:
+    """The first of so many batches that fits are judged on, about the last quarter; of a single one there is none."""
+    return batches - max(1, round(batches / 4)) if batches > 1 else batches
+
+
+def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -> float:
+    unit, weight = traced.network[name], traced.weight(name)
+    assert weight is not None
+    if not held.rows or held.rows == whole.rows:
+        return RIDGE
+    rng = np.random.default_rng(seeded(seed, name))
+    inputs = weight.shape[reads_axis(unit)]
+    kept = feature_columns(unit, np.sort(rng.permutation(inputs)[: -(-inputs // 2)]))
+    matrix = as_columns(unit, weight)
+    if len(matrix) > TRIAL_OUTPUTS:
+        matrix = matrix[torch.from_numpy(rng.permutation(len(matrix))[:TRIAL_OUTPUTS])]
+    bias, fitted = shifts_bias(traced, name), whole.without(held)
+
+    def error(ridge: float) -> float:
+        new, shift = refit(fitted, matrix, kept, bias=bias, ridge=ridge)
+        return reconstruction_error(held, matrix, new, kept, shift)
+
+    return min(RIDGES, key=error)
 
 
 def _way(node: fx.Node, unit: Unit, site: Site) -> tuple[Any, ...]:
@@ -266,7 +315,7 @@ def refit(
     kept: NDArray[np.int64],
     *,
     bias: bool = True,
-    ridge: float = RIDGE,
+    ridge: float,
     quantizer: Quantizer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight [out, len(kept)], what to add to the bias [out]) that stand in for a weight [out, features], in float64.
@@ -288,10 +337,21 @@ def refit(
     return new, (weight @ mean - new @ mean[keep]) if bias else torch.zeros(len(weight), dtype=torch.float64)
 
 
-def damped(second: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
-    """The matrix with `ridge` times the mean of its diagonal added to its diagonal, so that it can be inverted."""
-    level = ridge * float(second.diagonal().mean()) if len(second) else 0.0
-    return second + max(level, 1e-12) * torch.eye(len(second), dtype=second.dtype)
+def damped(second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The matrix [..., n, n] with `ridge` times the mean of its diagonal added to its diagonal, so that it can be inverted.
+
+    Where that is not enough, ten times as much: moments added up in float32 may have eigenvalues a little below zero.
+    """
+    level = (
+        (ridge * second.diagonal(dim1=-2, dim2=-1).mean(-1)).nan_to_num().clamp_min(1e-12)[..., None, None]
+    )
+    eye = torch.eye(second.shape[-1], dtype=second.dtype)
+    for _ in range(12):
+        # with half of it to spare: what is built on the inverse has rounding errors of its own
+        if not bool(torch.linalg.cholesky_ex(second + level / 2 * eye).info.any()):
+            break
+        level = level * 10.0
+    return second + level * eye
 
 
 def reconstruction_error(

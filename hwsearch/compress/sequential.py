@@ -12,13 +12,17 @@ from torch import fx
 from hwsearch.canonical import aten
 from hwsearch.compress.compensate import (
     MOST_FEATURES,
+    RIDGE,
+    RIDGES,
     ROWS,
     Batch,
     Gptq,
     Sample,
     as_columns,
     as_node,
+    damped,
     from_columns,
+    kept_apart,
     outputs,
     patches,
     seeded,
@@ -29,9 +33,6 @@ from hwsearch.narrowing import cut
 from hwsearch.network import Unit
 from hwsearch.trace import Site, Traced, flat_inputs
 from hwsearch.variants import Variant
-
-SEQUENTIAL_RIDGE = 1e-2
-"""The same where the targets are outputs and the inputs those of the narrow network."""
 
 
 def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
@@ -50,7 +51,6 @@ def refit_sequential(
     weights: Weights,
     variants: Mapping[str, Variant] | None = None,
     *,
-    ridge: float = SEQUENTIAL_RIDGE,
     rows: int = ROWS,
     seed: int = 0,
 ) -> Weights:
@@ -58,13 +58,14 @@ def refit_sequential(
 
     In order of execution: the targets are the dense network's outputs, the features what arrives in the narrow network with
     all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
-    is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`.
+    is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`, by
+    as much as is best, fitted on the first three quarters of the batches, on the last quarter.
     Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
     units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
     """
     int8 = {unit for unit, variant in (variants or {}).items() if variant.quantized}
     run = _SideBySide(batches, kept, weights).run
-    return run(lambda step: _regressed(step, ridge, rows, seed, step.unit.name in int8))
+    return run(lambda step: _regressed(step, rows, seed, step.unit.name in int8))
 
 
 @dataclass
@@ -202,22 +203,57 @@ def _mean_and_deviation(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, t
     return mean, square.sqrt()
 
 
-def _regressed(step: _Step, ridge: float, rows: int, seed: int, int8: bool) -> _Solved | None:
+@dataclass
+class Moments:
+    """Means over positions, group by group: of z z^T and of y z^T, z what is read with a one after it, y the target."""
+
+    second: torch.Tensor
+    cross: torch.Tensor
+    rows: int = 0
+
+    def __add__(self, other: Moments) -> Moments:
+        rows = self.rows + other.rows
+        own, new = self.rows / rows, other.rows / rows
+        return Moments(self.second * own + other.second * new, self.cross * own + other.cross * new, rows)
+
+    def solve(
+        self, prior: torch.Tensor, ridge: float, bias: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(weight [groups, out, features], its bias [groups, out], the regularised second moments)."""
+        mean, goal = self.second[:, :-1, -1], self.cross[:, :, -1]
+        second, cross = self.second[:, :-1, :-1], self.cross[:, :, :-1]
+        if bias:
+            second = second - mean[:, :, None] * mean[:, None, :]
+            cross = cross - goal[:, :, None] * mean[:, None, :]
+        plain, second = second, damped(second, ridge)
+        level = (second - plain).diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        factor = torch.linalg.cholesky(second)
+        new = torch.cholesky_solve((cross + level * prior).transpose(1, 2), factor).transpose(1, 2)
+        return new, self.shift(new) if bias else torch.zeros_like(goal), second
+
+    def shift(self, weight: torch.Tensor) -> torch.Tensor:
+        """The bias with which a weight's outputs have the targets' mean."""
+        return self.cross[:, :, -1] - (weight @ self.second[:, :-1, -1:])[:, :, 0]
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
+        """E|y - W x - b|^2, but for what does not depend on W and b."""
+        whole = torch.cat([weight, bias[:, :, None]], 2)
+        return float((whole * (whole @ self.second - 2 * self.cross)).sum())
+
+
+def _regressed(step: _Step, rows: int, seed: int, int8: bool) -> _Solved | None:
     """Least squares of the targets on the inputs; convolutions in groups, group by group."""
     unit = step.unit
-    if step.bias is not None and not shifts_bias(step.traced, unit.name):
+    if "transpose" in unit.op or (step.bias is not None and not shifts_bias(step.traced, unit.name)):
         return _moments(step)
     groups = int(dict(unit.attributes).get("groups", "1"))
-    if "transpose" in unit.op:
-        return _moments(step)
     matrix = as_columns(unit, step.weight).double()
     prior = matrix.reshape(groups, -1, matrix.shape[1])
     features = prior.shape[2]
     if features > MOST_FEATURES:
         return _moments(step)
-    second = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
-    cross = torch.zeros(groups, prior.shape[1], features + 1, dtype=torch.float64)
-    total = 0
+    apart = kept_apart(len(step.inputs))
+    parts: list[Moments] = []
     count = -(-max(rows, 10 * features) // len(step.inputs))
     for index, (x, y) in enumerate(zip(step.inputs, step.targets, strict=True)):
         view, lead = patches(step.node, unit, x)
@@ -227,22 +263,21 @@ def _regressed(step: _Step, ridge: float, rows: int, seed: int, int8: bool) -> _
         own = torch.cat([own, own.new_ones(groups, own.shape[1], 1)], 2)
         target = sample.rows(outputs(unit, y))
         target = target.reshape(len(target), groups, -1).permute(1, 2, 0)
-        second += (own.transpose(1, 2) @ own).double()
-        cross += (target @ own).double()
-        total += own.shape[1]
-    second, cross = second / total, cross / total
-    mean, goal = second[:, :-1, -1], cross[:, :, -1]
-    second, cross = second[:, :-1, :-1], cross[:, :, :-1]
-    if step.bias is not None:
-        second = second - mean[:, :, None] * mean[:, None, :]
-        cross = cross - goal[:, :, None] * mean[:, None, :]
-    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = level[:, None, None] * torch.eye(features, dtype=torch.float64)
-    factor = torch.linalg.cholesky(second + eye)
-    new = torch.cholesky_solve((cross + level[:, None, None] * prior).transpose(1, 2), factor).transpose(1, 2)
+        number = own.shape[1]
+        new = Moments((own.transpose(1, 2) @ own).double() / number, (target @ own).double() / number, number)
+        if index in (0, apart):
+            parts.append(new)
+        else:
+            parts[-1] += new
+    has_bias, ridge = step.bias is not None, RIDGE
+    if len(parts) == 2:
+        ridge = min(RIDGES, key=lambda r: parts[1].error(*parts[0].solve(prior, r, has_bias)[:2]))
+    moments = parts[0] + parts[1] if len(parts) == 2 else parts[0]
+    weight, bias, second = moments.solve(prior, ridge, has_bias)
     if int8 and groups == 1:
-        new = Gptq()(new[0], second[0] + eye[0])[None]
-    bias = None
-    if step.bias is not None:
-        bias = (goal - (new @ mean[:, :, None])[:, :, 0]).flatten().float()
-    return from_columns(unit, new.reshape(matrix.shape)).float().contiguous(), bias
+        weight = Gptq()(weight[0], second[0])[None]
+        bias = moments.shift(weight)
+    return (
+        from_columns(unit, weight.reshape(matrix.shape)).float().contiguous(),
+        bias.flatten().float() if has_bias else None,
+    )

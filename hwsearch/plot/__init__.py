@@ -1,11 +1,13 @@
-"""Pictures: a front, predicted against measured latency, one allocation layer by layer, a staircase of widths.
+"""Pictures: a front, predicted against measured latency, one allocation layer by layer, a staircase of
+widths, the errors of a model.
 
 Every function returns a matplotlib Figure that no global state holds: it needs no display, and nobody must close it.
 """
 
 from hwsearch.plot.allocation import plot_allocation
+from hwsearch.plot.diagnosis import plot_diagnosis
 from hwsearch.plot.front import plot_front
 from hwsearch.plot.predictions import plot_predictions
 from hwsearch.plot.staircase import plot_staircase
 
-__all__ = ["plot_allocation", "plot_front", "plot_predictions", "plot_staircase"]
+__all__ = ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"]

@@ -20,8 +20,9 @@ from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
-from hwsearch.lower import Lowering, tensor_names
-from hwsearch.profiler import Regime
+from hwsearch.lower import Lowering
+from hwsearch.marking import tensor_names
+from hwsearch.regime import Regime
 from hwsearch.table import NodeRow
 from hwsearch.task import Task
 from hwsearch.variants import Variant, uniform

@@ -13,7 +13,7 @@ from onnx import helper
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import unit_of
+from hwsearch.marking import unit_of
 from hwsearch.network import Edge, Network
 
 Pair = tuple[bool, bool]

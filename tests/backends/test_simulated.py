@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Backend, BuildOptions
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering, tensor_names
-from hwsearch.profiler import Regime, attribute, executed_precisions
+from hwsearch.lower import Lowering
+from hwsearch.marking import tensor_names
+from hwsearch.regime import Regime
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import mixed, small_network
 from hwsearch.variants import uniform

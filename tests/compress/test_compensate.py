@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hwsearch.compress.compensate import (
+    RIDGE,
+    RIDGES,
     Batch,
     Gptq,
     Gram,
@@ -16,13 +18,14 @@ from hwsearch.compress.compensate import (
     feature_columns,
     from_columns,
     grid,
+    kept_apart,
     reconstruction_error,
     refit,
     refittable,
     round_to,
 )
 from hwsearch.compress.quantize import quantize_weight
-from hwsearch.compress.sequential import recalibrate, refit_sequential
+from hwsearch.compress.sequential import Moments, recalibrate, refit_sequential
 from hwsearch.compress.widths import narrow
 from hwsearch.trace import trace
 from hwsearch.variants import Variant
@@ -79,7 +82,7 @@ def test_refitting_is_never_worse_than_leaving_columns_out(
 def test_nothing_removed_changes_nothing() -> None:
     gram, _ = random_gram(8, 100, 0)
     weight = torch.randn(4, 8)
-    new, shift = refit(gram, weight, np.arange(8))
+    new, shift = refit(gram, weight, np.arange(8), ridge=1e-3)
     torch.testing.assert_close(new, weight.double())
     assert float(shift.abs().max()) < 1e-9
 
@@ -92,7 +95,7 @@ def test_rounding_with_feedback_beats_rounding_to_nearest(levels: int) -> None:
         weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         kept = np.arange(24)
         scales = grid(weight, gram.moments(True)[0], levels)
-        new, shift = refit(gram, weight, kept, quantizer=Gptq(levels, scales))
+        new, shift = refit(gram, weight, kept, ridge=1e-3, quantizer=Gptq(levels, scales))
         steps = new / scales[:, None]
         assert float((steps - steps.round()).abs().max()) < 1e-6
         assert float(steps.abs().max()) <= levels + 1e-6
@@ -178,6 +181,56 @@ class Small(nn.Module):
         x = self.stem(x).relu()
         x = x + self.back(self.deep(self.wide(x).relu()).relu())
         return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("samples", "least", "most"), [(10, 0.1, 10.0), (4000, 0.0, 0.01)])
+def test_what_few_samples_determine_is_regularised_more(samples: int, least: float, most: float) -> None:
+    """Where the features of a layer outnumber its samples, following these would be no help on others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
+    traced = trace(model, torch.randn(samples, 128))
+    own: list[Batch] = [(traced, (torch.randn(samples, 128),), {}) for _ in range(8)]
+    grams, others = Grams(own[:4]), Grams(own[4:])
+    assert least <= grams.ridges["2"] <= most
+    weight, kept = traced.weight("2"), np.arange(0, 256, 2)
+    assert weight is not None
+
+    def error(ridge: float) -> float:
+        new, shift = refit(grams["2"], weight, kept, ridge=ridge)
+        return reconstruction_error(others["2"], weight, new, kept, shift)
+
+    assert error(grams.ridges["2"]) <= 1.1 * min(error(r) for r in RIDGES)
+
+
+def test_a_single_batch_leaves_nothing_to_choose_on() -> None:
+    assert set(Grams(small()[:1]).ridges.values()) == {RIDGE}
+    assert [kept_apart(n) for n in (1, 2, 3, 4, 8, 100)] == [1, 1, 2, 3, 6, 75]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_regression_moments_are_those_of_all_rows(bias: bool, groups: int) -> None:
+    """Parts add up, the solution is that of least squares, and the error is its own."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(groups, 50, 4), torch.ones(groups, 50, 1)], 2).double()
+    y = torch.randn(groups, 2, 50).double()
+
+    def moments(rows: slice) -> Moments:
+        own, target = z[:, rows], y[:, :, rows]
+        n = own.shape[1]
+        return Moments(own.transpose(1, 2) @ own / n, target @ own / n, n)
+
+    both, parts = moments(slice(None)), moments(slice(0, 20)) + moments(slice(20, None))
+    torch.testing.assert_close(parts.second, both.second)
+    torch.testing.assert_close(parts.cross, both.cross)
+    weight, shift, _ = both.solve(torch.zeros(groups, 2, 4).double(), 1e-12, bias)
+    read = z if bias else z[:, :, :-1]
+    best = torch.linalg.lstsq(read, y.transpose(1, 2)).solution.transpose(1, 2)
+    torch.testing.assert_close(weight, best[:, :, :4])
+    if bias:
+        torch.testing.assert_close(shift, best[:, :, 4])
+    left = (y - weight @ z[:, :, :-1].transpose(1, 2) - shift[:, :, None]).square().sum((0, 1)).mean()
+    assert both.error(weight, shift) + float(y.square().sum((0, 1)).mean()) == pytest.approx(float(left))
 
 
 def test_columns_of_indices() -> None:

@@ -3,10 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kendalltau
 from torch import nn
 
 from hwsearch.compress.compensate import Batch
-from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots
+from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots, removal_losses
+from hwsearch.narrowing import masked_graph
+from hwsearch.scoring import divergence
 from hwsearch.trace import trace
 from tests.networks import NETWORKS
 
@@ -83,6 +86,26 @@ def test_gate_gradients_are_those_of_finite_differences() -> None:
             down = loss()
             model.b.weight[:, slot] = weight
             np.testing.assert_allclose(gates["a"][0][:, slot], ((up - down) / (2 * step)).numpy(), atol=1e-3)
+
+
+def test_estimates_rank_as_losses_do() -> None:
+    """Of widths of both groups, nothing refitted, against the divergence of the masked network."""
+    torch.manual_seed(0)
+    model = Net()
+    own = task(model, *(torch.randn(64, 3, 9, 9) for _ in range(4)))
+    traced, (x,), _ = own[0]
+    order = order_slots(own, "magnitude")
+    cuts = [(g, w) for g, n in traced.network.channels.items() for w in range(1, n + 1)]
+    estimates = removal_losses(own, order, cuts)
+    losses = []
+    for group, width in cuts:
+        masked = masked_graph(
+            traced.graph, traced.channels, traced.channels.mask({group: order[group][:width]}), traced.reads()
+        )
+        with torch.no_grad():
+            losses.append(divergence(masked(x), traced.graph(x), "kl")[0])
+    assert kendalltau(losses, [estimates[c] for c in cuts]).statistic > 0.5
+    assert all(estimates[g, n] == 0.0 for g, n in traced.network.channels.items())
 
 
 def test_unknown_criterion() -> None:

@@ -1,0 +1,174 @@
+"""Whether a latency table still holds: a handful of its builds, built and timed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwsearch import backends
+from hwsearch import device as devices
+from hwsearch.backends.base import Backend, Engine
+from hwsearch.background import background
+from hwsearch.design import RESIDUAL
+from hwsearch.errors import InvalidInput
+from hwsearch.measure import Protocol, paired
+from hwsearch.progress import Progress
+from hwsearch.regime import Regime, regime
+from hwsearch.table import Build, LatencyTable, usable
+from hwsearch.task import load
+from hwsearch.variants import uniform
+
+if TYPE_CHECKING:
+    from hwsearch.task import Task
+
+BUILDS = 5
+AGAIN = Protocol(width=0.01, limit_s=3.0)
+NOISE = 0.015
+"""Relative difference between two builds of one allocation that says nothing (the noise floor seen here is 0.5-2.3 %)."""
+MEDIAN = 0.03
+"""Relative change of the builds' times, against the reference, from which on the table no longer holds."""
+SIGMAS = 4.0
+
+
+@dataclass(frozen=True)
+class Again:
+    """One build then and now: ratios to the reference engine, and the standard error of their relative difference."""
+
+    role: str
+    then: float
+    now: float
+    error: float
+
+    @property
+    def change(self) -> float:
+        return self.now / self.then - 1.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Builds measured again, the slowest allocation first.
+
+    holds: the median change is below 3 % and no build's is beyond four standard errors. reference_then_ns, reference_now_ns:
+    the reference engine itself, which a busy or throttled machine slows down with everything else.
+    """
+
+    builds: tuple[Again, ...]
+    reference_then_ns: float
+    reference_now_ns: float
+
+    @property
+    def median(self) -> float:
+        """The median change of the builds' ratios to the reference."""
+        return float(np.median([b.change for b in self.builds]))
+
+    @property
+    def worst(self) -> float:
+        """The change furthest from zero."""
+        return max((b.change for b in self.builds), key=abs)
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.median) <= MEDIAN and all(abs(b.change) <= SIGMAS * b.error for b in self.builds)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {
+            name: getattr(self, name)
+            for name in ("holds", "median", "worst", "reference_then_ns", "reference_now_ns")
+        }
+        return {**own, "builds": [{**asdict(b), "change": b.change} for b in self.builds]}
+
+    def __str__(self) -> str:
+        drift = self.reference_now_ns / self.reference_then_ns - 1.0
+        said = (
+            f"{len(self.builds)} builds measured again: median change {self.median:+.1%}, worst {self.worst:+.1%} against the "
+            f"reference engine, which itself takes {drift:+.1%}"
+        )
+        return said + (
+            "; the table holds"
+            if self.holds
+            else "; the table no longer holds: profile again into another file"
+        )
+
+
+def check(
+    table: LatencyTable,
+    task: Task | None = None,
+    *,
+    backend: str | Backend | None = None,
+    builds: int = BUILDS,
+    progress: Progress | None = None,
+) -> Check:
+    """Build and time a handful of a table's allocations again, spread from its fastest to its slowest.
+
+    task: the one that was profiled; None takes the table's own where that is of the zoo (a table is a file from anywhere:
+    no other code that it names is run). Raises IncompatibleTables on another device, network, backend or runtime version;
+    InvalidInput without a task.
+    """
+    if table.header.mode != "context":
+        raise InvalidInput("the table was made layer by layer; only one made in context can be checked")
+    if task is None:
+        if not table.header.task.startswith("zoo:"):
+            raise InvalidInput(
+                f"the table was made for task {table.header.task or '(not recorded)'}; name it with --task to check the table"
+            )
+        task = load(table.header.task)
+    options = table.header.options
+    chosen = backend or table.header.backend
+    at = regime(
+        task, backends.get(chosen) if isinstance(chosen, str) else chosen, threads=int(options["threads"]),
+        base=str(options["base"]), batch=int(options["batch"]), residual=bool(options.get(RESIDUAL)),
+        load=int(options.get("load", 0)),
+    )  # fmt: skip
+    fingerprint = devices.fingerprint().to_json()
+    table.require(
+        device=fingerprint, network=at.network, backend=at.backend.name, options=at.described,
+        versions=dict(at.backend.versions()),
+    )  # fmt: skip
+    with devices.lock(fingerprint["id"]), background(at.load):
+        return measure_again(table, at, spread(table, builds), progress)
+
+
+def spread(table: LatencyTable, count: int) -> list[Build]:
+    """Some of a table's builds, from the slowest to the fastest at even steps, no allocation twice."""
+    first: dict[Any, Build] = {}
+    for build in usable(table):
+        if build.role not in ("reference", "deployed"):  # a deployed one kept other slots, with other weights
+            first.setdefault(build.key, build)
+    ranked = sorted(first.values(), key=lambda b: -b.ratio)
+    if not ranked or count < 1:
+        raise InvalidInput("the table has no build that could be measured again; profile first")
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
+    return [ranked[i] for i in places]
+
+
+def measure_again(
+    table: LatencyTable,
+    at: Regime,
+    builds: Sequence[Build],
+    progress: Progress | None = None,
+    reference: Engine | None = None,
+) -> Check:
+    """The builds of a regime's own table compiled and timed anew, all interleaved with the reference engine."""
+    progress = progress or Progress.silent()
+    progress.start(len(builds) + 1, "check the table")
+    try:
+        reference = reference or at.build(uniform(at.network, at.options.base))[0]
+        engines: dict[str, Engine] = {}
+        for number, build in enumerate(builds):
+            candidate = table.candidate(build)
+            own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
+            engines[str(number)] = own.build(candidate.variants)[0]
+            progress.step(f"built {number + 1} of {len(builds)}")
+        timings = paired(reference.run, {n: e.run for n, e in engines.items()}, AGAIN, clock=at.clock)
+        progress.step("timed")
+    finally:
+        progress.stop()
+    again = []
+    for number, build in enumerate(builds):
+        now = timings[str(number)]
+        widths = np.hypot((build.high - build.low) / build.ratio, now.width) / 3.92
+        again.append(Again(build.role, build.ratio, now.ratio, float(np.hypot(NOISE, widths))))
+    return Check(tuple(again), table.header.reference_ns, timings["0"].reference_median_ns)

@@ -1,0 +1,167 @@
+"""One network made ready for one backend under one set of options: building its engines, and what each of them did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.background import cpus
+from hwsearch.compress.widths import Kept, Weights
+from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.lower import Lowering
+from hwsearch.marking import tensor_names
+from hwsearch.measure import Timing
+from hwsearch.network import Network
+from hwsearch.outputs import WRONG, Expected, reason
+from hwsearch.table import Build
+from hwsearch.variants import Variant
+
+if TYPE_CHECKING:
+    from hwsearch.task import Task
+
+COUNTED_NS = 1e8
+"""How long the pass with the runtime's counters on should last: they count in whole microseconds."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One network made ready for one backend under one set of options."""
+
+    lowering: Lowering
+    backend: Backend
+    options: BuildOptions
+    load: int = 0
+    """Workers that keep the machine busy while it is measured."""
+
+    @property
+    def network(self) -> Network:
+        return self.lowering.network
+
+    @cached_property
+    def expected(self) -> Expected:
+        """What engines of this network should return."""
+        return Expected(self.lowering, self.backend.quantize_outputs)
+
+    @property
+    def clock(self) -> Callable[[], int]:
+        """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
+        own: Callable[[], int] = getattr(self.backend, "clock", time.perf_counter_ns)
+        return own
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Everything that a measurement belongs to beside device and network, for tables and reports."""
+        own: dict[str, Any] = {**self.options.to_json(), "batch": self.lowering.batch}
+        if self.lowering.residual:
+            own["residual"] = True
+        if self.load:
+            own["load"] = self.load
+        if restricted := cpus():
+            own["cpus"] = restricted
+        return own
+
+    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Regime:
+        """The same with only the kept slots of the channel groups; see `Lowering.narrow`."""
+        if all(len(k) == self.network.channels[g] for g, k in kept.items()) and not weights:
+            return self
+        return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
+
+    def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
+        return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
+
+    def build(
+        self,
+        variants: Mapping[str, Variant],
+        base: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[Engine, Any]:
+        """(engine on the example inputs, ONNX model)."""
+        model = self.onnx(variants, metadata)
+        engine = self.backend.build(
+            model.SerializeToString(), replace(self.options, base=base or self.options.base)
+        )
+        engine.prepare(*self.lowering.arrays())
+        return engine, model
+
+
+def regime(
+    task: Task,
+    backend: Backend,
+    *,
+    threads: int = 1,
+    base: str | None = None,
+    batch: int | None = None,
+    residual: bool = False,
+    load: int = 0,
+) -> Regime:
+    """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
+
+    Raises InvalidInput on a base precision that the backend lacks.
+    """
+    bases = backend.bases()
+    if base is not None and base not in bases:
+        raise InvalidInput(
+            f"{backend.name} does not offer base precision {base!r} here; it offers {', '.join(bases)}"
+        )
+    if threads < 1:
+        raise InvalidInput(f"threads must be at least 1, got {threads}")
+    options = BuildOptions(threads, base or bases[0])
+    return Regime(Lowering(task, batch, residual=residual), backend, options, load)
+
+
+def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
+    """Units whose variants make an allocation's engine return wrong outputs, with the reason not to offer them.
+
+    Raises BackendUnavailable where the outputs are wrong with no variant but the base itself.
+    """
+    plain = Variant(base)
+    guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
+    if not guilty:
+        raise BackendUnavailable(
+            f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
+            "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
+        )
+    return {name: reason(error) for name, error in guilty.items()}
+
+
+def record(
+    at: Regime, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
+    build_s: float,
+) -> Build:  # fmt: skip
+    """A measured engine as a row of the table."""
+    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
+    rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
+    executed = executed_precisions(rows, at.network)
+    error = at.expected.error(engine, allocation) if role != "isolated" else 0.0
+    if role != "isolated":
+        executed = told_apart(executed, rows, allocation, at.network)
+    if role == "isolated":
+        executed = tuple(
+            e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
+        )
+    return Build(
+        role=role,
+        base=base,
+        variants=tuple(str(allocation[u.name]) if u.name in allocation else "" for u in at.network.units),
+        ratio=timing.ratio,
+        low=timing.low,
+        high=timing.high,
+        unstable=timing.unstable,
+        samples_ns=timing.samples_ns,
+        reference_ns=timing.reference_ns,
+        executed=executed,
+        nodes=rows,
+        build_s=build_s,
+        file_bytes=int(model.ByteSize()),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        output_error=error,
+        wrong=error > WRONG,
+    )

@@ -1,0 +1,80 @@
+"""Errors on left-out builds: whether sigma foretells them, and what they go with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulation import chain, isolated_table, simulated_table
+
+import hwsearch as hs
+from hwsearch.diagnosis import CAUSES, diagnose
+from hwsearch.errors import InvalidInput
+from hwsearch.latency import Validation, fit, validate
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw
+
+NETWORK = chain(16)
+LAW = LatencyLaw.random(NETWORK, 1)
+
+
+def test_every_build_is_predicted_without_itself() -> None:
+    table = simulated_table(NETWORK, LAW, heldout=5, noise=0.02, node_noise=0.05)
+    found = diagnose(fit(table))
+    assert 15 < len(found.points) <= 20 + 5
+    assert sum(p.heldout for p in found.points) == 5
+    assert found.quality.median_error < 0.03
+    assert set(found.correlations) <= set(CAUSES)
+    json.dumps(found.to_json())
+    # one build gone wrong is far off its prediction: it did not take part in it
+    odd = next(i for i, b in enumerate(table.builds) if b.role == "design")
+    wrong = replace(table.builds[odd], ratio=2 * table.builds[odd].ratio)
+    builds = [wrong if i == odd else b for i, b in enumerate(table.builds)]
+    worst = min(diagnose(fit(LatencyTable(table.header, tuple(builds)))).points, key=lambda p: p.error)
+    assert worst.error < -0.3
+    assert worst.measured_ns == pytest.approx(table.time_ns(wrong))
+
+
+def test_a_drift_that_went_into_the_times_is_pointed_at() -> None:
+    table = simulated_table(NETWORK, LAW, noise=0.003, node_noise=0.02, design=40)
+    clean = diagnose(fit(table))
+    assert "order of measuring" not in clean.suspects
+    drifting = tuple(replace(b, ratio=b.ratio * (1 + 0.004 * i)) for i, b in enumerate(table.builds))
+    found = diagnose(fit(LatencyTable(table.header, drifting)))
+    assert "order of measuring" in found.suspects
+    assert "errors depend on it" in str(found)
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.05])
+def test_sigma_is_calibrated(noise: float) -> None:
+    """Over laws, of held-out builds: about 68 % inside one sigma, 95 % inside two."""
+    one, two = [], []
+    for seed in range(6):
+        law = LatencyLaw.random(NETWORK, seed)
+        table = simulated_table(NETWORK, law, design=24, heldout=60, noise=noise, node_noise=0.05, seed=seed)
+        quality = quality_of(table)
+        one.append(quality.inside_sigma)
+        two.append(quality.inside_two_sigma)
+    assert 0.58 <= np.mean(one) <= 0.78
+    assert 0.87 <= np.mean(two) <= 0.98
+
+
+def quality_of(table: LatencyTable) -> Validation:
+    return validate(fit(table), [b for b in table.builds if b.role == "heldout"])
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    table = simulated_table(NETWORK, LAW, heldout=5, noise=0.02, node_noise=0.05)
+    figure = hs.plot_diagnosis(table, tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels[:2] == ["measured latency (ms)", "error within so many σ"]
+    assert "boundaries" in labels
+
+
+def test_too_little_to_diagnose() -> None:
+    with pytest.raises(InvalidInput, match="too few builds"):
+        diagnose(fit(isolated_table(NETWORK, LAW)))
