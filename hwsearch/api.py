@@ -35,6 +35,7 @@ def profile(
     seed: int = 0,
     builds: int | None = None,
     load: int = 0,
+    prior: Sequence[LatencyTable] = (),
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -44,7 +45,8 @@ def profile(
     networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both; beside
     `width` also `residual`, the width of a transformer's residual stream.
     builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
-    each: a table of a shared machine is another one.
+    each: a table of a shared machine is another one. prior: other tables of this device and regime, whose layers need not
+    be learnt again.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     axes = check_axes(axes)
@@ -58,7 +60,15 @@ def profile(
         load=load,
     )
     return _profile(
-        at, out, time_limit_s=time_limit_s, mode=mode, axes=axes, seed=seed, builds=builds, progress=progress
+        at,
+        out,
+        time_limit_s=time_limit_s,
+        mode=mode,
+        axes=axes,
+        seed=seed,
+        builds=builds,
+        progress=progress,
+        prior=prior,
     )
 
 

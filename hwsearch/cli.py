@@ -240,6 +240,14 @@ def profile(
     ] = "context",
     axes: Axes = "width,precision",
     load: Load = 0,
+    prior: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prior",
+            metavar="FILE",
+            help="Table of another network on this device, whose layers need not be learnt again.",
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -252,6 +260,7 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=_axes(axes), load=load, seed=seed, progress=progress,
+            prior=[hs.LatencyTable.load(file) for file in prior or ()],
         )  # fmt: skip
     show.table(table, as_json)
 

@@ -105,9 +105,14 @@ def cover(
     done: Sequence[Candidate],
     rng: np.random.Generator,
     pool: int = 48,
+    known: Iterable[tuple[str, str]] = (),
 ) -> Candidate:
-    """The candidate, of a random pool, that most covers what was seldom built: cells and (edge, pair of classes)."""
+    """The candidate, of a random pool, that most covers what was seldom built: cells and (edge, pair of classes).
+
+    known: cells that other tables tell; they count as if built twice.
+    """
     counts: Counter[tuple[Any, ...]] = Counter(f for c in done for f in _facts(network, c))
+    counts.update(dict.fromkeys(known, 2))
     if any(len(steps) > 1 for steps in grid.values()):
         candidates = [_seldom(network, offered, grid, counts, rng) for _ in range(max(pool // 8, 1))]
     else:
@@ -163,9 +168,14 @@ def _seldom(
     return Candidate(drawn, widths)
 
 
-def default_builds(network: Network) -> int:
-    """Builds of a design over precisions, held-out ones included, where the time limit allows them."""
-    return int(np.clip(len(network.units) // 2 + 10, 16, 40))
+def default_builds(network: Network, told: float = 0.0) -> int:
+    """Builds of a design over precisions, held-out ones included, where the time limit allows them.
+
+    told: share of the cells that other tables of the device tell already; of a network all of whose units are known, the
+    boundaries and the whole are what is left to learn.
+    """
+    cold = int(np.clip(len(network.units) // 2 + 10, 16, 40))
+    return max(6, round(cold * (1.0 - 0.6 * told)))
 
 
 # ---------------------------------------------------------------- widths

@@ -15,21 +15,25 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.sparse import csr_array
+from scipy.linalg import cho_solve, solve_triangular
 from scipy.stats import kendalltau
 
+from hwsearch.equations import (
+    FEW_SCALES,
+    MANY,
+    PAIRS,
+    SCALES,
+    Equations,
+    Feature,
+    Floats,
+    Scales,
+    all_features,
+    edge_features,
+)
 from hwsearch.errors import InvalidInput
-from hwsearch.network import Edge, Network
+from hwsearch.network import Network
 from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant
-
-Floats = NDArray[np.float64]
-Feature = tuple[Any, ...]
-
-PAIRS = ((False, True), (True, False), (True, True))
-"""Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class LatencyModel:
 
     def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
         row = np.zeros(len(self._index))
-        for features in _all_features(self.network, variants, widths).values():
+        for features in all_features(self.network, variants, widths).values():
             for feature, value in features:
                 if feature not in self._index:
                     if feature[0] == "unit":
@@ -107,6 +111,11 @@ class LatencyModel:
             )
         return float(self._mean[self._index[feature]])
 
+    def terms(self) -> dict[Feature, tuple[float, float]]:
+        """Every term of the model with its value and its standard error, in ns."""
+        deviation = np.sqrt(np.maximum(np.diag(self._covariance), 0.0))
+        return {f: (float(self._mean[i]), float(deviation[i])) for f, i in self._index.items()}
+
     def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
         """Whether a unit was measured in a variant at some widths."""
         return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self._index
@@ -123,52 +132,13 @@ class LatencyModel:
                 if (edge.src, edge.dst) == (src, dst):
                     edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
                     for feature, value in (
-                        *_edge_features(edge, pair, "src"),
-                        *_edge_features(edge, pair, "dst"),
+                        *edge_features(edge, pair, "src"),
+                        *edge_features(edge, pair, "dst"),
                     ):
                         if feature in self._index:
                             total += value * float(self._mean[self._index[feature]])
             totals[pair] = total
         return totals
-
-
-def _edge_features(edge: Edge, pair: tuple[bool, bool], side: str) -> list[tuple[Feature, float]]:
-    """Terms of a boundary in the time of the unit at its `src` or `dst` side: pooled over edges, and its own."""
-    if pair == (False, False):
-        return []
-    kind = (side, edge.fused, pair)
-    return [
-        (("pool", *kind), 1.0),
-        (("pool bytes", *kind), edge.tensor_bytes / 1e5),
-        (("edge", edge.name, *kind), 1.0),
-    ]
-
-
-def _all_features(
-    network: Network, variants: Mapping[str, Variant], widths: Mapping[str, int]
-) -> dict[str, list[tuple[Feature, float]]]:
-    """For each unit the terms of its own time and of the edges that it is on; under "" the rest."""
-    features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
-    for unit in network.units:
-        signature = network.unit_at(unit.name, widths).signature
-        features[unit.name] = [(("unit", signature, str(variants[unit.name])), 1.0)]
-    for edge in network.edges_at(widths):
-        pair = variants[edge.src].quantized, variants[edge.dst].quantized
-        features[edge.src] += _edge_features(edge, pair, "src")
-        features[edge.dst] += _edge_features(edge, pair, "dst")
-    return features
-
-
-# ---------------------------------------------------------------- fit
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One equation: features . parameters = value, with its standard error, both in ns."""
-
-    features: list[tuple[Feature, float]]
-    value: float
-    error: float
 
 
 def fit(
@@ -187,12 +157,12 @@ def fit(
         raise InvalidInput(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
-    equations = _Equations(table, builds, boundaries)
-    folds = min(5 if len(equations.features) <= _MANY else 3, len(builds) // 2)
+    equations = Equations(table, builds, boundaries)
+    folds = min(5 if len(equations.features) <= MANY else 3, len(builds) // 2)
     part = np.arange(len(builds)) % folds
-    best: tuple[float, _Scales, Floats, Floats] | None = None
-    tried = _SCALES if len(equations.features) <= _MANY else _FEW_SCALES
-    for scales in tried if boundaries else _SCALES[:1]:
+    best: tuple[float, Scales, Floats, Floats] | None = None
+    tried = SCALES if len(equations.features) <= MANY else FEW_SCALES
+    for scales in tried if boundaries else SCALES[:1]:
         guess, variances = np.zeros(len(builds)), np.zeros(len(builds))
         for fold in range(folds):
             held = np.flatnonzero(part == fold)
@@ -231,7 +201,7 @@ def _calibrated(builds: Sequence[Build], guess: Floats, variances: Floats, measu
     """The spread that fits the errors on left-out builds.
 
     Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
-    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two. Builds
+    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two, but never claims to be better than half a percent. Builds
     of the design look most like what a search picks: where there are enough, they alone count.
     """
     known = np.sqrt(variances) < _KNOWN * guess
@@ -251,131 +221,7 @@ def _calibrated(builds: Sequence[Build], guess: Floats, variances: Floats, measu
     z = np.abs(off) / best.sigma(variance, time)
     # of few builds the quantiles are too small more often than too large
     scale = float(np.max(np.quantile(z, (0.683, 0.954)) / (1.0, 2.0))) * (1.0 + 1.0 / len(z))
-    return Spread(best.inflate * scale, best.floor * scale)
-
-
-def _rows(table: LatencyTable, build: Build, boundaries: bool) -> list[_Row]:
-    """One equation for the whole build, then one for each unit (fused ones together)."""
-    reference = table.header.reference_ns
-    total = build.ratio * reference
-    candidate = table.candidate(build)
-    features = _all_features(table.network, candidate.variants, candidate.widths)
-    if not boundaries:
-        features = {
-            name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
-        }
-    everything = [f for group in features.values() for f in group]
-    error = max((build.high - build.low) / 3.92 * reference, 0.002 * total)
-    rows = [_Row(everything, total, error)]
-    counted = sum(n.time_ns for n in build.nodes)
-    if counted <= 0:
-        return rows
-    scale = total / counted
-    spread = float(
-        np.hypot(0.04, (build.high - build.low) / 3.92 / build.ratio)
-    )  # scaled by a total that is as uncertain
-    group_of = _fused_groups(build)
-    times: dict[str, float] = {"": 0.0}
-    for node in build.nodes:
-        unit = node.units[0] if node.units else ""
-        key = group_of.get(unit, unit)
-        times[key] = times.get(key, 0.0) + node.time_ns * scale
-    members: dict[str, list[str]] = {}
-    for name in features:
-        members.setdefault(group_of.get(name, name), []).append(name)
-    for key, names in members.items():
-        value = times.get(key, 0.0)
-        rows.append(_Row([f for n in names for f in features[n]], value, spread * value + 0.004 * total))
-    return rows
-
-
-def _fused_groups(build: Build) -> dict[str, str]:
-    """Unit -> the first unit of those that the runtime fused with it, directly or through others."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.get(name, name) != name:
-            name = parent[name]
-        return name
-
-    for node in build.nodes:
-        if node.kind == "unit":
-            for other in node.units[1:]:
-                parent[root(other)] = root(node.units[0])
-    return {name: root(name) for node in build.nodes for name in node.units}
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
-
-    pool: float
-    own: float
-
-
-_SCALES = [_Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
-
-
-_FEW_SCALES = [_Scales(0.01, 0.001), _Scales(0.03, 0.01), _Scales(0.1, 0.03)]
-_MANY = 400
-"""Parameters above which fewer priors are compared: the time to solve grows with their cube."""
-
-
-class _Equations:
-    """All equations of some builds as one matrix, solved under different priors and on different builds."""
-
-    def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool) -> None:
-        rows = [(k, row) for k, build in enumerate(builds) for row in _rows(table, build, boundaries)]
-        self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
-        index = {f: i for i, f in enumerate(self.features)}
-        self.of_build = np.array([k for k, _ in rows])
-        design = np.zeros((len(rows), len(self.features)))
-        for i, (_, row) in enumerate(rows):
-            for feature, value in row.features:
-                design[i, index[feature]] += value
-        error = np.array([row.error for _, row in rows])
-        self.a = csr_array(design / error[:, None])
-        self.b = np.array([row.value for _, row in rows]) / error
-        first = np.searchsorted(self.of_build, np.arange(len(builds)))
-        self.totals = design[first]
-        self.measured = np.array([rows[i][1].value for i in first])
-        self.typical = float(np.mean(self.measured))
-        self.units = len(table.network.units)
-
-    def solve(
-        self, scales: _Scales, builds: NDArray[np.intp], *, bounded: bool = False
-    ) -> tuple[Floats, Floats]:
-        """Posterior mean, and the lower Cholesky factor of the inverse of its covariance, on some of the builds.
-
-        bounded: hold times of units and the rest at zero or above.
-        """
-        deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
-                     "edge": scales.own / np.sqrt(self.units)}  # fmt: skip
-        prior = self.typical * np.array([deviation[f[0]] for f in self.features])
-        chosen = np.isin(self.of_build, builds)
-        a, b = self.a[chosen], self.b[chosen]
-        precision, target = (a.T @ a).toarray() + np.diag(prior**-2.0), a.T @ b
-        factor = cholesky(precision, lower=True)
-        mean = cho_solve((factor, True), target)
-        if bounded:
-            mean = _non_negative(
-                precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features])
-            )
-        return mean, factor
-
-
-def _non_negative(precision: Floats, target: Floats, mean: Floats, physical: NDArray[np.bool_]) -> Floats:
-    """The least squares with some parameters at zero or above, by block principal pivoting (Portugal et al., 1994)."""
-    free = np.ones(len(mean), bool)
-    for _ in range(50):
-        slack = precision @ mean - target
-        below, freed = physical & free & (mean < 0), ~free & (slack < 0)
-        if not below.any() and not freed.any():
-            break
-        free = (free & ~below) | freed
-        mean = np.zeros(len(free))
-        mean[free] = np.linalg.solve(precision[np.ix_(free, free)], target[free])
-    return np.where(physical, np.maximum(mean, 0.0), mean)
+    return Spread(max(best.inflate * scale, 0.5), max(best.floor * scale, 0.005))
 
 
 def isolated_sum(table: LatencyTable) -> LatencyModel:

@@ -17,7 +17,7 @@ from hwsearch.assembling import assemble
 from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.quantize import QuantizedWeight, activation_ranges, quantize_weight
 from hwsearch.compress.widths import Kept, Weights, narrow
-from hwsearch.errors import InvalidInput
+from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.marking import export
 from hwsearch.network import Network
 from hwsearch.onnx_widths import NotFollowed, OnnxWidths
@@ -98,9 +98,22 @@ class Lowering:
             whole = {id(t): t for t, _, _ in self.whole.calibration}
             own = {key: narrow(t, self.kept, self.replaced) for key, t in whole.items()}
             return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
+        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.network.units) / self.batch
+        most = max(1, int(ACTIVATION_BYTES / (3 * each)))
+        samples = sum(_samples(inputs) for inputs in self.task.calibration)
+        # a model that takes several samples at once need not take one
+        enough = max(samples // PIECES, 1 if self.batch == 1 else 2)
+        if enough < most and len(self.task.calibration) < PIECES:
+            try:
+                return self._batches(enough)
+            except HwsearchError:
+                pass  # a model that takes batches of one size only: they stay as they are
+        return self._batches(most)
+
+    def _batches(self, largest: int) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:
         traces: dict[str, Traced] = {}
         batches = []
-        for inputs in in_pieces(self.task.calibration, self._piece()):
+        for inputs in in_pieces(self.task.calibration, largest):
             args, kwargs = as_call(inputs)
             key = str(
                 [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -115,12 +128,6 @@ class Lowering:
                     )
             batches.append((traces[key], args, kwargs))
         return batches
-
-    def _piece(self) -> int:
-        """The largest batch whose activations may all be held, and that leaves enough batches."""
-        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.network.units) / self.batch
-        samples = sum(_samples(inputs) for inputs in self.task.calibration)
-        return max(1, min(int(ACTIVATION_BYTES / (3 * each)), samples // PIECES))
 
     @property
     def fitting(self) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:

@@ -39,7 +39,12 @@ def export(traced: Traced) -> onnx.ModelProto:
         for index, site in enumerate(calls):
             _mark_site(graph, nodes[site.node], site, unit, index)
     graph.recompile()
-    for logger in ("torch.onnx._internal.exporter._registration", "torch.onnx._internal.exporter._core"):
+    exporter = "torch.onnx._internal.exporter"
+    for logger in (
+        f"{exporter}._registration",
+        f"{exporter}._core",
+        "onnxscript.optimizer._constant_folding",
+    ):
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

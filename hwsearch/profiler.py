@@ -31,6 +31,7 @@ from hwsearch.design import (
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.marking import isolate
 from hwsearch.measure import Protocol, paired
+from hwsearch.prior import evidence, signatures
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, record, wrong_variants
 from hwsearch.staircase import group_times
@@ -65,11 +66,13 @@ def profile(
     progress: Progress | None = None,
     command: str | None = None,
     extend: bool = True,
+    prior: Sequence[LatencyTable] = (),
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
     extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
-    axes: what allocations may differ in; without `width` every channel stays.
+    axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
+    and regime; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
     Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
     """
     if mode not in MODES:
@@ -80,6 +83,7 @@ def profile(
     fingerprint = devices.fingerprint().to_json()
     with devices.lock(fingerprint["id"]), background(at.load):
         run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
+        run.take(prior)
         if mode == "isolated":
             return run.isolated(time_limit_s)
         if not extend and run.ended("width" in axes):
@@ -122,6 +126,16 @@ class _Run:
         self.names = [u.name for u in at.network.units]
         self.reference: Engine | None = None
 
+    def take(self, prior: Sequence[LatencyTable]) -> None:
+        """What other tables tell of this network's layers joins the table; each table's networks once."""
+        if not prior:
+            return
+        wanted = signatures(self.at.network)
+        found = {(e.table, e.feature): e for e in self.table.header.prior}
+        for other in prior:
+            found |= {(e.table, e.feature): e for e in evidence(other, self.table, wanted)}
+        self.table = self.table.with_header(prior=tuple(found.values()))
+
     def ended(self, widths: bool) -> bool:
         """Whether an earlier profile over these axes came to its end."""
         return self.table.header.ended and (
@@ -133,7 +147,7 @@ class _Run:
     def context(self, time_limit_s: float, builds: int | None, widths: bool) -> LatencyTable:
         self.start, self.limit_s, self.said = self.at.clock(), time_limit_s, set[float]()
         title = f"profile {self.at.network.name} on {self.at.backend.name}"
-        self.progress.start(3 + (builds or default_builds(self.at.network)), title, limit_s=time_limit_s)
+        self.progress.start(3 + (builds or self._enough()), title, limit_s=time_limit_s)
         try:
             self._anchors()
             if widths:
@@ -141,7 +155,7 @@ class _Run:
             if widths and any(len(steps) > 1 for steps in self.table.grid().values()):
                 self._design_widths(builds)
             else:
-                self._design(builds or default_builds(self.at.network))
+                self._design(builds or self._enough())
             self._store(self.table.with_header(ended=True))
         finally:
             self.progress.stop()
@@ -164,7 +178,7 @@ class _Run:
             if all(len(v) == 1 for v in offered.values()):
                 break  # nothing to choose between: the anchors say it all
             done = self._done()
-            candidate = cover(self.at.network, offered, grid, done, rng)
+            candidate = cover(self.at.network, offered, grid, done, rng, known=self.table.known())
             # not fresh: the network is so small that all were built; measure one again
             heldout = candidate not in done and number % HELDOUT_SHARE == HELDOUT_SHARE - 1
             if self._late():
@@ -180,16 +194,16 @@ class _Run:
             done = self._done()
             built = self._built()
             missing = all_cells(network, offered, grid) - built
-            enough = sum(b.role == "design" for b in self.table.builds) >= default_builds(network)
+            enough = sum(b.role == "design" for b in self.table.builds) >= self._enough()
             if (not missing and enough) or all(len(v) == 1 for v in (*offered.values(), *grid.values())):
                 break
             if self._late(0.9):
                 break
-            candidate = cover(network, offered, grid, done, rng)
+            candidate = cover(network, offered, grid, done, rng, known=self.table.known())
             gained = len(missing & set(candidate.cells(network)))
             self.progress.expect(-(-len(missing) // max(gained, 1)) + 4)
             self.measure("design", candidate, protocol=self.short)
-        wanted = min(max(4, (count or default_builds(network)) // HELDOUT_SHARE), 8)
+        wanted = min(max(4, (count or self._enough()) // HELDOUT_SHARE), 8)
         for _ in range(200):
             if sum(b.role == "heldout" for b in self.table.builds) >= wanted or self._late():
                 break
@@ -352,12 +366,20 @@ class _Run:
 
     def _built(self) -> set[tuple[str, str]]:
         """Cells that a fit will know."""
-        return {
+        built = {
             cell
             for b in usable(self.table)
             if b.role != "heldout"
             for cell in self.table.candidate(b).cells(self.at.network)
         }
+        return built | self.table.known()
+
+    def _enough(self) -> int:
+        """Builds of a design, fewer where other tables tell some of its cells."""
+        network = self.at.network
+        variants = {u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in network.units}
+        cells = all_cells(network, variants, whole(network))
+        return default_builds(network, len(cells & self.table.known()) / len(cells))
 
     def _done(self) -> list[Candidate]:
         """What was built under the table's base so far."""

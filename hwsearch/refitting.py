@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -36,8 +37,6 @@ def weight_bank(
 
     order: of the slots of each channel group, the most important first; found on calibration data where it is None.
     """
-    import numpy as np
-
     batches = lowering.fitting
     grams = None
     if order is None:
@@ -60,15 +59,14 @@ def narrowed(
     """
     kept = bank.kept(widths)
     weights = dict(bank.assemble(widths))
-    batches, samples = [], 0
     largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
     most = min(SAMPLES, MEMORY / (8 * largest))
-    for batch in lowering.fitting:
-        if samples < most:
-            batches.append(batch)
-            samples += next(
-                (t.shape[0] for t in pytree.tree_leaves(batch[1:]) if isinstance(t, torch.Tensor)), 1
-            )
+    every = lowering.fitting
+    samples = sum(
+        next((t.shape[0] for t in pytree.tree_leaves(b[1:]) if isinstance(t, torch.Tensor)), 1) for b in every
+    )
+    count = max(1, min(len(every), int(len(every) * most / samples)))
+    batches = [every[round(i)] for i in np.linspace(0, len(every) - 1, count)]
     return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
 
 

@@ -91,6 +91,31 @@ class Build:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What another table of the same device and regime says of one term of the latency model.
+
+    feature: as `equations` names it: a unit's signature and variant, or a kind of boundary. ns, error_ns: on the scale of
+    that table's session. table: the network that it was measured in.
+    """
+
+    feature: tuple[Any, ...]
+    ns: float
+    error_ns: float
+    table: str
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Evidence:
+        """Raises KeyError, TypeError or ValueError on anything else than `asdict` gives."""
+        return Evidence(
+            _tuples(data["feature"]), float(data["ns"]), float(data["error_ns"]), str(data["table"])
+        )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
 class Header:
     """What a table was measured on and with.
 
@@ -100,7 +125,7 @@ class Header:
     unsupported: unit -> {variant: reason}; these are never offered.
     grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
     ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
-    of a file that was given by its absolute path the name alone.
+    of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
     """
 
     network: Network
@@ -118,6 +143,7 @@ class Header:
     grid: dict[str, list[int]] = field(default_factory=dict)
     ended: bool = False
     task: str = ""
+    prior: tuple[Evidence, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
@@ -125,7 +151,8 @@ class Header:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Header:
         fields = {k: v for k, v in data.items() if k in Header.__dataclass_fields__}
-        return Header(**{**fields, "network": Network.from_json(data["network"])})
+        prior = tuple(Evidence.from_json(e) for e in data.get("prior", ()))
+        return Header(**{**fields, "network": Network.from_json(data["network"]), "prior": prior})
 
 
 class LatencyTable:
@@ -197,6 +224,10 @@ class LatencyTable:
     def grid(self) -> dict[str, list[int]]:
         """For each channel group the widths to choose from, the whole one first."""
         return {g: self.header.grid.get(g, [n]) for g, n in self.network.channels.items()}
+
+    def known(self) -> set[tuple[str, str]]:
+        """(signature, variant) of units that other tables of the device tell."""
+        return {(e.feature[1], e.feature[2]) for e in self.header.prior if e.feature[0] == "unit"}
 
     def candidate(self, build: Build) -> Candidate:
         """A build's variants by unit, and its widths by group."""

@@ -26,7 +26,8 @@ class Task:
     model: the trained `nn.Module`; it is put in eval mode and never changed.
     example_inputs: one input: a tensor, a tuple (positional) or a dict (keyword arguments) of tensors.
         Dimension 0 of every tensor is the batch; its size here is the batch that is profiled and deployed.
-    calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`).
+    calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`). Weights are refitted
+        on the first three quarters, losses measured on the last: samples that resemble each other should stand together.
     evaluate: called as `evaluate(predict)`, where `predict` has the model's signature and is the module
         or a compiled engine; returns the score, higher is better.
     name: shown in reports and stored in tables.

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Predicted against measured latency on allocations that the fit has not seen.
 
-For each network: profile in context and layer by layer (or go on with the tables in --out), then build and time
-`--heldout` random allocations, and print the errors of the latency model beside the baselines: the isolated sum,
-the additive model without boundary terms, a constant, and the noise floor (one allocation built and timed twice).
+For each network and number of threads: profile in context and layer by layer (or go on with the tables in --out), then
+build and time --heldout allocations: independent random ones, Markov runs, and answers of the solver under random losses and
+budgets. Printed are the errors of the latency model beside the baselines: the additive model without boundary terms, a
+constant, the noise floor (one allocation built and timed twice), and, on the allocations whose channels are all there, the
+sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network.
 
-    python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0
+    python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
 """
 
 from __future__ import annotations
@@ -19,9 +21,15 @@ from scipy.stats import kendalltau
 
 import hwsearch as hs
 from hwsearch import backends, device
-from hwsearch.design import random_allocation
-from hwsearch.latency import fit
+from hwsearch.allocate.milp import minimise
+from hwsearch.allocate.search import space
+from hwsearch.budget import parse_budgets
+from hwsearch.deployment import Session
+from hwsearch.design import Candidate, random_allocation
+from hwsearch.errors import HwsearchError
+from hwsearch.latency import LatencyModel, fit
 from hwsearch.measure import paired
+from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
@@ -37,87 +45,190 @@ def main() -> None:
         "tasks", nargs="*", default=["zoo:fashion_resnet", "zoo:efficientnet_lite0", "zoo:minilm"]
     )
     parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--heldout", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--axes", default="width,precision")
+    parser.add_argument("--heldout", type=int, default=25)
     parser.add_argument(
         "--twice", type=int, default=5, help="how many of them are built and timed a second time"
     )
+    parser.add_argument("--budgets", type=int, default=0, help="budgets for the closed loop")
     parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for each profile")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--out", type=Path, default=Path("bench-latency"))
     args = parser.parse_args()
     print(f"machine: {device.fingerprint()}")
     for spec in args.tasks:
-        bench(spec, args)
+        for threads in args.threads:
+            bench(spec, threads, args)
 
 
-def bench(spec: str, args: argparse.Namespace) -> None:
+def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     task = hs.load(spec)
-    at = regime(task, backends.get(args.backend), threads=args.threads)
-    stem = f"{task.name}.{args.backend}.{args.threads}t"
-    tables: dict[str, LatencyTable] = {}
-    for mode in ("context", "isolated"):
-        tables[mode] = profile(
-            at,
-            args.out / f"{stem}.{mode}.parquet",
-            time_limit_s=args.time_limit,
-            mode=mode,
-            axes=["precision"],
-            progress=Progress(),
+    at = regime(task, backends.get(args.backend), threads=threads)
+    axes = args.axes.split(",")
+    stem = f"{task.name}.{args.backend}.{threads}t.{'-'.join(axes)}"
+    table, alone = (
+        profile(
+            at, args.out / f"{stem}.{mode}.parquet", time_limit_s=args.time_limit, mode=mode, axes=axes,
+            progress=Progress(), extend=False,
         )
-    table = tables["context"]
-    ratios, again, allocations = measure_heldout(at, table, args)
-    scale = table.header.reference_ns
-    measured = np.array(ratios) * scale
+        for mode in ("context", "isolated")
+    )  # fmt: skip
     model = fit(table)
-    isolated = fit(tables["isolated"])
-    isolated_scale = scale / tables["isolated"].header.reference_ns
+    heldout = candidates(table, model, args.heldout, args.seed)
+    reference, _ = at.build(uniform(at.network, at.options.base))
+    measured, again = [], []
+    for index, (_, candidate) in enumerate(heldout):
+        measured.append(ratio(at, reference.run, candidate) * table.header.reference_ns)
+        if index % max(args.heldout // args.twice, 1) == 0:
+            second = ratio(at, reference.run, candidate) * table.header.reference_ns
+            again.append(abs(second / measured[-1] - 1.0))
+    show(task.name, threads, args, table, model, alone, heldout, np.array(measured), again)
+    if args.budgets:
+        loops(task, at, table, args, axes)
+
+
+def candidates(
+    table: LatencyTable, model: LatencyModel, count: int, seed: int
+) -> list[tuple[str, Candidate]]:
+    """(kind, allocation), no two the same and none of the table: two in five Markov runs at whole widths, the others at random
+    widths, independent or answers of the solver."""
+    network, grid = table.network, table.grid()
+    offered = {u: [Variant.parse(v) for v in vs] for u, vs in table.offered().items()}
+    rng = np.random.default_rng(seed)
+    seen = {b.key[1:] for b in table.builds}
+    found: list[tuple[str, Candidate]] = []
+    kinds = (
+        ["run", "random", "solver", "run", "random"] if table.network.groups else ["run", "solver", "random"]
+    )
+    for number in range(40 * count):
+        if len(found) == count:
+            break
+        kind = kinds[len(found) % len(kinds)]
+        widths = {g: int(rng.choice(steps)) for g, steps in grid.items()}
+        if kind == "run":
+            drawn = Candidate(random_allocation(network, offered, rng), dict(network.channels))
+        elif kind == "random":
+            drawn = Candidate({u: vs[int(rng.integers(len(vs)))] for u, vs in offered.items()}, widths)
+        else:
+            drawn = solved(table, model, np.random.default_rng(seed + number))
+        key = (tuple(map(str, drawn.variants.values())), tuple(drawn.widths.values()))
+        known = all(model.knows(u, v, drawn.widths) for u, v in drawn.variants.items())
+        if known and key not in seen:
+            seen.add(key)
+            found.append((kind, drawn))
+    return found
+
+
+def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -> Candidate:
+    """The solver's answer to random losses (int8 and narrower always lose something) under a random budget."""
+    network = table.network
+    loss = {
+        u: {
+            v: 0.0 if not Variant.parse(v).quantized else float(rng.exponential())
+            for v in (*vs, "dense.fp32")
+        }
+        for u, vs in table.offered().items()
+    }
+    widths = {
+        g: dict(zip(steps, np.cumsum([0.0, *rng.exponential(size=len(steps) - 1)]).tolist(), strict=True))
+        for g, steps in table.grid().items()
+        if len(steps) > 1
+    }
+    order = {g: tuple(range(n)) for g, n in network.channels.items()}
+    losses = hs.SensitivityTable(network, loss, 1, "kl", False, width_loss=widths, order=order)
+    problem = space(table, losses, model)
+    least = minimise(problem.problem, "latency").costs["latency"]
+    most = table.time_ns(table.find("reference"))
+    budget = int(least + rng.uniform(0.05, 0.8) * (most - least))
+    allocation = hs.search(table, losses, [f"latency={budget}ns"], model=model, kappa=0.0)
+    return Candidate({u: Variant.parse(v) for u, v in allocation.variants.items()}, dict(allocation.widths))
+
+
+def ratio(at: Regime, reference: Callable[[], None], candidate: Candidate) -> float:
+    engine, _ = at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
+    return paired(reference, {"candidate": engine.run})["candidate"].ratio
+
+
+def show(
+    name: str, threads: int, args: argparse.Namespace, table: LatencyTable, model: LatencyModel, alone: LatencyTable,
+    heldout: list[tuple[str, Candidate]], measured: np.ndarray, again: list[float],
+) -> None:  # fmt: skip
+    network = table.network
+    offered = sum(map(len, table.offered().values()))
+    cells = sum(f[0] == "unit" for f in model.terms())
+    print(f"\n{name}: {args.backend}, {threads} thread(s), axes {args.axes}: {len(network.units)} units, "
+          f"{offered} (unit, variant), "
+          f"{cells} cells at all widths, {len(table.builds)} builds in {sum(b.build_s for b in table.builds):.0f} s of compiling; "
+          f"{len(heldout)} held-out allocations, {measured.min() / 1e6:.3f}-{measured.max() / 1e6:.3f} ms, dense "
+          f"{table.dense_ns / 1e6:.3f} ms")  # fmt: skip
+    predictions = [model.predict(c.variants, c.widths) for _, c in heldout]
     additive = fit(table, boundaries=False)
-    predictions = [model.predict(a) for a in allocations]
     rows = {
         "latency model": np.array([p.time_ns for p in predictions]),
-        "additive in context": np.array([additive.predict(a).time_ns for a in allocations]),
-        "isolated sum": np.array([isolated.predict(a).time_ns for a in allocations]) * isolated_scale,
-        "constant": np.full(len(allocations), float(np.mean([table.time_ns(b) for b in usable(table)]))),
+        "additive in context": np.array([additive.predict(c.variants, c.widths).time_ns for _, c in heldout]),
+        "constant": np.full(len(heldout), float(np.mean([table.time_ns(b) for b in usable(table)]))),
     }
-    print(f"\n{task.name}: {args.backend}, {args.threads} thread(s), {len(at.network.units)} units, "
-          f"{len(table.builds)} builds, {len(allocations)} held-out allocations, dense {table.dense_ns / 1e6:.3f} ms, "
-          f"measured {measured.min() / 1e6:.3f}-{measured.max() / 1e6:.3f} ms")  # fmt: skip
-    for name, predicted in rows.items():
-        error = np.abs(predicted / measured - 1)
-        tau = kendalltau(predicted, measured).statistic if np.ptp(predicted) > 0 else float("nan")
-        print(
-            f"  {name:20s} median error {np.median(error):6.1%}  90th percentile {np.percentile(error, 90):6.1%}  tau {tau:5.2f}"
+    for what, predicted in rows.items():
+        errors(what, predicted, measured)
+    for kind in dict.fromkeys(k for k, _ in heldout):
+        own = np.array([k == kind for k, _ in heldout])
+        errors(f"  of these: {kind}", rows["latency model"][own], measured[own])
+    whole = np.array([c.widths == network.channels for _, c in heldout])
+    if whole.any():
+        scale = table.header.reference_ns / alone.header.reference_ns
+        isolated = fit(alone)
+        sums = np.array(
+            [isolated.predict(c.variants).time_ns for (_, c), w in zip(heldout, whole, strict=True) if w]
         )
+        errors("isolated sum (whole)", sums * scale, measured[whole])
     z = np.abs(rows["latency model"] - measured) / np.array([p.sigma_ns for p in predictions])
     print(f"  inside sigma {np.mean(z <= 1):.0%}, inside two sigma {np.mean(z <= 2):.0%}; "
-          f"noise floor (built and timed twice) median {np.median(again):.1%}")  # fmt: skip
+          f"noise floor (built and timed twice) median {np.median(again):.1%}", flush=True)  # fmt: skip
 
 
-def measure_heldout(
-    at: Regime, table: LatencyTable, args: argparse.Namespace
-) -> tuple[list[float], list[float], list[dict[str, Variant]]]:
-    """(ratios to the reference, relative differences of a second build, the allocations)."""
-    offered = {u: [Variant.parse(v) for v in vs] for u, vs in table.offered().items()}
-    rng = np.random.default_rng(args.seed)
-    known = {b.variants for b in table.builds}
-    allocations: list[dict[str, Variant]] = []
-    while len(allocations) < args.heldout:
-        drawn = random_allocation(at.network, offered, rng)
-        if tuple(map(str, drawn.values())) not in known:
-            allocations.append(drawn)
-    reference, _ = at.build(uniform(at.network, at.options.base))
-    ratios, again = [], []
-    for index, allocation in enumerate(allocations):
-        ratios.append(_ratio(at, reference.run, allocation))
-        if index < args.twice:
-            again.append(abs(_ratio(at, reference.run, allocation) / ratios[-1] - 1))
-    return ratios, again, allocations
+def errors(what: str, predicted: np.ndarray, measured: np.ndarray) -> None:
+    error = np.abs(predicted / measured - 1)
+    tau = (
+        kendalltau(predicted, measured).statistic
+        if len(measured) > 2 and np.ptp(predicted) > 0
+        else float("nan")
+    )
+    print(
+        f"  {what:22s} median error {np.median(error):6.1%}  90th percentile {np.percentile(error, 90):6.1%}  tau {tau:5.2f}"
+    )
 
 
-def _ratio(at: Regime, reference: Callable[[], None], allocation: dict[str, Variant]) -> float:
-    engine, _ = at.build(allocation)
-    return paired(reference, {"candidate": engine.run})["candidate"].ratio
+def loops(task: hs.Task, at: Regime, table: LatencyTable, args: argparse.Namespace, axes: list[str]) -> None:
+    """The closed loop at budgets spread between the fastest predicted and the dense network."""
+    folder = args.out / f"{task.name}.{at.options.threads}t.loops"
+    grid = table.grid() if "width" in axes else {}
+    sensitivity = sensitivity_for(
+        at, folder / "sens.parquet", grid=grid, weights=folder / "weights", progress=Progress()
+    )
+    least = minimise(space(table, sensitivity, axes=axes).problem, "latency").costs["latency"]
+    session = Session(at, table)
+    slack, rounds, met = [], [], 0
+    shares = np.linspace(0.1, 1.0, args.budgets)
+    for share in shares:
+        budget = int(least + share * (table.dense_ns - least))
+        try:
+            report, _, table = closed_loop(
+                task, at, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
+                weights=folder / "weights", session=session,
+            )  # fmt: skip
+        except HwsearchError as error:
+            print(f"  budget {budget / 1e6:.4g} ms: {error}")
+            continue
+        have = report.latency_ms["measured"] or 0.0
+        slack.append(1.0 - have * 1e6 / budget)
+        rounds.append(report.rounds)
+        met += have * 1e6 <= 1.01 * budget
+        print(
+            f"  budget {budget / 1e6:.4g} ms: measured {have:.4g} ms in {report.rounds} round(s)", flush=True
+        )
+    print(f"  closed loop: {met} of {len(shares)} within budget x 1.01, median slack {np.median(slack):.1%}, "
+          f"median rounds {np.median(rounds):.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -261,11 +261,11 @@ def test_profile_passes_on_everything(api: Install) -> None:
         options["progress"].step("one")
         return Table()
 
-    api(profile=profile)
+    api(profile=profile, LatencyTable=Table)
     words = (
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
-    words += " --mode isolated --axes precision --load 2 --seed 3"
+    words += " --mode isolated --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
@@ -273,6 +273,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
         "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "load": 2, "seed": 3,
+        "prior": ["table a.parquet", "table b.parquet"],
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -284,7 +285,7 @@ def test_profile_defaults(api: Install) -> None:
     del seen["progress"]
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
-        "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0,
+        "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": [],
     }  # fmt: skip
 
 

@@ -166,6 +166,20 @@ def test_a_quarter_of_the_calibration_data_is_kept_apart(
         )
 
 
+def test_a_model_of_one_batch_size_keeps_its_batches() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.view(6, 2, 2).flatten(1))
+
+    low = Lowering(Task(Fixed(), torch.randn(6, 4), [torch.randn(6, 4) for _ in range(3)], lambda p: 0.0))
+    assert [len(args[0]) for _, args, _ in low.fitting] == [6, 6]
+    assert [len(args[0]) for _, args, _ in low.scoring] == [6]
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [

@@ -241,7 +241,7 @@ def test_require_names_what_differs(table: LatencyTable) -> None:
         table.require(options={"threads": 1, "base": "fp32", "batch": 1, "load": 2})
     with pytest.raises(IncompatibleTables, match="another residual: table=True, current=None"):
         table.with_header(options={"threads": 1, "residual": True}).require(options={"threads": 1})
-    with pytest.raises(IncompatibleTables, match="another runtime: .*'1'.*'2'"):
+    with pytest.raises(IncompatibleTables, match=r"another runtime: .*'1'.*'2'"):
         table.require(versions={"simulated": "2"})
 
 

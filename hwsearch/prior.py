@@ -1,0 +1,55 @@
+"""What a device's other tables say of the layers of a network that is about to be profiled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import product
+
+from hwsearch.design import candidate_widths
+from hwsearch.errors import IncompatibleTables
+from hwsearch.latency import fit
+from hwsearch.network import Network
+from hwsearch.table import Evidence, LatencyTable
+
+OWN = ("batch", "residual")
+"""Options that may differ: what they change is in the shapes of units."""
+
+
+def signatures(network: Network) -> set[str]:
+    """Of every unit at all widths that a profile would try."""
+    found = set()
+    for unit in network.units:
+        tried = [candidate_widths(network.channels[g]) for g in unit.groups]
+        for widths in product(*tried):
+            found.add(network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))).signature)
+    return found
+
+
+def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) -> list[Evidence]:
+    """Terms of the model fitted on another table that concern units of these signatures, and boundaries as such.
+
+    Raises IncompatibleTables where it is of another device, backend, runtime or regime than `table`.
+    """
+    h = table.header
+    mine = {k: v for k, v in h.options.items() if k not in OWN}
+    others = {k: v for k, v in prior.header.options.items() if k not in OWN}
+    prior.with_header(options=others).require(
+        device=h.device, backend=h.backend, options=mine, versions=h.versions
+    )
+    if prior.header.mode != "context":
+        raise IncompatibleTables(
+            "a table made layer by layer says nothing of layers in context; give another as --prior"
+        )
+    refused = {
+        (u.signature, variant)
+        for u in prior.network.units
+        for variant in prior.header.unsupported.get(u.name, {})
+    }
+    name = f"{prior.network.name} ({prior.network.fingerprint})"
+    found = []
+    for feature, (ns, error_ns) in fit(prior).terms().items():
+        if feature[0] == "unit" and (feature[1] not in wanted or (feature[1], feature[2]) in refused):
+            continue
+        if feature[0] in ("unit", "pool", "pool bytes"):
+            found.append(Evidence(feature, ns, error_ns, name))
+    return found

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Profile while another process takes a whole core on and off: what the table is worth, and whether it says so.
+
+Two profiles of one network over precisions, one on the machine as it is, one beside a busy process that comes and goes; then
+allocations that neither has seen, timed on the quiet machine. Printed: the error of both fitted models on them, the error that
+each foretells (sigma), how many builds each table flags as unstable, and the widths of their intervals.
+
+    python scripts/bench_load.py zoo:fashion_resnet
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+import hwsearch as hs
+from hwsearch import backends, device
+from hwsearch.background import background
+from hwsearch.design import random_allocation
+from hwsearch.latency import fit
+from hwsearch.measure import paired
+from hwsearch.profiler import profile
+from hwsearch.progress import Progress
+from hwsearch.regime import regime
+from hwsearch.table import LatencyTable
+from hwsearch.variants import Variant, uniform
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", nargs="?", default="zoo:fashion_resnet")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--period", type=float, default=4.0, help="seconds that it runs, and that it rests")
+    parser.add_argument("--time-limit", type=float, default=120.0)
+    parser.add_argument("--heldout", type=int, default=15)
+    args = parser.parse_args()
+    print(f"machine: {device.fingerprint()}")
+    at = regime(hs.load(args.task), backends.get("openvino"))
+    with tempfile.TemporaryDirectory() as folder:
+        tables: dict[str, LatencyTable] = {}
+        for name in ("quiet", "disturbed"):
+            over = threading.Event()
+            other = threading.Thread(target=disturb, args=(over, args.workers, args.period))
+            if name == "disturbed":
+                other.start()
+            try:
+                tables[name] = profile(
+                    at, Path(folder) / f"{name}.parquet", time_limit_s=args.time_limit, axes=["precision"], progress=Progress()
+                )  # fmt: skip
+            finally:
+                over.set()
+                if name == "disturbed":
+                    other.join()
+    offered = {u: [Variant.parse(v) for v in vs] for u, vs in tables["quiet"].offered().items()}
+    rng = np.random.default_rng(99)
+    drawn = [random_allocation(at.network, offered, rng) for _ in range(args.heldout)]
+    reference, _ = at.build(uniform(at.network, at.options.base))
+    ratios = np.array([paired(reference.run, {"x": at.build(a)[0].run})["x"].ratio for a in drawn])
+    for name, table in tables.items():
+        model = fit(table)
+        found = [model.predict(a) for a in drawn]
+        measured = ratios * table.header.reference_ns
+        error = np.abs(np.array([p.time_ns for p in found]) / measured - 1)
+        sigma = np.array([p.sigma_ns for p in found]) / measured
+        width = [(b.high - b.low) / b.ratio for b in table.builds]
+        print(f"  {name:10s} {len(table.builds)} builds, {np.mean([b.unstable for b in table.builds]):.0%} flagged unstable, "
+              f"interval {np.median(width):.1%}; error on {len(drawn)} allocations timed quietly: median {np.median(error):.1%}, "
+              f"90th percentile {np.percentile(error, 90):.1%}; foretold sigma {np.median(sigma):.1%}")  # fmt: skip
+
+
+def disturb(over: threading.Event, workers: int, period: float) -> None:
+    while not over.is_set():
+        with background(workers):
+            over.wait(period)
+        over.wait(period)
+
+
+if __name__ == "__main__":
+    main()
