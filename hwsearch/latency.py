@@ -201,8 +201,9 @@ def _calibrated(builds: Sequence[Build], guess: Floats, variances: Floats, measu
     """The spread that fits the errors on left-out builds.
 
     Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
-    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two, but never claims to be better than half a percent. Builds
-    of the design look most like what a search picks: where there are enough, they alone count.
+    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two, but never
+    claims to be better than half a percent. Builds of the design look most like what a search picks: where there are enough,
+    they alone count.
     """
     known = np.sqrt(variances) < _KNOWN * guess
     design = known & np.array([b.role == "design" for b in builds])
