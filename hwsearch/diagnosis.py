@@ -84,9 +84,10 @@ class Diagnosis:
 
 
 def diagnose(model: LatencyModel) -> Diagnosis:
-    """Errors of a fitted model. Raises InvalidInput where it was not fitted on whole networks."""
-    if len(model.left_out) < 3:
-        raise InvalidInput("the table has too few builds of whole networks to diagnose; profile in context")
+    """Errors of a fitted model. Raises InvalidInput where there are fewer than three builds to see them on.
+
+    In a table over widths most cells were built once: of such builds the others tell too little, and only held-out ones count.
+    """
     table = model.table
     number = {id(b): i for i, b in enumerate(table.builds)}
     points = []
@@ -102,6 +103,11 @@ def diagnose(model: LatencyModel) -> Diagnosis:
         Point(b.role, table.time_ns(b), t, s, b.role == "heldout", _causes(model, b, number[id(b)]))
         for b, t, s in points
     )
+    if len(made) < 3:
+        raise InvalidInput(
+            "the table has too few builds of whole networks that others foretell, or that were held out; profile longer, "
+            "and in context"
+        )
     errors = np.array([p.error for p in made])
     correlations = {}
     for cause in CAUSES:
