@@ -47,12 +47,14 @@ class Point:
 class Diagnosis:
     """points: builds of the fit, each predicted by a fit without it where the others tell all that it holds, and the
     held-out ones. correlations: Spearman's rank
-    correlation of the signed error with each cause, and its p-value. quality: errors over all points.
+    correlation of the signed error with each cause, and its p-value. quality: errors over all points. drift: the share by
+    which times changed against the reference's over the profile.
     """
 
     points: tuple[Point, ...]
     correlations: dict[str, tuple[float, float]]
     quality: Validation
+    drift: float = 0.0
 
     @property
     def suspects(self) -> list[str]:
@@ -64,6 +66,7 @@ class Diagnosis:
         points = [{**asdict(p), "error": p.error, "z": p.z} for p in self.points]
         return {
             "quality": asdict(self.quality),
+            "drift": self.drift,
             "correlations": own,
             "suspects": self.suspects,
             "points": points,
@@ -80,6 +83,10 @@ class Diagnosis:
         for cause, (r, p) in self.correlations.items():
             mark = " <- errors depend on it" if p < SUSPECT else ""
             lines.append(f"error against {cause}: rank correlation {r:+.2f} (p {p:.2g}){mark}")
+        lines.append(
+            f"drift: against the reference, times changed by {self.drift:+.1%} from the beginning of the profile to its end "
+            "(the model allows for it)"
+        )
         return "\n".join(lines)
 
 
@@ -121,7 +128,7 @@ def diagnose(model: LatencyModel) -> Diagnosis:
         np.array([p.sigma_ns for p in made]),
         noise_floor(table),
     )
-    return Diagnosis(made, correlations, quality)
+    return Diagnosis(made, correlations, quality, model.drift)
 
 
 def _causes(model: LatencyModel, build: Build, number: int) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
-Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes.
+Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes. A machine whose other
+load comes and goes does not slow every network alike: a slow change of all times against the reference, over a profile, is one
+more parameter, and predictions are for the middle of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,10 @@ class Row:
     features: list[tuple[Feature, float]]
     value: float
     error: float
+
+    def drifting(self, when: float) -> Row:
+        """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
+        return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
 
 def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
@@ -142,7 +148,9 @@ class Equations:
         self.told = {e.feature for e in table.header.prior}
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
-        rows += [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
+        told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
+        when = _when(builds)
+        rows = [(k, row.drifting(when[k])) for k, row in rows] + told
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
         index = {f: i for i, f in enumerate(self.features)}
         self.of_build = np.array([k for k, _ in rows])
@@ -155,6 +163,8 @@ class Equations:
         self.b = np.array([row.value for _, row in rows]) / error
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
+        """Features of the whole builds, as at the middle of the profile."""
+        self.totals[:, [i for f, i in index.items() if f == ("drift",)]] = 0.0
         self.measured = np.array([rows[i][1].value for i in first])
         self.typical = float(np.mean(self.measured))
         self.units = len(table.network.units)
@@ -169,6 +179,7 @@ class Equations:
         deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
                      "edge": scales.own / np.sqrt(self.units)}  # fmt: skip
         # what other tables tell is not shrunk away
+        deviation["drift"] = DRIFT / self.typical  # a share, not a time
         prior = self.typical * np.array(
             [max(deviation[f[0]], 0.1) if f in self.told else deviation[f[0]] for f in self.features]
         )
@@ -182,6 +193,19 @@ class Equations:
                 precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features])
             )
         return mean, factor
+
+
+DRIFT = 0.1
+"""Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
+
+
+def _when(builds: Sequence[Build]) -> list[float]:
+    """For each build when in the profile it was measured, -0.5 to 0.5; 0 for those that were deployed, in other sessions."""
+    number = np.cumsum([b.role != "deployed" for b in builds]) - 1
+    last = max(int(number[-1]), 1)
+    return [
+        0.0 if b.role == "deployed" else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
+    ]
 
 
 def _told(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:

@@ -98,6 +98,11 @@ class LatencyModel:
         return row
 
     @cached_property
+    def drift(self) -> float:
+        """The share by which times changed against the reference's over the profile."""
+        return float(self._mean[self._index["drift",]]) if ("drift",) in self._index else 0.0
+
+    @cached_property
     def rest_ns(self) -> float:
         """b0: what no unit and no edge accounts for."""
         return float(self._mean[self._index["rest",]])

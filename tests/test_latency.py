@@ -141,6 +141,22 @@ def test_held_out_builds_are_not_fitted() -> None:
     assert fit(table).predict(variants) == fit(without).predict(variants)
 
 
+@pytest.mark.parametrize("drift", [-0.12, 0.0, 0.08])
+def test_a_drift_over_the_profile_is_told_from_the_terms(drift: float) -> None:
+    """The last builds of a design are not mistaken for slower layers; those deployed later are no part of it."""
+    table = simulated_table(NETWORK, LAW, design=30, noise=0.005, node_noise=0.02)
+    last = len(table.builds) - 1
+    builds = tuple(
+        replace(b, ratio=b.ratio * (1 + drift * (i / last - 0.5))) for i, b in enumerate(table.builds)
+    )
+    model = fit(LatencyTable(table.header, builds))
+    assert model.drift == pytest.approx(drift, abs=0.02)
+    assert np.median(_errors(model)) < 0.012
+    later = tuple(replace(b, role="deployed") for b in table.builds[3:9])
+    again = fit(LatencyTable(table.header, builds + later))
+    assert again.drift == pytest.approx(drift, abs=0.02)
+
+
 def test_too_few_builds() -> None:
     table = simulated_table(NETWORK, LAW, design=0)
     with pytest.raises(InvalidInput, match="1 usable builds, a fit needs at least 2"):
