@@ -150,6 +150,8 @@ Load = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
+AnyTable = Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 TableFile = Annotated[Path, typer.Option("--table", metavar="FILE", help="Made by `hwsearch profile`.")]
 SensitivityFile = Annotated[
@@ -267,7 +269,7 @@ def profile(
 
 @table_app.command("show")
 def table_show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
+    file: AnyTable,
     as_json: AsJson = False,
 ) -> None:
     """Show what a latency table holds. Also where it is from, and how well it predicts."""
@@ -279,10 +281,8 @@ def table_show(
 
 @table_app.command("staircase")
 def table_staircase(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
-    ] = None,
+    file: AnyTable,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what each channel group costs at each width. Kept are those faster than every wider one kept."""
@@ -296,10 +296,8 @@ def table_staircase(
 
 @table_app.command("diagnose")
 def table_diagnose(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
-    ] = None,
+    file: AnyTable,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the latency model gets wrong. Each build predicted without itself, and what the errors go with."""
@@ -315,7 +313,7 @@ def table_diagnose(
 
 @table_app.command("check")
 def table_check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")],
+    file: AnyTable,
     task: Annotated[
         str | None,
         typer.Option(metavar="TASK", help="The task that was profiled; a table of the zoo finds its own."),
@@ -391,9 +389,7 @@ def front(
     budget: MaybeBudgets = None,
     axes: Axes = "width,precision",
     keep: Keep = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")
-    ] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Sweep a budget. The allocations that no other beats in both loss and cost."""
