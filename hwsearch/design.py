@@ -168,16 +168,6 @@ def _seldom(
     return Candidate(drawn, widths)
 
 
-def default_builds(network: Network, told: float = 0.0) -> int:
-    """Builds of a design over precisions, held-out ones included, where the time limit allows them.
-
-    told: share of the cells that other tables of the device tell already; of a network all of whose units are known, the
-    boundaries and the whole are what is left to learn.
-    """
-    cold = int(np.clip(len(network.units) // 2 + 10, 16, 40))
-    return max(6, round(cold * (1.0 - 0.6 * told)))
-
-
 # ---------------------------------------------------------------- widths
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from hwsearch.equations import error_ns
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import LatencyModel, Validation, noise_floor, summarise
 from hwsearch.table import Build
@@ -46,15 +47,14 @@ class Point:
 @dataclass(frozen=True)
 class Diagnosis:
     """points: builds of the fit, each predicted by a fit without it where the others tell all that it holds, and the
-    held-out ones. correlations: Spearman's rank
-    correlation of the signed error with each cause, and its p-value. quality: errors over all points. drift: the share by
-    which times changed against the reference's over the profile.
+    held-out ones. correlations: Spearman's rank correlation of the signed error with each cause, and its p-value. quality:
+    errors over all points. drift: in the course of the profile, by what share times differed from their average.
     """
 
     points: tuple[Point, ...]
     correlations: dict[str, tuple[float, float]]
     quality: Validation
-    drift: float = 0.0
+    drift: tuple[float, ...] = ()
 
     @property
     def suspects(self) -> list[str]:
@@ -83,10 +83,11 @@ class Diagnosis:
         for cause, (r, p) in self.correlations.items():
             mark = " <- errors depend on it" if p < SUSPECT else ""
             lines.append(f"error against {cause}: rank correlation {r:+.2f} (p {p:.2g}){mark}")
-        lines.append(
-            f"drift: against the reference, times changed by {self.drift:+.1%} from the beginning of the profile to its end "
-            "(the model allows for it)"
-        )
+        if self.drift:
+            lines.append(
+                f"drift: in the course of the profile, times against the reference were {min(self.drift):+.1%} to "
+                f"{max(self.drift):+.1%} off their average (the model allows for it)"
+            )
         return "\n".join(lines)
 
 
@@ -125,7 +126,9 @@ def diagnose(model: LatencyModel) -> Diagnosis:
     quality = summarise(
         np.array([p.predicted_ns for p in made]),
         np.array([p.measured_ns for p in made]),
-        np.array([p.sigma_ns for p in made]),
+        np.array(
+            [np.hypot(p.sigma_ns, error_ns(table, b)) for p, (b, _, _) in zip(made, points, strict=True)]
+        ),
         noise_floor(table),
     )
     return Diagnosis(made, correlations, quality, model.drift)

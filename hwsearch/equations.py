@@ -3,8 +3,9 @@
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes. A machine whose other
-load comes and goes does not slow every network alike: a slow change of all times against the reference, over a profile, is one
-more parameter, and predictions are for the middle of it.
+load comes and goes does not slow every network alike: slow changes of all times against the reference, over a profile, are
+further parameters, and predictions are for its average. Cells that were built once or twice lean on those of the same unit at
+other widths (`pooling`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.sparse import csr_array
 
+from hwsearch.design import Candidate
 from hwsearch.network import Edge, Network
+from hwsearch.pooling import Cell, foretell
 from hwsearch.table import Build, Evidence, LatencyTable
 from hwsearch.variants import Variant
 
@@ -29,15 +32,20 @@ PAIRS = ((False, True), (True, False), (True, True))
 """Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
 
 
-def edge_features(edge: Edge, pair: tuple[bool, bool], side: str) -> list[tuple[Feature, float]]:
-    """Terms of a boundary in the time of the unit at its `src` or `dst` side: pooled over edges, and its own."""
+def edge_features(
+    edge: Edge, pair: tuple[bool, bool], side: str, share: float
+) -> list[tuple[Feature, float]]:
+    """Terms of a boundary in the time of the unit at its `src` or `dst` side: pooled over edges, and its own.
+
+    share: of the whole tensor's bytes that the edge has; what is its own shrinks with it.
+    """
     if pair == (False, False):
         return []
     kind = (side, edge.fused, pair)
     return [
         (("pool", *kind), 1.0),
         (("pool bytes", *kind), edge.tensor_bytes / 1e5),
-        (("edge", edge.name, *kind), 1.0),
+        (("edge", edge.name, *kind), share),
     ]
 
 
@@ -49,28 +57,43 @@ def all_features(
     for unit in network.units:
         signature = network.unit_at(unit.name, widths).signature
         features[unit.name] = [(("unit", signature, str(variants[unit.name])), 1.0)]
-    for edge in network.edges_at(widths):
+    for edge, whole in zip(network.edges_at(widths), network.edges, strict=True):
         pair = variants[edge.src].quantized, variants[edge.dst].quantized
-        features[edge.src] += edge_features(edge, pair, "src")
-        features[edge.dst] += edge_features(edge, pair, "dst")
+        share = edge.tensor_bytes / (whole.tensor_bytes or 1)
+        features[edge.src] += edge_features(edge, pair, "src", share)
+        features[edge.dst] += edge_features(edge, pair, "dst", share)
     return features
+
+
+NODE_SPREAD, NODE_SHARE = 0.04, 0.004
+"""Standard error of a node's counter: of its own time, and of the whole network's."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One equation: features . parameters = value, with its standard error, both in ns."""
+    """One equation: features . parameters = value, in ns, with a standard error of `share` of that value and `error` beside."""
 
     features: list[tuple[Feature, float]]
     value: float
     error: float
+    share: float = 0.0
 
     def drifting(self, when: float) -> Row:
-        """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
-        return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
+        """The same as measured when so many of `KNOT` builds had been: between two knots the drift is linear."""
+        if not np.isfinite(when):
+            return self
+        knot, beyond = int(when), when - int(when)
+        drift = [(("drift", knot), (1.0 - beyond) * self.value), (("drift", knot + 1), beyond * self.value)]
+        return replace(self, features=[*self.features, *drift])
+
+
+def error_ns(table: LatencyTable, build: Build) -> float:
+    """Standard error of a build's measured time, from its interval."""
+    return max((build.high - build.low) / 3.92, 0.002 * build.ratio) * table.header.reference_ns
 
 
 def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
-    """One equation for the whole build, then one for each unit (fused ones together)."""
+    """One equation for the whole build, then one for each unit (fused ones together) and the rest."""
     reference = table.header.reference_ns
     total = build.ratio * reference
     candidate = table.candidate(build)
@@ -80,14 +103,13 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
             name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
         }
     everything = [f for group in features.values() for f in group]
-    error = max((build.high - build.low) / 3.92 * reference, 0.002 * total)
-    rows = [Row(everything, total, error)]
+    rows = [Row(everything, total, error_ns(table, build))]
     counted = sum(n.time_ns for n in build.nodes)
     if counted <= 0:
         return rows
     scale = total / counted
     spread = float(
-        np.hypot(0.04, (build.high - build.low) / 3.92 / build.ratio)
+        np.hypot(NODE_SPREAD, (build.high - build.low) / 3.92 / build.ratio)
     )  # scaled by a total that is as uncertain
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": 0.0}
@@ -100,7 +122,7 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
         members.setdefault(group_of.get(name, name), []).append(name)
     for key, names in members.items():
         value = times.get(key, 0.0)
-        rows.append(Row([f for n in names for f in features[n]], value, spread * value + 0.004 * total))
+        rows.append(Row([f for n in names for f in features[n]], value, NODE_SHARE * total, spread))
     return rows
 
 
@@ -131,9 +153,18 @@ class Scales:
 SCALES = [Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
 
 
-FEW_SCALES = [Scales(0.01, 0.001), Scales(0.03, 0.01), Scales(0.1, 0.03)]
+MIDDLE = Scales(0.03, 0.01)
+FEW_SCALES = [Scales(0.01, 0.001), MIDDLE, Scales(0.1, 0.03)]
 MANY = 400
 """Parameters above which fewer priors are compared: the time to solve grows with their cube."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of each parameter before any build: mean and standard deviation, in ns."""
+
+    mean: Floats
+    deviation: Floats
 
 
 class Equations:
@@ -142,7 +173,8 @@ class Equations:
     What other tables of the device tell (`Header.prior`) are further equations, which every solution sees.
     """
 
-    def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool) -> None:
+    def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool = True) -> None:
+        self.network = table.network
         rows = [(k, row) for k, build in enumerate(builds) for row in rows_of(table, build, boundaries)]
         self.builds = len(builds)
         self.told = {e.feature for e in table.header.prior}
@@ -151,41 +183,67 @@ class Equations:
         told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
         when = _when(builds)
         rows = [(k, row.drifting(when[k])) for k, row in rows] + told
+        drifts = dict.fromkeys(f for _, row in rows for f, _ in row.features if f[0] == "drift")
+        if drifts:  # from their average
+            rows.append((len(builds), Row([(f, 1.0) for f in drifts], 0.0, 1e-3 * DRIFT)))
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
-        index = {f: i for i, f in enumerate(self.features)}
+        self.index = {f: i for i, f in enumerate(self.features)}
+        self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
         self.of_build = np.array([k for k, _ in rows])
         design = np.zeros((len(rows), len(self.features)))
         for i, (_, row) in enumerate(rows):
             for feature, value in row.features:
-                design[i, index[feature]] += value
-        error = np.array([row.error for _, row in rows])
-        self.a = csr_array(design / error[:, None])
-        self.b = np.array([row.value for _, row in rows]) / error
+                design[i, self.index[feature]] += value
+        value, error, share = np.array([(row.value, row.error, row.share) for _, row in rows]).T
+        self._weigh(design, value, error + share * value)
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
-        """Features of the whole builds, as at the middle of the profile."""
-        self.totals[:, [i for f, i in index.items() if f == ("drift",)]] = 0.0
-        self.measured = np.array([rows[i][1].value for i in first])
+        """Features of the whole builds, as on average over the profile."""
+        self.totals[:, [i for f, i in self.index.items() if f[0] == "drift"]] = 0.0
+        self.measured = value[first]
+        self.errors = error[first]
         self.typical = float(np.mean(self.measured))
-        self.units = len(table.network.units)
+        # an error that is a share of the measured time would favour whatever was measured too fast
+        expected = design @ self.solve(self.vague(MIDDLE), np.arange(self.builds), bounded=True)[0]
+        self._weigh(design, value, error + share * np.maximum(expected, 0.2 * value))
+
+    def _weigh(self, design: Floats, value: Floats, error: Floats) -> None:
+        self.a, self.b = csr_array(design / error[:, None]), value / error
+
+    def vague(self, scales: Scales) -> Prior:
+        """The prior of somebody who knows no more than how large times are."""
+        return Prior(np.zeros(len(self.features)), np.array([self.scale(f, scales) for f in self.features]))
+
+    def scale(self, feature: Feature, scales: Scales = MIDDLE) -> float:
+        """Prior standard deviation of a parameter, in ns."""
+        deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
+                     "edge": scales.own / np.sqrt(len(self.network.units)),
+                     "drift": DRIFT / self.typical}[feature[0]]  # fmt: skip
+        # what other tables tell is not shrunk away
+        return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
+
+    def pooled(self, prior: Prior, builds: NDArray[np.intp]) -> tuple[NDArray[np.intp], Floats, Floats]:
+        """(parameters, means, standard deviations) of the cells that some builds foretell from others: see `pooling`."""
+        if not any(any(w is not None for w in c.levels) for c in self.cells.values()):
+            return np.zeros(0, np.intp), np.zeros(0), np.zeros(0)
+        mean, factor = self.solve(prior, builds)
+        error = np.sqrt(np.square(solve_triangular(factor, np.eye(len(mean)), lower=True)).sum(axis=0))
+        place = np.array(list(self.cells))
+        found = foretell(list(self.cells.values()), mean[place], error[place] / np.maximum(mean[place], 1e-9))
+        known = np.isfinite(found.time)
+        return place[known], found.time[known], (found.time * found.error)[known]
 
     def solve(
-        self, scales: Scales, builds: NDArray[np.intp], *, bounded: bool = False
+        self, prior: Prior, builds: NDArray[np.intp], *, bounded: bool = False
     ) -> tuple[Floats, Floats]:
         """Posterior mean, and the lower Cholesky factor of the inverse of its covariance, on some of the builds.
 
         bounded: hold times of units and the rest at zero or above.
         """
-        deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
-                     "edge": scales.own / np.sqrt(self.units)}  # fmt: skip
-        # what other tables tell is not shrunk away
-        deviation["drift"] = DRIFT / self.typical  # a share, not a time
-        prior = self.typical * np.array(
-            [max(deviation[f[0]], 0.1) if f in self.told else deviation[f[0]] for f in self.features]
-        )
         chosen = np.isin(self.of_build, builds) | (self.of_build == self.builds)
         a, b = self.a[chosen], self.b[chosen]
-        precision, target = (a.T @ a).toarray() + np.diag(prior**-2.0), a.T @ b
+        weight = prior.deviation**-2.0
+        precision, target = (a.T @ a).toarray() + np.diag(weight), a.T @ b + weight * prior.mean
         factor = cholesky(precision, lower=True)
         mean = cho_solve((factor, True), target)
         if bounded:
@@ -195,16 +253,43 @@ class Equations:
         return mean, factor
 
 
-DRIFT = 0.1
-"""Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
+def informed(prior: Prior, pooled: tuple[NDArray[np.intp], Floats, Floats]) -> Prior:
+    """A prior with what other cells foretell in the place of what it knew of those."""
+    mean, deviation = prior.mean.copy(), prior.deviation.copy()
+    place, times, errors = pooled
+    mean[place], deviation[place] = times, errors
+    return Prior(mean, deviation)
+
+
+def _cells(
+    network: Network, candidates: Sequence[Candidate], index: Mapping[Feature, int]
+) -> dict[int, Cell]:
+    """For each parameter that is a unit's time, which stairs it is on."""
+    found: dict[int, Cell] = {}
+    for candidate in candidates:
+        for unit in network.units:
+            variant = str(candidate.variants[unit.name])
+            feature = ("unit", network.unit_at(unit.name, candidate.widths).signature, variant)
+            if (place := index.get(feature)) is None or place in found:
+                continue
+            whole = [network.channels[g] for g in unit.groups]
+            own = [candidate.widths.get(g, n) for g, n in zip(unit.groups, whole, strict=True)]
+            levels = tuple(None if w == n else w for w, n in zip(own, whole, strict=True))
+            found[place] = Cell((unit.signature, tuple(whole), variant), levels)
+    return found
+
+
+DRIFT = 0.03
+"""Prior standard deviation of the share by which times, against the reference's, differ from their average at some time."""
+KNOT = 10
+"""Builds between two times at which the drift is a parameter of its own."""
 
 
 def _when(builds: Sequence[Build]) -> list[float]:
-    """For each build when in the profile it was measured, -0.5 to 0.5; 0 for those that were deployed, in other sessions."""
+    """For each build when in the profile it was measured, in knots; infinite for those deployed, in other sessions."""
     number = np.cumsum([b.role != "deployed" for b in builds]) - 1
-    last = max(int(number[-1]), 1)
     return [
-        0.0 if b.role == "deployed" else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
+        float("inf") if b.role == "deployed" else float(n / KNOT) for b, n in zip(builds, number, strict=True)
     ]
 
 
@@ -215,17 +300,19 @@ def _told(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:
     over equations that hold nothing but such units; without one it is 1, and uncertain.
     """
     told = {e.feature: e.ns for e in evidence if e.feature[0] == "unit"}
-    ratios, weights = [], []
+    logs, weights = [], []
     for row in rows:
         theirs = sum(value * told.get(feature, float("nan")) for feature, value in row.features)
-        if theirs > 0:  # not where a term is unknown
-            ratios.append(row.value / theirs)
+        if theirs > 0 and row.value > 0:  # not where a term is unknown
+            logs.append(np.log(row.value / theirs))
             weights.append(row.value)
     speed, spread = 1.0, 0.1
-    if ratios:
-        order = np.argsort(ratios)
-        share = np.cumsum(np.array(weights)[order]) / np.sum(weights)
-        speed, spread = float(np.array(ratios)[order][np.searchsorted(share, 0.5)]), SESSIONS
+    if logs:
+        middle = _median(np.array(logs), np.array(weights))
+        speed = float(np.exp(middle))
+        away = 1.5 * _median(np.abs(np.array(logs) - middle), np.array(weights))
+        # few equations say little of how far apart the sessions are
+        spread = float(np.hypot(LEAST_SESSIONS, (away * len(logs) + SESSIONS * 10) / (len(logs) + 10)))
     return [
         Row(
             [(e.feature, 1.0)],
@@ -236,8 +323,15 @@ def _told(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-SESSIONS = 0.05
-"""Relative standard error of a layer's time between two networks or sessions on one device."""
+SESSIONS, LEAST_SESSIONS = 0.05, 0.01
+"""Relative standard error of a layer's time between two networks or sessions on one device, where nothing tells, and at least."""
+
+
+def _median(values: Floats, weights: Floats) -> float:
+    """The weighted median."""
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / np.sum(weights)
+    return float(values[order][np.searchsorted(share, 0.5)])
 
 
 def _non_negative(precision: Floats, target: Floats, mean: Floats, physical: NDArray[np.bool_]) -> Floats:

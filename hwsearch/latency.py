@@ -21,6 +21,7 @@ from scipy.stats import kendalltau
 from hwsearch.equations import (
     FEW_SCALES,
     MANY,
+    MIDDLE,
     PAIRS,
     SCALES,
     Equations,
@@ -29,6 +30,8 @@ from hwsearch.equations import (
     Scales,
     all_features,
     edge_features,
+    error_ns,
+    informed,
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network
@@ -98,9 +101,9 @@ class LatencyModel:
         return row
 
     @cached_property
-    def drift(self) -> float:
-        """The share by which times changed against the reference's over the profile."""
-        return float(self._mean[self._index["drift",]]) if ("drift",) in self._index else 0.0
+    def drift(self) -> tuple[float, ...]:
+        """The shares by which times, against the reference's, differed from their average, in the course of the profile."""
+        return tuple(float(self._mean[i]) for f, i in self._index.items() if f[0] == "drift")
 
     @cached_property
     def rest_ns(self) -> float:
@@ -137,8 +140,8 @@ class LatencyModel:
                 if (edge.src, edge.dst) == (src, dst):
                     edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
                     for feature, value in (
-                        *edge_features(edge, pair, "src"),
-                        *edge_features(edge, pair, "dst"),
+                        *edge_features(edge, pair, "src", share),
+                        *edge_features(edge, pair, "dst", share),
                     ):
                         if feature in self._index:
                             total += value * float(self._mean[self._index[feature]])
@@ -163,15 +166,19 @@ def fit(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
     equations = Equations(table, builds, boundaries)
-    folds = min(5 if len(equations.features) <= MANY else 3, len(builds) // 2)
+    many = len(equations.features) > MANY
+    folds = min(3 if many else 5, len(builds) // 2)
     part = np.arange(len(builds)) % folds
+    vague = equations.vague(MIDDLE)
+    pooled = [equations.pooled(vague, np.flatnonzero(part != fold)) for fold in range(folds)]
     best: tuple[float, Scales, Floats, Floats] | None = None
-    tried = SCALES if len(equations.features) <= MANY else FEW_SCALES
+    tried = FEW_SCALES if many else SCALES
     for scales in tried if boundaries else SCALES[:1]:
         guess, variances = np.zeros(len(builds)), np.zeros(len(builds))
         for fold in range(folds):
             held = np.flatnonzero(part == fold)
-            mean, factor = equations.solve(scales, np.flatnonzero(part != fold))
+            prior = informed(equations.vague(scales), pooled[fold])
+            mean, factor = equations.solve(prior, np.flatnonzero(part != fold))
             guess[held] = equations.totals[held] @ mean
             variances[held] = np.square(solve_triangular(factor, equations.totals[held].T, lower=True)).sum(
                 axis=0
@@ -183,8 +190,10 @@ def fit(
             best = loss, scales, guess, variances
     assert best is not None
     _, scales, guess, variances = best
-    spread = _calibrated(builds, guess, variances, equations.measured)
-    mean, factor = equations.solve(scales, np.arange(len(builds)), bounded=True)
+    spread = _calibrated(builds, guess, variances, equations.measured, equations.errors)
+    everything = np.arange(len(builds))
+    prior = informed(equations.vague(scales), equations.pooled(vague, everything))
+    mean, factor = equations.solve(prior, everything, bounded=True)
     covariance = cho_solve((factor, True), np.eye(len(mean)))
     known = np.sqrt(variances) < _KNOWN * guess
     each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
@@ -202,29 +211,31 @@ _UNCALIBRATED = Spread(1.0, 0.02)
 """Where too few builds can be foretold by the others: 2 % is what sessions on shared machines differ by."""
 
 
-def _calibrated(builds: Sequence[Build], guess: Floats, variances: Floats, measured: Floats) -> Spread:
+def _calibrated(
+    builds: Sequence[Build], guess: Floats, variances: Floats, measured: Floats, errors: Floats
+) -> Spread:
     """The spread that fits the errors on left-out builds.
 
     Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
     does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two, but never
     claims to be better than half a percent. Builds of the design look most like what a search picks: where there are enough,
-    they alone count.
+    they alone count. errors: standard errors of the measured times, which are no fault of the model.
     """
     known = np.sqrt(variances) < _KNOWN * guess
     design = known & np.array([b.role == "design" for b in builds])
     chosen = design if design.sum() >= _ENOUGH else known
     if chosen.sum() < _ENOUGH:
         return _UNCALIBRATED
-    off, variance, time = (x[chosen] for x in (measured - guess, variances, guess))
+    off, variance, time, noise = (x[chosen] for x in (measured - guess, variances, guess, errors))
 
     def likelihood(spread: Spread) -> float:
-        square = np.square(spread.sigma(variance, time))
+        square = np.square(spread.sigma(variance, time)) + noise**2
         fit = float(np.sum(-0.5 * np.log(square) - 2.5 * np.log1p(off**2 / square / 4.0)))
         away = np.square(np.log(spread.inflate)) + np.square(np.log(spread.floor / _UNCALIBRATED.floor))
         return fit - float(away) / 2.0
 
     best = max((Spread(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
-    z = np.abs(off) / best.sigma(variance, time)
+    z = np.abs(off) / np.hypot(best.sigma(variance, time), noise)
     # of few builds the quantiles are too small more often than too large
     scale = float(np.max(np.quantile(z, (0.683, 0.954)) / (1.0, 2.0))) * (1.0 + 1.0 / len(z))
     return Spread(max(best.inflate * scale, 0.5), max(best.floor * scale, 0.005))
@@ -271,12 +282,12 @@ def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
     predicted = [model.predict(c.variants, c.widths) for c in candidates]
     measured = np.array([table.time_ns(b) for b in builds])
     times = np.array([p.time_ns for p in predicted])
-    sigma = np.array([p.sigma_ns for p in predicted])
+    sigma = np.hypot([p.sigma_ns for p in predicted], [error_ns(table, b) for b in builds])
     return summarise(times, measured, sigma, noise_floor(table))
 
 
 def summarise(times: Floats, measured: Floats, sigma: Floats, noise: float | None) -> Validation:
-    """Predicted times with their standard errors against measured ones."""
+    """Predicted times against measured ones. sigma: standard errors of their differences."""
     errors = np.abs(times / measured - 1.0)
     z = np.abs(times - measured) / np.maximum(sigma, 1.0)
     tau = float(kendalltau(times, measured).statistic) if len(times) > 2 else float("nan")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 
-from hwsearch.design import candidate_widths
+from hwsearch.design import candidate_widths, worth
 from hwsearch.errors import IncompatibleTables
 from hwsearch.latency import fit
 from hwsearch.network import Network
 from hwsearch.table import Evidence, LatencyTable
+from hwsearch.variants import Variant
 
 OWN = ("batch", "residual")
 """Options that may differ: what they change is in the shapes of units."""
@@ -52,4 +53,30 @@ def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) 
             continue
         if feature[0] in ("unit", "pool", "pool bytes"):
             found.append(Evidence(feature, ns, error_ns, name))
+    return found
+
+
+def told_grid(
+    table: LatencyTable, tried: Mapping[str, Sequence[int]], uniforms: Sequence[Mapping[str, Variant]]
+) -> dict[str, list[int]]:
+    """Widths worth knowing of the channel groups whose stairs other tables tell, so that no probe is needed.
+
+    tried: widths of each group. uniforms: allocations that each of them would be probed in. A group is told where every unit
+    that it runs through is, at the whole width and at two or more of the narrower ones tried, the others whole.
+    """
+    network = table.network
+    told = {(e.feature[1], e.feature[2]): e.ns for e in table.header.prior if e.feature[0] == "unit"}
+    found = {}
+    for group, whole in network.channels.items():
+        units = [u.name for u in network.units if group in u.groups]
+        times = {}
+        for width in tried[group]:
+            cells = [
+                [(network.unit_at(u, {group: width}).signature, str(variants[u])) for u in units]
+                for variants in uniforms
+            ]
+            if all(cell in told for own in cells for cell in own):
+                times[width] = [sum(told[cell] for cell in own) for own in cells]
+        if whole in times and (len(times) > 2 or len(tried[group]) == len(times) > 1):
+            found[group] = worth(times)
     return found

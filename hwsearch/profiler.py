@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hwsearch import device as devices
+from hwsearch.acquisition import Proposal, propose
 from hwsearch.backends.base import Engine
 from hwsearch.background import background
 from hwsearch.design import (
@@ -22,16 +24,16 @@ from hwsearch.design import (
     candidate_widths,
     check_axes,
     cover,
-    default_builds,
     halving,
     random_candidate,
     whole,
     worth,
 )
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.latency import fit
 from hwsearch.marking import isolate
 from hwsearch.measure import Protocol, paired
-from hwsearch.prior import evidence, signatures
+from hwsearch.prior import evidence, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, record, wrong_variants
 from hwsearch.staircase import group_times
@@ -39,7 +41,7 @@ from hwsearch.table import Build, Header, LatencyTable, usable
 from hwsearch.variants import Variant, legal, network_bytes, uniform
 
 MODES = ("context", "isolated")
-SHORT = Protocol(width=0.02, limit_s=0.5, min_rounds=3)
+SHORT = Protocol(width=0.015, limit_s=1.0)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
 
 MOST_BUILDS = 400
@@ -49,8 +51,18 @@ PROBE_SHARE = 0.4
 METADATA_BYTES = 1024
 """The most that the metadata of a deployed file takes."""
 
-HELDOUT_SHARE = 5
-"""Every fifth build of the design is kept from the fit, to report its error on."""
+FIRST = 4
+"""Builds of a design that cover, before the first is chosen for what it tells."""
+BATCH = 4
+"""Builds chosen at a time."""
+LATE = "the time limit"
+DESIGN_SHARE = 0.9
+"""Of the time limit, after which no build of the design begins; the rest is for held-out ones."""
+HELDOUT_EVERY, LEAST_HELDOUT = 5, 4
+"""Every so many builds one is kept from the fit, to report its error on; and at least so many of them."""
+GOAL, GAIN, HELD_GOAL = 0.01, 0.01, 0.015
+"""A design ends where the standard error of likely allocations is below the first, where another build lowers it by less than
+the second, or where it is near the first and three of four held-out builds are predicted to within the third."""
 
 
 def profile(
@@ -147,15 +159,12 @@ class _Run:
     def context(self, time_limit_s: float, builds: int | None, widths: bool) -> LatencyTable:
         self.start, self.limit_s, self.said = self.at.clock(), time_limit_s, set[float]()
         title = f"profile {self.at.network.name} on {self.at.backend.name}"
-        self.progress.start(3 + (builds or self._enough()), title, limit_s=time_limit_s)
+        self.progress.start(3 + (builds or self._most()), title, limit_s=time_limit_s)
         try:
             self._anchors()
             if widths:
                 self._find_grid()
-            if widths and any(len(steps) > 1 for steps in self.table.grid().values()):
-                self._design_widths(builds)
-            else:
-                self._design(builds or self._enough())
+            self._design(builds)
             self._store(self.table.with_header(ended=True))
         finally:
             self.progress.stop()
@@ -169,48 +178,115 @@ class _Run:
             self.progress.say(f"{share:.0%} of the time limit of {self.limit_s:.0f} s is used")
         return True
 
-    def _design(self, count: int) -> None:
-        """Builds over the variants at whole widths, every fifth held out."""
-        grid = whole(self.at.network)
-        rng = np.random.default_rng(self.seed)
-        while (number := sum(b.role in ("design", "heldout") for b in self.table.builds)) < count:
-            offered = self.offered()
-            if all(len(v) == 1 for v in offered.values()):
-                break  # nothing to choose between: the anchors say it all
-            done = self._done()
-            candidate = cover(self.at.network, offered, grid, done, rng, known=self.table.known())
-            # not fresh: the network is so small that all were built; measure one again
-            heldout = candidate not in done and number % HELDOUT_SHARE == HELDOUT_SHARE - 1
-            if self._late():
-                break
-            self.measure("heldout" if heldout else "design", candidate)
+    def _design(self, count: int | None) -> None:
+        """Builds until more of them would tell little more, every fifth held out; `count` of them where one is given.
 
-    def _design_widths(self, count: int | None) -> None:
-        """Builds until every cell (a unit at some widths in some variant) was built, then held-out ones."""
-        rng = np.random.default_rng(self.seed)
-        network, grid = self.at.network, self.table.grid()
-        while sum(b.role == "design" for b in self.table.builds) < (count or MOST_BUILDS):
-            offered = self.offered()
-            done = self._done()
-            built = self._built()
-            missing = all_cells(network, offered, grid) - built
-            enough = sum(b.role == "design" for b in self.table.builds) >= self._enough()
-            if (not missing and enough) or all(len(v) == 1 for v in (*offered.values(), *grid.values())):
+        A first batch covers variants and classes of boundaries; the next are those that most lower the standard error of what
+        a search is likely to pick. What stopped it is kept in the header.
+        """
+        begun, network, grid = self.at.clock(), self.at.network, self.table.grid()
+        steps = sum(map(len, grid.values()))
+        built = sum(b.role in ("design", "heldout") for b in self.table.builds)
+        before = self.table.header.design
+        if not count and (before.get("builds"), before.get("steps")) == (built, steps) and before["enough"]:
+            return
+        queue: list[Candidate] = []
+        proposal: Proposal | None = None
+        most = count or self._most()
+        first = round(FIRST * (1.0 - self._told()))
+        while True:
+            offered, done = self.offered(), self._done()
+            designed = sum(b.role == "design" for b in self.table.builds)
+            heldout = sum(b.role == "heldout" for b in self.table.builds)
+            # what a resumed profile draws depends on what is on disk, not on when it was killed
+            rng = np.random.default_rng([self.seed, designed])
+            if all(len(v) == 1 for v in (*offered.values(), *grid.values())):
+                stopped = "there is nothing to choose between"
                 break
-            if self._late(0.9):
+            if designed + (heldout if count else 0) >= most:
+                stopped = f"{most} builds were asked for" if count else f"{most} builds are enough"
                 break
-            candidate = cover(network, offered, grid, done, rng, known=self.table.known())
-            gained = len(missing & set(candidate.cells(network)))
-            self.progress.expect(-(-len(missing) // max(gained, 1)) + 4)
+            if self._late(DESIGN_SHARE):
+                stopped = LATE
+                break
+            if (designed + heldout) % HELDOUT_EVERY == HELDOUT_EVERY - 1:
+                kept = self._held_out(rng)
+                if kept is not None:
+                    self.measure("heldout", kept)
+                    continue
+            if designed < first:
+                candidate = cover(network, offered, grid, done, rng, known=self.table.known())
+            else:
+                if not queue:
+                    proposal = propose(self.table, offered, grid, rng, BATCH)
+                    queue = list(proposal.candidates)
+                    if count is None and (why := self._told_enough(proposal)):
+                        stopped = why
+                        break
+                candidate = queue.pop(0)
+                if any(str(v) not in map(str, offered[u]) for u, v in candidate.variants.items()):
+                    continue  # refused since it was proposed
             self.measure("design", candidate, protocol=self.short)
-        wanted = min(max(4, (count or self._enough()) // HELDOUT_SHARE), 8)
-        for _ in range(200):
-            if sum(b.role == "heldout" for b in self.table.builds) >= wanted or self._late():
+        for _ in range(4 * LEAST_HELDOUT):
+            if (
+                sum(b.role == "heldout" for b in self.table.builds) >= LEAST_HELDOUT
+                or count
+                or self._late()
+                or stopped.startswith("there")
+            ):
                 break
-            done, built = self._done(), self._built()
-            candidate = self._known(random_candidate(network, self.offered(), grid, rng), built)
-            if candidate not in done and built.issuperset(candidate.cells(network)):
-                self.measure("heldout", candidate)
+            rng = np.random.default_rng([self.seed, len(self.table.builds)])
+            if (kept := self._held_out(rng)) is None:
+                break
+            self.measure("heldout", kept)
+        self._store(
+            self.table.with_header(
+                design={
+                    "stopped": stopped,
+                    "enough": stopped != LATE,
+                    "builds": sum(b.role in ("design", "heldout") for b in self.table.builds),
+                    "steps": steps,
+                    "seconds": round(before.get("seconds", 0.0) + (self.at.clock() - begun) / 1e9, 1),
+                    "error": round(proposal.error, 5) if proposal else None,
+                    "gain": round(proposal.gain, 5) if proposal else None,
+                }
+            )
+        )
+
+    def _told_enough(self, proposal: Proposal) -> str:
+        """Why no further build is worth its time; empty where one is."""
+        self.progress.expect(BATCH if proposal.error > GOAL else 0)
+        if proposal.error <= GOAL:
+            return f"likely allocations are known to {proposal.error:.1%}"
+        if proposal.gain < GAIN:
+            return f"another build would lower the error of likely allocations, {proposal.error:.1%}, by {proposal.gain:.1%} of it"
+        held = self._held_out_error()
+        if held is not None and held <= HELD_GOAL and proposal.error <= 2 * GOAL:
+            return f"held-out builds are predicted to {held:.1%}"
+        return ""
+
+    def _held_out_error(self) -> float | None:
+        """The 75th percentile of the errors on held-out builds, from four of them on."""
+        model = fit(self.table)
+        errors = []
+        for build in usable(self.table):
+            candidate = self.table.candidate(build)
+            if build.role == "heldout" and all(
+                model.knows(u, v, candidate.widths) for u, v in candidate.variants.items()
+            ):
+                time = model.predict(candidate.variants, candidate.widths).time_ns
+                errors.append(abs(time / self.table.time_ns(build) - 1.0))
+        return float(np.percentile(errors, 75)) if len(errors) >= LEAST_HELDOUT else None
+
+    def _held_out(self, rng: np.random.Generator) -> Candidate | None:
+        """A new allocation of cells that were all built; None where none is found."""
+        done, built = self._done(), self._built()
+        for _ in range(50):
+            drawn = random_candidate(self.at.network, self.offered(), self.table.grid(), rng)
+            candidate = self._known(drawn, built)
+            if candidate not in done and built.issuperset(candidate.cells(self.at.network)):
+                return candidate
+        return None
 
     def _known(self, candidate: Candidate, built: set[tuple[str, str]]) -> Candidate:
         """The candidate with another variant where that of a unit was not built at these widths."""
@@ -237,7 +313,8 @@ class _Run:
         self.progress.expect(
             len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20
         )
-        classes = apart(network)
+        told = {} if self.table.header.grid else told_grid(self.table, tried, uniforms)
+        classes = [[g for g in c if g not in told] for c in apart(network)]
         # what was refused since an earlier profile changes the second uniform allocation, but not what its probes showed
         done = {(b.widths, b.variants == base_names) for b in self.table.builds if b.role == "probe"}
         missing = False
@@ -257,7 +334,9 @@ class _Run:
         if self.table.header.grid and not missing:
             return
         times = group_times(self.table)
-        grid = {g: worth(times[g]) if g in times else [n] for g, n in network.channels.items()}
+        grid = {
+            g: told.get(g) or (worth(times[g]) if g in times else [n]) for g, n in network.channels.items()
+        }
         self._store(self.table.with_header(grid=grid))
 
     def _lowest(self) -> dict[str, Variant]:
@@ -374,12 +453,18 @@ class _Run:
         }
         return built | self.table.known()
 
-    def _enough(self) -> int:
-        """Builds of a design, fewer where other tables tell some of its cells."""
-        network = self.at.network
-        variants = {u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in network.units}
-        cells = all_cells(network, variants, whole(network))
-        return default_builds(network, len(cells & self.table.known()) / len(cells))
+    def _told(self) -> float:
+        """Share of the cells at whole widths that other tables of the device tell."""
+        cells = all_cells(self.at.network, self.offered(), whole(self.at.network))
+        return len(cells & self.table.known()) / len(cells)
+
+    def _most(self) -> int:
+        """Builds of a design: with those before it a third of the (unit, widths, variant), if those are many."""
+        network, grid, offered = self.at.network, self.table.grid(), self.offered()
+        cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
+        others = sum(b.role not in ("design", "heldout") for b in self.table.builds)
+        least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
+        return int(np.clip(cells // 3 - others, least, MOST_BUILDS))
 
     def _done(self) -> list[Candidate]:
         """What was built under the table's base so far."""

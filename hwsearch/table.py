@@ -126,6 +126,8 @@ class Header:
     grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
     ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
     of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
+    design: why the design ended (`stopped`), its builds and seconds, the relative standard error of likely allocations that was
+    left (`error`) and how much of it another build would have taken away (`gain`).
     """
 
     network: Network
@@ -144,6 +146,7 @@ class Header:
     ended: bool = False
     task: str = ""
     prior: tuple[Evidence, ...] = ()
+    design: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}

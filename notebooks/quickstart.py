@@ -33,7 +33,9 @@ from hwsearch.pipeline import measured_points
 task = hs.load("zoo:fashion_resnet")
 task = replace(task, calibration=task.calibration[:3])
 folder = Path(tempfile.mkdtemp())
-print(f"{task.name}: {sum(p.numel() for p in task.model.parameters()):,} parameters, accuracy {task.evaluate(task.model):.4f}")
+print(
+    f"{task.name}: {sum(p.numel() for p in task.model.parameters()):,} parameters, accuracy {task.evaluate(task.model):.4f}"
+)
 
 # %% [markdown]
 # ## 1. Profile the device, once
@@ -71,7 +73,10 @@ sensitivity = hs.sensitivity(
     task, out=folder / "sens.parquet", backend="openvino", table=table, weights=folder / "weights"
 )
 for group, losses in sensitivity.width_loss.items():
-    print(f"{group:20s}", "  ".join(f"{width}: {loss:.2g}" for width, loss in sorted(losses.items(), reverse=True)))
+    print(
+        f"{group:20s}",
+        "  ".join(f"{width}: {loss:.2g}" for width, loss in sorted(losses.items(), reverse=True)),
+    )
 sensitivity.to_frame().query("unit in @sensitivity.loss and not variant.str.startswith('width')").pivot(
     index="unit", columns="variant", values="loss"
 ).loc[list(sensitivity.loss)]

@@ -19,7 +19,6 @@ from hwsearch.design import (
     candidate_widths,
     check_axes,
     cover,
-    default_builds,
     halving,
     random_allocation,
     random_candidate,
@@ -163,8 +162,3 @@ def test_groups_that_are_varied_at_once_never_meet_in_a_unit(network: Network) -
     for own in classes:
         for unit in network.units:
             assert len(set(own) & set(unit.groups)) <= 1
-
-
-def test_a_design_is_never_short_nor_endless() -> None:
-    assert default_builds(chain(3)) == 16
-    assert default_builds(chain(200)) == 40

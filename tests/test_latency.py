@@ -150,11 +150,26 @@ def test_a_drift_over_the_profile_is_told_from_the_terms(drift: float) -> None:
         replace(b, ratio=b.ratio * (1 + drift * (i / last - 0.5))) for i, b in enumerate(table.builds)
     )
     model = fit(LatencyTable(table.header, builds))
-    assert model.drift == pytest.approx(drift, abs=0.02)
+    assert model.drift[-1] - model.drift[0] == pytest.approx(drift, abs=0.03)
+    assert np.mean(model.drift) == pytest.approx(0.0, abs=1e-3)
     assert np.median(_errors(model)) < 0.012
     later = tuple(replace(b, role="deployed") for b in table.builds[3:9])
     again = fit(LatencyTable(table.header, builds + later))
-    assert again.drift == pytest.approx(drift, abs=0.02)
+    assert again.drift == pytest.approx(model.drift, abs=0.02)
+
+
+def test_noisy_builds_do_not_pull_the_times_down() -> None:
+    """An error that is a share of the measured time gives weight to what was measured too fast."""
+    table = simulated_table(NETWORK, LAW, design=40, noise=0.01, node_noise=0.15)
+    rng = np.random.default_rng(4)
+    noisy = tuple(replace(b, low=b.ratio * 0.7, high=b.ratio * 1.3,
+                          nodes=tuple(replace(n, time_ns=n.time_ns * float(np.exp(0.2 * rng.standard_normal())))
+                                      for n in b.nodes))
+                  for b in table.builds)  # fmt: skip
+    model = fit(LatencyTable(table.header, noisy))
+    rng = np.random.default_rng(8)
+    drawn = [random_variants(NETWORK, rng) for _ in range(60)]
+    assert np.mean([model.predict(a).time_ns / _law_ns(a) - 1.0 for a in drawn]) > -0.02
 
 
 def test_too_few_builds() -> None:

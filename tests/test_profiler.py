@@ -272,18 +272,33 @@ def test_the_grid_holds_the_edges_of_the_steps(widths_table: tuple[Path, Latency
     assert {s.width for s in staircase(table) if s.group == "conv1"} == {20, 16, 12, 8}
 
 
-def test_the_design_over_widths_leaves_no_cell_unknown(widths_table: tuple[Path, LatencyTable]) -> None:
+def test_the_design_over_widths_knows_most_cells_and_says_why_it_ended(
+    widths_table: tuple[Path, LatencyTable],
+) -> None:
     _, table = widths_table
     offered = {u: [Variant.parse(v) for v in own] for u, own in table.offered().items()}
     built = [table.candidate(b).cells(table.network) for b in table.builds if b.role != "heldout"]
-    assert set().union(*built) >= all_cells(table.network, offered, table.grid())
+    cells = all_cells(table.network, offered, table.grid())
+    assert len(cells & set().union(*built)) > 0.9 * len(cells)
     heldout = [b for b in table.builds if b.role == "heldout"]
     assert len(heldout) >= 4
     assert not {b.key for b in heldout} & {b.key for b in table.builds if b.role != "heldout"}
-    assert validate(fit(table), heldout).median_error < 0.1  # of four builds; each cell was built about once
+    assert validate(fit(table), heldout).median_error < 0.03
+    said = table.header.design
+    assert said["stopped"].startswith("likely allocations are known to")
+    assert said["builds"] == sum(b.role in ("design", "heldout") for b in table.builds)
+    assert 0 < said["error"] <= 0.01
 
 
-@pytest.mark.parametrize("number", [6, 30])
+def test_held_out_builds_are_spread_over_the_profile(widths_table: tuple[Path, LatencyTable]) -> None:
+    """They show what the fit gets wrong, and not how the machine changed since."""
+    _, table = widths_table
+    later = [b.role for b in table.builds if b.role in ("design", "heldout")]
+    assert "heldout" in later[: len(later) // 2]
+    assert "design" in later[later.index("heldout") :]
+
+
+@pytest.mark.parametrize("number", [6, 26])
 def test_a_profile_over_widths_that_dies_resumes(tmp_path: Path, number: int) -> None:
     """While it looks for the grid, and after."""
     out = tmp_path / "t.parquet"

@@ -1,0 +1,114 @@
+"""The next builds are those that most reduce what is unknown of likely allocations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from simulation import OFFERED, chain, grouped, header, random_variants, simulated_build, simulated_table
+
+from hwsearch.acquisition import Belief, propose
+from hwsearch.design import Candidate, cover, whole
+from hwsearch.latency import fit
+from hwsearch.network import Network
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw, sizes_of
+from hwsearch.variants import uniform
+
+GROUPED = grouped()
+GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16], "conv2": [16, 8]}
+
+
+def measured(table: LatencyTable, law: LatencyLaw, candidate: Candidate, seed: int) -> LatencyTable:
+    rng = np.random.default_rng(seed)
+    return table.with_build(
+        simulated_build(table.network, law, candidate.variants, noise=0.005, node_noise=0.05, rng=rng,
+                        widths=candidate.widths)
+    )  # fmt: skip
+
+
+def anchors(network: Network, law: LatencyLaw) -> LatencyTable:
+    plain = [uniform(network, p) for p in ("fp32", "int8")]
+    builds = [
+        simulated_build(network, law, v, r) for r, v in zip(("reference", "uniform"), plain, strict=True)
+    ]
+    return LatencyTable(header(network, law), tuple(builds))
+
+
+def errors(table: LatencyTable, law: LatencyLaw) -> np.ndarray:
+    model, rng, found = fit(table), np.random.default_rng(77), []
+    for _ in range(40):
+        variants = random_variants(table.network, rng)
+        want = law.time_ns({u: v.precision for u, v in variants.items()})
+        found.append(abs(model.predict(variants).time_ns / want - 1.0))
+    return np.array(found)
+
+
+def test_what_is_expected_of_a_build_comes_true() -> None:
+    """The error that a proposal foresees after its builds is what the next proposal finds before its own."""
+    network = chain(12)
+    law = LatencyLaw.random(network, 3)
+    offered, grid = {u.name: OFFERED for u in network.units}, whole(network)
+    table = simulated_table(network, law, design=2, noise=0.005, node_noise=0.05)
+    for step in range(3):
+        found = propose(table, offered, grid, np.random.default_rng(step), 3)
+        assert found.after < found.error
+        assert 0 < found.gain < 1
+        for i, candidate in enumerate(found.candidates):
+            table = measured(table, law, candidate, 10 * step + i)
+        then = propose(table, offered, grid, np.random.default_rng(100 + step), 3)
+        assert then.error == pytest.approx(found.after, rel=0.5)
+
+
+def test_chosen_builds_teach_more_than_covering_ones() -> None:
+    network = chain(14)
+    offered, grid = {u.name: OFFERED for u in network.units}, whole(network)
+    chosen, covering = [], []
+    for seed in range(6):
+        law = LatencyLaw.random(network, seed)
+        table = other = anchors(network, law)
+        rng = np.random.default_rng(seed)
+        for candidate in propose(table, offered, grid, rng, 4).candidates:
+            table = measured(table, law, candidate, seed)
+        for _ in range(4):
+            done = [other.candidate(b) for b in other.builds]
+            other = measured(other, law, cover(network, offered, grid, done, rng), seed)
+        chosen.append(np.mean(errors(table, law)))
+        covering.append(np.mean(errors(other, law)))
+    assert np.mean(chosen) < 1.1 * np.mean(covering)
+
+
+def test_likely_allocations_are_near_the_least_time_at_no_loss() -> None:
+    law = LatencyLaw.random(GROUPED, 1)
+    table = simulated_table(GROUPED, law, design=12, grid=GRID)
+    offered = {u.name: OFFERED for u in GROUPED.units}
+    belief = Belief(table, offered, GRID)
+    rng = np.random.default_rng(0)
+    drawn = [belief.likely(rng) for _ in range(60)]
+    times = [
+        law.time_ns({u: v.precision for u, v in c.variants.items()}, sizes_of(GROUPED, c.widths))
+        for c in drawn
+    ]
+    whole_ns = law.time_ns(dict.fromkeys(law.units, "fp32"))
+    least = law.time_ns(
+        dict.fromkeys(law.units, "int8"), sizes_of(GROUPED, {g: s[-1] for g, s in GRID.items()})
+    )
+    assert min(times) < 1.1 * least
+    assert max(times) > 0.8 * whole_ns
+    assert len({tuple(c.widths.values()) for c in drawn}) > 5
+    assert all(c.widths[g] in GRID[g] for c in drawn for g in GRID)
+
+
+def test_cells_that_were_never_built_are_expected_from_their_stairs() -> None:
+    """Of a law whose stairs multiply: from probes of single groups, a cell that is narrow on both sides."""
+    law = LatencyLaw.random(GROUPED, 2)
+    table = anchors(GROUPED, law)
+    for group, steps in GRID.items():
+        for width in steps[1:]:
+            for precision in ("fp32", "int8"):
+                candidate = Candidate(uniform(GROUPED, precision), {**GROUPED.channels, group: width})
+                table = measured(table, law, candidate, width)
+    belief = Belief(table, {u.name: OFFERED for u in GROUPED.units}, GRID)
+    both = {"conv0": 8, "conv1": 16}
+    assert ("unit", GROUPED.unit_at("conv1", both).signature, "dense.fp32") in belief.unbuilt
+    want = law.nodes({"conv1": "fp32"}, sizes=sizes_of(GROUPED, both))[0].time_ns
+    assert belief.unit_ns("conv1", both, OFFERED[0]) == pytest.approx(want, rel=0.15)
