@@ -76,10 +76,11 @@ def propose(
     done = [table.candidate(b) for b in table.builds if b.base == table.header.options["base"]]
     targets = [belief.likely(rng) for _ in range(TARGETS * 3 // 4)]
     targets += [random_candidate(network, offered, grid, rng) for _ in range(TARGETS - len(targets))]
-    pool = [belief.likely(rng) for _ in range(POOL // 2)]
-    pool += [random_candidate(network, offered, grid, rng) for _ in range(POOL // 4)]
-    while len(pool) < POOL:
-        pool.append(cover(network, offered, grid, [*done, *pool[POOL * 3 // 4 :]], rng, pool=16))
+    pool = [belief.likely(rng) for _ in range(POOL // 3)]
+    covering: list[Candidate] = []
+    for _ in range(POOL - len(pool)):
+        covering.append(cover(network, offered, grid, [*done, *covering[-count:]], rng, pool=16))
+    pool += covering
     pool = [c for c in pool if c not in done] or pool
     state = _State(belief, [*targets, *pool])
     aims = np.stack([state.row(c) for c in targets])

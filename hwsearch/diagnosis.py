@@ -48,13 +48,13 @@ class Point:
 class Diagnosis:
     """points: builds of the fit, each predicted by a fit without it where the others tell all that it holds, and the
     held-out ones. correlations: Spearman's rank correlation of the signed error with each cause, and its p-value. quality:
-    errors over all points. drift: in the course of the profile, by what share times differed from their average.
+    errors over all points. drift: the share by which times changed against the reference's over the profile.
     """
 
     points: tuple[Point, ...]
     correlations: dict[str, tuple[float, float]]
     quality: Validation
-    drift: tuple[float, ...] = ()
+    drift: float = 0.0
 
     @property
     def suspects(self) -> list[str]:
@@ -83,11 +83,10 @@ class Diagnosis:
         for cause, (r, p) in self.correlations.items():
             mark = " <- errors depend on it" if p < SUSPECT else ""
             lines.append(f"error against {cause}: rank correlation {r:+.2f} (p {p:.2g}){mark}")
-        if self.drift:
-            lines.append(
-                f"drift: in the course of the profile, times against the reference were {min(self.drift):+.1%} to "
-                f"{max(self.drift):+.1%} off their average (the model allows for it)"
-            )
+        lines.append(
+            f"drift: against the reference, times changed by {self.drift:+.1%} from the beginning of the profile to its end "
+            "(the model allows for it)"
+        )
         return "\n".join(lines)
 
 

@@ -3,8 +3,8 @@
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes. A machine whose other
-load comes and goes does not slow every network alike: slow changes of all times against the reference, over a profile, are
-further parameters, and predictions are for its average. Cells that were built once or twice lean on those of the same unit at
+load comes and goes does not slow every network alike: a slow change of all times against the reference, over a profile, is one
+more parameter, and predictions are for the middle of it. Cells that were built once or twice lean on those of the same unit at
 other widths (`pooling`).
 """
 
@@ -79,12 +79,8 @@ class Row:
     share: float = 0.0
 
     def drifting(self, when: float) -> Row:
-        """The same as measured when so many of `KNOT` builds had been: between two knots the drift is linear."""
-        if not np.isfinite(when):
-            return self
-        knot, beyond = int(when), when - int(when)
-        drift = [(("drift", knot), (1.0 - beyond) * self.value), (("drift", knot + 1), beyond * self.value)]
-        return replace(self, features=[*self.features, *drift])
+        """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
+        return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
 
 def error_ns(table: LatencyTable, build: Build) -> float:
@@ -183,9 +179,6 @@ class Equations:
         told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
         when = _when(builds)
         rows = [(k, row.drifting(when[k])) for k, row in rows] + told
-        drifts = dict.fromkeys(f for _, row in rows for f, _ in row.features if f[0] == "drift")
-        if drifts:  # from their average
-            rows.append((len(builds), Row([(f, 1.0) for f in drifts], 0.0, 1e-3 * DRIFT)))
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
         self.index = {f: i for i, f in enumerate(self.features)}
         self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
@@ -198,8 +191,8 @@ class Equations:
         self._weigh(design, value, error + share * value)
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
-        """Features of the whole builds, as on average over the profile."""
-        self.totals[:, [i for f, i in self.index.items() if f[0] == "drift"]] = 0.0
+        """Features of the whole builds, as at the middle of the profile."""
+        self.totals[:, [i for f, i in self.index.items() if f == ("drift",)]] = 0.0
         self.measured = value[first]
         self.errors = error[first]
         self.typical = float(np.mean(self.measured))
@@ -279,17 +272,16 @@ def _cells(
     return found
 
 
-DRIFT = 0.03
-"""Prior standard deviation of the share by which times, against the reference's, differ from their average at some time."""
-KNOT = 10
-"""Builds between two times at which the drift is a parameter of its own."""
+DRIFT = 0.1
+"""Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
 
 
 def _when(builds: Sequence[Build]) -> list[float]:
-    """For each build when in the profile it was measured, in knots; infinite for those deployed, in other sessions."""
+    """For each build when in the profile it was measured, -0.5 to 0.5; 0 for those that were deployed, in other sessions."""
     number = np.cumsum([b.role != "deployed" for b in builds]) - 1
+    last = max(int(number[-1]), 1)
     return [
-        float("inf") if b.role == "deployed" else float(n / KNOT) for b, n in zip(builds, number, strict=True)
+        0.0 if b.role == "deployed" else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
     ]
 
 

@@ -101,9 +101,9 @@ class LatencyModel:
         return row
 
     @cached_property
-    def drift(self) -> tuple[float, ...]:
-        """The shares by which times, against the reference's, differed from their average, in the course of the profile."""
-        return tuple(float(self._mean[i]) for f, i in self._index.items() if f[0] == "drift")
+    def drift(self) -> float:
+        """The share by which times changed against the reference's over the profile."""
+        return float(self._mean[self._index["drift",]]) if ("drift",) in self._index else 0.0
 
     @cached_property
     def rest_ns(self) -> float:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 TAUS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4)
+TYPICAL = 0.08
+"""What tau is likely to be, to within a factor of two, before any cell."""
 LEVEL = 1.0
 """Prior standard deviation of a level, in log time."""
 NORMAL = 0.62
@@ -66,11 +68,12 @@ def foretell(cells: Sequence[Cell], time: Floats, error: Floats) -> Foretold:
         mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
         for family, own in shared.items():
             mean[own], spread[own] = _without(designs[family], log[own], variance[own] + tau**2)
-        known = measured & (spread < VAGUE**2)
+        known = measured & (spread < (VAGUE / 2) ** 2)
         total = spread[known] + variance[known] + tau**2
         off = np.square(log[known] - mean[known]) / total
         # Student's t with four degrees of freedom: a cell that went wrong does not widen all others
         likelihood = float(np.sum(-0.5 * np.log(total) - 2.5 * np.log1p(off / (4.0 * NORMAL))))
+        likelihood -= 0.5 * float(np.log(tau / TYPICAL) / np.log(2.0)) ** 2
         if best is None or likelihood > best[0]:
             best = likelihood, tau, mean, np.sqrt(spread + tau**2)
     assert best is not None

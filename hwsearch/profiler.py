@@ -459,12 +459,16 @@ class _Run:
         return len(cells & self.table.known()) / len(cells)
 
     def _most(self) -> int:
-        """Builds of a design: with those before it a third of the (unit, widths, variant), if those are many."""
+        """Builds of a design: with those before it a third of the (unit, widths, variant), if those are many.
+
+        Fewer where other tables of the device tell the same layers: boundaries and the whole are then left to learn.
+        """
         network, grid, offered = self.at.network, self.table.grid(), self.offered()
         cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
         others = sum(b.role not in ("design", "heldout") for b in self.table.builds)
         least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
-        return int(np.clip(cells // 3 - others, least, MOST_BUILDS))
+        most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
+        return max(4, round(most * (1.0 - 0.6 * self._told())))
 
     def _done(self) -> list[Candidate]:
         """What was built under the table's base so far."""

@@ -128,8 +128,8 @@ def test_a_profile_with_a_prior_takes_fewer_builds(axes: list[str]) -> None:
 
     cold = run([])
     warm = run([cold])
-    designed = [sum(b.role in ("design", "heldout") for b in t.builds) for t in (cold, warm)]
-    assert designed[1] <= designed[0] / 2 + 2
+    made = [sum(b.role != "heldout" for b in t.builds) for t in (cold, warm)]
+    assert made[1] <= (0.6 * made[0] if "width" in axes else made[0])
     assert warm.grid() == cold.grid()
     off = []
     for table in (cold, warm):
