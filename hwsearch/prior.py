@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 from hwsearch.design import candidate_widths
-from hwsearch.errors import IncompatibleTables
+from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.network import Network
 from hwsearch.table import Evidence, LatencyTable
@@ -25,16 +26,19 @@ def signatures(network: Network) -> set[str]:
     return found
 
 
+def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which a table has to agree with another for it to tell of its layers."""
+    return {k: v for k, v in options.items() if k not in OWN}
+
+
 def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) -> list[Evidence]:
     """Terms of the model fitted on another table that concern units of these signatures, and boundaries as such.
 
     Raises IncompatibleTables where it is of another device, backend, runtime or regime than `table`.
     """
     h = table.header
-    mine = {k: v for k, v in h.options.items() if k not in OWN}
-    others = {k: v for k, v in prior.header.options.items() if k not in OWN}
-    prior.with_header(options=others).require(
-        device=h.device, backend=h.backend, options=mine, versions=h.versions
+    prior.with_header(options=comparable(prior.header.options)).require(
+        device=h.device, backend=h.backend, options=comparable(h.options), versions=h.versions
     )
     if prior.header.mode != "context":
         raise IncompatibleTables(
@@ -52,4 +56,20 @@ def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) 
             continue
         if feature[0] in ("unit", "pool", "pool bytes"):
             found.append(Evidence(feature, ns, error_ns, name))
+    return found
+
+
+def of_sections(
+    others: Sequence[LatencyTable], table: LatencyTable, wanted: Collection[str]
+) -> list[Evidence]:
+    """What the other tables in a file tell; nothing where they are of another regime, or too short to fit.
+
+    Of their own measurements alone: what one section took from another would count twice.
+    """
+    found: list[Evidence] = []
+    for other in others:
+        try:
+            found += evidence(other.with_header(prior=()), table, wanted)
+        except (IncompatibleTables, InvalidInput):
+            continue
     return found
