@@ -82,15 +82,20 @@ def profile(
         seed=seed,
         builds=builds,
         progress=progress,
-        prior=[p if isinstance(p, LatencyTable) else _of_regime(p, at) for p in prior],
+        prior=[t for p in prior for t in ([p] if isinstance(p, LatencyTable) else _of_regime(p, at))],
     )
 
 
-def _of_regime(path: str | Path, at: Regime) -> LatencyTable:
-    """The table in a file that tells most of a regime: of several that may, that with the most builds."""
-    tables = LatencyTable.sections(path)
-    mine = comparable(at.described)
-    return max(tables, key=lambda t: (comparable(t.header.options) == mine, len(t.builds)))
+def _of_regime(path: str | Path, at: Regime) -> list[LatencyTable]:
+    """The tables in a file that may tell of a regime; where none may, the nearest, for `evidence` to say why not.
+
+    Of several their own measurements alone: what one took from another would count twice.
+    """
+    tables, mine = LatencyTable.sections(path), comparable(at.described)
+    found = [t for t in tables if comparable(t.header.options) == mine]
+    if not found:
+        return [max(tables, key=lambda t: t.header.section.agrees(mine))]
+    return found if len(found) == 1 else [t.with_header(prior=()) for t in found]
 
 
 def sensitivity(
