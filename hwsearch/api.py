@@ -121,7 +121,7 @@ def sensitivity(
     axes = check_axes(axes)
     residual = RESIDUAL in axes or (table is not None and bool(table.header.options.get("residual")))
     if batch is None and table is not None:
-        batch = int(table.header.options["batch"])
+        batch = table.header.options.get("batch")
     at = regime(task, _backend(backend), base=base, batch=batch, residual=residual)
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:

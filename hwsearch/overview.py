@@ -88,6 +88,9 @@ def summary(table: LatencyTable) -> str:
             f"widths     {sum(n > 1 for n in stairs)} of {len(stairs)} channel groups have more than one worth knowing, "
             f"{max(stairs)} at most (see `hwsearch table staircase`)"
         )
+    for name in dict.fromkeys(e.table for e in h.prior):
+        told = sum(e.table == name for e in h.prior)
+        lines.append(f"prior      {told} terms of its model are told by the table of {name}")
     lines += [f"whole      {why}" for why in table.network.blocked]
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]

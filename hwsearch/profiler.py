@@ -136,9 +136,6 @@ class _Run:
             of_sections(sections, self.table, signatures(header.network)) if header.mode == "context" else ()
         )
         self.table = self.table.with_header(prior=tuple(told))
-        self.progress.say(
-            f"{self.out} gets another section: {header.section}; its others tell {len(told)} terms"
-        )
 
     def take(self, prior: Sequence[LatencyTable]) -> None:
         """What other tables tell of this network's layers joins the table; each table's networks once."""

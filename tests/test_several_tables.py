@@ -13,7 +13,7 @@ import tiny
 from typer.testing import CliRunner, Result
 
 import hwsearch as hs
-from hwsearch import cli
+from hwsearch import cli, overview
 from hwsearch.api import table_of_task
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.prior import of_sections, signatures
@@ -106,6 +106,8 @@ def test_a_new_section_begins_with_what_the_others_tell(profiled: Path) -> None:
     assert {e.feature[0] for e in batch.header.prior} <= {"unit", "pool", "pool bytes"}
     told = {e.table for e in larger.header.prior}
     assert told == {f"cnn ({t.network.fingerprint})" for t in (first, batch)}
+    assert all(f"told by the table of {name}" in overview.summary(larger) for name in told)
+    assert "told by" not in overview.summary(first)
 
 
 def test_layers_of_the_same_shape_need_not_be_learnt_again(several: Path) -> None:
