@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hwsearch.errors import InvalidInput
 from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
+from hwsearch.reshaping import own_shapes, reshaped
 from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.task import load
 from hwsearch.variants import uniform
@@ -115,7 +117,10 @@ def check(
                 f"the table was made for task {table.header.task or '(not recorded)'}; name it with --task to check the table"
             )
         task = load(table.header.task)
-    options = table.header.options
+    options, shapes = table.header.options, table.network.input_shapes
+    if len(shapes) == len(own_shapes(task)) and [s[1:] for s in shapes] != [s[1:] for s in own_shapes(task)]:
+        with suppress(InvalidInput):  # a task of another network, which is refused below
+            task = reshaped(task, shapes)  # as `profile --shape` made it
     chosen = backend or table.header.backend
     at = regime(
         task, backends.get(chosen) if isinstance(chosen, str) else chosen, threads=int(options["threads"]),

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from hwsearch import show
 from hwsearch.errors import BudgetMissed, HwsearchError, InvalidInput
+from hwsearch.section_options import choosing
 
 if TYPE_CHECKING:
     from hwsearch.report import Report
@@ -242,6 +243,14 @@ def profile(
     ] = "context",
     axes: Axes = "width,precision",
     load: Load = 0,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="[NAME=]SHAPE",
+            help="Input shape, batch first, for instance 1x3x160x160; once for each input. By default that of the example.",
+        ),
+    ] = None,
     prior: Annotated[
         list[Path] | None,
         typer.Option(
@@ -253,7 +262,10 @@ def profile(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a latency table. An interrupted one goes on where it stopped."""
+    """Measure a latency table. An interrupted one goes on where it stopped.
+
+    Other options or another shape of the same model become another section of the file.
+    """
     limit = seconds(time_limit)
     import hwsearch as hs
     from hwsearch.progress import Progress
@@ -262,41 +274,50 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=_axes(axes), load=load, seed=seed, progress=progress,
-            prior=[hs.LatencyTable.load(file) for file in prior or ()],
+            shape=shape or None, prior=prior or (),
         )  # fmt: skip
     show.table(table, as_json)
 
 
 @table_app.command("show")
+@choosing
 def table_show(
     file: AnyTable,
+    section: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a latency table holds. Also where it is from, and how well it predicts."""
+    """Show what a latency table holds. Also where it is from, and how well it predicts; of several, which there are."""
     import hwsearch as hs
 
-    table = hs.LatencyTable.load(file)
-    show.table(table, as_json)
+    tables = hs.LatencyTable.sections(file, **section)
+    if len(tables) == 1:
+        show.table(tables[0], as_json)
+    else:
+        show.sections(tables, as_json)
 
 
 @table_app.command("staircase")
+@choosing
 def table_staircase(
     file: AnyTable,
+    section: dict[str, Any],
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what each channel group costs at each width. Kept are those faster than every wider one kept."""
     import hwsearch as hs
 
-    table = hs.LatencyTable.load(file)
+    table = hs.LatencyTable.load(file, **section)
     if plot is not None:
         hs.plot_staircase(table, plot)
     show.staircase(table, as_json)
 
 
 @table_app.command("diagnose")
+@choosing
 def table_diagnose(
     file: AnyTable,
+    section: dict[str, Any],
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -305,15 +326,17 @@ def table_diagnose(
     from hwsearch.diagnosis import diagnose
     from hwsearch.latency import fit
 
-    model = fit(hs.LatencyTable.load(file))
+    model = fit(hs.LatencyTable.load(file, **section))
     if plot is not None:
         hs.plot_diagnosis(model, plot)
     show.diagnosis(diagnose(model), as_json)
 
 
 @table_app.command("check")
+@choosing
 def table_check(
     file: AnyTable,
+    section: dict[str, Any],
     task: Annotated[
         str | None,
         typer.Option(metavar="TASK", help="The task that was profiled; a table of the zoo finds its own."),
@@ -323,22 +346,27 @@ def table_check(
 ) -> None:
     """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
     import hwsearch as hs
+    from hwsearch.api import table_of_task
     from hwsearch.progress import Progress
 
-    table = hs.LatencyTable.load(file)
+    own = None if task is None else hs.load(task)
+    table = hs.LatencyTable.load(file, **section) if own is None else table_of_task(file, own, **section)
     with Progress() as progress:
-        found = hs.check(table, None if task is None else hs.load(task), builds=builds, progress=progress)
+        found = hs.check(table, own, builds=builds, progress=progress)
     show.check(found, as_json)
     if not found.holds:
         raise typer.Exit(1)
 
 
 @app.command()
+@choosing
 def sensitivity(
     task: TaskSpec,
     output: Output,
+    section: dict[str, Any],
     backend: Backend = "openvino",
     base: Base = None,
+    batch: Batch = None,
     axes: Axes = "width,precision",
     table: Annotated[
         Path | None,
@@ -349,28 +377,35 @@ def sensitivity(
     as_json: AsJson = False,
 ) -> None:
     """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
+    if section and table is None:
+        raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
     import hwsearch as hs
+    from hwsearch.api import table_of_task
     from hwsearch.progress import Progress
 
+    own = hs.load(task)
+    found = None if table is None else table_of_task(table, own, batch=batch, base=base, **section)
     with Progress() as progress:
         scores = hs.sensitivity(
-            hs.load(task), out=output, backend=backend, base=base, axes=_axes(axes), weights=weights, seed=seed,
-            table=None if table is None else hs.LatencyTable.load(table), progress=progress,
+            own, out=output, backend=backend, base=base, batch=batch, axes=_axes(axes), weights=weights, seed=seed,
+            table=found, progress=progress,
         )  # fmt: skip
     show.sensitivity(scores, as_json)
 
 
 @app.command()
+@choosing
 def search(
-    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, output: Output, axes: Axes = "width,precision",
-    keep: Keep = None, as_json: AsJson = False,
+    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, output: Output, section: dict[str, Any],
+    axes: Axes = "width,precision", keep: Keep = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Find the best allocation under budgets. The one of least predicted loss, solved exactly."""
     import hwsearch as hs
 
+    scores = hs.SensitivityTable.load(sensitivity)
     allocation = hs.search(
-        hs.LatencyTable.load(table),
-        hs.SensitivityTable.load(sensitivity),
+        hs.LatencyTable.load(table, network=scores.network.fingerprint, **section),
+        scores,
         budget,
         axes=_axes(axes),
         keep=keep or (),
@@ -380,10 +415,12 @@ def search(
 
 
 @app.command()
+@choosing
 def front(
     table: TableFile,
     sensitivity: SensitivityFile,
     output: Output,
+    section: dict[str, Any],
     over: Annotated[Literal["latency", "size"], typer.Option(help="The cost that is swept.")] = "latency",
     points: Annotated[int, typer.Option(min=2, help="Budgets to sweep.")] = 20,
     budget: MaybeBudgets = None,
@@ -395,8 +432,9 @@ def front(
     """Sweep a budget. The allocations that no other beats in both loss and cost."""
     import hwsearch as hs
 
+    scores = hs.SensitivityTable.load(sensitivity)
     found = hs.front(
-        hs.LatencyTable.load(table), hs.SensitivityTable.load(sensitivity), over=over, points=points,
+        hs.LatencyTable.load(table, network=scores.network.fingerprint, **section), scores, over=over, points=points,
         budgets=budget or (), axes=_axes(axes), keep=keep or (),
     )  # fmt: skip
     found.save(output)
@@ -444,7 +482,9 @@ def verify(
     from hwsearch.allocation import Allocation
 
     chosen = Allocation.load(allocation)
-    known = None if table is None else hs.LatencyTable.load(table)
+    known = None
+    if table is not None:
+        known = hs.LatencyTable.load(table, network=chosen.network, like=chosen.options)
     report = hs.verify(hs.load(task), chosen, backend=backend, threads=threads, table=known, weights=weights)
     report.save(output)
     _finish(report, as_json)

@@ -252,6 +252,15 @@ class Network:
         )
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
+    def model(self) -> str:
+        """Hash of what stays of the structure at any input shape: names, operators, weights' shapes and strides of units."""
+        kept = ("stride", "dilation", "groups")
+        parts = [
+            (u.name, u.op, u.weight_shape, [(k, v) for k, v in u.attributes if k in kept]) for u in self.units
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form; `from_json` is its inverse."""
         return asdict(self)

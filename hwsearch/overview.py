@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hwsearch.latency import fit, validate
-from hwsearch.table import LatencyTable, usable
+from hwsearch.table import SCHEMA, LatencyTable, usable
+from hwsearch.tablefile import KIND
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -14,9 +16,12 @@ def as_json(table: LatencyTable) -> dict[str, Any]:
     network = {
         "name": table.network.name,
         "fingerprint": table.network.fingerprint,
+        "input_shapes": table.network.input_shapes,
         "units": len(table.network.units),
     }
     return {
+        "schema": SCHEMA,
+        "kind": KIND,
         **header,
         "network": network,
         "builds": table.to_frame().to_dict(orient="records"),
@@ -53,7 +58,7 @@ def summary(table: LatencyTable) -> str:
         f"{table.network.name or 'network'} ({len(table.network.units)} units, {table.network.fingerprint})",
         f"device     {h.device.get('chip')} ({h.device.get('id')})",
         f"backend    {h.backend} {', '.join(f'{k} {v}' for k, v in h.versions.items())}; "
-        f"{', '.join(f'{k} {v}' for k, v in h.options.items())}; mode {h.mode}",
+        f"{h.section}; mode {h.mode}",
         f"made       {h.created} by `{h.command}`",
         f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, "
         f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
@@ -83,7 +88,29 @@ def summary(table: LatencyTable) -> str:
             f"widths     {sum(n > 1 for n in stairs)} of {len(stairs)} channel groups have more than one worth knowing, "
             f"{max(stairs)} at most (see `hwsearch table staircase`)"
         )
+    for name in dict.fromkeys(e.table for e in h.prior):
+        told = sum(e.table == name for e in h.prior)
+        lines.append(f"prior      {told} terms of its model are told by the table of {name}")
     lines += [f"whole      {why}" for why in table.network.blocked]
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
     return "\n".join(lines)
+
+
+def section_rows(tables: Sequence[LatencyTable]) -> list[dict[str, Any]]:
+    """Of each table of a file what it was measured under, how many builds it has and the dense network's time."""
+    rows = []
+    for table in tables:
+        dense = any(b.role == "dense" for b in table.builds)
+        rows.append(
+            {
+                "options": dict(table.header.options),
+                "input_shapes": table.network.input_shapes,
+                "mode": table.header.mode,
+                "builds": len(table.builds),
+                "ended": table.header.ended,
+                "dense_ms": table.dense_ns / 1e6 if dense else None,
+                "prior_terms": len(table.header.prior),
+            }
+        )
+    return rows

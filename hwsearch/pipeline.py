@@ -64,6 +64,14 @@ def run(
     axes = check_axes(axes)
     at = regime(task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load)
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
+    if sens_path.exists():  # before an hour of profiling
+        try:
+            SensitivityTable.load(sens_path).require(at.network)
+        except IncompatibleTables as error:
+            raise IncompatibleTables(
+                f"{folder} holds the sensitivities of another network, batch or input shape, or of one with or without the axis "
+                f"residual; run into another folder ({error})"
+            ) from error
     table = profile(
         at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 from hwsearch.design import candidate_widths, worth
-from hwsearch.errors import IncompatibleTables
+from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.network import Network
 from hwsearch.table import Evidence, LatencyTable
@@ -26,16 +27,19 @@ def signatures(network: Network) -> set[str]:
     return found
 
 
+def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which a table has to agree with another for it to tell of its layers."""
+    return {k: v for k, v in options.items() if k not in OWN}
+
+
 def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) -> list[Evidence]:
     """Terms of the model fitted on another table that concern units of these signatures, and boundaries as such.
 
     Raises IncompatibleTables where it is of another device, backend, runtime or regime than `table`.
     """
     h = table.header
-    mine = {k: v for k, v in h.options.items() if k not in OWN}
-    others = {k: v for k, v in prior.header.options.items() if k not in OWN}
-    prior.with_header(options=others).require(
-        device=h.device, backend=h.backend, options=mine, versions=h.versions
+    prior.with_header(options=comparable(prior.header.options)).require(
+        device=h.device, backend=h.backend, options=comparable(h.options), versions=h.versions
     )
     if prior.header.mode != "context":
         raise IncompatibleTables(
@@ -79,4 +83,20 @@ def told_grid(
                 times[width] = [sum(told[cell] for cell in own) for own in cells]
         if whole in times and (len(times) > 2 or len(tried[group]) == len(times) > 1):
             found[group] = worth(times)
+    return found
+
+
+def of_sections(
+    others: Sequence[LatencyTable], table: LatencyTable, wanted: Collection[str]
+) -> list[Evidence]:
+    """What the other tables in a file tell; nothing where they are of another regime, or too short to fit.
+
+    Of their own measurements alone: what one section took from another would count twice.
+    """
+    found: list[Evidence] = []
+    for other in others:
+        try:
+            found += evidence(other.with_header(prior=()), table, wanted)
+        except (IncompatibleTables, InvalidInput):
+            continue
     return found

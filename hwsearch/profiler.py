@@ -33,7 +33,7 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.marking import isolate
 from hwsearch.measure import Protocol, paired
-from hwsearch.prior import evidence, signatures, told_grid
+from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, record, wrong_variants
 from hwsearch.staircase import group_times
@@ -82,6 +82,7 @@ def profile(
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
+    A file of other regimes or input shapes of the same model gets a section more, which begins with what those tell.
     extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
     axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
     and regime; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
@@ -125,18 +126,28 @@ class _Run:
         )
         self.table = LatencyTable(header)
         if self.out is not None and self.out.exists():
-            old = LatencyTable.load(self.out)
-            old.require(
-                device=device, network=at.network, backend=at.backend.name, options=options,
-                versions=header.versions,
-            )  # fmt: skip
-            if old.header.mode != mode:
-                raise IncompatibleTables(
-                    f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
-                )
-            self.table = old
+            self._join(LatencyTable.sections(self.out))
         self.names = [u.name for u in at.network.units]
         self.reference: Engine | None = None
+
+    def _join(self, sections: Sequence[LatencyTable]) -> None:
+        """Go on with the section of this regime, or begin one with what the others tell."""
+        header = self.table.header
+        sections[0].require_beside(header)
+        for old in sections:
+            if old.header.section != header.section:
+                continue
+            old.require(network=header.network)
+            if old.header.mode != header.mode:
+                raise IncompatibleTables(
+                    f"{self.out} was made in mode {old.header.mode}, not {header.mode}; give another file"
+                )
+            self.table = old
+            return
+        told = (
+            of_sections(sections, self.table, signatures(header.network)) if header.mode == "context" else ()
+        )
+        self.table = self.table.with_header(prior=tuple(told))
 
     def take(self, prior: Sequence[LatencyTable]) -> None:
         """What other tables tell of this network's layers joins the table; each table's networks once."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network import Network
-from hwsearch.table import read_parquet, write_parquet
+from hwsearch.tablefile import read_parquet, write_parquet
 from hwsearch.variants import PRECISIONS, Variant
 
 if TYPE_CHECKING:

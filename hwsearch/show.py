@@ -87,6 +87,30 @@ def table(found: LatencyTable, machine: bool) -> None:
         print(overview.summary(found))
 
 
+def sections(found: Sequence[LatencyTable], machine: bool) -> None:
+    """The tables of one file."""
+    from hwsearch import overview
+    from hwsearch.sections import written
+
+    rows = overview.section_rows(found)
+    if machine:
+        as_json({"sections": rows})
+        return
+    keys = list(dict.fromkeys(k for r in rows for k in r["options"]))
+    shown = [
+        (
+            *(str(r["options"].get(k, "")) for k in keys),
+            " and ".join(map(written, r["input_shapes"])),
+            f"{r['builds']}{'' if r['ended'] or r['mode'] != 'context' else ' so far'}",
+            "" if r["dense_ms"] is None else f"{r['dense_ms']:.4g}",
+        )
+        for r in rows
+    ]
+    print(f"{found[0].network.name} on {found[0].header.device.get('chip')}, {found[0].header.backend}")
+    columns((*keys, "shape", "builds", "dense (ms)"), shown)
+    print("`hwsearch table show` with --threads, --batch, --base, --shape or --load shows one of them")
+
+
 def diagnosis(found: Diagnosis, machine: bool) -> None:
     """Errors, how well sigma foretells them, and what they go with."""
     if machine:

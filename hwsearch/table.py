@@ -1,13 +1,17 @@
 """LatencyTable: raw measurements of whole networks with their provenance, in one Parquet file.
 
+A file may hold several tables of one model on one device, backend and runtime: sections, told apart by their options
+(threads, batch, base, load, ...) and input shapes.
+
 Schema history:
   1  builds with their raw samples and executed nodes; header under the Parquet key `hwsearch`.
   2  widths of the channel groups in each build, the grid of widths and the groups in the header.
+  3  sections: the header holds one header for each (`sections`), rows their section's number (`section`). A file of
+     schema 2 is read as one of one section, and written as schema 3.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,15 +22,17 @@ from numpy.typing import NDArray
 
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.files import write_bytes
 from hwsearch.network import Network
+from hwsearch.sections import Section, matching, only
+from hwsearch.tablefile import read_sections, write_sections
 from hwsearch.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 2
-KEY = b"hwsearch"
+SCHEMA = 3
+WHOLE = (2,)
+"""Older schemas that are still read: files of one section."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,13 @@ class Header:
     prior: tuple[Evidence, ...] = ()
     design: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def section(self) -> Section:
+        """What tells this table apart from the others in its file."""
+        return Section(self.options, self.network.input_shapes)
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "schema": SCHEMA, "kind": "latency_table", "network": self.network.to_json()}
+        return {**asdict(self), "network": self.network.to_json()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Header:
@@ -242,69 +253,59 @@ class LatencyTable:
     # ------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> None:
-        """Write the whole table and put it in place in one step: a killed writer leaves the old file."""
+        """Write the table and put it in place in one step: a killed writer leaves the old file.
+
+        In a file of other sections it replaces the one of its own options and input shapes, or joins them.
+        Raises IncompatibleTables where those are of another model, device, backend or runtime, InvalidInput where the file
+        is no latency table.
+        """
         import pyarrow as pa
 
         rows = [
             {**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds
         ]
-        table = pa.Table.from_pylist(rows, schema=_schema())
-        write_parquet(table, self.header.to_json(), path)
+        own = self.header.to_json(), pa.Table.from_pylist(rows, schema=_schema())
+        sections = read_sections(path, SCHEMA, WHOLE) if Path(path).exists() else []
+        headers = [_header(header, path) for header, _ in sections]
+        for header in headers[:1]:
+            LatencyTable(header).require_beside(self.header)
+        place = next((i for i, h in enumerate(headers) if h.section == self.header.section), len(sections))
+        write_sections(path, [*sections[:place], own, *sections[place + 1 :]], SCHEMA, _schema())
 
     @staticmethod
-    def load(path: str | Path) -> LatencyTable:
-        """Raises InvalidInput (absent, truncated, foreign) or IncompatibleTables (another schema)."""
-        table, header = read_parquet(path, "latency_table", SCHEMA)
-        try:
-            builds = tuple(
-                Build(
-                    **{
-                        **row,
-                        "variants": tuple(row["variants"]),
-                        "executed": tuple(row["executed"]),
-                        "widths": tuple(row["widths"]),
-                        "samples_ns": np.array(row["samples_ns"], np.int64),
-                        "reference_ns": np.array(row["reference_ns"], np.int64),
-                        "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
-                    }
-                )
-                for row in table.to_pylist()
+    def load(
+        path: str | Path, *, network: str | None = None, like: Mapping[str, Any] | None = None, **wanted: Any
+    ) -> LatencyTable:
+        """The table of a file; where it has several, the one under the options wanted.
+
+        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, and `shape` (`"1x3x160x160"`, or one for each input).
+        Of those left, the ones of this network (a fingerprint) are preferred, then the ones that agree with most of the
+        options in `like`.
+        Raises InvalidInput (absent, truncated, foreign; no table under these options, or several: then it lists them) or
+        IncompatibleTables (another schema).
+        """
+        found = LatencyTable.sections(path, **wanted)
+        found = [t for t in found if t.network.fingerprint == network] or found
+        if like is not None:
+            alike = [t.header.section.agrees(like) for t in found]
+            found = [t for t, n in zip(found, alike, strict=True) if n == max(alike)]
+        return found[only([t.header.section for t in found], path)]
+
+    @staticmethod
+    def sections(path: str | Path, **wanted: Any) -> list[LatencyTable]:
+        """Every table of a file, or those under the options wanted, which are at least one. Raises as `load`."""
+        tables = [_table(header, rows, path) for header, rows in read_sections(path, SCHEMA, WHOLE)]
+        keys = [t.header.section for t in tables]
+        if any(key in keys[:i] for i, key in enumerate(keys)):
+            raise InvalidInput(
+                f"{path} is damaged: two of its sections have the same options and input shapes"
             )
-            loaded = LatencyTable(Header.from_json(header), builds)
-            for group, steps in loaded.header.grid.items():
-                if (
-                    sorted({loaded.network.channels[group], *map(int, steps)}, reverse=True) != steps
-                    or steps[-1] < 1
-                ):
-                    raise ValueError(f"widths {steps} of {group}")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
-        for build in builds:
-            if (
-                build.source != "measured"
-                or build.role is None
-                or not build.ratio
-                or not 0 < build.ratio < float("inf")
-            ):
-                raise InvalidInput(
-                    f"{path} is damaged: a row has source {build.source!r}, role {build.role!r} and ratio {build.ratio}"
-                )
-            for what, values in (("variants", build.variants), ("executed precisions", build.executed)):
-                if len(values) != len(loaded.network.units):
-                    raise InvalidInput(f"{path} is damaged: a row has {len(values)} {what} for "
-                                       f"{len(loaded.network.units)} units")  # fmt: skip
-            if build.widths and len(build.widths) != len(loaded.network.groups):
-                raise InvalidInput(f"{path} is damaged: a row has {len(build.widths)} widths for "
-                                   f"{len(loaded.network.groups)} channel groups")  # fmt: skip
-            if any(
-                not 0 < w <= g.channels for w, g in zip(build.widths, loaded.network.groups, strict=False)
-            ):
-                raise InvalidInput(f"{path} is damaged: a row has widths {build.widths}")
-            try:
-                _ = [Variant.parse(v) for v in build.variants if v]
-            except (InvalidInput, TypeError) as error:
-                raise InvalidInput(f"{path} is damaged: {error}") from error
-        return loaded
+        try:
+            for other in tables[1:]:
+                tables[0].require_beside(other.header)
+        except IncompatibleTables as error:
+            raise InvalidInput(f"{path} is damaged: its sections do not belong together: {error}") from error
+        return [tables[i] for i in matching(keys, path, **wanted)]
 
     def require(
         self, *, device: Mapping[str, Any] | None = None, network: Network | None = None, backend: str | None = None,
@@ -326,16 +327,8 @@ class LatencyTable:
         if options is not None:
             keys = dict.fromkeys([*options, *h.options])
             pairs += [(key, h.options.get(key), options.get(key)) for key in keys]
-        if network is not None:
-            pairs.append(
-                (
-                    "network",
-                    f"{h.network.name} ({h.network.fingerprint})",
-                    f"{network.name} ({network.fingerprint})",
-                )
-            )
-            if h.network.fingerprint == network.fingerprint:
-                pairs.pop()
+        if network is not None and h.network.fingerprint != network.fingerprint:
+            pairs.append(("network", _named(h.network), _named(network)))
         if versions is not None:
             pairs.append(("runtime", dict(h.versions), dict(versions)))
         for what, own, other in pairs:
@@ -344,6 +337,15 @@ class LatencyTable:
                     f"the table is of another {what}: table={own}, current={other}; "
                     "profile this one into a file of its own with `hwsearch profile`"
                 )
+
+    def require_beside(self, header: Header) -> None:
+        """Raises IncompatibleTables unless a table of this header may be in one file with this one."""
+        self.require(device=header.device, backend=header.backend, versions=header.versions)
+        if self.network.model != header.network.model:
+            raise IncompatibleTables(
+                f"the table is of another network: table={_named(self.network)}, current={_named(header.network)}; "
+                "profile this one into a file of its own with `hwsearch profile`"
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """One row a build: role, base, time and interval in ms, stability, counts of variants."""
@@ -372,6 +374,68 @@ def usable(table: LatencyTable) -> list[Build]:
     """Builds a fit may use: whole networks under the table's base that ran as asked."""
     base = table.header.options["base"]
     return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
+
+
+def _named(network: Network) -> str:
+    return f"{network.name} ({network.fingerprint})"
+
+
+def _header(data: Mapping[str, Any], path: str | Path) -> Header:
+    """Raises InvalidInput on anything else than `Header.to_json` gives."""
+    try:
+        header = Header.from_json(data)
+        for group, steps in header.grid.items():
+            whole = header.network.channels[group]
+            if sorted({whole, *map(int, steps)}, reverse=True) != steps or steps[-1] < 1:
+                raise ValueError(f"widths {steps} of {group}")
+        _ = header.section.key, header.options["base"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
+    return header
+
+
+def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable:
+    """A section as it is read from a file. Raises InvalidInput where it is damaged."""
+    header = _header(data, path)
+    try:
+        builds = tuple(
+            Build(
+                **{
+                    **row,
+                    "variants": tuple(row["variants"]),
+                    "executed": tuple(row["executed"]),
+                    "widths": tuple(row["widths"]),
+                    "samples_ns": np.array(row["samples_ns"], np.int64),
+                    "reference_ns": np.array(row["reference_ns"], np.int64),
+                    "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                }
+            )
+            for row in rows.to_pylist()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
+    for build in builds:
+        if why := _damage(build, header.network):
+            raise InvalidInput(f"{path} is damaged: {why}")
+    return LatencyTable(header, builds)
+
+
+def _damage(build: Build, network: Network) -> str:
+    """What a row says that no measurement of this network can say; empty where nothing."""
+    if build.source != "measured" or build.role is None or not build.ratio or not 0 < build.ratio < np.inf:
+        return f"a row has source {build.source!r}, role {build.role!r} and ratio {build.ratio}"
+    for what, values in (("variants", build.variants), ("executed precisions", build.executed)):
+        if len(values) != len(network.units):
+            return f"a row has {len(values)} {what} for {len(network.units)} units"
+    if build.widths and len(build.widths) != len(network.groups):
+        return f"a row has {len(build.widths)} widths for {len(network.groups)} channel groups"
+    if any(not 0 < w <= g.channels for w, g in zip(build.widths, network.groups, strict=False)):
+        return f"a row has widths {build.widths}"
+    try:
+        _ = [Variant.parse(v) for v in build.variants if v]
+    except (InvalidInput, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _schema() -> Any:
@@ -409,40 +473,3 @@ def _schema() -> Any:
             ("widths", pa.list_(pa.int64())),
         ]
     )
-
-
-def write_parquet(table: Any, header: Mapping[str, Any], path: str | Path) -> None:
-    """A pyarrow table with our header, put in place in one step."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: json.dumps(header).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(path, sink.getvalue().to_pybytes())
-
-
-def read_parquet(path: str | Path, kind: str, schema: int) -> tuple[Any, dict[str, Any]]:
-    """(pyarrow table, our header). Raises InvalidInput or IncompatibleTables."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not Path(path).is_file():
-        raise InvalidInput(f"{path} does not exist; expected a {kind.replace('_', ' ')} file")
-    try:
-        table = pq.read_table(path)
-        raw = (table.schema.metadata or {}).get(KEY)
-        header = json.loads(raw) if raw is not None else None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InvalidInput(
-            f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(header, dict) or header.get("kind") != kind:
-        found = header.get("kind") if isinstance(header, dict) else "none of hwsearch's"
-        raise InvalidInput(f"{path} is not a {kind.replace('_', ' ')} of hwsearch (found: {found})")
-    if header.get("schema") != schema:
-        raise IncompatibleTables(
-            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {schema}; "
-            "make it again, or use the hwsearch that wrote it"
-        )
-    return table, header

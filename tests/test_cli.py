@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from simulation import chain, grouped, probed, simulated_table
@@ -51,9 +51,23 @@ def overview(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Table:
+    asked: ClassVar[dict[str, Any]] = {}
+
     @staticmethod
-    def load(path: Path) -> str:
+    def load(path: Path, **wanted: Any) -> str:
+        Table.asked = wanted
         return f"table {path}"
+
+
+class Scores(str):
+    """Sensitivities, or an allocation, of some network."""
+
+    network = SimpleNamespace(fingerprint="f00")
+    options: dict[str, Any] = {"threads": 1}  # noqa: RUF012
+
+    @staticmethod
+    def load(path: Path) -> Scores:
+        return Scores(f"scores {path}")
 
 
 class Report:
@@ -266,6 +280,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
     words += " --mode isolated --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
+    words += " --shape 2x3x8x8 --shape ids=2x5"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
@@ -273,7 +288,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
         "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "load": 2, "seed": 3,
-        "prior": ["table a.parquet", "table b.parquet"],
+        "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"],
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -285,12 +300,13 @@ def test_profile_defaults(api: Install) -> None:
     del seen["progress"]
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
-        "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": [],
+        "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": (),
+        "shape": None,
     }  # fmt: skip
 
 
 def test_table_show(api: Install) -> None:
-    api(LatencyTable=SimpleNamespace(load=lambda path: Table()))
+    api(LatencyTable=SimpleNamespace(sections=lambda path: [Table()]))
     assert invoke("table", "show", "t.parquet").stdout == "a table of 24 builds\n"
     assert json.loads(invoke("table", "show", "t.parquet", "--json").stdout) == {"backend": "openvino"}
 
@@ -320,7 +336,7 @@ def test_table_staircase_without_widths(tmp_path: Path) -> None:
     assert invoke("table", "staircase", str(tmp_path / "t.parquet"), "--plot", "s.png").exit_code == 2
 
 
-def test_sensitivity(api: Install) -> None:
+def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = SimpleNamespace(
         network=SimpleNamespace(name="net", channels={"stem": 32}), divergence="softmax", samples=512,
         rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25, 8: 0.5}}, estimated={("stem", 8)},
@@ -337,14 +353,16 @@ def test_sensitivity(api: Install) -> None:
     assert "0.88" in result.stdout
     del seen["progress"]
     assert seen == {
-        "out": Path("s.parquet"), "backend": "openvino", "base": None, "axes": ["width", "precision"], "table": None,
-        "weights": None, "seed": 1,
+        "out": Path("s.parquet"), "backend": "openvino", "base": None, "batch": None, "axes": ["width", "precision"],
+        "table": None, "weights": None, "seed": 1,
     }  # fmt: skip
     assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
-    api(LatencyTable=Table)
-    words = "sensitivity zoo:x -o s --table t.parquet --weights w --axes width"
+    monkeypatch.setattr("hwsearch.api.table_of_task", lambda path, task, **wanted: f"table {path} {wanted}")
+    words = "sensitivity zoo:x -o s --table t.parquet --weights w --axes width --threads 2 --batch 4"
     assert invoke(*words.split()).exit_code == 0
-    assert (seen["table"], seen["weights"], seen["axes"]) == ("table t.parquet", Path("w"), ["width"])
+    assert (seen["weights"], seen["axes"], seen["batch"]) == (Path("w"), ["width"], 4)
+    assert seen["table"] == f"table t.parquet { {'batch': 4, 'base': None, 'threads': 2} }"
+    assert "with --table" in invoke(*"sensitivity zoo:x -o s --threads 2".split()).stderr
 
 
 def test_search(api: Install, tmp_path: Path) -> None:
@@ -366,7 +384,7 @@ def test_search(api: Install, tmp_path: Path) -> None:
         seen.append((*words, options))
         return chosen
 
-    api(LatencyTable=Table, SensitivityTable=Table, search=find)
+    api(LatencyTable=Table, SensitivityTable=Scores, search=find)
     words = f"search --table t --sensitivity s --budget latency=42% --budget size=2MB -o {path}"
     result = invoke(*words.split())
     assert result.exit_code == 0
@@ -380,12 +398,21 @@ def test_search(api: Install, tmp_path: Path) -> None:
         "size=2MB",
     ):
         assert text in result.stdout
-    given = ("table t", "table s", ["latency=42%", "size=2MB"])
+    assert Table.asked == {"network": "f00"}
+    given = ("table t", "scores s", ["latency=42%", "size=2MB"])
     assert seen == [(*given, {"axes": ["width", "precision"], "keep": ()})]
     assert Allocation.load(path) == chosen
     assert json.loads(invoke(*words.split(), "--json").stdout) == chosen.to_json()
     invoke(*words.split(), *"--axes precision,width --keep stem* --keep head".split())
     assert seen[-1] == (*given, {"axes": ["precision", "width"], "keep": ["stem*", "head"]})
+    invoke(
+        *words.split(),
+        *"--threads 2 --batch 8 --base bf16 --shape 8x3x4x4 --load 0 --no-residual --cpus 0".split(),
+    )
+    assert Table.asked == {
+        "network": "f00", "threads": 2, "batch": 8, "base": "bf16", "shape": ["8x3x4x4"], "load": 0, "residual": False,
+        "cpus": "0",
+    }  # fmt: skip
 
 
 def test_front(api: Install, tmp_path: Path) -> None:
@@ -406,7 +433,7 @@ def test_front(api: Install, tmp_path: Path) -> None:
         plotted.append((front, path))
 
     sweep = lambda table, scores, **options: seen.update(options) or found  # noqa: E731
-    api(LatencyTable=Table, SensitivityTable=Table, plot_front=draw, front=sweep)
+    api(LatencyTable=Table, SensitivityTable=Scores, plot_front=draw, front=sweep)
     files = ["--table", "t", "--sensitivity", "s", "-o", str(tmp_path / "f.parquet")]
     result = invoke("front", *files, *"--over latency --points 3 --budget size=2MB --plot f.png".split())
     assert result.exit_code == 0
@@ -445,7 +472,7 @@ def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_ends_with_whether_the_budget_is_met(
     api: Install, monkeypatch: pytest.MonkeyPatch, met: bool, code: int
 ) -> None:
-    monkeypatch.setattr(Allocation, "load", lambda path: f"allocation {path}")
+    monkeypatch.setattr(Allocation, "load", lambda path: Scores(f"allocation {path}"))
     report = Report(met)
     seen: dict[str, Any] = {}
     api(
@@ -566,8 +593,9 @@ def checked(holds: bool) -> Any:
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
-def test_table_check(api: Install, holds: bool, code: int) -> None:
+def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool, code: int) -> None:
     seen: dict[str, Any] = {}
+    monkeypatch.setattr("hwsearch.api.table_of_task", lambda path, task: f"table {path} of {task}")
     api(
         LatencyTable=Table,
         check=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),
@@ -577,7 +605,7 @@ def test_table_check(api: Install, holds: bool, code: int) -> None:
     assert "+10.0%" in result.stdout
     assert result.stdout.endswith("1 build measured again\n")
     del seen["progress"]
-    assert seen == {"table": "table t.parquet", "task": "task zoo:x", "builds": 3}
+    assert seen == {"table": "table t.parquet of task zoo:x", "task": "task zoo:x", "builds": 3}
     result = invoke("table", "check", "t.parquet", "--json")
     assert (json.loads(result.stdout), result.exit_code) == ({"holds": holds}, code)
     assert seen["task"] is None

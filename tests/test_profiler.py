@@ -197,12 +197,12 @@ def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
     ("change", "message"),
     [
         (lambda t: t.with_header(device={**t.header.device, "id": "0", "chip": "Other"}), "another device"),
+        (lambda t: t.with_header(network=replace(t.network, edges=())), "another network"),
         (
-            lambda t: t.with_header(network=replace(t.network, input_shapes=((2, 3, 32, 32),))),
+            lambda t: LatencyTable(replace(t.header, network=tiny.lowering("cnn").network)),
             "another network",
         ),
         (_header(backend="openvino"), "another backend"),
-        (_header(options={"threads": 4, "base": "fp32", "batch": 1}), "another threads"),
         (_header(versions={"simulated": "2"}), "another runtime"),
         (_header(mode="isolated"), "mode isolated"),
     ],

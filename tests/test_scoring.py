@@ -24,7 +24,8 @@ from hwsearch.design import candidate_widths
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.refitting import weight_bank
 from hwsearch.scoring import SCHEMA, SensitivityTable, divergence, measure_sensitivity
-from hwsearch.table import KEY, Header, LatencyTable
+from hwsearch.table import Header, LatencyTable
+from hwsearch.tablefile import KEY
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.variants import Variant, uniform
 

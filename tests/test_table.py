@@ -16,7 +16,8 @@ import pytest
 from simulation import DEVICE, chain, grouped, isolated_table, simulated_build, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.table import KEY, SCHEMA, LatencyTable
+from hwsearch.table import SCHEMA, LatencyTable
+from hwsearch.tablefile import KEY
 from hwsearch.testing import LatencyLaw
 
 NETWORK = chain(5)
@@ -95,7 +96,7 @@ def test_damaged_widths(narrow: LatencyTable, tmp_path: Path, value: Any) -> Non
 )
 def test_a_damaged_grid(narrow: LatencyTable, tmp_path: Path, grid: Any) -> None:
     path = tmp_path / "narrow.parquet"
-    _rewrite(path, lambda h: h.update(grid=grid))
+    _rewrite(path, lambda h: h["sections"][0].update(grid=grid))
     with pytest.raises(InvalidInput, match="damaged"):
         LatencyTable.load(path)
 
@@ -156,7 +157,7 @@ def test_another_schema(saved: Path) -> None:
 
 @pytest.mark.parametrize("key", ["network", "device", "backend", "options"])
 def test_a_header_without_a_field_is_damage(saved: Path, key: str) -> None:
-    _rewrite(saved, lambda h: h.pop(key))
+    _rewrite(saved, lambda h: h["sections"][0].pop(key))
     with pytest.raises(InvalidInput, match="damaged"):
         LatencyTable.load(saved)
 
@@ -269,3 +270,192 @@ def test_frame_has_a_row_for_each_build(table: LatencyTable) -> None:
     assert len(table.to_frame()) == len(table.builds)
     assert len(LatencyTable(table.header).to_frame()) == 0
     assert "chain on Simulated CPU" in repr(table)
+
+
+# ---------------------------------------------------------------- several tables in one file
+
+OTHERS: list[dict[str, Any]] = [
+    {"threads": 1, "base": "fp32", "batch": 1},
+    {"threads": 4, "base": "fp32", "batch": 1},
+    {"threads": 1, "base": "fp32", "batch": 1, "load": 2},
+]
+
+
+def at_size(table: LatencyTable, size: int) -> LatencyTable:
+    """Of the same model on images of another size."""
+    units = tuple(
+        replace(
+            u,
+            input_shapes=tuple((*s[:2], size, size) for s in u.input_shapes),
+            output_shape=(*u.output_shape[:2], size, size),
+        )
+        for u in table.network.units
+    )
+    return table.with_header(network=replace(table.network, units=units, input_shapes=((1, 8, size, size),)))
+
+
+@pytest.fixture
+def several(table: LatencyTable, tmp_path: Path) -> tuple[Path, list[LatencyTable]]:
+    made = [LatencyTable(t.header, t.builds[: 3 + i]) for i, t in enumerate(
+        [*(table.with_header(options=o) for o in OTHERS), at_size(table, 24)]
+    )]  # fmt: skip
+    for one in made:
+        one.save(tmp_path / "several.parquet")
+    return tmp_path / "several.parquet", made
+
+
+def same(a: LatencyTable, b: LatencyTable) -> bool:
+    return a.header == b.header and [x.key for x in a.builds] == [x.key for x in b.builds]
+
+
+def test_sections_come_back_in_the_order_in_which_they_were_saved(
+    several: tuple[Path, list[LatencyTable]],
+) -> None:
+    path, made = several
+    found = LatencyTable.sections(path)
+    assert len(found) == len(made)
+    assert all(same(a, b) for a, b in zip(found, made, strict=True))
+    assert same(LatencyTable.load(path, threads=4), made[1])
+    assert same(LatencyTable.load(path, load=2), made[2])
+    assert same(LatencyTable.load(path, shape="1x8x24x24"), made[3])
+    assert same(LatencyTable.load(path, network=made[3].network.fingerprint), made[3])
+    assert same(LatencyTable.load(path, like=OTHERS[1], network=made[0].network.fingerprint), made[1])
+    assert len(LatencyTable.sections(path, threads=1)) == 3
+    with pytest.raises(InvalidInput, match=r"4 sections.*--threads and --shape and --load"):
+        LatencyTable.load(path)
+    with pytest.raises(InvalidInput, match="no section of threads 3"):
+        LatencyTable.sections(path, threads=3)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_saving_a_section_replaces_just_it(several: tuple[Path, list[LatencyTable]], place: int) -> None:
+    path, made = several
+    mine = LatencyTable(made[place].header, made[place].builds[:1]).with_header(reference_ns=7.0)
+    mine.save(path)
+    found = LatencyTable.sections(path)
+    assert len(found) == len(made)
+    for i, (a, b) in enumerate(zip(found, made, strict=True)):
+        assert same(a, mine if i == place else b)
+        assert all(
+            np.array_equal(x.samples_ns, y.samples_ns) for x, y in zip(a.builds, b.builds, strict=False)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": {"id": "ff", "chip": "Other"}}, "another device"),
+        ({"backend": "openvino"}, "another backend"),
+        ({"versions": {"simulated": "2"}}, "another runtime"),
+        ({"network": chain(6)}, "another network"),
+    ],
+)
+def test_what_does_not_belong_into_the_file_is_refused(
+    several: tuple[Path, list[LatencyTable]], change: dict[str, Any], message: str
+) -> None:
+    path, _ = several
+    before = path.read_bytes()
+    other = LatencyTable(replace(LatencyTable.load(path, threads=4).header, **change))
+    with pytest.raises(IncompatibleTables, match=message):
+        other.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_table_is_not_overwritten(table: LatencyTable, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(InvalidInput, match="not a readable Parquet"):
+        table.save(path)
+    assert path.read_text() == "mine"
+
+
+_SECTION_WRITER = """
+import os, sys
+from hwsearch.table import LatencyTable
+table = LatencyTable.load(sys.argv[1], threads=4)
+os.replace = lambda *a: os.kill(os.getpid(), 9)
+os.fsync = (lambda f: os.kill(os.getpid(), 9)) if sys.argv[2] == "fsync" else os.fsync
+options = {**table.header.options, "threads": int(sys.argv[3])}
+LatencyTable(table.header, table.builds[:1]).with_header(options=options).save(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+@pytest.mark.parametrize("threads", [4, 8])
+def test_a_killed_writer_loses_nothing_of_any_section(
+    several: tuple[Path, list[LatencyTable]], when: str, threads: int
+) -> None:
+    path, made = several
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", _SECTION_WRITER, str(path), when, str(threads)],
+        env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -9
+    assert all(same(a, b) for a, b in zip(LatencyTable.sections(path), made, strict=True))
+
+
+def _numbered(values: Callable[[list[int]], list[Any]]) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index("section")
+        return table.set_column(index, "section", pa.array(values(table["section"].to_pylist())))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda h: h.update(sections=[]), lambda t: t),
+        (lambda h: h.update(sections=3), lambda t: t),
+        (lambda h: h.update(sections=[1, 2, 3, 4]), lambda t: t),
+        (lambda h: h.pop("sections"), lambda t: t),
+        (lambda h: h["sections"].pop(), lambda t: t),
+        (lambda h: h["sections"].append(h["sections"][0]), lambda t: t),
+        (lambda h: h["sections"][1].update(backend="openvino"), lambda t: t),
+        (lambda h: h["sections"][1].update(options={}), lambda t: t),
+        (lambda h: h["sections"][1].update(options=[]), lambda t: t),
+        (lambda h: h["sections"][1].pop("network"), lambda t: t),
+        (lambda h: None, lambda t: t.drop_columns(["section"])),
+        (lambda h: None, _numbered(lambda n: [None] * len(n))),
+        (lambda h: None, _numbered(lambda n: [-1] * len(n))),
+        (lambda h: None, _numbered(lambda n: [x + 1 for x in n])),
+        (lambda h: None, _numbered(lambda n: [str(x) for x in n])),
+    ],
+)
+def test_damaged_sections(
+    several: tuple[Path, list[LatencyTable]],
+    change: Callable[[dict[str, Any]], Any],
+    rows: Callable[[pa.Table], pa.Table],
+) -> None:
+    path, _ = several
+    _rewrite(path, change, rows)
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.sections(path)
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.load(path, threads=4)
+
+
+def test_a_file_of_schema_2_is_one_of_one_section(saved: Path, table: LatencyTable) -> None:
+    def older(header: dict[str, Any]) -> None:
+        [own] = header.pop("sections")
+        header.update(own, schema=2)
+
+    _rewrite(saved, older, lambda t: t.drop_columns(["section"]))
+    assert same(LatencyTable.load(saved), table)
+    more = table.with_header(options=OTHERS[1])
+    more.save(saved)
+    found = LatencyTable.sections(saved)
+    assert [same(a, b) for a, b in zip(found, (table, more), strict=True)] == [True, True]
+
+
+def test_the_published_tables_load() -> None:
+    files = sorted((Path(__file__).resolve().parent.parent / "profiles").glob("*.parquet"))
+    assert files
+    for file in files:
+        table = LatencyTable.load(file)
+        assert (
+            table.header.section
+            == LatencyTable.load(file, threads=1, shape=table.network.input_shapes).header.section
+        )

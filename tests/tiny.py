@@ -82,6 +82,26 @@ def task(name: str) -> hs.Task:
     return lowering(name).task
 
 
+@cache
+def cnn_at(size: int) -> hs.Task:
+    """The same network on images of another height and width."""
+    generator = torch.Generator().manual_seed(size)
+    x, y = (torch.randn(n, 3, size, size, generator=generator) for n in (64, 32))
+    old = task("cnn")
+    with torch.no_grad():
+        wanted = old.model(y).argmax(1)
+
+    def evaluate(predict: hs.task.Predict) -> float:
+        return float((predict(y).argmax(1) == wanted).float().mean())
+
+    return hs.Task(old.model, x[:1], [x, y], evaluate, "cnn")
+
+
+def larger() -> hs.Task:
+    """For the command line: `tests/tiny.py:larger`, on images of 12 by 12."""
+    return cnn_at(12)
+
+
 def cnn() -> hs.Task:
     """For the command line: `tests/tiny.py:cnn`."""
     return task("cnn")
