@@ -161,7 +161,7 @@ _BUDGET = typer.Option(
     "--budget",
     metavar="COST=BOUND",
     help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `latency_p99=6ms`, `size=800KB`, "
-    "`size=25%`, `macs=50%`; "
+    "`size=25%`, `macs=50%`, `memory=50%`; "
     "may be given several times.",
 )
 Budgets = Annotated[list[str], _BUDGET]
@@ -384,7 +384,9 @@ def front(
     table: TableFile,
     sensitivity: SensitivityFile,
     output: Output,
-    over: Annotated[Literal["latency", "size"], typer.Option(help="The cost that is swept.")] = "latency",
+    over: Annotated[
+        Literal["latency", "size", "memory"], typer.Option(help="The cost that is swept.")
+    ] = "latency",
     points: Annotated[int, typer.Option(min=2, help="Budgets to sweep.")] = 20,
     budget: MaybeBudgets = None,
     axes: Axes = "width,precision",

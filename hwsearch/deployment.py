@@ -26,6 +26,7 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
+from hwsearch.memory import peak_bytes
 from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
@@ -292,7 +293,16 @@ class Session:
         time_ns = measured.timing.ratio * self.scale_ns
         tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
         size, macs = float(measured.file_bytes), float(measured.at.network.macs)
-        return {"latency": time_ns, **tails, "size": size, "macs": macs}
+        return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured)}
+
+    def _memory(self, measured: Measured) -> float:
+        """Peak of the activations in bytes: computed, not measured."""
+        widths = measured.at.network.channels
+        peak = peak_bytes(
+            self.at.network, measured.variants, widths,
+            base=measured.build.base, quantize_outputs=self.at.backend.quantize_outputs,
+        )  # fmt: skip
+        return float(peak)
 
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
@@ -448,6 +458,12 @@ def verify_with_build(
             "deployed": deployed.file_bytes,
         },
         macs={"dense": at.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
+        memory={
+            "dense": session.costs(dense)["memory"],
+            "budget": limit.get("memory"),
+            "deployed": costs["memory"],
+            "source": "estimated",
+        },
         widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
         uniform=None

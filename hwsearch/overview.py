@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hwsearch.latency import fit, validate
+from hwsearch.memory import peak_bytes
 from hwsearch.table import LatencyTable, usable
+from hwsearch.variants import Variant, uniform
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -19,8 +21,28 @@ def as_json(table: LatencyTable) -> dict[str, Any]:
     return {
         **header,
         "network": network,
+        "memory": memory(table),
         "builds": table.to_frame().to_dict(orient="records"),
         "quality": quality(table),
+    }
+
+
+def memory(table: LatencyTable) -> dict[str, int | str]:
+    """Peak of the activations of the uniform whole networks, in bytes: computed, not measured.
+
+    int8: wherever units support it. As of a runtime that quantizes what int8 units read, and not what they return: a table
+    does not say which.
+    """
+    network, base = table.network, str(table.header.options["base"])
+    refused = table.header.unsupported
+    lowest = {
+        u: Variant(base) if str(v) in refused.get(u, {}) else v for u, v in uniform(network, "int8").items()
+    }
+    return {
+        "dense_bytes": peak_bytes(network, uniform(network, "fp32"), base="fp32"),
+        f"{base}_bytes": peak_bytes(network, uniform(network, base), base=base),
+        "int8_bytes": peak_bytes(network, lowest, base=base),
+        "source": "estimated",
     }
 
 
@@ -70,6 +92,13 @@ def summary(table: LatencyTable) -> str:
             )
             width = (build.high - build.low) / 2 / build.ratio
             lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
+    at = memory(table)
+    sizes = [
+        f"{what.removesuffix('_bytes')} {size / 1e3:,.1f} KB"
+        for what, size in at.items()
+        if not isinstance(size, str)
+    ]
+    lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
     found = quality(table)
     if found is not None:
         lines.append(

@@ -18,7 +18,8 @@ class Report:
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
     medians, as fast as the machine just was; `p90`, `p95` and `p99` are quantiles of single inferences of the deployed
     engine, `budget_p99` and so on their budgets where there are any. score: of the module and of the engine. loss:
-    divergence from the dense outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets
+    divergence from the dense outputs. size_bytes: of the ONNX files. memory: peak of the activations in bytes (dense, budget,
+    deployed), computed from the network and never measured, as its `source` says. uniform: the best uniform allocation that meets
     the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how many there were.
     not_as_asked: units that
     the engine executed in another precision. output_error: relative error of the engine's outputs from the same
@@ -42,11 +43,21 @@ class Report:
     variants: dict[str, str] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)
     macs: dict[str, float | None] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     not_as_asked: dict[str, str] = field(default_factory=dict)
     unstable: bool = False
     output_error: float = 0.0
     wrong_outputs: bool = False
     table_check: dict[str, Any] | None = None
+
+    def _memory(self) -> list[str]:
+        if not self.memory:
+            return []
+        budget = f", budget {self.memory['budget']:,.0f}" if self.memory["budget"] is not None else ""
+        return [
+            f"memory   {self.memory['deployed']:,.0f} bytes of activations at most (estimated){budget}, "
+            f"dense {self.memory['dense']:,.0f}"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -69,6 +80,7 @@ class Report:
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
+            *self._memory(),
             f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",
         ]
         lines += [

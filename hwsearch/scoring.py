@@ -138,7 +138,7 @@ class SensitivityTable:
     @staticmethod
     def load(path: str | Path) -> SensitivityTable:
         """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
-        table, header = read_parquet(path, KIND, SCHEMA)
+        table, header = read_parquet(path, KIND, (SCHEMA,))
         try:
             loss: dict[str, dict[str, float]] = {}
             widths: dict[str, dict[int, float]] = {}

@@ -8,7 +8,7 @@ Schema history:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,7 +251,7 @@ class LatencyTable:
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
         """Raises InvalidInput (absent, truncated, foreign) or IncompatibleTables (another schema)."""
-        table, header = read_parquet(path, "latency_table", SCHEMA)
+        table, header = read_parquet(path, "latency_table", (SCHEMA,))
         try:
             builds = tuple(
                 Build(
@@ -419,8 +419,8 @@ def write_parquet(table: Any, header: Mapping[str, Any], path: str | Path) -> No
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def read_parquet(path: str | Path, kind: str, schema: int) -> tuple[Any, dict[str, Any]]:
-    """(pyarrow table, our header). Raises InvalidInput or IncompatibleTables."""
+def read_parquet(path: str | Path, kind: str, schemas: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+    """(pyarrow table, our header). schemas: those that are read, the newest last. Raises InvalidInput or IncompatibleTables."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -437,9 +437,9 @@ def read_parquet(path: str | Path, kind: str, schema: int) -> tuple[Any, dict[st
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "none of hwsearch's"
         raise InvalidInput(f"{path} is not a {kind.replace('_', ' ')} of hwsearch (found: {found})")
-    if header.get("schema") != schema:
+    if header.get("schema") not in schemas:
         raise IncompatibleTables(
-            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {schema}; "
+            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {' and '.join(map(str, schemas))}; "
             "make it again, or use the hwsearch that wrote it"
         )
     return table, header

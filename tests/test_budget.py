@@ -70,7 +70,7 @@ def test_what_a_budget_means(text: str, limit: int) -> None:
         ("latency=2MB", "unit 'MB'; expected ns, us, ms, s"),
         ("size=4ms", "unit 'ms'; expected B, KB"),
         ("size=4mb/s", "malformed"),
-        ("energy=4J", "bounds none of latency, latency_p90, latency_p95, latency_p99, size, macs"),
+        ("energy=4J", "bounds none of latency, latency_p90, latency_p95, latency_p99, size, memory, macs"),
         ("4ms", "bounds none of"),
         ("", "bounds none of"),
     ],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch.allocate.activations import activations
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
@@ -20,6 +21,7 @@ from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
+from hwsearch.memory import peak_bytes
 from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, uniform, weight_bytes
 
@@ -34,8 +36,9 @@ KAPPA = 1.0
 class Space:
     """What may be chosen and what it costs: a problem without its budgets.
 
-    The variables are the units, then the channel groups that have more than one width to choose from. A unit's choices
-    are its variants at each of the widths of its groups; ties hold them to what the groups chose.
+    The variables are the units, then the channel groups that have more than one width to choose from, then what `memory`
+    needs where that is bounded or swept. A unit's choices are its variants at each of the widths of its groups; ties hold
+    them to what the groups chose.
     cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median.
     """
 
@@ -53,6 +56,7 @@ class Space:
             "latency": self.table.dense_ns,
             **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
+            "memory": float(peak_bytes(self.table.network, uniform(self.table.network, "fp32"), base="fp32")),
             "macs": float(self.table.network.macs),
         }
 
@@ -64,8 +68,16 @@ class Space:
     def widths(self, choice: Sequence[int]) -> dict[str, int]:
         """The width of every channel group."""
         names = zip(self.problem.variables, self.problem.choices, choice, strict=True)
-        chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :]}
-        return {**self.table.network.channels, **chosen}
+        channels = self.table.network.channels
+        chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :] if v in channels}
+        return {**channels, **chosen}
+
+    def memory(self, choice: Sequence[int]) -> int:
+        """Peak activation memory, in bytes: computed, never measured."""
+        return peak_bytes(
+            self.table.network, self.variants(choice), self.widths(choice),
+            base=str(self.table.header.options["base"]), quantize_outputs=self.sensitivity.quantize_outputs,
+        )  # fmt: skip
 
     def predict(self, choice: Sequence[int]) -> Prediction:
         return self.model.predict(self.variants(choice), self.widths(choice))
@@ -90,11 +102,12 @@ def space(
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
     budgets: Sequence[Budget] = (),
+    over: str = "",
 ) -> Space:
     """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
 
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
-    space will be searched under, for the tail latencies among them.
+    space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
     sensitivity.require(table.network)
     check_axes(axes)
@@ -119,6 +132,7 @@ def space(
         cells.append(tuple(found))
     groups = [g for g, steps in grid.items() if len(steps) > 1]
     tails = {b.column: table.tail(TAILS[b.column]) for b in budgets if b.column in TAILS}
+    wants_memory = "memory" in (over, *(b.column for b in budgets))
     problem = Problem(
         variables=(*(u.name for u in network.units), *groups),
         choices=(
@@ -134,7 +148,39 @@ def space(
         budgets={},
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
+    if wants_memory:
+        problem = _with_memory(problem, table, cells, sensitivity.quantize_outputs)
     return Space(table, sensitivity, model, problem, tuple(cells), tails)
+
+
+def _with_memory(
+    problem: Problem, table: LatencyTable, cells: Sequence[Sequence[Cell]], quantize_outputs: bool
+) -> Problem:
+    """The problem with the peak of the activations as the column `memory`."""
+    old = problem.sizes
+    found = activations(
+        table.network, _at(table, cells), old[len(cells) :], str(table.header.options["base"]),
+        quantize_outputs=quantize_outputs,
+    )  # fmt: skip
+    none = tuple(np.zeros(len(c), np.int64) for c in found.choices)
+    return replace(
+        problem,
+        variables=(*problem.variables, *found.variables),
+        choices=(*problem.choices, *found.choices),
+        loss=(*problem.loss, *(np.zeros(len(c)) for c in found.choices)),
+        costs={column: replace(cost, unary=(*cost.unary, *none)) for column, cost in problem.costs.items()},
+        ties=(*problem.ties, *found.ties),
+        peaks={"memory": found.parts},
+        implied=frozenset(range(len(old), len(old) + len(found.choices))),
+    )
+
+
+def _at(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:
+    """What the choices of each unit stand for, with the widths by group."""
+    return [
+        [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
+        for u, own in zip(table.network.units, cells, strict=True)
+    ]
 
 
 def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str]) -> dict[str, list[int]]:
@@ -167,10 +213,7 @@ def _costs(
     """Latency, size and MACs in integers; exact in size and MACs at every width. tails: ratios of further latencies."""
     network = table.network
     units = network.units
-    at = [
-        [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
-        for u, own in zip(units, cells, strict=True)
-    ]
+    at = _at(table, cells)
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
     boundaries: list[tuple[int, int, Any]] = []
@@ -319,6 +362,7 @@ def as_allocation(
             "latency_ns": prediction.time_ns,
             "sigma_ns": prediction.sigma_ns,
             "size_bytes": solution.costs["size"],
+            "memory_bytes": at.memory(solution.choice),
             "macs": solution.costs["macs"],
             "loss": solution.loss,
             **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
@@ -336,6 +380,7 @@ def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str,
         "latency_ns": at.dense["latency"],
         "sigma_ns": (build.high - build.low) / 3.92 * at.table.header.reference_ns,
         "size_bytes": round(at.dense["size"]),
+        "memory_bytes": round(at.dense["memory"]),
         "macs": at.table.network.macs,
         "loss": 0.0,
         **{f"{column}_ns": at.dense[column] for column in at.tails},
@@ -362,7 +407,11 @@ def _allocation(
         widths=dict(widths),
         order=_order(at, widths),
         predicted=predicted,
-        dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
+        dense={
+            "latency_ns": at.dense["latency"],
+            "size_bytes": round(at.dense["size"]),
+            "memory_bytes": round(at.dense["memory"]),
+        },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
         network_name=network.name,
@@ -394,10 +443,11 @@ def front(
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
     parsed = parse_budgets([str(b) for b in budgets]) if budgets else ()
-    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
+    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
     fixed = limits(parsed, at.dense)
     found = sweep(at.with_budgets(fixed), over, points)
     sigma = {s.choice: at.predict(s.choice).sigma_ns for _, s in found if s is not None}
+    memory = {s.choice: at.memory(s.choice) for _, s in found if s is not None}
     header = table.header
     chosen = {
         s.choice: (tuple(map(str, at.variants(s.choice).values())), tuple(at.widths(s.choice).values()))
@@ -411,6 +461,7 @@ def front(
         chosen,
         over,
         sigma,
+        memory,
         {
             "network": table.network.name,
             "backend": header.backend,

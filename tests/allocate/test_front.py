@@ -39,6 +39,7 @@ def front() -> Front:
         chosen,
         "latency",
         sigma,
+        dict.fromkeys(sigma, 7000),
         {"network": "n", "dense": {"latency": 1.0}},
     ).with_measured([measured])
 
