@@ -6,7 +6,7 @@ from typing import Any
 
 from hwsearch.latency import fit, validate
 from hwsearch.memory import peak_bytes
-from hwsearch.table import LatencyTable, usable
+from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant, uniform
 
 
@@ -64,6 +64,11 @@ def quality(table: LatencyTable) -> dict[str, float] | None:
     }
 
 
+def _energy(build: Build) -> str:
+    """Joules of an inference, where a counter was read."""
+    return f", {1e3 * build.energy_j:.4g} mJ" if build.energy_j else ""
+
+
 def summary(table: LatencyTable) -> str:
     """A screenful for a person."""
     h = table.header
@@ -91,7 +96,9 @@ def summary(table: LatencyTable) -> str:
                 f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
             )
             width = (build.high - build.low) / 2 / build.ratio
-            lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
+            lines.append(
+                f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}{_energy(build)}"
+            )
     at = memory(table)
     sizes = [
         f"{what.removesuffix('_bytes')} {size / 1e3:,.1f} KB"

@@ -238,6 +238,7 @@ def _tighter(
         "size": allocation.predicted["size_bytes"],
         "macs": allocation.predicted["macs"],
         "memory": allocation.predicted["memory_bytes"],
+        "energy": allocation.predicted.get("energy_nj", 0.0),
     }
     tighter = dict(old)
     for column, limit in wanted.items():
@@ -261,6 +262,7 @@ def _against_budgets(report: Report) -> dict[str, tuple[float, float]]:
     times |= {t: (t.removeprefix("latency_"), f"budget_{t.removeprefix('latency_')}") for t in TAILS}
     pairs = {c: (report.latency_ms.get(m), report.latency_ms.get(b), 1e6) for c, (m, b) in times.items()}
     pairs["size"] = report.size_bytes["deployed"], report.size_bytes["budget"], 1.0
+    pairs["energy"] = report.energy_mj.get("measured"), report.energy_mj.get("budget"), 1e6
     for column, costs in (("macs", report.macs), ("memory", report.memory)):
         pairs[column] = costs.get("deployed"), costs.get("budget"), 1.0
     return {c: (m * scale, b * scale) for c, (m, b, scale) in pairs.items() if m is not None and b}

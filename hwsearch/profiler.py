@@ -125,6 +125,7 @@ class _Run:
             self.table = old
         self.names = [u.name for u in at.network.units]
         self.reference: Engine | None = None
+        self.meter = at.meter
 
     def take(self, prior: Sequence[LatencyTable]) -> None:
         """What other tables tell of this network's layers joins the table; each table's networks once."""
@@ -312,7 +313,12 @@ class _Run:
         engine, model = at.build(candidate.variants, base)
         build_s = (self.at.clock() - begun) / 1e9
         timing = paired(
-            reference.run, {role: engine.run}, protocol or self.protocol, clock=self.at.clock, seed=self.seed
+            reference.run,
+            {role: engine.run},
+            protocol or self.protocol,
+            clock=self.at.clock,
+            seed=self.seed,
+            meter=self.meter,
         )[role]
         build = replace(
             record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths

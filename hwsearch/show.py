@@ -150,6 +150,7 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
         *_memory(predicted, dense),
+        *_energy(predicted, dense),
         ("loss", f"{predicted['loss']:.3g}", "0"),
         ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
         *_widths(chosen),
@@ -164,6 +165,14 @@ def _memory(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[
     if "memory_bytes" not in predicted or "memory_bytes" not in dense:
         return []
     return [("memory (estimated)", size(predicted["memory_bytes"]), size(dense["memory_bytes"]))]
+
+
+def _energy(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Energy of an inference, where it is bounded."""
+    if "energy_nj" not in predicted or "energy_nj" not in dense:
+        return []
+    sigma = f" ± {predicted['energy_sigma_nj'] / 1e6:.2g}" if "energy_sigma_nj" in predicted else ""
+    return [("energy", f"{predicted['energy_nj'] / 1e6:.4g}{sigma} mJ", f"{dense['energy_nj'] / 1e6:.4g} mJ")]
 
 
 def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:

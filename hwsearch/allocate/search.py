@@ -18,6 +18,7 @@ from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
 from hwsearch.allocation import Allocation
 from hwsearch.budget import TAILS, Budget, parse_budgets
+from hwsearch.consumption import energy_table, fit_energy
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
@@ -39,7 +40,8 @@ class Space:
     The variables are the units, then the channel groups that have more than one width to choose from, then what `memory`
     needs where that is bounded or swept. A unit's choices are its variants at each of the widths of its groups; ties hold
     them to what the groups chose.
-    cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median.
+    cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median. energy: the
+    model of energies, where they are bounded.
     """
 
     table: LatencyTable
@@ -48,16 +50,18 @@ class Space:
     problem: Problem
     cells: tuple[tuple[Cell, ...], ...]
     tails: Mapping[str, float] = field(default_factory=dict)
+    energy: LatencyModel | None = None
 
     @property
     def dense(self) -> dict[str, float]:
-        """Costs of the dense fp32 network, in ns, bytes and MACs."""
+        """Costs of the dense fp32 network, in ns, bytes, MACs and nJ."""
         return {
             "latency": self.table.dense_ns,
             **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
             "memory": float(peak_bytes(self.table.network, uniform(self.table.network, "fp32"), base="fp32")),
             "macs": float(self.table.network.macs),
+            **({"energy": energy_table(self.table).dense_ns} if self.energy else {}),
         }
 
     def variants(self, choice: Sequence[int]) -> dict[str, Variant]:
@@ -81,6 +85,10 @@ class Space:
 
     def predict(self, choice: Sequence[int]) -> Prediction:
         return self.model.predict(self.variants(choice), self.widths(choice))
+
+    def predict_energy(self, choice: Sequence[int]) -> Prediction | None:
+        """In nJ; None where energies are not bounded."""
+        return self.energy.predict(self.variants(choice), self.widths(choice)) if self.energy else None
 
     def with_budgets(self, budgets: Mapping[str, int]) -> Problem:
         return replace(self.problem, budgets=dict(budgets))
@@ -112,6 +120,8 @@ def space(
     sensitivity.require(table.network)
     check_axes(axes)
     model = model or fit(table)
+    energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
+    models = [model, energy] if energy else [model]
     network = table.network
     grid = (
         _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
@@ -125,7 +135,7 @@ def space(
             Cell(v, widths)
             for widths in product(*(grid[g] for g in unit.groups))
             for v in variants
-            if model.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True)))
+            if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
         ]
         if not found:
             raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
@@ -144,13 +154,13 @@ def space(
               for u, own in zip(network.units, cells, strict=True)),
             *(np.array([sensitivity.of_width(g, w) for w in grid[g]]) for g in groups),
         ),
-        costs=_costs(table, model, cells, grid, groups, tails),
+        costs=_costs(table, models, cells, grid, groups, tails),
         budgets={},
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
     if wants_memory:
         problem = _with_memory(problem, table, cells, sensitivity.quantize_outputs)
-    return Space(table, sensitivity, model, problem, tuple(cells), tails)
+    return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
 
 
 def _with_memory(
@@ -204,44 +214,57 @@ def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str
 
 def _costs(
     table: LatencyTable,
-    model: LatencyModel,
+    models: Sequence[LatencyModel],
     cells: Sequence[Sequence[Cell]],
     grid: Mapping[str, Sequence[int]],
     groups: Sequence[str],
     tails: Mapping[str, float],
 ) -> dict[str, Cost]:
-    """Latency, size and MACs in integers; exact in size and MACs at every width. tails: ratios of further latencies."""
+    """Latency, size and MACs in integers; exact in size and MACs at every width.
+
+    models: of latency and, where it is bounded, of energy. tails: ratios of further latencies.
+    """
     network = table.network
     units = network.units
     at = _at(table, cells)
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
-    boundaries: list[tuple[int, int, Any]] = []
-    for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
-        i, j = position[src], position[dst]
-        shares = [network.share(src, w) for _, w in at[i]]
-        terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
-        matrix = np.array(
-            [
-                [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
-                for s, (a, _) in zip(shares, at[i], strict=True)
-            ]
+
+    def boundaries_of(model: LatencyModel) -> list[tuple[int, int, Any]]:
+        boundaries: list[tuple[int, int, Any]] = []
+        for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
+            i, j = position[src], position[dst]
+            shares = [network.share(src, w) for _, w in at[i]]
+            terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
+            matrix = np.array(
+                [
+                    [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
+                    for s, (a, _) in zip(shares, at[i], strict=True)
+                ]
+            )
+            boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
+        return boundaries
+
+    of = [
+        (
+            [np.array([m.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)],
+            boundaries_of(m),
         )
-        boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
-    times = [
-        np.array([model.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)
+        for m in models
     ]
 
-    def latency(ratio: float) -> Cost:
+    def latency(ratio: float, number: int = 0) -> Cost:
+        times, boundaries = of[number]
         pairwise: dict[tuple[int, int], Any] = {}
         for i, j, matrix in boundaries:
             pairwise[i, j] = pairwise.get((i, j), 0) + _whole(matrix * ratio)
         own = (_whole(t * ratio) for t in times)
-        return Cost(fixed=round(model.rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
+        return Cost(fixed=round(models[number].rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
 
     return {
         "latency": latency(1.0),
         **{column: latency(ratio) for column, ratio in tails.items()},
+        **({"energy": latency(1.0, 1)} if len(models) > 1 else {}),
         "size": Cost(
             fixed=network.fixed_bytes + table.header.graph_bytes,
             unary=(
@@ -316,36 +339,38 @@ def search(
 
 
 def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
-    """Shrink the limits on latency and its tails until T + kappa * sigma of the answer is within them too.
+    """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
     meets the budget is for the measurement to say.
     """
     best = solve(at.with_budgets(bounds))
-    ratios = {c: r for c, r in {"latency": 1.0, **at.tails}.items() if c in bounds}
+    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **at.tails}.items() if c in bounds}
     if not ratios or kappa == 0:
         return best
     shrunk = {c: bounds[c] for c in ratios}
     for _ in range(8):
-        prediction = at.predict(best.choice)
-        most = prediction.time_ns + kappa * prediction.sigma_ns
-        over = {c: r * most - bounds[c] for c, r in ratios.items() if r * most > bounds[c]}
+        found = {
+            c: at.predict_energy(best.choice) if c == "energy" else at.predict(best.choice) for c in ratios
+        }
+        most = {c: p.time_ns + kappa * p.sigma_ns for c, p in found.items() if p is not None}
+        over = {c: r * most[c] - bounds[c] for c, r in ratios.items() if r * most[c] > bounds[c]}
         if not over:
             return best
         for c, excess in over.items():
-            reserve = ratios[c] * kappa * prediction.sigma_ns
+            reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
             shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(bounds[c] - reserve))
         try:
             best = solve(at.with_budgets({**bounds, **shrunk}))
         except Infeasible:
-            return _fastest(at, bounds)
+            return _fastest(at, bounds, "energy" if set(ratios) == {"energy"} else "latency")
     return best
 
 
-def _fastest(at: Space, bounds: Mapping[str, int]) -> Solution:
-    """The least loss at the least latency that the other budgets allow."""
-    least = minimise(at.with_budgets(bounds), "latency").costs["latency"]
-    return solve(at.with_budgets({**bounds, "latency": least}))
+def _fastest(at: Space, bounds: Mapping[str, int], column: str) -> Solution:
+    """The least loss at the least latency (or energy) that the other budgets allow."""
+    least = minimise(at.with_budgets(bounds), column).costs[column]
+    return solve(at.with_budgets({**bounds, column: least}))
 
 
 def as_allocation(
@@ -353,7 +378,7 @@ def as_allocation(
 ) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
     variants, widths = at.variants(solution.choice), at.widths(solution.choice)
-    prediction = at.predict(solution.choice)
+    prediction, energy = at.predict(solution.choice), at.predict_energy(solution.choice)
     return _allocation(
         at,
         {u: str(v) for u, v in variants.items()},
@@ -366,6 +391,7 @@ def as_allocation(
             "macs": solution.costs["macs"],
             "loss": solution.loss,
             **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
+            **({"energy_nj": energy.time_ns, "energy_sigma_nj": energy.sigma_ns} if energy else {}),
         },
         budgets,
         wanted,
@@ -384,6 +410,7 @@ def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str,
         "macs": at.table.network.macs,
         "loss": 0.0,
         **{f"{column}_ns": at.dense[column] for column in at.tails},
+        **({"energy_nj": at.dense["energy"]} if at.energy else {}),
     }
     variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
     proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
@@ -411,6 +438,7 @@ def _allocation(
             "latency_ns": at.dense["latency"],
             "size_bytes": round(at.dense["size"]),
             "memory_bytes": round(at.dense["memory"]),
+            **({"energy_nj": at.dense["energy"]} if at.energy else {}),
         },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
