@@ -206,7 +206,7 @@ def front(found: Front, machine: bool) -> None:
         budget = f"{point.budget / 1e6:.4g} ms" if found.over == "latency" else size(point.budget)
         note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
         rows.append((point.label if point.measured else budget, *costs, note))
-    columns((f"{found.over} budget", "latency", "size", "memory", "loss", ""), rows)
+    columns((f"{found.over} budget", "latency", "size", "memory (estimated)", "loss", ""), rows)
 
 
 def report(done: Report, machine: bool, folder: Path | None = None) -> None:

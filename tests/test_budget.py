@@ -95,7 +95,7 @@ def test_malformed_budgets_are_refused_with_an_example(text: str, said: str) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("energy", "absolute", 1.0),
+        ("power", "absolute", 1.0),
         ("latency", "relative", 1.0),
         ("latency", "absolute", 1.5),
         ("latency", "fraction", 0.0),
@@ -164,7 +164,7 @@ def test_budgets_together() -> None:
         ("latency", -1500, "-1.5us"),
         ("size", 123_456, "123.456KB"),
         ("macs", 7, "7MAC"),
-        ("energy", 12345, "12345"),
+        ("power", 12345, "12345"),
     ],
 )
 def test_quantities_are_exact(column: str, value: int, text: str) -> None:

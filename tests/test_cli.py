@@ -428,10 +428,10 @@ def test_front(api: Install, tmp_path: Path) -> None:
     }  # fmt: skip
     assert plotted == [(found, Path("f.png"))]
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-4:]
-    assert rows[0] == ["1", "ms", "-", "-", "-", "infeasible"]
-    assert rows[1] == ["4", "ms", "3.9", "±", "0.05", "ms", "2.00", "MB", "0.5"]
+    assert rows[0] == ["1", "ms", "-", "-", "-", "-", "infeasible"]
+    assert rows[1] == ["4", "ms", "3.9", "±", "0.05", "ms", "2.00", "MB", "-", "0.5"]
     assert rows[2][-1] == "dominated"
-    assert rows[3] == ["deployed", "4", "ms", "2.00", "MB", "0.6"]
+    assert rows[3] == ["deployed", "4", "ms", "2.00", "MB", "-", "0.6"]
     assert len(Front.load(tmp_path / "f.parquet").points) == 4
     points = json.loads(invoke("front", *files, "--json").stdout)["points"]
     assert [p["latency_ns"] for p in points] == [None, 3.9e6, 4.5e6, 4e6]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from simulation import OFFERED, grouped, scores, simulated_table
+from typer.testing import CliRunner
 
 from hwsearch.allocate.search import front, search, space
 from hwsearch.allocation import Allocation
+from hwsearch.cli import app
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, fit
@@ -121,6 +125,34 @@ def test_memory_is_swept() -> None:
         at = dict(zip(found.units, map(Variant.parse, p.variants), strict=True))
         widths = dict(zip(found.groups, p.widths, strict=True))
         assert p.memory_bytes == memory(Candidate(at, widths)) <= p.budget
+
+
+def test_the_command_line_bounds_and_sweeps_memory(tmp_path: Path) -> None:
+    """`search` and `front` say the estimate where costs stand, also as JSON."""
+    table().save(tmp_path / "t.parquet")
+    SCORES.save(tmp_path / "s.parquet")
+    files = ["--table", str(tmp_path / "t.parquet"), "--sensitivity", str(tmp_path / "s.parquet")]
+    out = ["-o", str(tmp_path / "out")]
+
+    def invoke(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, [*words, *files, *out])
+        return done.exit_code, done.output
+
+    code, said = invoke("search", "--budget", "memory=50%")
+    assert code == 0
+    assert "memory (estimated)" in said
+    chosen_ = Allocation.load(tmp_path / "out")
+    assert (
+        chosen_.predicted["memory_bytes"] <= chosen_.budgets[0]["limit"] == chosen_.dense["memory_bytes"] // 2
+    )
+    code, said = invoke(
+        "front", "--over", "memory", "--points", "4", "--plot", str(tmp_path / "f.png"), "--json"
+    )
+    assert code == 0
+    data = json.loads(said)
+    assert data["over"] == "memory"
+    assert all(p["memory_bytes"] <= p["budget"] for p in data["points"] if not p["infeasible"])
+    assert (tmp_path / "f.png").stat().st_size > 0
 
 
 def test_memory_is_told_where_it_is_not_bounded() -> None:
