@@ -1,9 +1,10 @@
 """Peak activation memory: the most bytes of tensors that are alive at once while a network runs.
 
 A tensor lives from the unit that makes it to the last unit that reads it, both included; the peak is the largest sum over
-the units in the order in which they run. It is computed from the network, never measured, and is a lower bound of what a
-process takes: not in it are weights, workspaces of kernels, what operators between units need while they run, alignment,
-and whatever the runtime's allocator keeps or cannot put into the same place.
+the units in the order in which they run. It is an estimate, computed from the network and never measured. A process takes
+more: not in it are weights, workspaces of kernels, what operators between units need while they run, alignment, and whatever
+the runtime's allocator keeps or cannot put into the same place. A runtime that computes in place takes less, and where the
+network does not tell whether two tensors are one, or whether one becomes int8, the larger figure counts.
 """
 
 from __future__ import annotations

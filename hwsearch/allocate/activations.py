@@ -8,12 +8,12 @@ others of four choices put two together at a time; ties from the units decide th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hwsearch.allocate.problem import Cost, Tie
+from hwsearch.allocate.problem import Cost, Problem, Tie
 from hwsearch.memory import Tensor, element_bytes, steps, tensors
 from hwsearch.network import Network
 from hwsearch.variants import Variant
@@ -114,6 +114,26 @@ def activations(
     added = factors.sizes[len(cells) + len(groups) :]
     choices = tuple(tuple(map(str, range(n))) for n in added)
     return Activations(tuple(factors.names), choices, tuple(factors.ties), tuple(costs))
+
+
+def with_memory(
+    problem: Problem, network: Network, cells: Cells, base: str, *, quantize_outputs: bool = False
+) -> Problem:
+    """A problem of units and groups with the peak of the activations as the column `memory`; see `activations`."""
+    old = problem.sizes
+    found = activations(network, cells, old[len(cells) :], base, quantize_outputs=quantize_outputs)
+    sizes = [len(c) for c in found.choices]
+    none = tuple(np.zeros(n, np.int64) for n in sizes)
+    return replace(
+        problem,
+        variables=(*problem.variables, *found.variables),
+        choices=(*problem.choices, *found.choices),
+        loss=(*problem.loss, *(np.zeros(n) for n in sizes)),
+        costs={column: replace(cost, unary=(*cost.unary, *none)) for column, cost in problem.costs.items()},
+        ties=(*problem.ties, *found.ties),
+        peaks={**problem.peaks, "memory": found.parts},
+        implied=problem.implied | frozenset(range(len(old), len(old) + len(sizes))),
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwsearch.allocate.activations import activations
+from hwsearch.allocate.activations import with_memory
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
@@ -159,30 +159,10 @@ def space(
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
     if wants_memory:
-        problem = _with_memory(problem, table, cells, sensitivity.quantize_outputs)
+        base = str(table.header.options["base"])
+        at = _at(table, cells)
+        problem = with_memory(problem, network, at, base, quantize_outputs=sensitivity.quantize_outputs)
     return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
-
-
-def _with_memory(
-    problem: Problem, table: LatencyTable, cells: Sequence[Sequence[Cell]], quantize_outputs: bool
-) -> Problem:
-    """The problem with the peak of the activations as the column `memory`."""
-    old = problem.sizes
-    found = activations(
-        table.network, _at(table, cells), old[len(cells) :], str(table.header.options["base"]),
-        quantize_outputs=quantize_outputs,
-    )  # fmt: skip
-    none = tuple(np.zeros(len(c), np.int64) for c in found.choices)
-    return replace(
-        problem,
-        variables=(*problem.variables, *found.variables),
-        choices=(*problem.choices, *found.choices),
-        loss=(*problem.loss, *(np.zeros(len(c)) for c in found.choices)),
-        costs={column: replace(cost, unary=(*cost.unary, *none)) for column, cost in problem.costs.items()},
-        ties=(*problem.ties, *found.ties),
-        peaks={"memory": found.parts},
-        implied=frozenset(range(len(old), len(old) + len(found.choices))),
-    )
 
 
 def _at(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import Program, programs
 
-from hwsearch.allocate.activations import activations
+from hwsearch.allocate.activations import with_memory
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Choice, Cost, Problem
 from hwsearch.errors import Infeasible
@@ -40,18 +40,15 @@ def completed(problem: Problem, first: Choice) -> Choice:
 def of(network: Network, quantize_outputs: bool, seed: int) -> Problem:
     """Losses and a second cost at random, and the peak."""
     rng = np.random.default_rng(seed)
-    cells = [[(v, {}) for v in OFFERED] for _ in network.units]
-    added = activations(network, cells, [], "bf16", quantize_outputs=quantize_outputs)
     n = len(network.units)
-    none = tuple(np.zeros(len(c), np.int64) for c in added.choices)
-    return Problem(
-        variables=(*(u.name for u in network.units), *added.variables),
-        choices=(*(("bf16", "int8") for _ in range(n)), *added.choices),
-        loss=(*(np.array([0.0, x]) for x in rng.random(n)), *(np.zeros(len(c)) for c in added.choices)),
-        costs={"latency": Cost(0, (*(np.array([9, int(x)]) for x in rng.integers(1, 20, n)), *none))},
-        ties=added.ties,
-        peaks={"memory": added.parts},
-        implied=frozenset(range(n, n + len(added.choices))),
+    free = Problem(
+        variables=tuple(u.name for u in network.units),
+        choices=(("bf16", "int8"),) * n,
+        loss=tuple(np.array([0.0, x]) for x in rng.random(n)),
+        costs={"latency": Cost(0, tuple(np.array([9, int(x)]) for x in rng.integers(1, 20, n)))},
+    )
+    return with_memory(
+        free, network, [[(v, {}) for v in OFFERED]] * n, "bf16", quantize_outputs=quantize_outputs
     )
 
 
