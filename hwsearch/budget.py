@@ -1,4 +1,4 @@
-"""Budgets as a user writes them: `latency=4ms`, `latency=40%`, `latency=2.5x`, `latency_p99=6ms`, `size=800KB`."""
+"""Budgets as a user writes them: `latency=4ms`, `latency=40%`, `latency=2.5x`, `latency_p99=6ms`, `size=800KB`, `memory=50%`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 from hwsearch.errors import InvalidInput
 
+_JOULES = {"nJ": 1, "uJ": 10**3, "mJ": 10**6, "J": 10**9}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 TAILS = MappingProxyType({"latency_p90": 0.9, "latency_p95": 0.95, "latency_p99": 0.99})
 """Budgets on a quantile of the times of single inferences; `latency` is on their median."""
@@ -20,11 +22,13 @@ UNITS = MappingProxyType(
     {
         "latency": _TIMES,
         **dict.fromkeys(TAILS, _TIMES),
-        "size": {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+        "size": dict(_BYTES),
+        "memory": dict(_BYTES),
+        "energy": _JOULES,
         "macs": {"MAC": 1, "KMAC": 10**3, "MMAC": 10**6, "GMAC": 10**9},
     }
 )
-"""For each column its units, in integer ns, bytes and MACs; the first is the base unit."""
+"""For each column its units, in integer ns, bytes, nJ and MACs; the first is the base unit."""
 
 LIMIT = 10**15
 """Beyond it (11 days, a petabyte) floats no longer hold every decimal."""
@@ -32,6 +36,8 @@ LIMIT = 10**15
 _EXAMPLES = {
     "latency": "latency=4ms, latency=40% (of dense fp32) or latency=2.5x (speed-up)",
     "size": "size=800KB, size=25% (of dense fp32) or size=4x (smaller)",
+    "memory": "memory=800KB, memory=50% (of dense fp32) or memory=2x (less)",
+    "energy": "energy=5mJ, energy=40% (of dense fp32) or energy=2.5x (less)",
     "macs": "macs=300MMAC, macs=50% (of dense) or macs=2x (fewer)",
 }
 _EXAMPLES |= {tail: f"{tail}=6ms, {tail}=40% (of dense fp32's) or {tail}=2.5x (speed-up)" for tail in TAILS}
@@ -42,9 +48,9 @@ _TEXT = re.compile(r"\s*(?P<column>\w+)\s*=\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<
 class Budget:
     """An upper bound on one cost.
 
-    column: `latency`, `latency_p90`, `latency_p95`, `latency_p99`, `size` or `macs`. kind: `absolute` (value in ns, bytes
-    or MACs, a whole number), `fraction` (of the dense fp32 network) or `speedup` (dense / value). Raises InvalidInput on
-    anything else.
+    column: `latency`, `latency_p90`, `latency_p95`, `latency_p99`, `size`, `memory` (peak of the activations, computed),
+    `energy` (of an inference) or `macs`. kind: `absolute` (value in ns, bytes, nJ or MACs, a whole number), `fraction` (of
+    the dense fp32 network) or `speedup` (dense / value). Raises InvalidInput on anything else.
     """
 
     column: str

@@ -162,7 +162,7 @@ _BUDGET = typer.Option(
     "--budget",
     metavar="COST=BOUND",
     help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `latency_p99=6ms`, `size=800KB`, "
-    "`size=25%`, `macs=50%`; "
+    "`size=25%`, `macs=50%`, `memory=50%`, `energy=40%` (where it is measured); "
     "may be given several times.",
 )
 Budgets = Annotated[list[str], _BUDGET]
@@ -214,13 +214,20 @@ def _globals(
 @app.command()
 def devices(as_json: AsJson = False) -> None:
     """Show this machine and its runtimes."""
-    from hwsearch import backends, device
+    from hwsearch import backends, device, energy
 
-    here, found = device.fingerprint(), backends.status()
+    here, found, counter = device.fingerprint(), backends.status(), energy.find()
     if as_json:
-        show.as_json({"device": here.to_json(), "backends": [entry.to_json() for entry in found]})
+        show.as_json(
+            {
+                "device": here.to_json(),
+                "backends": [entry.to_json() for entry in found],
+                "energy": counter.to_json(),
+            }
+        )
         return
-    print(f"{here}\nid {here.id}\n")
+    measured = f"measured by {counter.source}" if counter.meter else f"not measured: {counter.reason}"
+    print(f"{here}\nid {here.id}\nenergy {measured}\n")
     rows = [
         (b.name, ", ".join(b.versions.values()), ", ".join(b.bases), "yes" if b.available else b.reason)
         for b in found
@@ -421,7 +428,9 @@ def front(
     sensitivity: SensitivityFile,
     output: Output,
     section: dict[str, Any],
-    over: Annotated[Literal["latency", "size"], typer.Option(help="The cost that is swept.")] = "latency",
+    over: Annotated[
+        Literal["latency", "size", "memory"], typer.Option(help="The cost that is swept.")
+    ] = "latency",
     points: Annotated[int, typer.Option(min=2, help="Budgets to sweep.")] = 20,
     budget: MaybeBudgets = None,
     axes: Axes = "width,precision",

@@ -26,6 +26,7 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
+from hwsearch.memory import peak_bytes
 from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
@@ -258,6 +259,7 @@ class Session:
             {name: engine.run for name, (engine, _) in built.items()},
             VERIFY,
             clock=self.at.clock,
+            meter=self.at.meter,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         if not self.scale_ns:
@@ -281,6 +283,7 @@ class Session:
         """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
         _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
         dense = self.costs(measured["dense.fp32"])
+        require_energy(budgets, dense)
         return {b.column: b.resolve(dense[b.column]) for b in budgets}, {c: int(x) for c, x in dense.items()}
 
     def ms(self, measured: Measured) -> float:
@@ -292,7 +295,25 @@ class Session:
         time_ns = measured.timing.ratio * self.scale_ns
         tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
         size, macs = float(measured.file_bytes), float(measured.at.network.macs)
-        return {"latency": time_ns, **tails, "size": size, "macs": macs}
+        return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured),
+                **self._energy(measured)}  # fmt: skip
+
+    def _energy(self, measured: Measured) -> dict[str, float]:
+        """Energy of an inference in nJ on the session's scale: that of the table's reference, where it has energies."""
+        ratio, own = measured.build.energy_ratio, measured.build.reference_energy_j
+        if ratio is None or own is None:
+            return {}
+        told = [b.reference_energy_j for b in self.table.builds if b.reference_energy_j] if self.table else []
+        return {"energy": ratio * (float(np.median(told)) if told else own) * 1e9}
+
+    def _memory(self, measured: Measured) -> float:
+        """Peak of the activations in bytes: computed, not measured."""
+        widths = measured.at.network.channels
+        peak = peak_bytes(
+            self.at.network, measured.variants, widths,
+            base=measured.build.base, quantize_outputs=self.at.backend.quantize_outputs,
+        )  # fmt: skip
+        return float(peak)
 
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
@@ -323,6 +344,15 @@ class Session:
             if count >= LOSS_SAMPLES:
                 break
         return total / max(count, 1)
+
+
+def require_energy(budgets: Sequence[Budget], costs: Mapping[str, float]) -> None:
+    """Raises InvalidInput where energy is bounded and this machine measures none."""
+    if "energy" not in costs and any(b.column == "energy" for b in budgets):
+        raise InvalidInput(
+            "a budget on energy can only be verified where energy is counted, and no counter moved here; "
+            "`hwsearch devices` says why, or leave the budget out"
+        )
 
 
 def _parted(measured_ns: float, allocation: Allocation) -> bool:
@@ -403,12 +433,13 @@ def verify_with_build(
     assert deployed is not None
     dense = measured["dense.fp32"]
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
+    require_energy(budgets, session.costs(dense))
     limit = {b.column: b.resolve(session.costs(dense)[b.column]) for b in budgets}
 
     def within(m: Measured) -> bool:
         costs = session.costs(m)
-        # a nanosecond of slack: a time of 100 % is rounded down to whole ones; bytes and MACs are whole
-        slack = {c: int(c.startswith("latency")) for c in limit}
+        # a nanosecond (or nanojoule) of slack: a time of 100 % is rounded down to whole ones; bytes and MACs are whole
+        slack = {c: int(c.startswith("latency") or c == "energy") for c in limit}
         return not m.build.wrong and all(costs[c] <= bound + slack[c] for c, bound in limit.items())
 
     costs = session.costs(deployed)
@@ -448,6 +479,20 @@ def verify_with_build(
             "deployed": deployed.file_bytes,
         },
         macs={"dense": at.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
+        memory={
+            "dense": session.costs(dense)["memory"],
+            "budget": limit.get("memory"),
+            "deployed": costs["memory"],
+            "source": "estimated",
+        },
+        energy_mj={
+            "dense": session.costs(dense)["energy"] / 1e6,
+            "budget": limit["energy"] / 1e6 if "energy" in limit else None,
+            "predicted": allocation.predicted["energy_nj"] / 1e6 if "energy_nj" in allocation.predicted else None,
+            "measured": costs["energy"] / 1e6,
+        }
+        if "energy" in costs
+        else {},
         widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
         uniform=None

@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.energy import Meter
+
 Run = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of one inference of a candidate and of the reference, and the relative standard error of their ratio."""
+
+    joules: float
+    reference_joules: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Timing:
     samples_ns, reference_ns: every timed inference, in order, warm-ups left out; `block` of them stand together.
     ratio: median over rounds of candidate / reference. low, high: its 95 % bootstrap interval.
     unstable: the interval was still wider than asked when time ran out.
+    energy_j, reference_energy_j: joules of each timed block, in order, where a meter was read; else empty.
     """
 
     samples_ns: NDArray[np.int64]
@@ -35,6 +47,24 @@ class Timing:
     high: float
     unstable: bool
     warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def energy(self) -> Energy | None:
+        """Joules of an inference of the candidate and of the reference; None where no meter moved.
+
+        Means over all blocks, as a counter may be too coarse for one; the error is a bootstrap's over rounds.
+        """
+        own, other = self.energy_j / self.block, self.reference_energy_j / self.reference_block
+        if not len(own) or own.sum() <= 0 or other.sum() <= 0:
+            return None
+        own, other = own.reshape(-1, 2).sum(axis=1), other.reshape(-1, 2).sum(axis=1)
+        drawn = np.random.default_rng(0).integers(0, len(own), (300, len(own)))
+        above, below = own[drawn].sum(axis=1), other[drawn].sum(axis=1)
+        ratios = above[below > 0] / below[below > 0]
+        error = float(np.std(ratios) / (own.sum() / other.sum()))
+        return Energy(float(own.mean() / 2), float(other.mean() / 2), error)
 
     @property
     def width(self) -> float:
@@ -81,8 +111,9 @@ def paired(
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
     seed: int = 0,
+    meter: Meter | None = None,
 ) -> dict[str, Timing]:
-    """Time every candidate against the reference, all interleaved in the same rounds.
+    """Time every candidate against the reference, all interleaved in the same rounds. meter: read before and after each block.
 
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate.
@@ -95,6 +126,7 @@ def paired(
         warm[name] = _warm_up(run, protocol, clock)
         block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
+    joules: dict[str | None, list[float]] = {name: [] for name in runs}
     deadline = clock() + int(protocol.limit_s * 1e9 * len(candidates))
     rng = np.random.default_rng(seed)
     collecting = gc.isenabled()
@@ -102,7 +134,9 @@ def paired(
     try:
         while True:
             for name in (*runs, *reversed(runs)):
-                samples[name].append(_block(runs[name], block[name], clock))
+                times, used = _block(runs[name], block[name], clock, meter)
+                samples[name].append(times)
+                joules[name] += used
             rounds = len(samples[None]) // 2
             # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
             if rounds >= protocol.min_rounds and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
@@ -129,18 +163,24 @@ def paired(
             high=high,
             unstable=bool(width > protocol.width),
             warmup_ns=np.array(warm[name], np.int64),
+            energy_j=np.array(joules[name], np.float64),
+            reference_energy_j=np.array(joules[None], np.float64),
         )
     return result
 
 
-def _block(run: Run, count: int, clock: Callable[[], int]) -> list[int]:
+def _block(
+    run: Run, count: int, clock: Callable[[], int], meter: Meter | None
+) -> tuple[list[int], list[float]]:
+    """Times of a block's inferences, and its joules where there is a meter."""
     run()  # refills the caches that the engine before took
     times = []
+    before = meter() if meter else 0.0
     for _ in range(count):
         start = clock()
         run()
         times.append(clock() - start)
-    return times
+    return times, [meter() - before] if meter else []
 
 
 def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int]:

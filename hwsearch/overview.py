@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hwsearch.latency import fit, validate
-from hwsearch.table import SCHEMA, LatencyTable, usable
+from hwsearch.memory import peak_bytes
+from hwsearch.table import SCHEMA, Build, LatencyTable, usable
 from hwsearch.tablefile import KIND
+from hwsearch.variants import Variant, uniform
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -24,8 +26,28 @@ def as_json(table: LatencyTable) -> dict[str, Any]:
         "kind": KIND,
         **header,
         "network": network,
+        "memory": memory(table),
         "builds": table.to_frame().to_dict(orient="records"),
         "quality": quality(table),
+    }
+
+
+def memory(table: LatencyTable) -> dict[str, int | str]:
+    """Peak of the activations of the uniform whole networks, in bytes: computed, not measured.
+
+    int8: wherever units support it. As of a runtime that quantizes what int8 units read, and not what they return: a table
+    does not say which.
+    """
+    network, base = table.network, str(table.header.options["base"])
+    refused = table.header.unsupported
+    lowest = {
+        u: Variant(base) if str(v) in refused.get(u, {}) else v for u, v in uniform(network, "int8").items()
+    }
+    return {
+        "dense_bytes": peak_bytes(network, uniform(network, "fp32"), base="fp32"),
+        f"{base}_bytes": peak_bytes(network, uniform(network, base), base=base),
+        "int8_bytes": peak_bytes(network, lowest, base=base),
+        "source": "estimated",
     }
 
 
@@ -45,6 +67,11 @@ def quality(table: LatencyTable) -> dict[str, float] | None:
         "additive_median_error": additive.median_error,
         "additive_kendall_tau": additive.kendall_tau,
     }
+
+
+def _energy(build: Build) -> str:
+    """Joules of an inference, where a counter was read."""
+    return f", {1e3 * build.energy_j:.4g} mJ" if build.energy_j else ""
 
 
 def summary(table: LatencyTable) -> str:
@@ -74,7 +101,16 @@ def summary(table: LatencyTable) -> str:
                 f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
             )
             width = (build.high - build.low) / 2 / build.ratio
-            lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
+            lines.append(
+                f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}{_energy(build)}"
+            )
+    at = memory(table)
+    sizes = [
+        f"{what.removesuffix('_bytes')} {size / 1e3:,.1f} KB"
+        for what, size in at.items()
+        if not isinstance(size, str)
+    ]
+    lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
     found = quality(table)
     if found is not None:
         lines.append(

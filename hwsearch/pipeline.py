@@ -245,6 +245,8 @@ def _tighter(
         "latency": again.time_ns,
         "size": allocation.predicted["size_bytes"],
         "macs": allocation.predicted["macs"],
+        "memory": allocation.predicted["memory_bytes"],
+        "energy": allocation.predicted.get("energy_nj", 0.0),
     }
     tighter = dict(old)
     for column, limit in wanted.items():
@@ -268,7 +270,9 @@ def _against_budgets(report: Report) -> dict[str, tuple[float, float]]:
     times |= {t: (t.removeprefix("latency_"), f"budget_{t.removeprefix('latency_')}") for t in TAILS}
     pairs = {c: (report.latency_ms.get(m), report.latency_ms.get(b), 1e6) for c, (m, b) in times.items()}
     pairs["size"] = report.size_bytes["deployed"], report.size_bytes["budget"], 1.0
-    pairs["macs"] = report.macs.get("deployed"), report.macs.get("budget"), 1.0
+    pairs["energy"] = report.energy_mj.get("measured"), report.energy_mj.get("budget"), 1e6
+    for column, costs in (("macs", report.macs), ("memory", report.memory)):
+        pairs[column] = costs.get("deployed"), costs.get("budget"), 1.0
     return {c: (m * scale, b * scale) for c, (m, b, scale) in pairs.items() if m is not None and b}
 
 
@@ -291,6 +295,7 @@ def measured_points(report: Report) -> list[Point]:
             low_ns=latency["measured_low"],
             high_ns=latency["measured_high"],
             size_bytes=float(report.size_bytes["deployed"] or 0),
+            memory_bytes=float(report.memory.get("deployed") or float("nan")),
             loss=report.loss["measured"],
             score=report.score["deployed"],
             variants=tuple(report.variants.values()),

@@ -129,6 +129,7 @@ class _Run:
             self._join(LatencyTable.sections(self.out))
         self.names = [u.name for u in at.network.units]
         self.reference: Engine | None = None
+        self.meter = at.meter
 
     def _join(self, sections: Sequence[LatencyTable]) -> None:
         """Go on with the section of this regime, or begin one with what the others tell."""
@@ -402,7 +403,12 @@ class _Run:
         engine, model = at.build(candidate.variants, base)
         build_s = (self.at.clock() - begun) / 1e9
         timing = paired(
-            reference.run, {role: engine.run}, protocol or self.protocol, clock=self.at.clock, seed=self.seed
+            reference.run,
+            {role: engine.run},
+            protocol or self.protocol,
+            clock=self.at.clock,
+            seed=self.seed,
+            meter=self.meter,
         )[role]
         build = replace(
             record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths

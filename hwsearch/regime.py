@@ -15,6 +15,7 @@ from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
 from hwsearch.compress.widths import Kept, Weights
+from hwsearch.energy import Meter, find
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
@@ -55,6 +56,12 @@ class Regime:
         """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
         own: Callable[[], int] = getattr(self.backend, "clock", time.perf_counter_ns)
         return own
+
+    @property
+    def meter(self) -> Meter | None:
+        """Joules, where what the backend runs on counts them: a simulated one, a GPU, or this machine's CPU."""
+        own: Meter | None = getattr(self.backend, "meter", None)
+        return own or find(gpu=bool(getattr(self.backend, "gpu", False))).meter
 
     @property
     def described(self) -> dict[str, Any]:
@@ -147,6 +154,7 @@ def record(
         executed = tuple(
             e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
         )
+    energy = timing.energy
     return Build(
         role=role,
         base=base,
@@ -164,4 +172,7 @@ def record(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         output_error=error,
         wrong=error > WRONG,
+        energy_j=energy.joules if energy else None,
+        reference_energy_j=energy.reference_joules if energy else None,
+        energy_error=energy.error if energy else None,
     )

@@ -18,12 +18,14 @@ class Report:
     without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
     medians, as fast as the machine just was; `p90`, `p95` and `p99` are quantiles of single inferences of the deployed
     engine, `budget_p99` and so on their budgets where there are any. score: of the module and of the engine. loss:
-    divergence from the dense outputs. size_bytes: of the ONNX files. uniform: the best uniform allocation that meets
-    the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how many there were.
-    not_as_asked: units that
-    the engine executed in another precision. output_error: relative error of the engine's outputs from the same
-    allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding: then nothing is met.
-    table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
+    divergence from the dense outputs. size_bytes: of the ONNX files. memory: peak of the activations in bytes (dense, budget,
+    deployed), computed from the network and never measured, as its `source` says. energy_mj: of an inference: dense,
+    measured, and budget and predicted where energy is bounded; empty where nothing counts it. uniform: the best uniform
+    allocation that meets the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how
+    many there were. not_as_asked: units that the engine executed in another precision. output_error: relative error of the
+    engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding:
+    then nothing is met. table_check: where prediction and measurement part by more than three sigma, builds of the table
+    measured again.
     """
 
     task: str
@@ -42,11 +44,30 @@ class Report:
     variants: dict[str, str] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)
     macs: dict[str, float | None] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    energy_mj: dict[str, float | None] = field(default_factory=dict)
     not_as_asked: dict[str, str] = field(default_factory=dict)
     unstable: bool = False
     output_error: float = 0.0
     wrong_outputs: bool = False
     table_check: dict[str, Any] | None = None
+
+    def _memory(self) -> list[str]:
+        if not self.memory:
+            return []
+        budget = f", budget {self.memory['budget']:,.0f}" if self.memory["budget"] is not None else ""
+        return [
+            f"memory   {self.memory['deployed']:,.0f} bytes of activations at most (estimated){budget}, "
+            f"dense {self.memory['dense']:,.0f}"
+        ]
+
+    def _energy(self) -> list[str]:
+        found = self.energy_mj
+        if not found:
+            return []
+        told = f", {found['predicted']:.4g} mJ predicted" if found["predicted"] is not None else ""
+        budget = f", budget {found['budget']:.4g} mJ" if found["budget"] is not None else ""
+        return [f"energy   {found['measured']:.4g} mJ measured{told}{budget}, dense {found['dense']:.4g} mJ"]
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -69,6 +90,8 @@ class Report:
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
+            *self._memory(),
+            *self._energy(),
             f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",
         ]
         lines += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +173,8 @@ def allocation(chosen: Allocation, machine: bool) -> None:
     rows = [
         ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
+        *_memory(predicted, dense),
+        *_energy(predicted, dense),
         ("loss", f"{predicted['loss']:.3g}", "0"),
         ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
         *_widths(chosen),
@@ -180,6 +182,21 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         ("solver", f"{chosen.solver['status']}, gap {chosen.solver['gap']:.2g}", ""),
     ]
     columns(("", "predicted", "dense"), rows)
+
+
+def _memory(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Peak of the activations; allocations of older versions do not have it."""
+    if "memory_bytes" not in predicted or "memory_bytes" not in dense:
+        return []
+    return [("memory (estimated)", size(predicted["memory_bytes"]), size(dense["memory_bytes"]))]
+
+
+def _energy(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Energy of an inference, where it is bounded."""
+    if "energy_nj" not in predicted or "energy_nj" not in dense:
+        return []
+    sigma = f" ± {predicted['energy_sigma_nj'] / 1e6:.2g}" if "energy_sigma_nj" in predicted else ""
+    return [("energy", f"{predicted['energy_nj'] / 1e6:.4g}{sigma} mJ", f"{dense['energy_nj'] / 1e6:.4g} mJ")]
 
 
 def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:
@@ -204,14 +221,16 @@ def front(found: Front, machine: bool) -> None:
         return
     rows = []
     for point in found.points:
-        costs: tuple[str, ...] = ("-", "-", "-")
+        costs: tuple[str, ...] = ("-", "-", "-", "-")
         if not point.infeasible:
             sigma = f" ± {point.sigma_ns / 1e6:.2g}" if point.sigma_ns > 0 else ""
-            costs = (f"{point.latency_ns / 1e6:.4g}{sigma} ms", size(point.size_bytes), f"{point.loss:.3g}")
+            memory = size(point.memory_bytes) if math.isfinite(point.memory_bytes) else "-"
+            latency = f"{point.latency_ns / 1e6:.4g}{sigma} ms"
+            costs = (latency, size(point.size_bytes), memory, f"{point.loss:.3g}")
         budget = f"{point.budget / 1e6:.4g} ms" if found.over == "latency" else size(point.budget)
         note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
         rows.append((point.label if point.measured else budget, *costs, note))
-    columns((f"{found.over} budget", "latency", "size", "loss", ""), rows)
+    columns((f"{found.over} budget", "latency", "size", "memory (estimated)", "loss", ""), rows)
 
 
 def report(done: Report, machine: bool, folder: Path | None = None) -> None:

@@ -6,8 +6,8 @@ A file may hold several tables of one model on one device, backend and runtime: 
 Schema history:
   1  builds with their raw samples and executed nodes; header under the Parquet key `hwsearch`.
   2  widths of the channel groups in each build, the grid of widths and the groups in the header.
-  3  sections: the header holds one header for each (`sections`), rows their section's number (`section`). A file of
-     schema 2 is read as one of one section, and written as schema 3.
+  3  sections: the header holds one header for each (`sections`), rows their section's number (`section`); energies of
+     builds, null where no counter was read. A file of schema 2 is read as one of one section, without energies.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Build:
     (empty where the runtime's record does not name the unit).
     output_error: relative error of the engine's outputs from the simulated ones; `wrong`: too large to be rounding.
     source: always `measured`; estimates never enter a table.
+    energy_j, reference_energy_j: joules of an inference of this engine and of the reference, and energy_error the relative
+    standard error of their ratio; None where no counter was read.
     """
 
     role: str
@@ -83,6 +85,16 @@ class Build:
     wrong: bool = False
     source: str = "measured"
     widths: tuple[int, ...] = ()
+    energy_j: float | None = None
+    reference_energy_j: float | None = None
+    energy_error: float | None = None
+
+    @property
+    def energy_ratio(self) -> float | None:
+        """Energy / the reference's, where both were measured."""
+        if not self.energy_j or not self.reference_energy_j:
+            return None
+        return self.energy_j / self.reference_energy_j
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -363,6 +375,7 @@ class LatencyTable:
                     "unstable": b.unstable,
                     "as_asked": b.as_asked(),
                     "samples": len(b.samples_ns),
+                    **({"energy_mj": 1e3 * b.energy_j} if b.energy_j else {}),
                     **{v: b.variants.count(v) for v in sorted(set(b.variants))},
                 }
                 for b in self.builds
@@ -471,5 +484,8 @@ def _schema() -> Any:
             ("wrong", pa.bool_()),
             ("source", pa.string()),
             ("widths", pa.list_(pa.int64())),
+            ("energy_j", pa.float64()),
+            ("reference_energy_j", pa.float64()),
+            ("energy_error", pa.float64()),
         ]
     )

@@ -37,6 +37,12 @@ DENSE = 10_000_000.0
         ("size=100KB", 100_000),
         ("macs=300MMAC", 300_000_000),
         ("macs=50%", 5_000_000),
+        ("memory=800KB", 800_000),
+        ("memory=50%", 5_000_000),
+        ("memory=2x", 5_000_000),
+        ("energy=5mJ", 5_000_000),
+        ("energy=1.5J", 1_500_000_000),
+        ("energy=40%", 4_000_000),
         (" latency = 4 MS ", 4_000_000),
         ("size=2000kb", 2_000_000),
     ],
@@ -70,7 +76,10 @@ def test_what_a_budget_means(text: str, limit: int) -> None:
         ("latency=2MB", "unit 'MB'; expected ns, us, ms, s"),
         ("size=4ms", "unit 'ms'; expected B, KB"),
         ("size=4mb/s", "malformed"),
-        ("energy=4J", "bounds none of latency, latency_p90, latency_p95, latency_p99, size, macs"),
+        (
+            "power=4W",
+            "bounds none of latency, latency_p90, latency_p95, latency_p99, size, memory, energy, macs",
+        ),
         ("4ms", "bounds none of"),
         ("", "bounds none of"),
     ],
@@ -86,7 +95,7 @@ def test_malformed_budgets_are_refused_with_an_example(text: str, said: str) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("energy", "absolute", 1.0),
+        ("power", "absolute", 1.0),
         ("latency", "relative", 1.0),
         ("latency", "absolute", 1.5),
         ("latency", "fraction", 0.0),
@@ -155,7 +164,7 @@ def test_budgets_together() -> None:
         ("latency", -1500, "-1.5us"),
         ("size", 123_456, "123.456KB"),
         ("macs", 7, "7MAC"),
-        ("energy", 12345, "12345"),
+        ("power", 12345, "12345"),
     ],
 )
 def test_quantities_are_exact(column: str, value: int, text: str) -> None:

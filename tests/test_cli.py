@@ -266,6 +266,19 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(data["device"]["id"]) == 12
 
 
+def test_devices_says_whether_energy_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwsearch import backends, energy
+
+    monkeypatch.setattr(backends, "status", list)
+    monkeypatch.setattr(energy, "find", lambda: energy.Found(reason="no RAPL package"))
+    assert "energy not measured: no RAPL package" in invoke("devices").stdout
+    data = json.loads(invoke("devices", "--json").stdout)
+    assert data["energy"] == {"available": False, "source": "", "reason": "no RAPL package"}
+    monkeypatch.setattr(energy, "find", lambda: energy.Found(lambda: 0.0, "RAPL, 1 package(s)"))
+    assert "energy measured by RAPL, 1 package(s)" in invoke("devices").stdout
+    assert json.loads(invoke("devices", "--json").stdout)["energy"]["available"]
+
+
 def test_profile_passes_on_everything(api: Install) -> None:
     seen: dict[str, Any] = {}
 
@@ -442,10 +455,10 @@ def test_front(api: Install, tmp_path: Path) -> None:
     }  # fmt: skip
     assert plotted == [(found, Path("f.png"))]
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-4:]
-    assert rows[0] == ["1", "ms", "-", "-", "-", "infeasible"]
-    assert rows[1] == ["4", "ms", "3.9", "±", "0.05", "ms", "2.00", "MB", "0.5"]
+    assert rows[0] == ["1", "ms", "-", "-", "-", "-", "infeasible"]
+    assert rows[1] == ["4", "ms", "3.9", "±", "0.05", "ms", "2.00", "MB", "-", "0.5"]
     assert rows[2][-1] == "dominated"
-    assert rows[3] == ["deployed", "4", "ms", "2.00", "MB", "0.6"]
+    assert rows[3] == ["deployed", "4", "ms", "2.00", "MB", "-", "0.6"]
     assert len(Front.load(tmp_path / "f.parquet").points) == 4
     points = json.loads(invoke("front", *files, "--json").stdout)["points"]
     assert [p["latency_ns"] for p in points] == [None, 3.9e6, 4.5e6, 4e6]

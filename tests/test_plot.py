@@ -195,6 +195,15 @@ def test_a_front_over_size_is_in_megabytes_and_needs_no_sigma() -> None:
     assert "dense fp32: 5.2 MB" in texts(figure)
 
 
+def test_a_front_over_memory_says_that_it_is_estimated() -> None:
+    points = [row(0.3 + i, 1e-4 / (i + 1), i, memory_bytes=1e5 * (i + 1)) for i in range(4)]
+    figure = plot_front(front(points, over="memory", memory=6e5))
+    assert figure.axes[0].get_xlabel() == "peak memory of activations, estimated (MB)"
+    assert "dense fp32: 0.6 MB" in texts(figure)
+    offsets = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
+    assert {round(float(x), 6) for x in offsets[:, 0]} >= {0.1, 0.2, 0.3, 0.4}
+
+
 def test_dense_is_a_line_where_it_is_near() -> None:
     figure = plot_front(front(curve(5), latency=1.3e6))
     assert any(list(line.get_xdata()) == [1.3, 1.3] for line in figure.axes[0].lines)

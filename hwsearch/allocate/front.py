@@ -3,6 +3,7 @@
 Schema history:
   1  one row a point, measured points beside them; header under the Parquet key `hwsearch`.
   2  widths of channel groups.
+  3  peak activation memory; files of 2 are read, without it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from hwsearch.tablefile import read_parquet, write_parquet
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 2
+SCHEMA = 3
+READS = (2, 3)
 KIND = "front"
 
 
@@ -32,7 +34,7 @@ class Point:
 
     budget: limit of the swept column that it answers. infeasible: nothing meets that budget. dominated: another
     point has no more cost and no more loss. label: what it is (`predicted`, or a measured point's own).
-    low_ns, high_ns: the interval of a measured latency.
+    low_ns, high_ns: the interval of a measured latency. memory_bytes: peak of the activations, always estimated.
     """
 
     budget: float = np.nan
@@ -51,13 +53,18 @@ class Point:
     low_ns: float = np.nan
     high_ns: float = np.nan
     score: float = np.nan
+    memory_bytes: float = np.nan
+
+    def cost(self, column: str) -> float:
+        """`latency`, `size` or `memory`, in ns or bytes."""
+        return {"latency": self.latency_ns, "size": self.size_bytes, "memory": self.memory_bytes}[column]
 
 
 @dataclass(frozen=True)
 class Front:
     """Points over a sweep of one cost column, with what they belong to.
 
-    over: the swept column (`latency` or `size`). units, groups: names, in the order of `Point.variants` and
+    over: the swept column (`latency`, `size` or `memory`). units, groups: names, in the order of `Point.variants` and
     `Point.widths`. header: network, backend, device, options; under `dense` the dense network's costs in ns and bytes.
     """
 
@@ -83,7 +90,7 @@ class Front:
     def best(self) -> tuple[Point, ...]:
         """The predicted points that are feasible and not dominated, by rising cost."""
         kept = [p for p in self.points if not (p.dominated or p.infeasible or p.measured)]
-        return tuple(sorted(kept, key=lambda p: p.latency_ns if self.over == "latency" else p.size_bytes))
+        return tuple(sorted(kept, key=lambda p: p.cost(self.over)))
 
     def save(self, path: str | Path) -> None:
         """Write Parquet, in place in one step."""
@@ -103,7 +110,7 @@ class Front:
     @staticmethod
     def load(path: str | Path) -> Front:
         """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
-        table, header = read_parquet(path, KIND, SCHEMA)
+        table, header = read_parquet(path, KIND, *READS)
         try:
             points = tuple(
                 Point(**{**row, "variants": tuple(row["variants"]), "widths": tuple(row["widths"])})
@@ -143,8 +150,8 @@ def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solutio
     """
     if points < 2:
         raise InvalidInput(f"a front needs at least 2 points, got {points}")
-    if column not in problem.costs:
-        raise InvalidInput(f"there is no cost {column!r} to sweep; there are {', '.join(problem.costs)}")
+    if column not in problem.columns:
+        raise InvalidInput(f"there is no cost {column!r} to sweep; there are {', '.join(problem.columns)}")
     others = {c: b for c, b in problem.budgets.items() if c != column}
     free = replace(problem, budgets=others)
     least = minimise(free, column).costs[column]
@@ -180,12 +187,13 @@ def as_front(
     chosen: Mapping[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]],
     column: str,
     sigma_ns: Mapping[tuple[int, ...], float],
+    memory: Mapping[tuple[int, ...], int],
     header: Mapping[str, Any],
 ) -> Front:
     """A sweep as a Front.
 
     chosen: for each choice the variants of the units and the widths of the groups. sigma_ns: standard error of its
-    predicted latency.
+    predicted latency. memory: peak of its activations in bytes.
     """
     solutions = [s for _, s in found if s is not None]
     beaten = dict(zip(map(id, solutions), dominated(solutions, column), strict=True))
@@ -206,6 +214,7 @@ def as_front(
                 status=s.status,
                 gap=s.gap,
                 dominated=beaten[id(s)],
+                memory_bytes=float(memory[s.choice]),
             )
         )
     return Front(tuple(points), column, tuple(units), dict(header), tuple(groups))

@@ -12,6 +12,7 @@ from hwsearch.allocate.milp import TIME_LIMIT_S, as_solution, minimise, solve
 from hwsearch.allocate.polytope import Linear
 from hwsearch.allocate.problem import Problem, Solution
 from hwsearch.allocate.program import Program
+from hwsearch.errors import InvalidInput
 
 
 def lower_bound(problem: Problem) -> float:
@@ -32,6 +33,8 @@ def hull(
     loss + price * cost, price being the chord's slope (Aneja and Nair, 1979). The segments that could hide most come
     first, until there are `most` corners or time is up. Each corner has the least loss of all choices of no more cost.
     """
+    if column in problem.peaks:
+        raise InvalidInput(f"{column} is a peak, which has no price; sweep it instead")
     deadline = time.monotonic() + time_limit_s
     free = replace(problem, budgets={c: limit for c, limit in problem.budgets.items() if c != column})
     least = minimise(free, column, time_limit_s=time_limit_s).costs[column]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.allocate.problem import Problem, Solution, relative_gap
+from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
 from hwsearch.allocate.program import Found, OutOfTime, Program
 from hwsearch.budget import quantity
 from hwsearch.errors import Infeasible
@@ -30,8 +30,8 @@ def solve(
 
     Budgets hold exactly, in integers; the loss is the least within 1e-9 of it, HiGHS being in floats.
     warm: a choice that may be good; it bounds the search, and is the answer if time runs out before a better one.
-    prefer: by default the first budgeted column. Ties cost a second program, so they are looked for only where
-    two choices of a variable, or of two variables, differ by the same loss.
+    prefer: by default the first budgeted column; a peak breaks no ties. Ties cost a second program, so they are looked
+    for only where two choices of a variable, or of two variables, differ by the same loss.
     Raises Infeasible (naming the least of each budgeted cost), HwsearchError if time ran out without an answer.
     """
     start = time.monotonic()
@@ -41,7 +41,12 @@ def solve(
     if found is None:
         raise infeasible(problem, time_limit_s)
     prefer = prefer or next(iter(problem.budgets), None)
-    if prefer and found.proven and _may_tie(problem, found.relaxed.open(found.value)):
+    if (
+        prefer is not None
+        and prefer in problem.costs
+        and found.proven
+        and _may_tie(problem, found.relaxed.open(found.value))
+    ):
         found = _cheapest(problem, found, prefer, start + time_limit_s)
     return as_solution(problem, found)
 
@@ -102,6 +107,8 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
 
     Exact: an answer stands once nothing is left with this column bounded to one unit less.
     """
+    if column in problem.peaks:
+        return _least_peak(problem, column, time_limit_s)
     deadline = time.monotonic() + time_limit_s
     best: Found | None = None
     budgets = dict(problem.budgets)
@@ -121,6 +128,48 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
             )
         best = found
         budgets[column] = problem.cost(column, best.choice) - 1
+
+
+def _least_peak(problem: Problem, column: str, time_limit_s: float) -> Solution | None:
+    """Least value of a peak within the problem's budgets, or None where nothing meets them.
+
+    No peak is below the least of any of its parts: the largest of these is tried first as a limit, then, should nothing
+    meet it, what lies between it and the best choice known is halved until they agree. Exact, as integers are.
+    """
+    deadline = time.monotonic() + time_limit_s
+    parts = problem.parts(column)
+    names = [f"{column}, part {k}" for k in range(len(parts))]
+    flat = replace(problem, costs={**problem.costs, **dict(zip(names, parts, strict=True))})
+    best: Choice | None = None
+    low, high, part = 0, 0, 0
+    seen: set[int] = set()
+    while part not in seen:
+        seen.add(part)
+        least = _least(flat, names[part], deadline - time.monotonic())
+        if least is None:
+            return None
+        low = max(low, math.ceil(least.bound))
+        values = [p.of(least.choice) for p in parts]
+        if best is None or max(values) < high:
+            best, high = least.choice, max(values)
+        part = int(np.argmax(values))
+    assert best is not None
+    limit = low
+    while low < high:
+        budgets = {**problem.budgets, column: limit}
+        bounded = replace(flat, budgets=budgets)
+        name = names[int(np.argmax([p.of(best) for p in parts]))]
+        program = Program(bounded, deadline, [name])
+        try:
+            found = program.minimise(program.cost(name), lambda c, n=name: flat.cost(n, c))  # type: ignore[misc]
+        except OutOfTime:
+            return problem.solution(best, "time_limit", float(low), relative_gap(high, low))
+        if found is None:
+            low = limit + 1
+        else:
+            best, high = found.choice, problem.cost(column, found.choice)
+        limit = (low + high) // 2
+    return problem.solution(best, "optimal", float(low), 0.0)
 
 
 def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Found:
@@ -150,6 +199,8 @@ def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
     for i, loss in enumerate(problem.loss):
         kept = np.flatnonzero(allowed[start : start + len(loss)])
         start += len(loss)
+        if i in problem.implied:
+            continue
         a, b = (kept[k] for k in np.triu_indices(len(kept), 1))
         difference = np.abs(loss[a] - loss[b])
         free = np.all([t.of[a] == t.of[b] for t in problem.ties if t.i == i], axis=0)

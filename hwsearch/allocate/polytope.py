@@ -9,7 +9,7 @@ of another sum to the other's column k.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Polytope:
 
     def __init__(self, problem: Problem, columns: Collection[str]) -> None:
         self.sizes, self.ties = problem.sizes, problem.ties
-        self.pairs = _pairs({column: problem.costs[column] for column in columns})
+        self.pairs = _pairs([part for column in columns for part in problem.parts(column)])
         widths = [*self.sizes, *(len(p.first_i) * len(p.first_j) for p in self.pairs)]
         self.widths = np.array(widths)
         self.starts = np.concatenate([[0], np.cumsum(self.widths)])
@@ -127,9 +127,9 @@ def _reduced(m: Ints) -> Ints:
     return reduced
 
 
-def _pairs(costs: Mapping[str, Cost]) -> list[Pair]:
+def _pairs(costs: Sequence[Cost]) -> list[Pair]:
     stacked: dict[tuple[int, int], list[Ints]] = {}
-    for cost in costs.values():
+    for cost in costs:
         for pair, m in cost.pairwise.items():
             stacked.setdefault(pair, []).append(_reduced(m))
     pairs = []

@@ -32,6 +32,11 @@ class Cost:
     unary: tuple[NDArray[np.int64], ...]
     pairwise: Mapping[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
 
+    def of(self, choice: Sequence[int]) -> int:
+        """The cost of a choice, exactly."""
+        unary = sum(int(u[a]) for u, a in zip(self.unary, choice, strict=True))
+        return self.fixed + unary + sum(int(m[choice[i], choice[j]]) for (i, j), m in self.pairwise.items())
+
 
 @dataclass(frozen=True, eq=False)
 class Tie:
@@ -49,8 +54,10 @@ class Tie:
 class Problem:
     """Choose one of `choices[i]` for each variable: least total loss, every budgeted cost within its budget.
 
-    loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`).
-    budgets: column name -> greatest integer allowed. ties: choices that require others.
+    loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`). peaks: columns that are
+    the largest of several costs (`memory`, of what is alive at each step).
+    budgets: column name -> greatest integer allowed. ties: choices that require others. implied: numbers of the variables
+    without loss that ties from others decide, so that no two choices differ in them alone.
     Raises InvalidInput where these do not fit together.
     """
 
@@ -60,6 +67,8 @@ class Problem:
     costs: Mapping[str, Cost]
     budgets: Mapping[str, int] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
+    peaks: Mapping[str, tuple[Cost, ...]] = field(default_factory=dict)
+    implied: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -72,9 +81,14 @@ class Problem:
         _check_unary("loss", self.loss, sizes, np.floating)
         for column, cost in self.costs.items():
             _check_cost(column, cost, sizes)
-        unknown = sorted(set(self.budgets) - set(self.costs))
+        for column, parts in self.peaks.items():
+            if not parts or column in self.costs:
+                raise InvalidInput(f"the peak {column} needs a cost at least, and a name that no cost has")
+            for part in parts:
+                _check_cost(column, part, sizes)
+        unknown = sorted(set(self.budgets) - set(self.columns))
         if unknown:
-            raise InvalidInput(f"budgets on {unknown}, but the costs known are {sorted(self.costs)}")
+            raise InvalidInput(f"budgets on {unknown}, but the costs known are {sorted(self.columns)}")
         for tie in self.ties:
             _check_tie(tie, sizes)
 
@@ -87,11 +101,18 @@ class Problem:
         """Sum of the losses, correctly rounded (so that it does not depend on their order)."""
         return math.fsum(loss[a] for loss, a in zip(self.loss, choice, strict=True))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all costs and peaks."""
+        return (*self.costs, *self.peaks)
+
+    def parts(self, column: str) -> tuple[Cost, ...]:
+        """The costs of which a column is the largest: of a linear one, itself."""
+        return self.peaks[column] if column in self.peaks else (self.costs[column],)
+
     def cost(self, column: str, choice: Sequence[int]) -> int:
         """One cost of a choice, exactly."""
-        cost = self.costs[column]
-        unary = sum(int(u[a]) for u, a in zip(cost.unary, choice, strict=True))
-        return cost.fixed + unary + sum(int(m[choice[i], choice[j]]) for (i, j), m in cost.pairwise.items())
+        return max(part.of(choice) for part in self.parts(column))
 
     def consistent(self, choice: Sequence[int]) -> bool:
         """Whether every tie holds."""
@@ -109,7 +130,7 @@ class Problem:
 
     def solution(self, choice: Sequence[int], status: str, bound: float, gap: float) -> Solution:
         """A choice with its loss and all of its costs, recomputed exactly."""
-        costs = {column: self.cost(column, choice) for column in self.costs}
+        costs = {column: self.cost(column, choice) for column in self.columns}
         return Solution(tuple(map(int, choice)), self.total_loss(choice), costs, status, gap, bound)
 
 

@@ -28,7 +28,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, mi
 from scipy.sparse import csr_array, vstack
 
 from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
-from hwsearch.allocate.problem import Choice, Problem
+from hwsearch.allocate.problem import Choice, Cost, Problem
 from hwsearch.errors import HwsearchError
 
 TOP = 15
@@ -96,15 +96,21 @@ class Program:
         self.carries = 0
         self.rows: list[tuple[Vector, dict[int, float], float]] = []
         self.limits: list[tuple[Vector, float]] = []
-        self.possible = all(self._bound(column, limit) for column, limit in problem.budgets.items())
+        self.possible = all(
+            self._bound(part, limit)
+            for column, limit in problem.budgets.items()
+            for part in problem.parts(column)
+        )
 
     def loss(self) -> Linear:
         """The problem's loss as an objective."""
         return self.polytope.linear(self.problem.loss)
 
     def cost(self, column: str) -> Linear:
-        """One of its costs as an objective."""
-        cost = self.problem.costs[column]
+        """One of its costs, which is not a peak, as an objective."""
+        return self._linear(self.problem.costs[column])
+
+    def _linear(self, cost: Cost) -> Linear:
         return self.polytope.linear(cost.unary, cost)
 
     def allowed(self, objective: Linear, value: float) -> NDArray[np.bool_]:
@@ -254,9 +260,9 @@ class Program:
             if not (done and 0 < narrower < 1e-3 * span):
                 return _found(best, value(best), bound, done, relaxed)
 
-    def _bound(self, column: str, limit: int) -> bool:
-        """Add a budget's rows; False where it cannot be met."""
-        cost = self.cost(column)
+    def _bound(self, bounded: Cost, limit: int) -> bool:
+        """Add the rows of a cost's bound; False where it cannot be met."""
+        cost = self._linear(bounded)
         room = int(limit - cost.constant)
         if room < 0:
             return False

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch.allocate.activations import with_memory
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Cost, Problem, Solution, Tie
 from hwsearch.allocation import Allocation
 from hwsearch.budget import TAILS, Budget, parse_budgets
+from hwsearch.consumption import energy_table, fit_energy
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
+from hwsearch.memory import peak_bytes
 from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, uniform, weight_bytes
 
@@ -34,9 +37,11 @@ KAPPA = 1.0
 class Space:
     """What may be chosen and what it costs: a problem without its budgets.
 
-    The variables are the units, then the channel groups that have more than one width to choose from. A unit's choices
-    are its variants at each of the widths of its groups; ties hold them to what the groups chose.
-    cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median.
+    The variables are the units, then the channel groups that have more than one width to choose from, then what `memory`
+    needs where that is bounded or swept. A unit's choices are its variants at each of the widths of its groups; ties hold
+    them to what the groups chose.
+    cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median. energy: the
+    model of energies, where they are bounded.
     """
 
     table: LatencyTable
@@ -45,15 +50,18 @@ class Space:
     problem: Problem
     cells: tuple[tuple[Cell, ...], ...]
     tails: Mapping[str, float] = field(default_factory=dict)
+    energy: LatencyModel | None = None
 
     @property
     def dense(self) -> dict[str, float]:
-        """Costs of the dense fp32 network, in ns, bytes and MACs."""
+        """Costs of the dense fp32 network, in ns, bytes, MACs and nJ."""
         return {
             "latency": self.table.dense_ns,
             **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
+            "memory": float(peak_bytes(self.table.network, uniform(self.table.network, "fp32"), base="fp32")),
             "macs": float(self.table.network.macs),
+            **({"energy": energy_table(self.table).dense_ns} if self.energy else {}),
         }
 
     def variants(self, choice: Sequence[int]) -> dict[str, Variant]:
@@ -64,11 +72,23 @@ class Space:
     def widths(self, choice: Sequence[int]) -> dict[str, int]:
         """The width of every channel group."""
         names = zip(self.problem.variables, self.problem.choices, choice, strict=True)
-        chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :]}
-        return {**self.table.network.channels, **chosen}
+        channels = self.table.network.channels
+        chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :] if v in channels}
+        return {**channels, **chosen}
+
+    def memory(self, choice: Sequence[int]) -> int:
+        """Peak activation memory, in bytes: computed, never measured."""
+        return peak_bytes(
+            self.table.network, self.variants(choice), self.widths(choice),
+            base=str(self.table.header.options["base"]), quantize_outputs=self.sensitivity.quantize_outputs,
+        )  # fmt: skip
 
     def predict(self, choice: Sequence[int]) -> Prediction:
         return self.model.predict(self.variants(choice), self.widths(choice))
+
+    def predict_energy(self, choice: Sequence[int]) -> Prediction | None:
+        """In nJ; None where energies are not bounded."""
+        return self.energy.predict(self.variants(choice), self.widths(choice)) if self.energy else None
 
     def with_budgets(self, budgets: Mapping[str, int]) -> Problem:
         return replace(self.problem, budgets=dict(budgets))
@@ -90,15 +110,18 @@ def space(
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
     budgets: Sequence[Budget] = (),
+    over: str = "",
 ) -> Space:
     """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
 
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
-    space will be searched under, for the tail latencies among them.
+    space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
     sensitivity.require(table.network)
     check_axes(axes)
     model = model or fit(table)
+    energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
+    models = [model, energy] if energy else [model]
     network = table.network
     grid = (
         _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
@@ -112,13 +135,14 @@ def space(
             Cell(v, widths)
             for widths in product(*(grid[g] for g in unit.groups))
             for v in variants
-            if model.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True)))
+            if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
         ]
         if not found:
             raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
         cells.append(tuple(found))
     groups = [g for g, steps in grid.items() if len(steps) > 1]
     tails = {b.column: table.tail(TAILS[b.column]) for b in budgets if b.column in TAILS}
+    wants_memory = "memory" in (over, *(b.column for b in budgets))
     problem = Problem(
         variables=(*(u.name for u in network.units), *groups),
         choices=(
@@ -130,11 +154,23 @@ def space(
               for u, own in zip(network.units, cells, strict=True)),
             *(np.array([sensitivity.of_width(g, w) for w in grid[g]]) for g in groups),
         ),
-        costs=_costs(table, model, cells, grid, groups, tails),
+        costs=_costs(table, models, cells, grid, groups, tails),
         budgets={},
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
-    return Space(table, sensitivity, model, problem, tuple(cells), tails)
+    if wants_memory:
+        base = str(table.header.options["base"])
+        at = _at(table, cells)
+        problem = with_memory(problem, network, at, base, quantize_outputs=sensitivity.quantize_outputs)
+    return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
+
+
+def _at(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:
+    """What the choices of each unit stand for, with the widths by group."""
+    return [
+        [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
+        for u, own in zip(table.network.units, cells, strict=True)
+    ]
 
 
 def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str]) -> dict[str, list[int]]:
@@ -158,47 +194,57 @@ def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str
 
 def _costs(
     table: LatencyTable,
-    model: LatencyModel,
+    models: Sequence[LatencyModel],
     cells: Sequence[Sequence[Cell]],
     grid: Mapping[str, Sequence[int]],
     groups: Sequence[str],
     tails: Mapping[str, float],
 ) -> dict[str, Cost]:
-    """Latency, size and MACs in integers; exact in size and MACs at every width. tails: ratios of further latencies."""
+    """Latency, size and MACs in integers; exact in size and MACs at every width.
+
+    models: of latency and, where it is bounded, of energy. tails: ratios of further latencies.
+    """
     network = table.network
     units = network.units
-    at = [
-        [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
-        for u, own in zip(units, cells, strict=True)
-    ]
+    at = _at(table, cells)
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
-    boundaries: list[tuple[int, int, Any]] = []
-    for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
-        i, j = position[src], position[dst]
-        shares = [network.share(src, w) for _, w in at[i]]
-        terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
-        matrix = np.array(
-            [
-                [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
-                for s, (a, _) in zip(shares, at[i], strict=True)
-            ]
+
+    def boundaries_of(model: LatencyModel) -> list[tuple[int, int, Any]]:
+        boundaries: list[tuple[int, int, Any]] = []
+        for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
+            i, j = position[src], position[dst]
+            shares = [network.share(src, w) for _, w in at[i]]
+            terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
+            matrix = np.array(
+                [
+                    [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
+                    for s, (a, _) in zip(shares, at[i], strict=True)
+                ]
+            )
+            boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
+        return boundaries
+
+    of = [
+        (
+            [np.array([m.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)],
+            boundaries_of(m),
         )
-        boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
-    times = [
-        np.array([model.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)
+        for m in models
     ]
 
-    def latency(ratio: float) -> Cost:
+    def latency(ratio: float, number: int = 0) -> Cost:
+        times, boundaries = of[number]
         pairwise: dict[tuple[int, int], Any] = {}
         for i, j, matrix in boundaries:
             pairwise[i, j] = pairwise.get((i, j), 0) + _whole(matrix * ratio)
         own = (_whole(t * ratio) for t in times)
-        return Cost(fixed=round(model.rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
+        return Cost(fixed=round(models[number].rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
 
     return {
         "latency": latency(1.0),
         **{column: latency(ratio) for column, ratio in tails.items()},
+        **({"energy": latency(1.0, 1)} if len(models) > 1 else {}),
         "size": Cost(
             fixed=network.fixed_bytes + table.header.graph_bytes,
             unary=(
@@ -273,36 +319,38 @@ def search(
 
 
 def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
-    """Shrink the limits on latency and its tails until T + kappa * sigma of the answer is within them too.
+    """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
     meets the budget is for the measurement to say.
     """
     best = solve(at.with_budgets(bounds))
-    ratios = {c: r for c, r in {"latency": 1.0, **at.tails}.items() if c in bounds}
+    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **at.tails}.items() if c in bounds}
     if not ratios or kappa == 0:
         return best
     shrunk = {c: bounds[c] for c in ratios}
     for _ in range(8):
-        prediction = at.predict(best.choice)
-        most = prediction.time_ns + kappa * prediction.sigma_ns
-        over = {c: r * most - bounds[c] for c, r in ratios.items() if r * most > bounds[c]}
+        found = {
+            c: at.predict_energy(best.choice) if c == "energy" else at.predict(best.choice) for c in ratios
+        }
+        most = {c: p.time_ns + kappa * p.sigma_ns for c, p in found.items() if p is not None}
+        over = {c: r * most[c] - bounds[c] for c, r in ratios.items() if r * most[c] > bounds[c]}
         if not over:
             return best
         for c, excess in over.items():
-            reserve = ratios[c] * kappa * prediction.sigma_ns
+            reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
             shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(bounds[c] - reserve))
         try:
             best = solve(at.with_budgets({**bounds, **shrunk}))
         except Infeasible:
-            return _fastest(at, bounds)
+            return _fastest(at, bounds, "energy" if set(ratios) == {"energy"} else "latency")
     return best
 
 
-def _fastest(at: Space, bounds: Mapping[str, int]) -> Solution:
-    """The least loss at the least latency that the other budgets allow."""
-    least = minimise(at.with_budgets(bounds), "latency").costs["latency"]
-    return solve(at.with_budgets({**bounds, "latency": least}))
+def _fastest(at: Space, bounds: Mapping[str, int], column: str) -> Solution:
+    """The least loss at the least latency (or energy) that the other budgets allow."""
+    least = minimise(at.with_budgets(bounds), column).costs[column]
+    return solve(at.with_budgets({**bounds, column: least}))
 
 
 def as_allocation(
@@ -310,7 +358,7 @@ def as_allocation(
 ) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
     variants, widths = at.variants(solution.choice), at.widths(solution.choice)
-    prediction = at.predict(solution.choice)
+    prediction, energy = at.predict(solution.choice), at.predict_energy(solution.choice)
     return _allocation(
         at,
         {u: str(v) for u, v in variants.items()},
@@ -319,9 +367,11 @@ def as_allocation(
             "latency_ns": prediction.time_ns,
             "sigma_ns": prediction.sigma_ns,
             "size_bytes": solution.costs["size"],
+            "memory_bytes": at.memory(solution.choice),
             "macs": solution.costs["macs"],
             "loss": solution.loss,
             **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
+            **({"energy_nj": energy.time_ns, "energy_sigma_nj": energy.sigma_ns} if energy else {}),
         },
         budgets,
         wanted,
@@ -336,9 +386,11 @@ def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str,
         "latency_ns": at.dense["latency"],
         "sigma_ns": (build.high - build.low) / 3.92 * at.table.header.reference_ns,
         "size_bytes": round(at.dense["size"]),
+        "memory_bytes": round(at.dense["memory"]),
         "macs": at.table.network.macs,
         "loss": 0.0,
         **{f"{column}_ns": at.dense[column] for column in at.tails},
+        **({"energy_nj": at.dense["energy"]} if at.energy else {}),
     }
     variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
     proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
@@ -362,7 +414,12 @@ def _allocation(
         widths=dict(widths),
         order=_order(at, widths),
         predicted=predicted,
-        dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
+        dense={
+            "latency_ns": at.dense["latency"],
+            "size_bytes": round(at.dense["size"]),
+            "memory_bytes": round(at.dense["memory"]),
+            **({"energy_nj": at.dense["energy"]} if at.energy else {}),
+        },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
         network_name=network.name,
@@ -394,10 +451,11 @@ def front(
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
     parsed = parse_budgets([str(b) for b in budgets]) if budgets else ()
-    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
+    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
     fixed = limits(parsed, at.dense)
     found = sweep(at.with_budgets(fixed), over, points)
     sigma = {s.choice: at.predict(s.choice).sigma_ns for _, s in found if s is not None}
+    memory = {s.choice: at.memory(s.choice) for _, s in found if s is not None}
     header = table.header
     chosen = {
         s.choice: (tuple(map(str, at.variants(s.choice).values())), tuple(at.widths(s.choice).values()))
@@ -411,6 +469,7 @@ def front(
         chosen,
         over,
         sigma,
+        memory,
         {
             "network": table.network.name,
             "backend": header.backend,

@@ -30,12 +30,14 @@ from hwsearch.variants import WEIGHT_BITS, Variant
 if TYPE_CHECKING:
     from hwsearch.allocate.front import Front, Point
 
-PER_UNIT = {"latency": (1e6, "ms"), "size": (1e6, "MB")}
+PER_UNIT = {"latency": (1e6, "ms"), "size": (1e6, "MB"), "memory": (1e6, "MB")}
 """For each cost column how many of its integer units (ns, bytes) make one of the unit drawn."""
+
+NAMES = {"memory": "peak memory of activations, estimated"}
 
 
 def plot_front(front: Front, path: str | Path | None = None) -> Figure:
-    """Loss against the swept cost: latency in ms, or size in MB.
+    """Loss against the swept cost: latency in ms, size or (estimated) peak memory in MB.
 
     The front is a step line, its points coloured by the share of units in the coarsest precision, with bars of sigma.
     Allocations that another beats are hollow, budgets that nothing meets are crosses on the axis, measured allocations
@@ -63,7 +65,7 @@ def plot_front(front: Front, path: str | Path | None = None) -> Figure:
         handles.append(_draw_measured(axes, measured, front.over))
     name = scale_losses(axes, "y", [p.loss for p in drawn])
     axes.set_ylabel(f"loss (divergence per sample, {name})")
-    axes.set_xlabel(f"{front.over} ({unit})")
+    axes.set_xlabel(f"{NAMES.get(front.over, front.over)} ({unit})")
     dense = _draw_dense(axes, front.header.get("dense", {}).get(front.over, 0.0) / scale, unit, handles)
     if missed:
         handles += axes.plot(
@@ -82,7 +84,7 @@ def plot_front(front: Front, path: str | Path | None = None) -> Figure:
 
 def _cost(point: Point, over: str) -> float:
     """The swept cost in the unit drawn."""
-    return (point.latency_ns if over == "latency" else point.size_bytes) / PER_UNIT[over][0]
+    return point.cost(over) / PER_UNIT[over][0]
 
 
 def _places(points: Sequence[Point], over: str) -> tuple[list[float], list[float]]:

@@ -152,7 +152,7 @@ class SimulatedBackend:
     node_noise: of each node's counter. drift: the machine's slowness after so many simulated seconds (1.0 is none).
     failing: numbers of the builds, from 0, that raise BackendUnavailable. refused: units that execute in the base
     precision whatever is asked. build_ns: simulated time of a build. Outputs are computed by `onnx.reference`, in fp32
-    whatever the base.
+    whatever the base. watts: power drawn while a node of each precision runs; without it nothing is counted.
     """
 
     name = "simulated"
@@ -171,6 +171,7 @@ class SimulatedBackend:
         refused: Collection[str] = (),
         build_ns: int = 0,
         quantize_outputs: bool = False,
+        watts: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         self.law, self.quantize_outputs = law, quantize_outputs
@@ -180,6 +181,10 @@ class SimulatedBackend:
         """How many builds were asked for."""
         self._bases, self._int8 = bases, int8
         self._now_ns = 0.0
+        self.watts = dict(watts or {})
+        self.joules = 0.0
+        self.meter: Callable[[], float] | None = (lambda: self.joules) if watts else None
+        """Joules used since the backend was made, where it counts them."""
         self._rng = np.random.default_rng(seed)
 
     def clock(self) -> int:
@@ -245,6 +250,14 @@ class SimulatedEngine:
         return len(self._data)
 
     @cached_property
+    def power(self) -> float:
+        """Mean watts while it runs."""
+        nodes = self._backend.law.nodes(self.executed, sizes=self.sizes)
+        return sum(n.time_ns * self._backend.watts[n.precision] for n in nodes) / sum(
+            n.time_ns for n in nodes
+        )
+
+    @cached_property
     def _reference(self) -> onnx.reference.ReferenceEvaluator:
         from onnx.reference import ReferenceEvaluator
 
@@ -265,7 +278,10 @@ class SimulatedEngine:
 
     def run(self) -> None:
         drift = self._backend.drift(self._backend.clock() / 1e9) if self._backend.drift else 1.0
-        self._backend.advance(self.time_ns * drift * self._backend.jitter(self._backend.noise))
+        time_ns = self.time_ns * drift * self._backend.jitter(self._backend.noise)
+        self._backend.advance(time_ns)
+        if self._backend.watts:
+            self._backend.joules += time_ns * 1e-9 * self.power
 
     def nodes(self, runs: int = 20) -> list[NodeTime]:
         sources: dict[str, tuple[str, ...]] = {}

@@ -39,6 +39,7 @@ def front() -> Front:
         chosen,
         "latency",
         sigma,
+        dict.fromkeys(sigma, 7000),
         {"network": "n", "dense": {"latency": 1.0}},
     ).with_measured([measured])
 
@@ -110,6 +111,19 @@ def test_round_trip(front: Front, tmp_path: Path) -> None:
     assert loaded.points[0].infeasible
     assert loaded.points[-1].measured
     assert np.isnan(loaded.points[-1].budget)
+
+
+def test_a_front_of_schema_2_has_no_memory(front: Front, tmp_path: Path) -> None:
+    """Files from before the peak of the activations was kept: the column is not there."""
+    path = tmp_path / "f.parquet"
+    front.save(path)
+    assert {p.memory_bytes for p in Front.load(path).best()} == {7000.0}
+    rows = pq.read_table(path).drop_columns(["memory_bytes"])
+    header = {**json.loads(rows.schema.metadata[KEY]), "schema": 2}
+    pq.write_table(rows.replace_schema_metadata({KEY: json.dumps(header).encode()}), path)
+    old = Front.load(path)
+    assert [p.loss for p in old.best()] == [p.loss for p in front.best()]
+    assert all(np.isnan(p.memory_bytes) for p in old.points)
 
 
 def test_a_frame_has_a_row_for_each_point(front: Front) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from simulation import OFFERED, grouped, scores, simulated_table
+from typer.testing import CliRunner
 
 from hwsearch.allocate.search import front, search, space
 from hwsearch.allocation import Allocation
+from hwsearch.cli import app
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, fit
+from hwsearch.memory import peak_bytes
 from hwsearch.network import Network
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
-from hwsearch.variants import Variant, network_bytes
+from hwsearch.variants import Variant, network_bytes, uniform
 
 NETWORK = grouped()
 GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16, 8], "conv2": [16, 8]}
@@ -73,6 +79,89 @@ def test_the_answer_is_that_of_brute_force(share: float) -> None:
     assert found.predicted["loss"] == pytest.approx(best, rel=1e-9)
     assert found.solver["status"] == "optimal"
     assert found.predicted["loss"] == pytest.approx(SCORES.total(chosen(found).variants, found.widths))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("quantize_outputs", [False, True])
+def test_a_budget_on_memory_is_met_at_the_least_loss(share: float, quantize_outputs: bool) -> None:
+    """Over all (variants, widths), the peak counted tensor by tensor; front points say it as well."""
+    losses = replace(SCORES, quantize_outputs=quantize_outputs)
+    peaks = {i: memory(c, quantize_outputs) for i, c in enumerate(everything())}
+    limit = int(between(share, list(map(float, peaks.values()))))
+    found = search(table(), losses, [f"memory={limit}B", "macs=70%"], kappa=0.0, model=model())
+    best = min(
+        SCORES.total(c.variants, c.widths)
+        for i, c in enumerate(everything())
+        if peaks[i] <= limit and narrow(c).macs <= 0.7 * NETWORK.macs
+    )
+    assert found.predicted["loss"] == pytest.approx(best, rel=1e-9)
+    assert found.predicted["memory_bytes"] == memory(chosen(found), quantize_outputs) <= limit
+    assert found.solver["status"] == "optimal"
+
+
+def test_too_little_memory_names_the_least() -> None:
+    least = min(memory(c) for c in everything())
+    with pytest.raises(Infeasible, match="the least memory is") as caught:
+        search(table(), SCORES, [f"memory={least - 1}B"], model=model())
+    assert caught.value.least == {"memory": least}
+    assert search(table(), SCORES, [f"memory={least}B"], model=model()).predicted["memory_bytes"] == least
+
+
+def test_a_share_of_memory_is_of_the_dense_network() -> None:
+    dense = memory(Candidate(uniform(NETWORK, "fp32"), NETWORK.channels))
+    found = search(table(), SCORES, ["memory=50%"], model=model())
+    assert found.dense["memory_bytes"] == dense
+    assert found.budgets[0]["limit"] == dense // 2 >= found.predicted["memory_bytes"]
+    assert search(table(), SCORES, ["memory=2x"], model=model()).variants == found.variants
+
+
+def test_memory_is_swept() -> None:
+    found = front(table(), SCORES, over="memory", points=5, model=model())
+    best = found.best()
+    assert [p.memory_bytes for p in best] == sorted(p.memory_bytes for p in best)
+    assert all(a.loss > b.loss for a, b in pairwise(best))
+    assert best[0].memory_bytes == min(memory(c) for c in everything())
+    for p in best:
+        at = dict(zip(found.units, map(Variant.parse, p.variants), strict=True))
+        widths = dict(zip(found.groups, p.widths, strict=True))
+        assert p.memory_bytes == memory(Candidate(at, widths)) <= p.budget
+
+
+def test_the_command_line_bounds_and_sweeps_memory(tmp_path: Path) -> None:
+    """`search` and `front` say the estimate where costs stand, also as JSON."""
+    table().save(tmp_path / "t.parquet")
+    SCORES.save(tmp_path / "s.parquet")
+    files = ["--table", str(tmp_path / "t.parquet"), "--sensitivity", str(tmp_path / "s.parquet")]
+    out = ["-o", str(tmp_path / "out")]
+
+    def invoke(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, [*words, *files, *out])
+        return done.exit_code, done.output
+
+    code, said = invoke("search", "--budget", "memory=50%")
+    assert code == 0
+    assert "memory (estimated)" in said
+    chosen_ = Allocation.load(tmp_path / "out")
+    assert (
+        chosen_.predicted["memory_bytes"] <= chosen_.budgets[0]["limit"] == chosen_.dense["memory_bytes"] // 2
+    )
+    code, said = invoke(
+        "front", "--over", "memory", "--points", "4", "--plot", str(tmp_path / "f.png"), "--json"
+    )
+    assert code == 0
+    data = json.loads(said)
+    assert data["over"] == "memory"
+    assert all(p["memory_bytes"] <= p["budget"] for p in data["points"] if not p["infeasible"])
+    assert (tmp_path / "f.png").stat().st_size > 0
+
+
+def test_memory_is_told_where_it_is_not_bounded() -> None:
+    found = search(table(), SCORES, ["macs=50%"], model=model())
+    assert found.predicted["memory_bytes"] == memory(chosen(found))
+
+
+def memory(of: Candidate, quantize_outputs: bool = False) -> int:
+    return peak_bytes(NETWORK, of.variants, of.widths, base="fp32", quantize_outputs=quantize_outputs)
 
 
 def narrow(of: Candidate) -> Network:

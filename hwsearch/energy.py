@@ -1,0 +1,99 @@
+"""Counters of energy: RAPL of the CPU's packages, NVML of a GPU. Where a machine has none there is none: nothing is estimated.
+
+A counter is of the whole package: of everything that runs on it. So energies are compared as times are, in the same rounds
+as a reference. RAPL moves about once a millisecond: single inferences cannot be told apart, blocks of them can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Meter = Callable[[], float]
+"""Joules since some moment in the past; never falls."""
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass
+class Rapl:
+    """The packages under a powercap folder. A call returns joules used by all of them since it was made.
+
+    Raises OSError where a counter cannot be read any more.
+    """
+
+    packages: tuple[Path, ...]
+    _range_uj: dict[Path, int] = field(default_factory=dict)
+    _last_uj: dict[Path, int] = field(default_factory=dict)
+    _total_uj: int = 0
+
+    def __post_init__(self) -> None:
+        self._range_uj = {p: _number(p / "max_energy_range_uj") for p in self.packages}
+        self._last_uj = {p: _number(p / "energy_uj") for p in self.packages}
+
+    def __call__(self) -> float:
+        for package in self.packages:
+            now, last = _number(package / "energy_uj"), self._last_uj[package]
+            # a counter that fell began again at zero after its largest value; it takes minutes to come round
+            self._total_uj += now - last if now >= last else now - last + self._range_uj[package]
+            self._last_uj[package] = now
+        return self._total_uj / 1e6
+
+
+@dataclass(frozen=True)
+class Found:
+    """A meter, or why there is none. source: `RAPL` or `NVML`."""
+
+    meter: Meter | None = None
+    source: str = ""
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"available": self.meter is not None, "source": self.source, "reason": self.reason}
+
+
+def find(*, gpu: bool = False, root: Path = POWERCAP) -> Found:
+    """The counter of what a backend runs on: the CPU's packages, or the first GPU."""
+    return nvml() if gpu else rapl(root)
+
+
+def rapl(root: Path = POWERCAP) -> Found:
+    """The counter of all CPU packages under a powercap folder."""
+    packages = []
+    for path in sorted(root.glob("intel-rapl:*")) if root.is_dir() else ():
+        try:
+            if path.name.count(":") == 1 and (path / "name").read_text().startswith("package"):
+                packages.append(path)
+        except OSError:
+            continue
+    if not packages:
+        return Found(reason=f"no RAPL package under {root}: the CPU has no counter, or a hypervisor hides it")
+    try:
+        return Found(Rapl(tuple(packages)), f"RAPL, {len(packages)} package(s)")
+    except PermissionError as error:
+        return Found(
+            reason=f"{error.filename} may be read by root only; allow it with `chmod a+r` on each package's energy_uj"
+        )
+    except (OSError, ValueError) as error:
+        return Found(reason=f"the RAPL counter cannot be read: {error}")
+
+
+def nvml(index: int = 0) -> Found:
+    """The counter of one NVIDIA GPU, by NVML."""
+    try:
+        import pynvml
+    except ImportError:
+        return Found(reason="pynvml is not installed; install nvidia-ml-py")
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return Found(reason=f"NVML tells no energy of GPU {index}: {error}")
+    return Found(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML")
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())
