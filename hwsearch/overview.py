@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit, validate
-from hwsearch.table import LatencyTable, usable
+from hwsearch.sums import dense_ns
+from hwsearch.table import SANDWICHED, LatencyTable, usable
+from hwsearch.variants import Variant, uniform
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -70,6 +73,8 @@ def summary(table: LatencyTable) -> str:
             )
             width = (build.high - build.low) / 2 / build.ratio
             lines.append(f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}")
+    if h.mode == SANDWICHED:
+        lines += _sums(table)
     found = quality(table)
     if found is not None:
         lines.append(
@@ -87,3 +92,25 @@ def summary(table: LatencyTable) -> str:
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
     return "\n".join(lines)
+
+
+def _sums(table: LatencyTable) -> list[str]:
+    """Uniform networks as sums over sandwiches."""
+    base, offered = str(table.header.options["base"]), table.offered()
+    lowest = {u: Variant("int8") if "dense.int8" in own else Variant(base) for u, own in offered.items()}
+    lines = []
+    try:
+        model = fit(table)
+        ns, sigma, _ = dense_ns(table)
+        lines.append(f"dense fp32 {ns / 1e6:.4g} ms ± {sigma / ns:.0%}, estimated: a sum over sandwiches")
+        for what, variants in ((f"all {base}", uniform(table.network, base)), ("all int8", lowest)):
+            found = model.predict(variants)
+            lines.append(
+                f"{what:10s} {found.time_ns / 1e6:.4g} ms ± {found.sigma_ns / found.time_ns:.0%}, estimated"
+            )
+    except InvalidInput as error:
+        lines.append(f"unfinished {error}")
+    return [
+        *lines,
+        "missing    what boundaries between precisions cost: it counts in the standard error only",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ def allocation(chosen: Allocation, machine: bool) -> None:
     predicted, dense = chosen.predicted, chosen.dense
     latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
     rows = [
-        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
+        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", _dense_ms(dense)),
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
         ("loss", f"{predicted['loss']:.3g}", "0"),
         ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
@@ -156,6 +156,10 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         ("solver", f"{chosen.solver['status']}, gap {chosen.solver['gap']:.2g}", ""),
     ]
     columns(("", "predicted", "dense"), rows)
+
+
+def _dense_ms(dense: Mapping[str, float]) -> str:
+    return f"{dense['latency_ns'] / 1e6:.4g} ms" + (" (estimated)" if dense.get("estimated") else "")
 
 
 def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:

@@ -123,7 +123,7 @@ def test_debug_shows_the_traceback_before_or_after_the_command(
         (("profile",), "Missing argument 'TASK'"),
         (("profile", "zoo:x"), "--output"),
         (("profile", "zoo:x", "-o", "t", "--threads", "0"), "--threads"),
-        (("profile", "zoo:x", "-o", "t", "--mode", "sideways"), "isolated"),
+        (("profile", "zoo:x", "-o", "t", "--mode", "sideways"), "sandwiched"),
         (("profile", "zoo:x", "-o", "t", "--time-limit", "soon"), "'soon' is no duration"),
         (("search", "--table", "t", "--sensitivity", "s", "-o", "a"), "--budget"),
         (("front", "--table", "t", "--sensitivity", "s", "-o", "a", "--points", "1"), "--points"),
@@ -265,14 +265,14 @@ def test_profile_passes_on_everything(api: Install) -> None:
     words = (
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
-    words += " --mode isolated --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
+    words += " --mode sandwiched --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
     assert isinstance(seen.pop("progress"), Progress)
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
-        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "load": 2, "seed": 3,
+        "batch": 8, "time_limit_s": 3600.0, "mode": "sandwiched", "axes": ["precision"], "load": 2, "seed": 3,
         "prior": ["table a.parquet", "table b.parquet"],
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}

@@ -20,6 +20,7 @@ from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
+from hwsearch.sums import dense_ns
 from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, uniform, weight_bytes
 
@@ -50,8 +51,8 @@ class Space:
     def dense(self) -> dict[str, float]:
         """Costs of the dense fp32 network, in ns, bytes and MACs."""
         return {
-            "latency": self.table.dense_ns,
-            **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
+            "latency": dense_ns(self.table)[0],
+            **{column: ratio * dense_ns(self.table)[0] for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
             "macs": float(self.table.network.macs),
         }
@@ -331,10 +332,9 @@ def as_allocation(
 
 
 def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
-    build = at.table.find("dense")
     predicted = {
         "latency_ns": at.dense["latency"],
-        "sigma_ns": (build.high - build.low) / 3.92 * at.table.header.reference_ns,
+        "sigma_ns": dense_ns(at.table)[1],
         "size_bytes": round(at.dense["size"]),
         "macs": at.table.network.macs,
         "loss": 0.0,
@@ -362,7 +362,11 @@ def _allocation(
         widths=dict(widths),
         order=_order(at, widths),
         predicted=predicted,
-        dense={"latency_ns": at.dense["latency"], "size_bytes": round(at.dense["size"])},
+        dense={
+            "latency_ns": at.dense["latency"],
+            "size_bytes": round(at.dense["size"]),
+            **({"estimated": 1} if dense_ns(at.table)[2] else {}),
+        },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
         network_name=network.name,

@@ -180,7 +180,7 @@ def _unit_ms(model: LatencyModel | None, unit: str, variant: Variant, widths: Ma
     except InvalidInput:
         pass
     for build in model.table.builds:
-        if build.role != "isolated" and set(build.variants) == {str(variant)} and build.nodes:
+        if not build.partial and set(build.variants) == {str(variant)} and build.nodes:
             scale = model.table.time_ns(build) / sum(n.time_ns for n in build.nodes)
             return sum(n.time_ns / len(n.units) for n in build.nodes if unit in n.units) * scale / 1e6
     raise InvalidInput(f"the table has no measurement of {variant} for unit {unit}")
