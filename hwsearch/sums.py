@@ -25,6 +25,8 @@ UNIT = 0.1
 """Relative standard error of one unit's time, taken from its place in the network."""
 WHOLE = 0.05
 """The same of the sum, where no whole network was built: caches are shared with more than neighbours."""
+DISPATCH = 0.1
+"""Standard deviation of what an inference takes beside its nodes, relative to the shortest sandwich."""
 BOUNDARY = 0.3
 """Standard deviation of what one boundary between precisions costs, relative to a typical unit."""
 
@@ -105,14 +107,14 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
 
     The rest is what an inference takes beside its nodes, and nodes of no unit at the network's input.
     """
-    builds = [b for b in builds if b.nodes]
-    dispatch = _dispatch(table, builds)
+    builds = [b for b in builds if sum(n.time_ns for n in b.nodes) > 0]
+    node_ns = np.array([sum(n.time_ns for n in b.nodes) for b in builds])
+    dispatch = _dispatch(np.array([table.time_ns(b) for b in builds]), node_ns)
     network, context = table.network, contexts(table.network)
     found: dict[tuple[Context, str], list[float]] = {}
     first: list[float] = []
-    for build in builds:
-        counted = sum(n.time_ns for n in build.nodes)
-        scale = (table.time_ns(build) - dispatch) / counted if counted else 0.0
+    for build, counted in zip(builds, node_ns, strict=True):
+        scale = max(table.time_ns(build) - dispatch, 0.0) / float(counted)
         asked = dict(zip(context, zip(build.variants, build.executed, strict=True), strict=True))
         held = filling(network, [u for u, (v, _) in asked.items() if v])
         for unit in held:
@@ -132,18 +134,20 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
     return rest, {cell: float(np.mean(own)) for cell, own in cells.items()}
 
 
-def _dispatch(table: LatencyTable, builds: Sequence[Build]) -> float:
-    """ns that an inference takes beside its nodes, whatever it is of: time = dispatch + slope x counted, over sandwiches.
+def _dispatch(times: NDArray[np.float64], counted: NDArray[np.float64]) -> float:
+    """What an inference takes beside its nodes, whatever it is of, in ns: times = dispatch + slope x counted.
 
-    By least squares of relative errors, neither below zero, and at most half of the shortest time.
+    Least squares of relative errors, neither below zero. What sandwiches scatter around the line says how far to trust it:
+    the dispatch is shrunk towards zero, from which it is expected within a tenth of the shortest time.
     """
-    times = np.array([table.time_ns(b) for b in builds])
-    counted = np.array([sum(n.time_ns for n in b.nodes) for b in builds])
     if len(set(counted.tolist())) < 3:
         return 0.0
-    rows = np.stack([np.full(len(times), float(times.min())), counted], axis=1) / times[:, None]
-    (share, _), _ = nnls(rows, np.ones(len(times)))
-    return float(min(share, 0.5) * times.min())
+    shortest = float(times.min())
+    rows = np.stack([np.full(len(times), shortest), counted], axis=1) / times[:, None]
+    plain, *_ = np.linalg.lstsq(rows, np.ones(len(times)))
+    scatter = float(np.linalg.norm(rows @ plain - 1.0)) / np.sqrt(max(len(times) - 2, 1))
+    (share, _), _ = nnls(np.vstack([rows, [scatter / DISPATCH, 0.0]]), np.append(np.ones(len(times)), 0.0))
+    return float(share) * shortest
 
 
 def _edges(table: LatencyTable) -> list[Feature]:
