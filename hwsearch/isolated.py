@@ -43,6 +43,7 @@ class Layers:
     def sandwiched(self, time_limit_s: float) -> None:
         """Sandwiches that hold every (signature, variant), all of one precision wherever it can be, and the same in fp32.
 
+        Outputs of parts are compared with nothing: what a runtime computes wrongly shows when an allocation is deployed.
         Raises InvalidInput where the time limit ends it: a table that lacks a layer predicts nothing.
         """
         base, network = self.at.options.base, self.at.network

@@ -112,5 +112,5 @@ def _sums(table: LatencyTable) -> list[str]:
         lines.append(f"unfinished {error}")
     return [
         *lines,
-        "missing    what boundaries between precisions cost: it counts in the standard error only",
+        "missing    what boundaries between precisions cost (it counts in the standard error only), and whether outputs are right",
     ]

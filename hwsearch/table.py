@@ -207,6 +207,10 @@ class LatencyTable:
         for build in self.builds:
             if build.role == role:
                 return build
+        if self.header.mode == SANDWICHED:
+            raise InvalidInput(
+                f"the table was made of sandwiches and has no {role} build; profile with --mode context for one"
+            )
         raise InvalidInput(
             f"the table has no {role} build: its profile was interrupted early; run `hwsearch profile` again, it resumes"
         )

@@ -18,12 +18,14 @@ from hwsearch import overview
 from hwsearch.allocate.search import search
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.budget import parse_budgets
 from hwsearch.deployment import Session, uniform_candidates
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.latency import LatencyModel, fit
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol
 from hwsearch.network import Network
+from hwsearch.pipeline import closed_loop
 from hwsearch.profiler import profile
 from hwsearch.regime import Regime
 from hwsearch.sandwich import contexts, filling, plan
@@ -215,6 +217,25 @@ def test_a_search_on_such_a_table_says_what_is_estimated() -> None:
     assert overview.quality(table) is None
     with pytest.raises(InvalidInput, match="in context can be checked"):
         hs.check(table, lowering().task, backend=backend())
+
+
+def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> None:
+    """The whole network takes a third longer than its layers; the budget holds as measured all the same."""
+    exact = law(rest_ns=200_000.0)
+    device = backend(exact)
+    table = run(device, None)
+    at = Regime(lowering(), device, BuildOptions(1, "fp32"))
+    budgets = parse_budgets(["latency=75%"])
+    report, found, after = closed_loop(lowering().task, at, table, scores(table.network), budgets, tmp_path)
+    assert report.met
+    assert report.table_check is None
+    dense = exact.time_ns(dict.fromkeys(exact.units, "fp32"))
+    chosen = exact.time_ns({u: Variant.parse(v).precision for u, v in found.variants.items()})
+    assert report.latency_ms["dense"] == pytest.approx(dense / 1e6, rel=0.02)
+    assert report.latency_ms["measured"] == pytest.approx(chosen / 1e6, rel=0.02)
+    assert chosen < 0.76 * dense
+    assert [b.role for b in after.builds].count("deployed") == report.rounds
+    assert LatencyTable.load(tmp_path / "table.parquet").header.mode == "sandwiched"
 
 
 def test_whole_networks_are_measured_on_the_scale_of_the_sandwiches() -> None:
