@@ -79,6 +79,8 @@ def profile(
             "; what was `isolated` is `alone` now, and `sandwiched` does better" if mode == "isolated" else ""
         )
         raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}{before}")
+    if prior and mode in LAYERED:
+        raise InvalidInput(f"other tables tell of layers in context; mode {mode} takes no prior")
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)

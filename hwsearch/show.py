@@ -73,7 +73,7 @@ def staircase(found: LatencyTable, machine: bool) -> None:
         columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), ""), rows)
     else:
         print(
-            "the table holds no widths: it was made with `--axes precision`, or the network has no channel groups"
+            "the table holds no widths: it was made with `--axes precision` or layer by layer, or the network has no channel groups"
         )
 
 

@@ -145,6 +145,9 @@ def test_no_network_is_built_whole_and_every_cell_is_covered() -> None:
         assert held == set(contexts(network).values())
     assert table.offered() == {u.name: ("dense.bf16", "dense.int8") for u in network.units}
     exact = device.law.time_ns(dict.fromkeys(device.law.units, "fp32"))
+    dense = search(table, scores(network, "bf16"), ["latency=100%"])
+    bars = hs.plot_allocation(dense, table).axes[1].patches
+    assert 0.9 < sum(b.get_width() for b in bars if b.get_fill()) * 1e6 / dense_ns(table)[0] <= 1.0
     assert dense_ns(table)[0] == pytest.approx(exact, rel=0.02)
 
 
@@ -170,6 +173,8 @@ def test_a_profile_that_dies_resumes(tmp_path: Path, number: int, mode: str) -> 
     assert device.builds <= built + 1, "a finished profile was measured again"
     with pytest.raises(IncompatibleTables, match=f"mode {mode}"):
         run(device, out, "context")
+    with pytest.raises(InvalidInput, match="no prior"):
+        run(device, out, mode, prior=[table])
 
 
 @pytest.mark.parametrize("mode", ["sandwiched", "alone"])
@@ -198,8 +203,11 @@ def test_what_a_unit_refuses_is_not_offered_and_its_neighbours_are_measured_besi
     assert mixed_sandwiches
 
 
-def scores(network: Network) -> SensitivityTable:
-    loss = {u.name: {"dense.fp32": 0.0, "dense.int8": 1.0 + i} for i, u in enumerate(network.units)}
+def scores(network: Network, *halves: str) -> SensitivityTable:
+    loss = {
+        u.name: {"dense.fp32": 0.0, **{f"dense.{p}": 0.1 for p in halves}, "dense.int8": 1.0 + i}
+        for i, u in enumerate(network.units)
+    }
     return SensitivityTable(network, loss, 8, "kl", False)
 
 
@@ -267,6 +275,18 @@ def test_tables_of_earlier_versions_are_read_as_what_they_are(tmp_path: Path) ->
     assert [b.role for b in loaded.builds] == [b.role for b in table.builds]
     variants = uniform(table.network, "int8")
     assert fit(loaded).predict(variants) == fit(table).predict(variants)
+
+
+def test_a_table_that_lacks_the_dense_layers_says_so() -> None:
+    table = run(backend(law(units=bf16()), bases=("bf16", "fp32")), None)
+    builds = [b for b in table.builds if b.base == "fp32"]
+    first = LatencyTable(table.header, tuple(b for b in table.builds if all(b is not x for x in builds[1:])))
+    for broken in (
+        first,
+        LatencyTable(table.header, tuple(b for b in table.builds if all(b is not x for x in builds))),
+    ):
+        with pytest.raises(InvalidInput, match="fp32"):
+            search(broken, scores(table.network, "bf16"), ["latency=1ms"])
 
 
 def test_alone_times_each_distinct_layer_once() -> None:
