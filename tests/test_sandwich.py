@@ -6,14 +6,18 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import NETWORKS
 from simulation import chain, grouped
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.cutting import cut
 from hwsearch.errors import InvalidInput
+from hwsearch.lower import Lowering
+from hwsearch.marking import unit_of
 from hwsearch.network import Edge, Network, Unit
 from hwsearch.sandwich import MOST, contexts, filling, largest, neighbours, plan
+from hwsearch.task import Task
 from hwsearch.variants import Variant
 
 
@@ -106,6 +110,20 @@ def _tensors(made, plain, marked, names):  # type: ignore[no-untyped-def]
     order = [v.name for v in model.graph.output]
     found = dict(zip(order, ReferenceEvaluator(model).run(None, arrays), strict=True)) | arrays
     return {n: found[x] for n, x in asked.items()}
+
+
+@pytest.mark.parametrize("name", ["unet", "gpt_block", "nested_names", "shared_linear"])
+def test_parts_of_other_networks_run(name: str) -> None:
+    model, inputs = NETWORKS[name]()
+    made = Lowering(Task(model, inputs, [inputs, inputs], lambda predict: 0.0, name))
+    for sandwich in plan(made.network):
+        marked = cut(made.marked, sandwich.units, sandwich.filling)
+        for precision in ("fp32", "int8"):
+            part = made.assemble(marked, {u: Variant(precision) for u in sandwich.units})
+            onnx.checker.check_model(part, full_check=True)
+            engine = OpenVINOBackend().build(part.SerializeToString(), BuildOptions())
+            assert engine(*[np.zeros(s.shape, s.dtype) for s in engine.inputs])
+            assert {unit_of(n.name)[0] for n in part.graph.node if unit_of(n.name)[1]} == set(sandwich.units)
 
 
 def test_what_cannot_be_cut_says_so() -> None:
