@@ -28,9 +28,10 @@ class Allocation:
     widths: slots kept of each group. order: where any group is narrower, the slots of each, the most important first, apart
     by spaces; a group keeps as many from the front.
     predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never measured),
-    `macs`, `loss`. dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network. budgets: each with its `text`,
-    `column` and integer `limit` (ns or bytes). solver: `status`, `gap` and `bound` (no allocation in the space has less loss
-    than that). network, weights_digest: fingerprints of what it is for. options: threads, batch, base.
+    `macs`, `loss`. dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its
+    latency is a sum over layers and not measured. budgets: each with its `text`, `column` and integer `limit` (ns or bytes).
+    solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that). network, weights_digest:
+    fingerprints of what it is for. options: threads, batch, base.
     """
 
     variants: dict[str, str]

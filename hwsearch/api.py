@@ -49,7 +49,9 @@ def profile(
     A file at `out` of the same model under other options, or at another input shape, gets a section more.
     threads: inference threads. base: precision of what is not int8 (None: the backend's preferred one). batch: None
     for that of the example inputs. time_limit_s: seconds after which no further build begins. mode: `context` (whole
-    networks) or `isolated` (layer by layer). axes: what allocations may differ in, `width`, `precision` or both; beside
+    networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or `alone` (each unit by
+    itself, the naive baseline); the last two keep every width whole.
+    axes: what allocations may differ in, `width`, `precision` or both; beside
     `width` also `residual`, the width of a transformer's residual stream.
     builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
     each: a table of a shared machine is another one. shape: of the inputs, the batch first, where not that of the example

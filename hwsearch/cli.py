@@ -245,8 +245,11 @@ def profile(
     batch: Batch = None,
     time_limit: TimeLimit = "10m",
     mode: Annotated[
-        Literal["context", "isolated"],
-        typer.Option(help="Time units inside whole networks, or each by itself (the baseline)."),
+        Literal["context", "sandwiched", "alone"],
+        typer.Option(
+            help="Time units inside whole networks; or between their neighbours only, for networks too large to build whole; or "
+            "each alone (a naive baseline). The last two keep every width whole and know no boundaries between precisions."
+        ),
     ] = "context",
     axes: Axes = "width,precision",
     load: Load = 0,

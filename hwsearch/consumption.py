@@ -26,9 +26,9 @@ def energy_table(table: LatencyTable) -> LatencyTable:
     `time_ns`, `dense_ns` and `header.reference_ns` of it are in nJ. What other tables tell of times is left out.
     Raises InvalidInput, saying what is missing, where its profile counted no energy.
     """
-    builds = [b for b in map(_as_energy, table.builds) if b is not None and b.role != "isolated"]
+    builds = [b for b in map(_as_energy, table.builds) if b is not None and not b.partial]
     missing = [role for role in ("reference", "dense") if role not in {b.role for b in builds}]
-    if missing or table.header.mode == "isolated":
+    if missing or table.header.mode != "context":
         raise InvalidInput(
             f"a budget on energy needs energies, and the table has none of its {' and '.join(missing) or 'whole networks'}: "
             f"it was profiled where no counter could be read ({table.header.device.get('chip')}, {table.header.backend}); "

@@ -24,6 +24,7 @@ from hwsearch.checking import Check, measure_again, spread
 from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
+from hwsearch.isolated import reference_engine
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
@@ -31,7 +32,7 @@ from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
 from hwsearch.scoring import divergence
-from hwsearch.table import Build, LatencyTable
+from hwsearch.table import SANDWICHED, Build, LatencyTable
 from hwsearch.task import Task
 from hwsearch.trace import evaluating, flat_inputs
 from hwsearch.variants import Variant, uniform
@@ -221,7 +222,10 @@ class Session:
 
     def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
         self.at, self.table = at, table
-        self.reference, _ = at.build(uniform(at.network, at.options.base))
+        if table is not None and table.header.mode == SANDWICHED:
+            self.reference = reference_engine(at)
+        else:
+            self.reference, _ = at.build(uniform(at.network, at.options.base))
         self.scale_ns = table.header.reference_ns if table is not None else 0.0
         self.reference_now_ns = 0.0
         self._uniforms: dict[str, Measured] = {}
@@ -444,7 +448,7 @@ def verify_with_build(
 
     costs = session.costs(deployed)
     drift = None
-    if table is not None and _parted(costs["latency"], allocation):
+    if table is not None and table.header.mode != SANDWICHED and _parted(costs["latency"], allocation):
         drift = session.check(table).to_json()
 
     scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}

@@ -35,7 +35,8 @@ from hwsearch.equations import (
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network
-from hwsearch.table import Build, LatencyTable, usable
+from hwsearch.sums import layer_terms
+from hwsearch.table import LAYERED, Build, LatencyTable, usable
 from hwsearch.variants import Variant
 
 
@@ -155,10 +156,10 @@ def fit(
     """Fit on a table's builds, held-out ones excepted, or on the given ones.
 
     boundaries: False leaves the boundary terms out (a baseline).
-    Raises InvalidInput where there are too few. A table made layer by layer gives the isolated sum instead.
+    Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """
-    if table.header.mode == "isolated":
-        return isolated_sum(table)
+    if table.header.mode in LAYERED:
+        return layer_sum(table)
     if builds is None:
         builds = [b for b in usable(table) if b.role != "heldout"]
     if len(builds) < 2:
@@ -241,22 +242,10 @@ def _calibrated(
     return Spread(max(best.inflate * scale, 0.5), max(best.floor * scale, 0.005))
 
 
-def isolated_sum(table: LatencyTable) -> LatencyModel:
-    """The baseline: times of single layers added up, from the table's `isolated` builds."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for build in table.builds:
-        if build.role == "isolated":
-            unit, variant = next(
-                (u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v
-            )
-            times.setdefault((unit.signature, variant), []).append(table.time_ns(build))
-    if not times:
-        raise InvalidInput("the table has no layer measured by itself; profile with --mode isolated")
-    features: list[Feature] = [("rest",), *(("unit", s, v) for s, v in times)]
-    calls = {u.signature: u.calls for u in table.network.units}
-    mean = np.array([0.0, *(float(np.median(t)) * calls.get(key[0], 1) for key, t in times.items())])
-    covariance = np.diag([0.0, *((0.1 * m) ** 2 for m in mean[1:])])
-    return LatencyModel(table, features, mean, covariance, spread=Spread())
+def layer_sum(table: LatencyTable) -> LatencyModel:
+    """The sum over layers of a table made layer by layer; boundaries between precisions count in sigma only."""
+    terms = layer_terms(table)
+    return LatencyModel(table, terms.features, terms.mean, terms.covariance, spread=Spread(1.0, terms.floor))
 
 
 # ---------------------------------------------------------------- report
@@ -311,7 +300,7 @@ def noise_floor(table: LatencyTable) -> float | None:
     for build in table.builds:
         if build.role == "reference":
             groups.setdefault(build.key, []).insert(0, 1.0)
-        if build.role != "isolated":
+        if not build.partial:
             groups.setdefault(build.key, []).append(build.ratio)
     spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
     return float(np.median(spread)) if spread else None

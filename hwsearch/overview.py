@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit, validate
 from hwsearch.memory import peak_bytes
-from hwsearch.table import SCHEMA, Build, LatencyTable, usable
+from hwsearch.sums import dense_ns
+from hwsearch.table import SANDWICHED, SCHEMA, Build, LatencyTable, usable
 from hwsearch.tablefile import KIND
 from hwsearch.variants import Variant, uniform
 
@@ -111,6 +113,8 @@ def summary(table: LatencyTable) -> str:
         if not isinstance(size, str)
     ]
     lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
+    if h.mode == SANDWICHED:
+        lines += _sums(table)
     found = quality(table)
     if found is not None:
         lines.append(
@@ -150,3 +154,25 @@ def section_rows(tables: Sequence[LatencyTable]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _sums(table: LatencyTable) -> list[str]:
+    """Uniform networks as sums over sandwiches."""
+    base, offered = str(table.header.options["base"]), table.offered()
+    lowest = {u: Variant("int8") if "dense.int8" in own else Variant(base) for u, own in offered.items()}
+    lines = []
+    try:
+        model = fit(table)
+        ns, sigma, _ = dense_ns(table)
+        lines.append(f"dense fp32 {ns / 1e6:.4g} ms ± {sigma / ns:.0%}, estimated: a sum over sandwiches")
+        for what, variants in ((f"all {base}", uniform(table.network, base)), ("all int8", lowest)):
+            found = model.predict(variants)
+            lines.append(
+                f"{what:10s} {found.time_ns / 1e6:.4g} ms ± {found.sigma_ns / found.time_ns:.0%}, estimated"
+            )
+    except InvalidInput as error:
+        lines.append(f"unfinished {error}")
+    return [
+        *lines,
+        "missing    what boundaries between precisions cost (it counts in the standard error only), and whether outputs are right",
+    ]

@@ -30,26 +30,23 @@ from hwsearch.design import (
     worth,
 )
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.isolated import METADATA_BYTES, Layers
 from hwsearch.latency import fit
-from hwsearch.marking import isolate
 from hwsearch.measure import Protocol, paired
 from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
-from hwsearch.regime import Regime, record, wrong_variants
+from hwsearch.regime import Regime, record, refusals, wrong_variants
 from hwsearch.staircase import group_times
-from hwsearch.table import Build, Header, LatencyTable, usable
+from hwsearch.table import LAYERED, SANDWICHED, Build, Header, LatencyTable, usable
 from hwsearch.variants import Variant, legal, network_bytes, uniform
 
-MODES = ("context", "isolated")
+MODES = ("context", *reversed(LAYERED))
 SHORT = Protocol(width=0.015, limit_s=1.0)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
 
 MOST_BUILDS = 400
 PROBE_SHARE = 0.4
 """Of the time limit, what finding the widths worth knowing may take."""
-
-METADATA_BYTES = 1024
-"""The most that the metadata of a deployed file takes."""
 
 FIRST = 4
 """Builds of a design that cover, before the first is chosen for what it tells."""
@@ -83,13 +80,20 @@ def profile(
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
     A file of other regimes or input shapes of the same model gets a section more, which begins with what those tell.
+    mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or
+    `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
     extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
     axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
     and regime; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
     Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
     """
     if mode not in MODES:
-        raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+        before = (
+            "; what was `isolated` is `alone` now, and `sandwiched` does better" if mode == "isolated" else ""
+        )
+        raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}{before}")
+    if prior and mode in LAYERED:
+        raise InvalidInput(f"other tables tell of layers in context; mode {mode} takes no prior")
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)
@@ -97,8 +101,8 @@ def profile(
     with devices.lock(fingerprint["id"]), background(at.load):
         run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
         run.take(prior)
-        if mode == "isolated":
-            return run.isolated(time_limit_s)
+        if mode in LAYERED:
+            return run.layers(time_limit_s)
         if not extend and run.ended("width" in axes):
             return run.table
         return run.context(time_limit_s, builds, "width" in axes)
@@ -431,16 +435,7 @@ class _Run:
     def _note_unsupported(self, build: Build) -> None:
         if build.role == "dense":
             return
-        refused = {unit: dict(reasons) for unit, reasons in self.table.header.unsupported.items()}
-        for name, variant, executed in zip(self.names, build.variants, build.executed, strict=True):
-            if not variant:  # an isolated build has one unit only
-                continue
-            asked = Variant.parse(variant).precision
-            if executed and executed != asked and asked != build.base:
-                refused.setdefault(name, {})[variant] = f"executed in {executed}"
-            elif not executed and asked != build.base:
-                refused.setdefault(name, {})[variant] = "the engine's record does not name this layer"
-        self.table = self.table.with_header(unsupported=refused)
+        self.table = self.table.with_header(unsupported=refusals(self.table, build))
 
     def _note_wrong(self, at: Regime, allocation: Mapping[str, Variant], base: str) -> None:
         """Find the units whose variants make the engine return wrong outputs, and offer those no more."""
@@ -491,63 +486,24 @@ class _Run:
         """What was built under the table's base so far."""
         return [self.table.candidate(b) for b in self.table.builds if b.base == self.at.options.base]
 
-    # ---- single layers
+    # ---- layer by layer
 
-    def isolated(self, time_limit_s: float) -> LatencyTable:
-        """Each distinct (unit, variant) compiled and timed by itself, beside the whole dense network."""
-        start = self.at.clock()
-        base = self.at.options.base
-        jobs: dict[tuple[str, Variant], str] = {}
-        for unit in self.at.network.units:
-            for variant in legal(unit, self.at.backend.precisions(base)):
-                jobs.setdefault((unit.signature, variant), unit.name)
-        self.progress.start(
-            3 + len(jobs), f"profile {self.at.network.name} layer by layer on {self.at.backend.name}"
-        )
+    def layers(self, time_limit_s: float) -> LatencyTable:
+        """See `hwsearch.isolated`: of the two modes only `alone` builds the whole network."""
+        if self.table.header.mode == SANDWICHED:
+            self._layers().sandwiched(time_limit_s)
+            return self.table
+        title = f"profile {self.at.network.name} layer by layer on {self.at.backend.name}"
+        self.progress.start(3, title)
         try:
             self._anchors()
-            for (_, variant), name in jobs.items():
-                if self.at.clock() - start > time_limit_s * 1e9:
-                    raise InvalidInput(
-                        f"the time limit of {time_limit_s:.0f} s ended the isolated profile at layer {name}; what was "
-                        "measured is kept: run again with a longer --time-limit, it resumes"
-                    )
-                self._isolated(name, variant)
+            self._layers().alone(time_limit_s, self._reference())
         finally:
             self.progress.stop()
         return self.table
 
-    def _isolated(self, name: str, variant: Variant) -> None:
-        variants = tuple(str(variant) if n == name else "" for n in self.names)
-        if any(b.role == "isolated" and b.variants == variants for b in self.table.builds):
-            self.progress.step(f"{name} {variant}: on disk already")
-            return
-        begun = self.at.clock()
-        engine, model = self.isolated_engine(name, variant)
-        build_s = (self.at.clock() - begun) / 1e9
-        timing = paired(
-            self._reference().run,
-            {name: engine.run},
-            replace(self.protocol, width=0.02),
-            clock=self.at.clock,
-            seed=self.seed,
-        )[name]
-        build = record(
-            self.at, "isolated", {name: variant}, self.at.options.base, timing, engine, model, build_s
-        )
-        self._note_unsupported(build)
-        self._store(self.table.with_build(build))
-        self.progress.step(f"{name} {variant}: {build.ratio:.4f} of the reference")
-
-    def isolated_engine(self, name: str, variant: Variant) -> tuple[Engine, Any]:
-        marked = isolate(self.at.lowering.marked, self.at.network[name])
-        model = self.at.lowering.assemble(
-            marked, {name: variant}, quantize_outputs=self.at.backend.quantize_outputs
-        )
-        engine = self.at.backend.build(model.SerializeToString(), self.at.options)
-        rng = np.random.default_rng(0)
-        engine.prepare(*(rng.normal(size=s.shape).astype(s.dtype) for s in engine.inputs))
-        return engine, model
+    def _layers(self) -> Layers:
+        return Layers(self.at, self.table, self._store, self.protocol, self.progress, self.seed)
 
 
 def _without_folder(word: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ from hwsearch.marking import tensor_names
 from hwsearch.measure import Timing
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
-from hwsearch.table import Build
+from hwsearch.table import PARTS, Build, LatencyTable
 from hwsearch.variants import Variant
 
 if TYPE_CHECKING:
@@ -139,18 +139,34 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     return {name: reason(error) for name, error in guilty.items()}
 
 
+def refusals(
+    table: LatencyTable, build: Build, units: Collection[str] | None = None
+) -> dict[str, dict[str, str]]:
+    """The table's `unsupported` with what a build's units (None: all) did not execute as asked."""
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    for unit, variant, executed in zip(table.network.units, build.variants, build.executed, strict=True):
+        if not variant or (units is not None and unit.name not in units):
+            continue
+        asked = Variant.parse(variant).precision
+        if executed and executed != asked and asked != build.base:
+            refused.setdefault(unit.name, {})[variant] = f"executed in {executed}"
+        elif not executed and asked != build.base:
+            refused.setdefault(unit.name, {})[variant] = "the engine's record does not name this layer"
+    return refused
+
+
 def record(
     at: Regime, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
     build_s: float,
 ) -> Build:  # fmt: skip
-    """A measured engine as a row of the table."""
+    """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
     runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
     rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
-    error = at.expected.error(engine, allocation) if role != "isolated" else 0.0
-    if role != "isolated":
+    error = 0.0 if role in PARTS else at.expected.error(engine, allocation)
+    if role != "alone":
         executed = told_apart(executed, rows, allocation, at.network)
-    if role == "isolated":
+    if role in PARTS:
         executed = tuple(
             e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
         )

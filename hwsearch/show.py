@@ -73,7 +73,7 @@ def staircase(found: LatencyTable, machine: bool) -> None:
         columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), ""), rows)
     else:
         print(
-            "the table holds no widths: it was made with `--axes precision`, or the network has no channel groups"
+            "the table holds no widths: it was made with `--axes precision` or layer by layer, or the network has no channel groups"
         )
 
 
@@ -171,7 +171,7 @@ def allocation(chosen: Allocation, machine: bool) -> None:
     predicted, dense = chosen.predicted, chosen.dense
     latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
     rows = [
-        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", f"{dense['latency_ns'] / 1e6:.4g} ms"),
+        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", _dense_ms(dense)),
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
         *_memory(predicted, dense),
         *_energy(predicted, dense),
@@ -197,6 +197,10 @@ def _energy(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[
         return []
     sigma = f" ± {predicted['energy_sigma_nj'] / 1e6:.2g}" if "energy_sigma_nj" in predicted else ""
     return [("energy", f"{predicted['energy_nj'] / 1e6:.4g}{sigma} mJ", f"{dense['energy_nj'] / 1e6:.4g} mJ")]
+
+
+def _dense_ms(dense: Mapping[str, float]) -> str:
+    return f"{dense['latency_ns'] / 1e6:.4g} ms" + (" (estimated)" if dense.get("estimated") else "")
 
 
 def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 SCHEMA = 3
 WHOLE = (2,)
 """Older schemas that are still read: files of one section."""
+PARTS = ("alone", "sandwich")
+"""Roles of builds of a part of the network: one unit by itself, or some between their neighbours."""
+SANDWICHED = "sandwiched"
+LAYERED = ("alone", SANDWICHED)
+"""Modes of tables made layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,10 @@ class NodeRow:
 class Build:
     """One compiled allocation, measured end to end against the reference engine, and its executed nodes.
 
-    role: `reference`, `dense`, `uniform`, `probe`, `design`, `heldout`, `deployed` or `isolated`.
-    base: base precision it was compiled with. variants: for each unit, in network order. widths: slots kept of each
-    channel group, in network order.
+    role: `reference`, `dense`, `uniform`, `probe`, `design`, `heldout`, `deployed`, or, of a part of the
+    network, `alone` or `sandwich`.
+    base: base precision it was compiled with. variants: for each unit, in network order; empty where it is no part.
+    widths: slots kept of each channel group, in network order.
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
     samples_ns, reference_ns: every timed inference. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
@@ -95,6 +101,11 @@ class Build:
         if not self.energy_j or not self.reference_energy_j:
             return None
         return self.energy_j / self.reference_energy_j
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is of a part of the network only."""
+        return self.role in PARTS
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -137,7 +148,10 @@ def _tuples(value: Any) -> Any:
 class Header:
     """What a table was measured on and with.
 
-    reference_ns: the session's time of the reference engine; the absolute time of a build is its ratio x this.
+    mode: `context` (whole networks), `sandwiched` (units between their neighbours) or `alone` (units by themselves; earlier
+    versions called it `isolated`, and are read as such).
+    reference_ns: the session's time of the reference engine, which in mode `sandwiched` is one sandwich; the absolute time of
+    a build is its ratio x this.
     graph_bytes: the most that graph structure and scales add to stored weights in the deployed file.
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
@@ -178,7 +192,15 @@ class Header:
     def from_json(data: Mapping[str, Any]) -> Header:
         fields = {k: v for k, v in data.items() if k in Header.__dataclass_fields__}
         prior = tuple(Evidence.from_json(e) for e in data.get("prior", ()))
-        return Header(**{**fields, "network": Network.from_json(data["network"]), "prior": prior})
+        mode = _now_called(data.get("mode", "context"))
+        return Header(
+            **{**fields, "mode": mode, "network": Network.from_json(data["network"]), "prior": prior}
+        )
+
+
+def _now_called(name: str) -> str:
+    """A mode or role under its present name."""
+    return "alone" if name == "isolated" else name
 
 
 class LatencyTable:
@@ -211,6 +233,10 @@ class LatencyTable:
         for build in self.builds:
             if build.role == role:
                 return build
+        if self.header.mode == SANDWICHED:
+            raise InvalidInput(
+                f"the table was made of sandwiches and has no {role} build; profile with --mode context for one"
+            )
         raise InvalidInput(
             f"the table has no {role} build: its profile was interrupted early; run `hwsearch profile` again, it resumes"
         )
@@ -229,22 +255,43 @@ class LatencyTable:
 
         Pooled over the raw samples of every build of whole networks, each relative to its own median: how far single
         inferences stray is the machine's doing, and no build alone has samples enough for a 99th percentile.
+        Raises InvalidInput where no whole network was built.
         """
-        samples = [b.samples_ns / np.median(b.samples_ns) for b in self.builds if b.role != "isolated"]
-        return float(np.quantile(np.concatenate(samples), quantile)) if samples else 1.0
+        samples = [b.samples_ns / np.median(b.samples_ns) for b in self.builds if not b.partial]
+        if not samples:
+            raise InvalidInput(
+                "the table has no build of a whole network, so that nothing is known of the tails of its latency; "
+                "bound `latency` instead, or profile with --mode context"
+            )
+        return float(np.quantile(np.concatenate(samples), quantile))
 
     def offered(self) -> dict[str, tuple[str, ...]]:
-        """Variants of each unit that were measured and ran as asked."""
+        """Variants of each unit that were measured and ran as asked; layer by layer, units of one signature share them."""
+        if self.header.mode in LAYERED:
+            return self._offered_by_signature()
         base = str(self.header.options["base"])
         seen: dict[str, dict[str, None]] = {u.name: {} for u in self.network.units}
         for build in self.builds:
             if build.base == base:
                 for unit, variant in zip(self.network.units, build.variants, strict=True):
-                    if variant:  # an isolated build has one unit only
-                        seen[unit.name][variant] = None
+                    seen[unit.name][variant] = None
         return {
             unit: tuple(v for v in variants if v not in self.header.unsupported.get(unit, {}))
             for unit, variants in seen.items()
+        }
+
+    def _offered_by_signature(self) -> dict[str, tuple[str, ...]]:
+        base = str(self.header.options["base"])
+        seen: dict[str, dict[str, None]] = {u.signature: {} for u in self.network.units}
+        refused: dict[str, set[str]] = {u.signature: set() for u in self.network.units}
+        for i, unit in enumerate(self.network.units):
+            refused[unit.signature].update(self.header.unsupported.get(unit.name, {}))
+            seen[unit.signature].update(
+                {b.variants[i]: None for b in self.builds if b.base == base and b.variants[i]}
+            )
+        return {
+            u.name: tuple(v for v in seen[u.signature] if v not in refused[u.signature])
+            for u in self.network.units
         }
 
     def grid(self) -> dict[str, list[int]]:
@@ -376,7 +423,7 @@ class LatencyTable:
                     "as_asked": b.as_asked(),
                     "samples": len(b.samples_ns),
                     **({"energy_mj": 1e3 * b.energy_j} if b.energy_j else {}),
-                    **{v: b.variants.count(v) for v in sorted(set(b.variants))},
+                    **{v: b.variants.count(v) for v in sorted(set(b.variants) - {""})},
                 }
                 for b in self.builds
             ]
@@ -386,7 +433,7 @@ class LatencyTable:
 def usable(table: LatencyTable) -> list[Build]:
     """Builds a fit may use: whole networks under the table's base that ran as asked."""
     base = table.header.options["base"]
-    return [b for b in table.builds if b.base == base and b.role != "isolated" and b.as_asked()]
+    return [b for b in table.builds if b.base == base and not b.partial and b.as_asked()]
 
 
 def _named(network: Network) -> str:
@@ -415,6 +462,7 @@ def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable
             Build(
                 **{
                     **row,
+                    "role": _now_called(row["role"]),
                     "variants": tuple(row["variants"]),
                     "executed": tuple(row["executed"]),
                     "widths": tuple(row["widths"]),

@@ -5,7 +5,7 @@ For each network and number of threads: profile in context and layer by layer (o
 build and time --heldout allocations: independent random ones, Markov runs, and answers of the solver under random losses and
 budgets. Printed are the errors of the latency model beside the baselines: the additive model without boundary terms, a
 constant, the noise floor (one allocation built and timed twice), and, on the allocations whose channels are all there, the
-sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network.
+sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network in the base precision.
 
     python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
 """
@@ -13,6 +13,8 @@ sum of layers timed alone. With --budgets N also the closed loop, at budgets spr
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
-from hwsearch.table import LatencyTable, usable
+from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant, uniform
 
 
@@ -72,7 +74,7 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
             at, args.out / f"{stem}.{mode}.parquet", time_limit_s=args.time_limit, mode=mode, axes=axes,
             progress=Progress(), extend=False,
         )
-        for mode in ("context", "isolated")
+        for mode in ("context", "alone")
     )  # fmt: skip
     model = fit(table)
     heldout = candidates(table, model, args.heldout, args.seed)
@@ -84,6 +86,16 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
             second = ratio(at, reference.run, candidate) * table.header.reference_ns
             again.append(abs(second / measured[-1] - 1.0))
     show(task.name, threads, args, table, model, alone, heldout, np.array(measured), again)
+    kept = [
+        {
+            "kind": kind,
+            "variants": {u: str(v) for u, v in c.variants.items()},
+            "widths": c.widths,
+            "measured_ns": ns,
+        }
+        for (kind, c), ns in zip(heldout, measured, strict=True)
+    ]
+    (args.out / f"{stem}.heldout.json").write_text(json.dumps(kept))
     if args.budgets:
         loops(task, at, table, args, axes)
 
@@ -156,10 +168,12 @@ def show(
 ) -> None:  # fmt: skip
     network = table.network
     offered = sum(map(len, table.offered().values()))
-    cells = sum(f[0] == "unit" for f in model.terms())
+    grid, variants = table.grid(), table.offered()
+    cells = sum(len(variants[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
+    fitted, kept = (sum((b.role == "heldout") == held for b in table.builds) for held in (False, True))
     print(f"\n{name}: {args.backend}, {threads} thread(s), axes {args.axes}: {len(network.units)} units, "
-          f"{offered} (unit, variant), "
-          f"{cells} cells at all widths, {len(table.builds)} builds in {sum(b.build_s for b in table.builds):.0f} s of compiling; "
+          f"{offered} (unit, variant) at whole widths, {cells} at all widths; {fitted} builds and {kept} held out (a third of the "
+          f"(unit, widths, variant): {cells // 3}) in {sum(profiled(b) for b in table.builds):.0f} s; design: {table.header.design}; "
           f"{len(heldout)} held-out allocations, {measured.min() / 1e6:.3f}-{measured.max() / 1e6:.3f} ms, dense "
           f"{table.dense_ns / 1e6:.3f} ms")  # fmt: skip
     predictions = [model.predict(c.variants, c.widths) for _, c in heldout]
@@ -181,10 +195,15 @@ def show(
         sums = np.array(
             [isolated.predict(c.variants).time_ns for (_, c), w in zip(heldout, whole, strict=True) if w]
         )
-        errors("isolated sum (whole)", sums * scale, measured[whole])
+        errors("sum of layers alone", sums * scale, measured[whole])
     z = np.abs(rows["latency model"] - measured) / np.array([p.sigma_ns for p in predictions])
     print(f"  inside sigma {np.mean(z <= 1):.0%}, inside two sigma {np.mean(z <= 2):.0%}; "
           f"noise floor (built and timed twice) median {np.median(again):.1%}", flush=True)  # fmt: skip
+
+
+def profiled(build: Build) -> float:
+    """Seconds that a build took to compile and to time."""
+    return build.build_s + float(build.samples_ns.sum() + build.reference_ns.sum()) / 1e9
 
 
 def errors(what: str, predicted: np.ndarray, measured: np.ndarray) -> None:
@@ -200,7 +219,7 @@ def errors(what: str, predicted: np.ndarray, measured: np.ndarray) -> None:
 
 
 def loops(task: hs.Task, at: Regime, table: LatencyTable, args: argparse.Namespace, axes: list[str]) -> None:
-    """The closed loop at budgets spread between the fastest predicted and the dense network."""
+    """The closed loop at budgets spread between the fastest predicted and the dense network in the base precision."""
     folder = args.out / f"{task.name}.{at.options.threads}t.loops"
     grid = table.grid() if "width" in axes else {}
     sensitivity = sensitivity_for(
@@ -209,9 +228,11 @@ def loops(task: hs.Task, at: Regime, table: LatencyTable, args: argparse.Namespa
     least = minimise(space(table, sensitivity, axes=axes).problem, "latency").costs["latency"]
     session = Session(at, table)
     slack, rounds, met = [], [], 0
+    # above the whole network in its base precision every budget is met by that, with slack to any size
+    most = table.time_ns(table.find("reference"))
     shares = np.linspace(0.1, 1.0, args.budgets)
     for share in shares:
-        budget = int(least + share * (table.dense_ns - least))
+        budget = int(least + share * (most - least))
         try:
             report, _, table = closed_loop(
                 task, at, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,

@@ -182,8 +182,8 @@ def probed() -> LatencyTable:
     return table.with_header(grid={g: worth(times) for g, times in group_times(table).items()})
 
 
-def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
-    """The same device measured layer by layer."""
+def alone_table(network: Network, law: LatencyLaw) -> LatencyTable:
+    """The same device measured layer by layer, each by itself."""
     builds = [
         simulated_build(network, law, uniform(network, "fp32"), role) for role in ("reference", "dense")
     ]
@@ -192,11 +192,11 @@ def isolated_table(network: Network, law: LatencyLaw) -> LatencyTable:
             ratio = law.time_ns({unit.name: variant.precision}) / reference_ns(law)
             builds.append(
                 Build(
-                    role="isolated", base="fp32",
+                    role="alone", base="fp32",
                     variants=tuple(str(variant) if u is unit else "" for u in network.units),
                     ratio=ratio, low=ratio, high=ratio, unstable=False,
                     samples_ns=np.ones(1, np.int64), reference_ns=np.ones(1, np.int64),
                     executed=tuple(variant.precision if u is unit else "" for u in network.units),
                 )
             )  # fmt: skip
-    return LatencyTable(header(network, law, mode="isolated"), tuple(builds))
+    return LatencyTable(header(network, law, mode="alone"), tuple(builds))

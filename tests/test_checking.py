@@ -87,7 +87,7 @@ def test_what_a_check_needs(table: LatencyTable) -> None:
     with pytest.raises(IncompatibleTables, match="network"):
         hs.check(table, tiny.task("transformer"), backend=backend())
     with pytest.raises(InvalidInput, match="layer by layer"):
-        hs.check(table.with_header(mode="isolated"), tiny.task("cnn"), backend=backend())
+        hs.check(table.with_header(mode="alone"), tiny.task("cnn"), backend=backend())
     with pytest.raises(IncompatibleTables, match="runtime"):
         hs.check(table.with_header(versions={"simulated": "0"}), tiny.task("cnn"), backend=backend())
 

@@ -137,7 +137,7 @@ def test_debug_shows_the_traceback_before_or_after_the_command(
         (("profile",), "Missing argument 'TASK'"),
         (("profile", "zoo:x"), "--output"),
         (("profile", "zoo:x", "-o", "t", "--threads", "0"), "--threads"),
-        (("profile", "zoo:x", "-o", "t", "--mode", "sideways"), "isolated"),
+        (("profile", "zoo:x", "-o", "t", "--mode", "sideways"), "sandwiched"),
         (("profile", "zoo:x", "-o", "t", "--time-limit", "soon"), "'soon' is no duration"),
         (("search", "--table", "t", "--sensitivity", "s", "-o", "a"), "--budget"),
         (("front", "--table", "t", "--sensitivity", "s", "-o", "a", "--points", "1"), "--points"),
@@ -292,7 +292,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
     words = (
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
-    words += " --mode isolated --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
+    words += " --mode sandwiched --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
     words += " --shape 2x3x8x8 --shape ids=2x5"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
@@ -300,7 +300,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
     assert isinstance(seen.pop("progress"), Progress)
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
-        "batch": 8, "time_limit_s": 3600.0, "mode": "isolated", "axes": ["precision"], "load": 2, "seed": 3,
+        "batch": 8, "time_limit_s": 3600.0, "mode": "sandwiched", "axes": ["precision"], "load": 2, "seed": 3,
         "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"],
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulation import chain, isolated_table, simulated_table
+from simulation import alone_table, chain, simulated_table
 
 import hwsearch as hs
 from hwsearch.diagnosis import CAUSES, diagnose
@@ -77,4 +77,4 @@ def test_a_picture(tmp_path: Path) -> None:
 
 def test_too_little_to_diagnose() -> None:
     with pytest.raises(InvalidInput, match="too few builds"):
-        diagnose(fit(isolated_table(NETWORK, LAW)))
+        diagnose(fit(alone_table(NETWORK, LAW)))

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulation import OFFERED, chain, isolated_table, random_variants, simulated_build, simulated_table
+from simulation import OFFERED, alone_table, chain, random_variants, simulated_build, simulated_table
 
 from hwsearch.errors import InvalidInput
-from hwsearch.latency import LatencyModel, fit, isolated_sum, noise_floor, validate
+from hwsearch.latency import LatencyModel, fit, layer_sum, noise_floor, validate
 from hwsearch.network import Network
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw
@@ -44,19 +44,19 @@ def test_held_out_error_and_ranking_under_noise() -> None:
     assert np.median(taus) > 0.75
 
 
-def test_beats_the_sum_of_isolated_times_which_misses_boundaries() -> None:
+def test_beats_the_sum_of_times_alone_which_misses_boundaries() -> None:
     model = fit(simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05))
-    baseline = isolated_sum(isolated_table(NETWORK, LAW))
+    baseline = layer_sum(alone_table(NETWORK, LAW))
     assert np.median(_errors(model)) < 0.2 * np.median(_errors(baseline))
 
 
 def test_a_table_of_single_layers_gives_the_sum() -> None:
-    table = isolated_table(NETWORK, LAW)
+    table = alone_table(NETWORK, LAW)
     model = fit(table)
     variants = uniform(NETWORK, "int8")
     assert model.predict(variants).time_ns == pytest.approx(sum(LAW.units[u]["int8"] for u in variants))
-    with pytest.raises(InvalidInput, match="--mode isolated"):
-        isolated_sum(simulated_table(NETWORK, LAW, design=0))
+    with pytest.raises(InvalidInput, match="--mode alone"):
+        layer_sum(simulated_table(NETWORK, LAW, design=0))
 
 
 def test_sigma_is_about_right() -> None:

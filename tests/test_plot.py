@@ -279,9 +279,9 @@ def test_predictions_without_held_out_builds_say_on_what_the_error_is() -> None:
 def test_predictions_of_a_table_without_whole_networks_are_an_error() -> None:
     data = table()
     alone = [("", "", "dense.int8", "", "", "")]
-    builds = tuple(replace(data.builds[0], role="isolated", variants=v, nodes=()) for v in alone)
+    builds = tuple(replace(data.builds[0], role="alone", variants=v, nodes=()) for v in alone)
     with pytest.raises(InvalidInput, match="no whole-network build"):
-        plot_predictions(LatencyTable(data.with_header(mode="isolated").header, builds))
+        plot_predictions(LatencyTable(data.with_header(mode="alone").header, builds))
 
 
 # ---------------------------------------------------------------- one allocation

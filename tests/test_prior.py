@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from simulation import chain, header, isolated_table, random_variants, simulated_table
+from simulation import alone_table, chain, header, random_variants, simulated_table
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.errors import IncompatibleTables
@@ -112,7 +112,7 @@ def test_only_tables_of_this_device_and_regime() -> None:
     other_batch = {"options": {"threads": 1, "base": "fp32", "batch": 8}}
     assert evidence(first().with_header(**other_batch), table, signatures(SECOND))
     with pytest.raises(IncompatibleTables, match="layer by layer"):
-        evidence(isolated_table(FIRST, LAW), table, signatures(SECOND))
+        evidence(alone_table(FIRST, LAW), table, signatures(SECOND))
     assert header(FIRST, LAW).prior == ()
 
 

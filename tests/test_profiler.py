@@ -159,34 +159,16 @@ def test_the_time_limit_ends_the_design_and_keeps_the_anchors(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"time_limit_s": 0}, "time limit"), ({"mode": "guess"}, "unknown mode")]
+    ("options", "message"),
+    [
+        ({"time_limit_s": 0}, "time limit"),
+        ({"mode": "guess"}, "unknown mode"),
+        ({"mode": "isolated"}, "is `alone` now"),
+    ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         run(regime(), None, **options)
-
-
-def test_isolated_mode_times_each_distinct_layer(tmp_path: Path) -> None:
-    table = run(regime(), tmp_path / "t.parquet", mode="isolated")
-    alone = [b for b in table.builds if b.role == "isolated"]
-    distinct = {u.signature for u in table.network.units}
-    assert len(alone) == 2 * len(distinct)
-    for build in alone:
-        [(unit, variant)] = [(u, v) for u, v in zip(table.network.units, build.variants, strict=True) if v]
-        exact = law().units[unit.name][Variant.parse(variant).precision]
-        assert table.time_ns(build) == pytest.approx(exact, rel=0.02)
-    assert table.offered() == {u.name: ("dense.fp32", "dense.int8") for u in table.network.units}
-    assert len(run(regime(), tmp_path / "t.parquet", mode="isolated").builds) == len(table.builds)
-    assert LatencyTable.load(tmp_path / "t.parquet").header.mode == "isolated"
-
-
-def test_isolated_mode_resumes_after_its_time_limit(tmp_path: Path) -> None:
-    backend = SimulatedBackend(law(), build_ns=1_000_000_000)
-    with pytest.raises(InvalidInput, match="run again"):
-        run(regime(backend), tmp_path / "t.parquet", mode="isolated", time_limit_s=5.5)
-    kept = len(LatencyTable.load(tmp_path / "t.parquet").builds)
-    assert kept > 3
-    assert len(run(regime(backend), tmp_path / "t.parquet", mode="isolated").builds) > kept
 
 
 def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
@@ -204,7 +186,7 @@ def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
         ),
         (_header(backend="openvino"), "another backend"),
         (_header(versions={"simulated": "2"}), "another runtime"),
-        (_header(mode="isolated"), "mode isolated"),
+        (_header(mode="alone"), "mode alone"),
     ],
 )
 def test_a_table_of_something_else_is_refused_and_kept(

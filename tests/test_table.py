@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from simulation import DEVICE, chain, grouped, isolated_table, simulated_build, simulated_table
+from simulation import DEVICE, alone_table, chain, grouped, simulated_build, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.table import SCHEMA, LatencyTable
@@ -272,7 +272,7 @@ def test_offered_is_what_was_measured_and_ran_as_asked(table: LatencyTable) -> N
     assert refused.offered()["layer1.conv"] == ("dense.fp32",)
     only = LatencyTable(table.header, table.builds[:1])
     assert set(only.offered().values()) == {("dense.fp32",)}
-    for offered in isolated_table(NETWORK, LAW).offered().values():
+    for offered in alone_table(NETWORK, LAW).offered().values():
         assert "" not in offered
 
 

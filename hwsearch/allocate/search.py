@@ -23,6 +23,7 @@ from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.memory import peak_bytes
+from hwsearch.sums import dense_ns
 from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, uniform, weight_bytes
 
@@ -56,8 +57,8 @@ class Space:
     def dense(self) -> dict[str, float]:
         """Costs of the dense fp32 network, in ns, bytes, MACs and nJ."""
         return {
-            "latency": self.table.dense_ns,
-            **{column: ratio * self.table.dense_ns for column, ratio in self.tails.items()},
+            "latency": dense_ns(self.table)[0],
+            **{column: ratio * dense_ns(self.table)[0] for column, ratio in self.tails.items()},
             "size": float(self.table.header.dense_file_bytes),
             "memory": float(peak_bytes(self.table.network, uniform(self.table.network, "fp32"), base="fp32")),
             "macs": float(self.table.network.macs),
@@ -381,10 +382,9 @@ def as_allocation(
 
 
 def _dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
-    build = at.table.find("dense")
     predicted = {
         "latency_ns": at.dense["latency"],
-        "sigma_ns": (build.high - build.low) / 3.92 * at.table.header.reference_ns,
+        "sigma_ns": dense_ns(at.table)[1],
         "size_bytes": round(at.dense["size"]),
         "memory_bytes": round(at.dense["memory"]),
         "macs": at.table.network.macs,
@@ -419,6 +419,7 @@ def _allocation(
             "size_bytes": round(at.dense["size"]),
             "memory_bytes": round(at.dense["memory"]),
             **({"energy_nj": at.dense["energy"]} if at.energy else {}),
+            **({"estimated": 1} if dense_ns(at.table)[2] else {}),
         },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,

@@ -30,7 +30,8 @@ from hwsearch.plot.style import (
     where,
 )
 from hwsearch.scoring import SensitivityTable
-from hwsearch.table import LatencyTable
+from hwsearch.sums import dense_unit_ns
+from hwsearch.table import SANDWICHED, LatencyTable
 from hwsearch.variants import WEIGHT_BITS, Variant
 
 if TYPE_CHECKING:
@@ -178,9 +179,10 @@ def _unit_ms(model: LatencyModel | None, unit: str, variant: Variant, widths: Ma
     try:
         return model.unit_ns(unit, variant, widths) / 1e6
     except InvalidInput:
-        pass
+        if model.table.header.mode == SANDWICHED and variant == Variant("fp32"):
+            return dense_unit_ns(model.table, unit) / 1e6
     for build in model.table.builds:
-        if build.role != "isolated" and set(build.variants) == {str(variant)} and build.nodes:
+        if not build.partial and set(build.variants) == {str(variant)} and build.nodes:
             scale = model.table.time_ns(build) / sum(n.time_ns for n in build.nodes)
             return sum(n.time_ns / len(n.units) for n in build.nodes if unit in n.units) * scale / 1e6
     raise InvalidInput(f"the table has no measurement of {variant} for unit {unit}")

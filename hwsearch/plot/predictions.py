@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
-from hwsearch.table import Build, LatencyTable, usable
+from hwsearch.table import LAYERED, Build, LatencyTable, usable
 
 
 def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:
@@ -32,11 +32,9 @@ def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | Non
     groups = {
         "fitted": [b for b in good if b.role != "heldout"],
         "held out": [b for b in good if b.role == "heldout"],
-        "not as asked": [
-            b for b in table.builds if b.base == base and b.role != "isolated" and not b.as_asked()
-        ],
+        "not as asked": [b for b in table.builds if b.base == base and not b.partial and not b.as_asked()],
     }
-    if model.table.header.mode == "isolated":
+    if model.table.header.mode in LAYERED:
         groups = {"fitted": [], "held out": good, "not as asked": groups["not as asked"]}
     styles = {
         "fitted": ("o", "#0072B2", "build of the fit"),

@@ -41,6 +41,8 @@ class LatencyLaw:
 
     All in ns. units: unit -> {precision: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns for each
     byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
+    end_ns: paid by a unit for each of its edges that leads out of a part of the network (layout changes), hidden in its node.
+    dispatch_ns: paid by every inference, in no node.
     whole: of each unit, the size that `units` is the time of. A narrower one takes the share that is left of its input
     channels times that of its output channels, both rounded up to GRAIN: a staircase.
     """
@@ -49,6 +51,8 @@ class LatencyLaw:
     edges: Sequence[Edge] = ()
     boundaries: Mapping[Pair, tuple[float, float]] = field(default_factory=dict)
     rest_ns: float = 0.0
+    end_ns: float = 0.0
+    dispatch_ns: float = 0.0
     whole: Mapping[str, Size] = field(default_factory=dict)
 
     @staticmethod
@@ -95,7 +99,7 @@ class LatencyLaw:
 
     def time_ns(self, precisions: Mapping[str, str], sizes: Mapping[str, Size] | None = None) -> float:
         """Time of a network of these units, each in its precision and size; of the whole one if all are there."""
-        return sum(node.time_ns for node in self.nodes(precisions, sizes=sizes))
+        return self.dispatch_ns + sum(node.time_ns for node in self.nodes(precisions, sizes=sizes))
 
     def nodes(
         self,
@@ -112,7 +116,9 @@ class LatencyLaw:
         times = {u: self.units[u][precision] * self.stairs(u, sizes) for u, precision in precisions.items()}
         conversions = []
         for index, edge in enumerate(self.edges):
-            if edge.src not in precisions or edge.dst not in precisions:
+            inside = [unit for unit in (edge.src, edge.dst) if unit in precisions]
+            if len(inside) < 2:
+                times.update({unit: times[unit] + self.end_ns for unit in inside})
                 continue
             if edge.src in sizes:
                 left = sizes[edge.src].output / self.whole[edge.src].output
