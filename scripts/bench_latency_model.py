@@ -5,7 +5,8 @@ For each network and number of threads: profile in context and layer by layer (o
 build and time --heldout allocations: independent random ones, Markov runs, and answers of the solver under random losses and
 budgets. Printed are the errors of the latency model beside the baselines: the additive model without boundary terms, a
 constant, the noise floor (one allocation built and timed twice), and, on the allocations whose channels are all there, the
-sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network in the base precision.
+sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network in
+the base precision.
 
     python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
 """
@@ -173,7 +174,8 @@ def show(
     fitted, kept = (sum((b.role == "heldout") == held for b in table.builds) for held in (False, True))
     print(f"\n{name}: {args.backend}, {threads} thread(s), axes {args.axes}: {len(network.units)} units, "
           f"{offered} (unit, variant) at whole widths, {cells} at all widths; {fitted} builds and {kept} held out (a third of the "
-          f"(unit, widths, variant): {cells // 3}) in {sum(profiled(b) for b in table.builds):.0f} s; design: {table.header.design}; "
+          f"(unit, widths, variant): {cells // 3}) in {sum(profiled(b) for b in table.builds):.0f} s; "
+          f"design ended by: {table.header.design.get('stopped')}; "
           f"{len(heldout)} held-out allocations, {measured.min() / 1e6:.3f}-{measured.max() / 1e6:.3f} ms, dense "
           f"{table.dense_ns / 1e6:.3f} ms")  # fmt: skip
     predictions = [model.predict(c.variants, c.widths) for _, c in heldout]
