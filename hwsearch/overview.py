@@ -122,6 +122,10 @@ def summary(table: LatencyTable) -> str:
             f"{found['additive_median_error']:.1%}), Kendall tau {found['kendall_tau']:.2f}, "
             f"noise floor {found['noise_floor']:.1%}"
         )
+    if h.design:
+        lines.append(
+            f"design     {h.design['builds']} builds in {h.design['seconds']:.0f} s; ended by: {h.design['stopped']}"
+        )
     if h.grid:
         stairs = [len(steps) for steps in h.grid.values()]
         lines.append(

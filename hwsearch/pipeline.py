@@ -30,6 +30,8 @@ from hwsearch.task import Task
 
 MAX_ROUNDS = 5
 FRONT_POINTS = 12
+SPARE, MOST_SPENT = 0.025, 1.15
+"""How much faster than asked is worth another round, and by how much at most the limit is raised for it."""
 
 
 def run(
@@ -150,7 +152,9 @@ def closed_loop(
     """Search, deploy and measure until the budget holds as measured, at most five times.
 
     Each measurement joins the table and the model is fitted again; the limits also fall by what it still misses of the
-    last answer, so that every round asks for less. Leaves the files of the best round in `folder`.
+    last answer, so that every round asks for less. An answer that is faster than asked by more than `SPARE` is followed by one
+    more round, which asks for what it left over. Leaves in `folder` the files of the best round: of least loss of those that met
+    the budgets, else the nearest.
     """
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
@@ -161,10 +165,11 @@ def closed_loop(
     best: tuple[tuple[bool, float], Report, Allocation] | None = None
     last: tuple[Report, Allocation] | None = None
     bank: WeightBank | None = None
+    spending = False
     try:
         for number in range(1, MAX_ROUNDS + 1):
             model = fit(table)
-            if last is not None:
+            if last is not None and not spending:
                 again = _predicted(model, last[1])
                 tighten = _tighter(tighten, wanted, *last, again, step=number - 1)
             try:
@@ -179,6 +184,8 @@ def closed_loop(
                 last[1].variants,
                 last[1].widths,
             ):
+                if spending:
+                    break
                 tighten = {c: int(limit * 0.98) for c, limit in (tighten or wanted).items()}
                 continue
             if bank is None and allocation.narrow:
@@ -196,19 +203,32 @@ def closed_loop(
                 f"round {number}: {report.latency_ms['measured']:.4g} ms measured, "
                 f"{report.latency_ms['predicted']:.4g} predicted, {'met' if report.met else 'over'}"
             )
-            rank = (not report.met, _excess(report))
+            rank = (not report.met, report.loss["measured"] if report.met else _excess(report))
             if best is None or rank < best[0]:
                 best = rank, report, allocation
                 _keep(folder, number, report, allocation)
-            if report.met:
-                break
             last = report, allocation
+            left = _left_over(report) if report.met and tighten and not spending else 1.0
+            if spending or (report.met and left <= 1.0 + SPARE):
+                break
+            if report.met:
+                spending = True
+                tighten = {**tighten, "latency": int(tighten["latency"] * min(left, MOST_SPENT))}
     finally:
         progress.stop()
         for path in folder.glob("round*.onnx"):
             path.unlink()
     assert best is not None
     return best[1], best[2], table
+
+
+def _left_over(report: Report) -> float:
+    """Budget / measured of the latency, where that alone is bounded; else 1."""
+    costs = _against_budgets(report)
+    if set(costs) != {"latency"}:
+        return 1.0
+    measured, bound = costs["latency"]
+    return bound / measured
 
 
 def _without_wrong(at: Regime, table: LatencyTable, allocation: Allocation) -> dict[str, dict[str, str]]:

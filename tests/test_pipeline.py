@@ -12,7 +12,9 @@ import tiny
 import torch
 
 import hwsearch as hs
+from hwsearch import pipeline
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.latency import LatencyModel, Spread, fit
 from hwsearch.lower import Lowering
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -163,11 +165,39 @@ def test_dense_is_the_answer_where_it_meets_the_budget(done: tuple[Path, hs.Task
 def test_a_dense_network_that_misses_is_followed_by_another(tmp_path: Path) -> None:
     """Every engine is off by a few per cent: the dense one built again misses 100 %, and nothing of it joins the fit."""
     law = LatencyLaw.random(tiny.lowering("cnn").network, precisions=("fp32", "bf16", "int8"))
-    runtime = backend(bases=("bf16", "fp32"), build_noise=0.02)
+    runtime = backend(bases=("bf16", "fp32"), build_noise=0.02, seed=1)
     runtime.law = law
     report = hs.run(task(), ["latency=100%"], tmp_path, backend=runtime, axes=["precision"])
     assert report.met
     assert report.rounds == 2
+
+
+def test_what_an_answer_leaves_over_is_spent_on_less_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is very unsure keeps far from the budget; the round after the first one asks for what was left."""
+    law = LatencyLaw.random(tiny.lowering("cnn").network)
+    budget = [between(law, 0.8)]
+
+    def loss(where: str, spare: float) -> tuple[float, int]:
+        monkeypatch.setattr(pipeline, "SPARE", spare)
+        report = hs.run(task(), budget, tmp_path / where, backend=backend(), axes=["precision"])
+        assert report.met
+        deployed = sum(
+            b.role == "deployed" for b in LatencyTable.load(tmp_path / where / "table.parquet").builds
+        )
+        return report.loss["measured"], deployed
+
+    def unsure(table: LatencyTable, **options: Any) -> LatencyModel:
+        model = fit(table, **options)
+        model.spread = Spread(1.0, 0.12)
+        return model
+
+    monkeypatch.setattr(pipeline, "fit", unsure)
+    kept, one = loss("kept", 10.0)
+    spent, two = loss("spent", 0.025)
+    assert (one, two) == (1, 2)
+    assert spent < kept
 
 
 def test_an_impossible_budget_names_the_least(done: tuple[Path, hs.Task, Any]) -> None:

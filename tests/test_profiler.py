@@ -20,6 +20,7 @@ from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, 
 from hwsearch.latency import fit, validate
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol
+from hwsearch.overview import summary
 from hwsearch.profiler import profile
 from hwsearch.regime import Regime
 from hwsearch.staircase import staircase
@@ -270,6 +271,7 @@ def test_the_design_over_widths_knows_most_cells_and_says_why_it_ended(
     assert said["stopped"].startswith("likely allocations are known to")
     assert said["builds"] == sum(b.role in ("design", "heldout") for b in table.builds)
     assert 0 < said["error"] <= 0.01
+    assert f"ended by: {said['stopped']}" in summary(table)
 
 
 def test_held_out_builds_are_spread_over_the_profile(widths_table: tuple[Path, LatencyTable]) -> None:

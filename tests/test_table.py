@@ -159,7 +159,9 @@ def test_a_table_of_schema_2_has_no_energies(saved: Path) -> None:
     """Files from before energies were kept: the columns are not there."""
     new = LatencyTable.load(saved)
     lacking = ["energy_j", "reference_energy_j", "energy_error", "section"]
-    _rewrite(saved, lambda h: h.update(h.pop("sections")[0], schema=2), lambda table: table.drop_columns(lacking))
+    _rewrite(
+        saved, lambda h: h.update(h.pop("sections")[0], schema=2), lambda table: table.drop_columns(lacking)
+    )
     old = LatencyTable.load(saved)
     assert [b.key for b in old.builds] == [b.key for b in new.builds]
     assert all(b.energy_j is None and b.energy_ratio is None for b in old.builds)
