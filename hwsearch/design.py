@@ -206,16 +206,17 @@ def apart(network: Network) -> list[list[str]]:
     return classes
 
 
-def worth(times: Mapping[int, Iterable[float]]) -> list[int]:
+def worth(times: Mapping[int, Iterable[float]], faster: float = FASTER) -> list[int]:
     """Of the widths tried those that are faster than every wider one kept, at most six, the whole width first.
 
-    times: width -> its time under each precision, the same ones for every width; faster under one of them is enough.
+    times: width -> its time under each precision, the same ones for every width; faster, by this share, under one of them is
+    enough.
     """
     kept: list[int] = []
     best: list[float] = []
     for width in sorted(times, reverse=True):
         own = list(times[width])
-        if not kept or any(t < b * (1 - FASTER) for t, b in zip(own, best, strict=True)):
+        if not kept or any(t < b * (1 - faster) for t, b in zip(own, best, strict=True)):
             kept.append(width)
             best = [min(t, b) for t, b in zip(own, best, strict=True)] if best else own
     if len(kept) <= MOST_STEPS:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from hwsearch.design import candidate_widths, worth
+from hwsearch.design import FASTER, candidate_widths, worth
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency import fit
 from hwsearch.network import Network
@@ -66,14 +68,17 @@ def told_grid(
     """Widths worth knowing of the channel groups whose stairs other tables tell, so that no probe is needed.
 
     tried: widths of each group. uniforms: allocations that each of them would be probed in. A group is told where every unit
-    that it runs through is, at the whole width and at two or more of the narrower ones tried, the others whole.
+    that it runs through is, at the whole width and at two or more of the narrower ones tried, the others whole. A step has to
+    stand out of the standard error of what is told.
     """
     network = table.network
-    told = {(e.feature[1], e.feature[2]): e.ns for e in table.header.prior if e.feature[0] == "unit"}
+    units_told = [e for e in table.header.prior if e.feature[0] == "unit"]
+    told = {(e.feature[1], e.feature[2]): e.ns for e in units_told}
+    errors = {(e.feature[1], e.feature[2]): e.error_ns for e in units_told}
     found = {}
     for group, whole in network.channels.items():
         units = [u.name for u in network.units if group in u.groups]
-        times = {}
+        times, spread = {}, [FASTER]
         for width in tried[group]:
             cells = [
                 [(network.unit_at(u, {group: width}).signature, str(variants[u])) for u in units]
@@ -81,8 +86,13 @@ def told_grid(
             ]
             if all(cell in told for own in cells for cell in own):
                 times[width] = [sum(told[cell] for cell in own) for own in cells]
+                spread += [
+                    math.hypot(*(errors[cell] for cell in own)) / time
+                    for own, time in zip(cells, times[width], strict=True)
+                    if time > 0
+                ]
         if whole in times and (len(times) > 2 or len(tried[group]) == len(times) > 1):
-            found[group] = worth(times)
+            found[group] = worth(times, faster=min(max(2.0 * statistics.median(spread), FASTER), 0.2))
     return found
 
 

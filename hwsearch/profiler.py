@@ -480,7 +480,7 @@ class _Run:
         others = sum(b.role not in ("design", "heldout") for b in self.table.builds)
         least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
         most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
-        return max(4, round(most * (1.0 - 0.6 * self._told())))
+        return max(4, round(most * (1.0 - 0.4 * self._told())))
 
     def _done(self) -> list[Candidate]:
         """What was built under the table's base so far."""
