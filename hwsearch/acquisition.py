@@ -85,7 +85,7 @@ def propose(
     state = _State(belief, [*targets, *pool])
     aims = np.stack([state.row(c) for c in targets])
     times = aims @ state.mean
-    error = after = state.error(aims, times)
+    error = state.error(aims, times)
     chosen: list[Candidate] = []
     rows = [state.equations(c) for c in pool]
     for _ in range(min(count, len(pool))):
@@ -95,8 +95,7 @@ def propose(
         chosen.append(pool[best])
         rows.pop(best)
         pool.pop(best)
-    after = state.error(aims, times)
-    return Proposal(tuple(chosen), error, after)
+    return Proposal(tuple(chosen), error, state.error(aims, times))
 
 
 class Belief:
