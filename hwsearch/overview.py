@@ -7,6 +7,7 @@ from typing import Any
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit, validate
+from hwsearch.measure import DISTURBED
 from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
 from hwsearch.table import SANDWICHED, SCHEMA, Build, LatencyTable, usable
@@ -29,6 +30,7 @@ def as_json(table: LatencyTable) -> dict[str, Any]:
         **header,
         "network": network,
         "memory": memory(table),
+        "disturbed": disturbed(table),
         "builds": table.to_frame().to_dict(orient="records"),
         "quality": quality(table),
     }
@@ -71,6 +73,11 @@ def quality(table: LatencyTable) -> dict[str, float] | None:
     }
 
 
+def disturbed(table: LatencyTable) -> int:
+    """Builds all the while of which something else slowed the machine down; they count for less in a fit."""
+    return sum(1.0 + table.disturbance(b) > DISTURBED for b in table.builds)
+
+
 def _energy(build: Build) -> str:
     """Joules of an inference, where a counter was read."""
     return f", {1e3 * build.energy_j:.4g} mJ" if build.energy_j else ""
@@ -89,7 +96,7 @@ def summary(table: LatencyTable) -> str:
         f"backend    {h.backend} {', '.join(f'{k} {v}' for k, v in h.versions.items())}; "
         f"{h.section}; mode {h.mode}",
         f"made       {h.created} by `{h.command}`",
-        f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, "
+        f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, {disturbed(table)} on a disturbed machine, "
         f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
     ]
     dense = next((b for b in table.builds if b.role == "dense"), None)

@@ -32,7 +32,7 @@ from hwsearch.design import (
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.isolated import METADATA_BYTES, Layers
 from hwsearch.latency import fit
-from hwsearch.measure import Protocol, paired
+from hwsearch.measure import QUIET, Protocol, paired
 from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, record, refusals, wrong_variants
@@ -52,6 +52,8 @@ FIRST = 4
 """Builds of a design that cover, before the first is chosen for what it tells."""
 BATCH = 4
 """Builds chosen at a time."""
+RECENT = 12
+"""Builds which say how fast the quiet machine is."""
 LATE = "the time limit"
 DESIGN_SHARE = 0.9
 """Of the time limit, after which no build of the design begins; the rest is for held-out ones."""
@@ -413,6 +415,7 @@ class _Run:
             clock=self.at.clock,
             seed=self.seed,
             meter=self.meter,
+            quiet_ns=self._quiet_ns(),
         )[role]
         build = replace(
             record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
@@ -426,6 +429,11 @@ class _Run:
             f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
         )
         return build
+
+    def _quiet_ns(self) -> float | None:
+        """Time of the reference on the quiet machine, by the last builds; machines have moods that last."""
+        last = [b.quiet_ns for b in self.table.builds[-RECENT:]]
+        return float(np.quantile(last, QUIET)) if len(last) >= RECENT // 4 else None
 
     def _reference(self) -> Engine:
         if self.reference is None:

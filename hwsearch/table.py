@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.measure import QUIET
 from hwsearch.network import Network
 from hwsearch.sections import Section, matching, only
 from hwsearch.tablefile import read_sections, write_sections
@@ -101,6 +103,11 @@ class Build:
         if not self.energy_j or not self.reference_energy_j:
             return None
         return self.energy_j / self.reference_energy_j
+
+    @cached_property
+    def quiet_ns(self) -> float:
+        """Time of the reference while this build was measured, in the quietest moments of it."""
+        return float(np.quantile(self.reference_ns, 0.1))
 
     @property
     def partial(self) -> bool:
@@ -249,6 +256,19 @@ class LatencyTable:
     def dense_ns(self) -> float:
         """Time of the dense fp32 network, in ns."""
         return self.time_ns(self.find("dense"))
+
+    @cached_property
+    def quiet_ns(self) -> float:
+        """Time of the reference on the quiet machine. Deployed builds do not count: they are of other sessions."""
+        times = [b.quiet_ns for b in self.builds if b.role != "deployed"] or [b.quiet_ns for b in self.builds]
+        return float(np.quantile(times, QUIET))
+
+    def disturbance(self, build: Build) -> float:
+        """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively.
+
+        0 of deployed builds, whose sessions may have been slower as a whole.
+        """
+        return 0.0 if build.role == "deployed" else max(build.quiet_ns / self.quiet_ns - 1.0, 0.0)
 
     def tail(self, quantile: float) -> float:
         """That quantile of the times of single inferences, relative to their median.
