@@ -423,8 +423,7 @@ class _Run:
         self._note_unsupported(build)
         if build.wrong:
             self._note_wrong(at, candidate.variants, base)
-        self._store(self.table.with_build(build))
-        self._rescale()
+        self._store(self.table.with_build(build).rescaled())
         self.progress.step(
             f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
         )
@@ -452,11 +451,6 @@ class _Run:
         for name, why in found.items():
             refused.setdefault(name, {})[str(allocation[name])] = why
         self.table = self.table.with_header(unsupported=refused)
-
-    def _rescale(self) -> None:
-        """The session's reference time is the median of all its samples."""
-        samples = np.concatenate([b.reference_ns for b in self.table.builds])
-        self._store(self.table.with_header(reference_ns=float(np.median(samples))))
 
     def _store(self, table: LatencyTable) -> None:
         self.table = table

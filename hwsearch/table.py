@@ -105,6 +105,14 @@ class Build:
         return self.energy_j / self.reference_energy_j
 
     @cached_property
+    def row(self) -> Any:
+        """The build as a pyarrow table of one row; made once, as a growing table is written after every build."""
+        import pyarrow as pa
+
+        own = {**asdict(self), "samples_ns": self.samples_ns, "reference_ns": self.reference_ns}
+        return pa.Table.from_pylist([own], schema=_schema())
+
+    @cached_property
     def quiet_ns(self) -> float:
         """Time of the reference while this build was measured, in the quietest moments of it."""
         return float(np.quantile(self.reference_ns, 0.1))
@@ -235,6 +243,11 @@ class LatencyTable:
     def with_header(self, **changes: Any) -> LatencyTable:
         return LatencyTable(replace(self.header, **changes), self.builds)
 
+    def rescaled(self) -> LatencyTable:
+        """The table with the median of all samples of the reference as the session's reference time."""
+        samples = np.concatenate([b.reference_ns for b in self.builds])
+        return self.with_header(reference_ns=float(np.median(samples)))
+
     def find(self, role: str) -> Build:
         """The first build of a role. Raises InvalidInput where the table has none (it is not finished)."""
         for build in self.builds:
@@ -340,10 +353,8 @@ class LatencyTable:
         """
         import pyarrow as pa
 
-        rows = [
-            {**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds
-        ]
-        own = self.header.to_json(), pa.Table.from_pylist(rows, schema=_schema())
+        rows = pa.concat_tables([_schema().empty_table(), *(b.row for b in self.builds)])
+        own = self.header.to_json(), rows
         sections = read_sections(path, SCHEMA, WHOLE) if Path(path).exists() else []
         headers = [_header(header, path) for header, _ in sections]
         for header in headers[:1]:
