@@ -167,7 +167,8 @@ def measure_again(
             own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
             engines[str(number)] = own.build(candidate.variants)[0]
             progress.step(f"built {number + 1} of {len(builds)}")
-        timings = paired(reference.run, {n: e.run for n, e in engines.items()}, AGAIN, clock=at.clock)
+        runs = {n: e.run for n, e in engines.items()}
+        timings = paired(reference.run, runs, AGAIN, clock=at.clock, quiet_ns=table.quiet_ns)
         progress.step("timed")
     finally:
         progress.stop()

@@ -264,6 +264,7 @@ class Session:
             VERIFY,
             clock=self.at.clock,
             meter=self.at.meter,
+            quiet_ns=self.table.quiet_ns if self.table is not None else None,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         if not self.scale_ns:

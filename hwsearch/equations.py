@@ -83,9 +83,9 @@ class Row:
         return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
 
-DISTURBANCE = 0.25
+DISTURBANCE = 0.5
 """Standard error of a ratio that was measured on a disturbed machine, for each unit by which the reference was slower."""
-MOODS = 0.1
+MOODS = 0.05
 """By how much a machine may be slower as a whole, with all ratios as they were."""
 
 

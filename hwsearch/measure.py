@@ -22,7 +22,7 @@ from hwsearch.energy import Meter
 
 Run = Callable[[], None]
 
-DISTURBED = 1.2
+DISTURBED = 1.12
 """Time of the reference, relative to its quiet one, above which a round was disturbed by something else on the machine."""
 QUIET = 0.2
 """The quantile of the reference's times that is its quiet one."""
@@ -60,6 +60,8 @@ class Timing:
     warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    disturbed: bool = False
+    """Whether there were too few rounds on a quiet machine, so that all of them count."""
 
     @property
     def energy(self) -> Energy | None:
@@ -181,6 +183,7 @@ def paired(
             low=low,
             high=high,
             unstable=bool(width > protocol.width) or not enough,
+            disturbed=not enough,
             warmup_ns=np.array(warm[name], np.int64),
             energy_j=np.array(joules[name], np.float64),
             reference_energy_j=np.array(joules[None], np.float64),
