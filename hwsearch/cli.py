@@ -184,6 +184,13 @@ def seconds(duration: str) -> float:
     return total
 
 
+def _answers(backend: str) -> None:
+    """Raises BackendUnavailable at once where a runtime is missing or dead, before a task is loaded and traced for it."""
+    from hwsearch import backends
+
+    backends.get(backend).versions()
+
+
 def _axes(text: str) -> list[str]:
     return [axis.strip() for axis in text.split(",") if axis.strip()]
 
@@ -277,6 +284,7 @@ def profile(
     Other options or another shape of the same model become another section of the file.
     """
     limit = seconds(time_limit)
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
@@ -389,6 +397,7 @@ def sensitivity(
     """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
     if section and table is None:
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.api import table_of_task
     from hwsearch.progress import Progress
@@ -522,6 +531,7 @@ def run(
 ) -> None:
     """Do all of it, until the budget holds. Profile, score, search, deploy, verify; uses what DIR already has."""
     limit = seconds(time_limit)
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
