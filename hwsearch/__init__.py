@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_staircase as plot_staircase
     from hwsearch.scoring import SensitivityTable as SensitivityTable
     from hwsearch.table import LatencyTable as LatencyTable
-    from hwsearch.task import Task as Task
     from hwsearch.targets import build as build
     from hwsearch.targets import check_targets as check_targets
+    from hwsearch.task import Task as Task
     from hwsearch.task import load as load
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwsearch.backends.tensorrt import legality
-from hwsearch.backends.tensorrt.building import Built, BuildRequest, serialise
+from hwsearch.backends.tensorrt.building import BuildRequest, Built, serialise
 from hwsearch.backends.tensorrt.building import targets as targets_of
 from hwsearch.backends.tensorrt.buildlog import FusedLayer, executed, fused_layers
 from hwsearch.deployment import lowering_of, parse_variants
@@ -37,7 +37,9 @@ NEWEST = legality.target("sm120")
 def runtime(backend: str) -> Any:
     """The module of a backend. Raises InvalidInput (none of that name) or BackendUnavailable (not installed)."""
     if backend not in MODULES:
-        raise InvalidInput(f"no engine file comes from backend {backend!r}; expected one of {', '.join(MODULES)}")
+        raise InvalidInput(
+            f"no engine file comes from backend {backend!r}; expected one of {', '.join(MODULES)}"
+        )
     try:
         return importlib.import_module(MODULES[backend])
     except ImportError as error:
@@ -118,9 +120,9 @@ def build(
     low = lowering_of(task, allocation, weights)
     typed = strongly_typed(low.onnx(variants), base).SerializeToString()
     try:
-        built = serialise(trt, _request(typed, base, target, variants))
+        built = serialise(trt, request_of(typed, base, target, variants))
     except BackendUnavailable as error:
-        reasons = _documented(low.network, variants, base, target)
+        reasons = objections(low.network, variants, base, target)
         told = f" (NVIDIA's documentation: {'; '.join(reasons)})" if reasons else ""
         raise BackendUnavailable(f"{error}{told}") from error
     path = Path(out)
@@ -128,7 +130,7 @@ def build(
     layers = fused_layers(built.log)
     ran = executed(layers)
     return EngineFile(
-        path, len(built.plan), backend, target, base, ran, _not_as_asked(variants, ran), layers, built.seconds
+        path, len(built.plan), backend, target, base, ran, otherwise(variants, ran), layers, built.seconds
     )
 
 
@@ -142,12 +144,14 @@ def _rebased(variant: Variant, old: str, new: str) -> Variant:
     return Variant(new) if variant == Variant(old) else variant
 
 
-def _request(onnx: bytes, base: str, target: str | None, variants: Mapping[str, Variant]) -> BuildRequest:
+def request_of(onnx: bytes, base: str, target: str | None, variants: Mapping[str, Variant]) -> BuildRequest:
     tf32 = any(v.precision == "tf32" for v in variants.values())
-    return BuildRequest(onnx, base, target, sparse=any(v.pattern != "dense" for v in variants.values()), tf32=tf32)
+    return BuildRequest(
+        onnx, base, target, sparse=any(v.pattern != "dense" for v in variants.values()), tf32=tf32
+    )
 
 
-def _not_as_asked(variants: Mapping[str, Variant], ran: Mapping[str, str]) -> dict[str, str]:
+def otherwise(variants: Mapping[str, Variant], ran: Mapping[str, str]) -> dict[str, str]:
     return {
         u: f"asked {v}, compiled to {ran[u]}"
         for u, v in variants.items()
@@ -155,7 +159,7 @@ def _not_as_asked(variants: Mapping[str, Variant], ran: Mapping[str, str]) -> di
     }
 
 
-def _documented(network: Network, variants: Mapping[str, Variant], base: str, target: str | None) -> list[str]:
+def objections(network: Network, variants: Mapping[str, Variant], base: str, target: str | None) -> list[str]:
     """What speaks against an allocation on a target by the documentation, each reason once."""
     if target is None:
         return []
@@ -163,7 +167,9 @@ def _documented(network: Network, variants: Mapping[str, Variant], base: str, ta
     return list(dict.fromkeys(r for r in reasons if r))
 
 
-def _why_not(unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX) -> str:
+def _why_not(
+    unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX
+) -> str:
     return legality.why_not(
         variant.precision, at, base=base, op=unit.op, pattern=variant.pattern,
         weighted=bool(unit.weight_shape), runtime=backend,
@@ -281,7 +287,7 @@ def _judge(
     built: Built | None = None
     reason = ""
     try:
-        built = serialise(trt, _request(networks[names], base, target, variants))
+        built = serialise(trt, request_of(networks[names], base, target, variants))
     except BackendUnavailable as error:
         reason = str(error).partition(": ")[2] or str(error)
     if built is None and not documented and len(ops) > 1:  # which kind of unit is it?
@@ -293,5 +299,5 @@ def _judge(
     ran = {u: p for u, p in executed(layers).items() if u in names}
     yield Verdict(
         target, base, str(variant), names, ops, built is not None, reason, documented, ran,
-        _not_as_asked({u: variant for u in names}, ran), layers,
+        otherwise(dict.fromkeys(names, variant), ran), layers,
     )  # fmt: skip

@@ -34,7 +34,9 @@ _FLOATS = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorPro
 _SHORT = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 _FP16_TOP = 65504.0
 _FP16_NORMAL, _FP16_LEAST = 2.0**-14, 2.0**-24
-_WIDE = frozenset("Pow ReduceSum ReduceSumSquare ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd CumSum Exp".split())
+_WIDE = frozenset(
+    "Pow ReduceSum ReduceSumSquare ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd CumSum Exp".split()
+)
 """Squares, sums and exponentials: they leave the range of fp16 and stay in fp32 in an fp16 network."""
 _OPSET_HALF_SCALES, _OPSET_BF16 = 19, 22
 _CHANGED = {"GroupNormalization": 21, "DFT": 20}
@@ -272,7 +274,11 @@ def _retype(node: onnx.NodeProto, kind: int) -> None:
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = kind
-        elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT and attribute.HasField("t"):
+        elif (
+            attribute.name == "value"
+            and attribute.t.data_type == TensorProto.FLOAT
+            and attribute.HasField("t")
+        ):
             attribute.t.CopyFrom(_converted(attribute.t, kind))
     if node.op_type == "GridSample":
         renamed = {b"bilinear": b"linear", b"bicubic": b"cubic"}
@@ -287,7 +293,9 @@ def _converted(tensor: onnx.TensorProto, kind: int, *, scale: bool = False) -> o
     if kind == TensorProto.FLOAT16:
         values = np.where(np.isinf(values), values, np.clip(values, -_FP16_TOP, _FP16_TOP))
         if scale or values.size == 1:
-            values = np.where((values != 0) & (np.abs(values) < _FP16_LEAST), np.copysign(_FP16_LEAST, values), values)
+            values = np.where(
+                (values != 0) & (np.abs(values) < _FP16_LEAST), np.copysign(_FP16_LEAST, values), values
+            )
         raw = values.astype(np.float16).tobytes()
     elif kind == TensorProto.BFLOAT16:
         raw = _bf16(values).tobytes()

@@ -145,7 +145,8 @@ def test_names_survive_and_new_casts_are_conversions_of_units(name: str) -> None
     inner = [
         n.name
         for n in model.graph.node
-        if n.op_type == "Cast" and not {*n.input, *n.output} & {v.name for v in (*model.graph.input, *model.graph.output)}
+        if n.op_type == "Cast"
+        and not {*n.input, *n.output} & {v.name for v in (*model.graph.input, *model.graph.output)}
     ]
     assert inner
     rows = attribute([NodeTime(n, "Cast", (n,), "fp16", 1.0) for n in inner], low.network, {})
@@ -161,7 +162,9 @@ def test_the_precision_of_a_product_of_two_activations_is_in_the_metadata() -> N
     assert found["matmul_1"] == "fp16"
 
 
-def graph(nodes: list[onnx.NodeProto], constants: dict[str, Any], shape: list[int], opset: int = 18) -> onnx.ModelProto:
+def graph(
+    nodes: list[onnx.NodeProto], constants: dict[str, Any], shape: list[int], opset: int = 18
+) -> onnx.ModelProto:
     made = helper.make_graph(
         nodes, "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
@@ -187,7 +190,9 @@ def test_numbers_that_fp16_does_not_hold() -> None:
         helper.make_node("Add", ["c", "s"], ["y"], name="~|0|Add.2"),
     ]
     lowest = np.finfo(np.float32).min
-    model = graph(nodes, {"mask": np.array([0, lowest, lowest], np.float32), "eps": np.float32(1e-12)}, [1, 3])
+    model = graph(
+        nodes, {"mask": np.array([0, lowest, lowest], np.float32), "eps": np.float32(1e-12)}, [1, 3]
+    )
     typed = strongly_typed(model, "fp16")
     stored = {t.name: numpy_helper.to_array(t) for t in typed.graph.initializer}
     assert np.isfinite(stored["mask/fp16"]).all()
@@ -205,7 +210,9 @@ def test_squares_and_sums_stay_in_fp32_in_fp16() -> None:
     x = np.full((1, 4), 300.0, np.float32)
     typed = strongly_typed(graph(nodes, {"two": np.float32(2)}, [1, 4]), "fp16")
     found = types(typed)
-    assert {found[n.output[0]] for n in typed.graph.node if n.op_type in ("Pow", "ReduceSum")} == {TensorProto.FLOAT}
+    assert {found[n.output[0]] for n in typed.graph.node if n.op_type in ("Pow", "ReduceSum")} == {
+        TensorProto.FLOAT
+    }
     assert np.allclose(run(typed, x), 600.0)
 
 
@@ -214,7 +221,9 @@ def test_scales_below_the_normal_range_of_fp16_round_weights_anew() -> None:
     scales = np.array([3e-7, 1e-5, 4e-3], np.float32)
     integers = rng.integers(-127, 128, (3, 16)).astype(np.int8)
     nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"], name="u|0|DequantizeLinear.weight", axis=0),
+        helper.make_node(
+            "DequantizeLinear", ["w", "s", "z"], ["d"], name="u|0|DequantizeLinear.weight", axis=0
+        ),
         helper.make_node("Gemm", ["x", "d"], ["y"], name="u|0|Gemm", transB=1),
     ]
     model = graph(nodes, {"w": integers, "s": scales, "z": np.zeros(3, np.int8)}, [1, 16])
@@ -240,7 +249,8 @@ def test_scales_of_tensors_are_scalars() -> None:
 
 
 def test_control_flow_and_operators_that_changed_are_refused() -> None:
-    then = helper.make_graph([helper.make_node("Identity", ["x"], ["t"])], "t", [], [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)])  # fmt: skip
+    result = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)
+    then = helper.make_graph([helper.make_node("Identity", ["x"], ["t"])], "t", [], [result])
     node = helper.make_node("If", ["c"], ["y"], name="~|0|If", then_branch=then, else_branch=then)
     with pytest.raises(BackendUnavailable, match=r"~\|0\|If is If: control flow"):
         strongly_typed(graph([node], {"c": np.array(True)}, [1]), "fp16")

@@ -65,7 +65,9 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     started = time.perf_counter()
     try:
         builder = trt.Builder(log)
-    except TypeError as error:  # the bindings' way to say that the library returned nothing: no GPU, no driver
+    except (
+        TypeError
+    ) as error:  # the bindings' way to say that the library returned nothing: no GPU, no driver
         raise BackendUnavailable(
             f"{trt.__name__} does not start here: {_reasons(lines) or error}; it needs an NVIDIA GPU and its driver"
         ) from error

@@ -1,8 +1,8 @@
 """What a TensorRT builder's own log says of an engine: which layers were fused and in which types, and which ran sparse.
 
-The list of layers is what tensorrt_rtx 1.7 logs where layers are profiled in detail (verbose, "Layers:"). The lines on sparsity are those of
-TensorRT 8.0 to 8.6 ("Layers eligible for sparse math") and of 8.6 to 10.x ("Found 2 layer(s) eligible to use sparse
-tactics"), as users' logs in NVIDIA/TensorRT's issues 1403, 2169 and 4056 show them; TensorRT-RTX logs none.
+The list of layers is what tensorrt_rtx 1.7 logs with detailed profiling verbosity ("Layers:"). The lines on sparsity are
+those of TensorRT 8 ("Layers eligible for sparse math") and of later ones ("Found 2 layer(s) eligible to use sparse
+tactics"), as users' logs show them (NVIDIA/TensorRT, issues 1403, 2169, 4056); TensorRT-RTX logs none.
 """
 
 from __future__ import annotations
@@ -32,9 +32,14 @@ _LAYER = re.compile(
 )
 _OPERAND = re.compile(r"Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|$)")
-_ELIGIBLE = re.compile(r"\(Sparsity\) (?:Found (\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math)(.*)", re.S)
+_ELIGIBLE = re.compile(
+    r"\(Sparsity\) (?:Found (\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math)(.*)",
+    re.S,
+)
 _PICKED = re.compile(
-    r"\(Sparsity\) (?:Chose (\d+) (?:layer|kernel)\(s\) using sparse tactics|TRT inference plan picked sparse implementation for layers)(.*)", re.S
+    r"\(Sparsity\) (?:Chose (\d+) (?:layer|kernel)\(s\) using sparse tactics"
+    r"|TRT inference plan picked sparse implementation for layers)(.*)",
+    re.S,
 )
 
 
@@ -66,7 +71,9 @@ class FusedLayer:
     @property
     def products(self) -> tuple[str, ...]:
         """Units whose product (convolution or matrix product) is in it."""
-        return tuple(dict.fromkeys(unit_of(s)[0] for s in self.sources if _PRODUCT.search(s) and unit_of(s)[1]))
+        return tuple(
+            dict.fromkeys(unit_of(s)[0] for s in self.sources if _PRODUCT.search(s) and unit_of(s)[1])
+        )
 
     @property
     def precision(self) -> str:
@@ -110,7 +117,9 @@ def _layer(match: re.Match[str]) -> FusedLayer:
 
 def _operands(text: str) -> tuple[Operand, ...]:
     return tuple(
-        Operand(PRECISION_OF.get(m["type"], m["type"]), tuple(int(n) for n in re.findall(r"-?\d+", m["shape"])))
+        Operand(
+            PRECISION_OF.get(m["type"], m["type"]), tuple(int(n) for n in re.findall(r"-?\d+", m["shape"]))
+        )
         for part in text.split("{ Name: ")
         if (m := _OPERAND.search(part))
     )

@@ -1,8 +1,8 @@
 """Which precisions and patterns an NVIDIA GPU executes, by its compute capability, and why not the others.
 
 Sources: TensorRT's and TensorRT-RTX's support matrices ("GPU Architecture and Precision Support"), TensorRT's chapters on
-quantized types (int4 is for weights alone, in blocks, of matrix products) and on structured sparsity (2:4, from Ampere on). What NVIDIA's
-builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
+quantized types (int4 is for the weights of matrix products alone, in blocks) and on structured sparsity (2:4, from Ampere
+on). What NVIDIA's builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class Target:
     capability: tuple[int, int]
     architecture: str
     example: str
+
+    @property
+    def number(self) -> str:
+        return f"{self.capability[0]}.{self.capability[1]}"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.architecture}, {self.example})"
@@ -87,14 +91,14 @@ def why_not(
             since = _SINCE[kind]
             name = f" ({_SINCE_NAMES[since]})" if since in _SINCE_NAMES else ""
             what = f"base {kind}" if kind == base and kind != precision else kind
-            return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.capability[0]}.{at.capability[1]}"
+            return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.number}"
     if precision in _WEIGHTS_ALONE and not weighted:
         return f"{precision} is for weights alone, and this product has none"
     if precision in _BLOCKS and op not in _PRODUCTS:
         return f"{precision} is for matrix products, not for {op}"  # tensorrt_rtx 1.7.1 does not say so: it crashes
     if pattern != "dense":
         if at.capability < _SPARSE_SINCE:
-            return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.capability[0]}.{at.capability[1]}"
+            return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.number}"
         if not weighted:
             return f"{pattern} is a pattern of weights, and this product has none"
         if precision not in _SPARSE_TYPES:
