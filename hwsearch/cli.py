@@ -116,6 +116,10 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="Runtime; `hwsearch d
 MaybeBackend = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="Runtime; by default the allocation's.")
 ]
+EngineBackend = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", help="`tensorrt-rtx`, or `tensorrt` for the GPU of this machine."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Inference threads.")]
 Base = Annotated[
     str | None,
@@ -483,6 +487,55 @@ def deploy(
         show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
     else:
         print(f"{deployed.path}: {show.size(deployed.size_bytes)}")
+
+
+@app.command()
+def build(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Output,
+    target: Annotated[
+        str | None, typer.Option(metavar="SM", help="GPU architecture, for instance sm86; `tensorrt-rtx` needs one.")
+    ] = None,
+    backend: EngineBackend = "tensorrt-rtx",
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PRECISION", help="Instead of the allocation's own: fp16, bf16, fp32 or tf32."),
+    ] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the serialised engine of an allocation for a GPU. With `tensorrt-rtx` no GPU is needed here."""
+    import hwsearch as hs
+    from hwsearch.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    made = hs.build(hs.load(task), chosen, output, target=target, backend=backend, base=base, weights=weights)
+    show.engine_file(made, as_json)
+
+
+@app.command()
+def check(
+    task: TaskSpec,
+    target: Annotated[
+        str, typer.Option(metavar="SM[,SM]", help="GPU architectures, for instance sm75,sm80,sm86,sm89,sm120.")
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="PRECISION", help="Precision of all that is not quantized: fp16, bf16, fp32, tf32.")
+    ] = "fp16",
+    backend: EngineBackend = "tensorrt-rtx",
+    batch: Batch = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also list the fused layers of every engine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which variants are legal on which GPU. NVIDIA's builder is asked, on any machine; nothing is timed."""
+    names = [name.strip() for name in target.split(",") if name.strip()]
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    with Progress() as progress:
+        found = hs.check_targets(hs.load(task), names, base=base, backend=backend, batch=batch, progress=progress)
+    show.verdicts(found, as_json, layers=layers)
 
 
 @app.command()
