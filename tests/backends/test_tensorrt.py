@@ -84,11 +84,13 @@ def test_rows_of_tensorrt_for_rtx_do_not_name_tensorrt(cuda: FakeCuda) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "bases"),
-    [((7, 5), ("fp16", "fp32")), ((8, 6), ("fp16", "bf16", "fp32")), ((12, 0), ("fp16", "bf16", "fp32"))],
+    [((7, 5), ["fp16", "fp32"]), ((8, 6), ["fp16", "bf16", "fp32"]), ((12, 0), ["fp16", "bf16", "fp32"])],
 )
-def test_bases_by_compute_capability(capability: tuple[int, int], bases: tuple[str, ...]) -> None:
+def test_bases_by_compute_capability(capability: tuple[int, int], bases: list[str]) -> None:
     cuda = FakeCuda(capability)
-    assert TensorRTBackend(FakeTensorRT(cuda), cuda).bases() == bases
+    backend = TensorRTBackend(FakeTensorRT(cuda), cuda)
+    assert [base for base in backend.bases() if base != "tf32"] == bases
+    assert backend.precisions("fp16")[:2] == ("fp16", "int8")
 
 
 def test_threads_are_not_an_option_of_a_gpu(trt: Any, cuda: FakeCuda) -> None:
@@ -195,7 +197,8 @@ def test_without_a_graph_it_runs_by_plain_launches_and_says_so(trt: Any, cuda: F
     assert trt.calls.count("execute_async_v3") == before + 1
 
 
-def test_tensorrt_for_rtx_is_asked_whether_it_can_be_captured(cuda: FakeCuda) -> None:
+def test_tensorrt_for_rtx_is_asked_whether_it_can_be_captured() -> None:
+    cuda = FakeCuda((8, 6))
     trt = FakeTensorRT(cuda, name="tensorrt_rtx")
     assert built(trt, cuda).launches == "CUDA graph"
     trt.faults["is_stream_capturable"] = False
@@ -243,14 +246,14 @@ def test_warm_up_does_not_count(trt: Any, cuda: FakeCuda, monkeypatch: pytest.Mo
 
 
 FAILURES = {
-    "Runtime": (None, "runtime does not start"),
+    "Runtime": (None, "tensorrt does not start here"),
     "deserialize_cuda_engine": (None, "cannot load the plan"),
     "create_execution_context": (None, "no execution context"),
     "set_tensor_address": (False, "does not take the address"),
     "execute_async_v3": (False, "does not run the engine"),
     "build_serialized_network": (None, "does not build the network"),
     "parse": (False, "does not take the ONNX network"),
-    "Builder": (TypeError("pybind11::init(): factory function returned nullptr"), "does not start"),
+    "Builder": (TypeError("pybind11::init(): factory function returned nullptr"), "tensorrt does not start here"),
 }
 
 

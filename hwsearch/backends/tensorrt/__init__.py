@@ -89,10 +89,10 @@ class TensorRTBackend:
         return {key: value for key, value in found.items() if value} | {"gpu": f"{gpu.name} ({gpu.sm})"}
 
     def bases(self) -> tuple[str, ...]:
-        return offering.bases(self.cuda.gpu.capability)
+        return offering.bases(self.cuda.gpu.capability, self.name)
 
     def precisions(self, base: str) -> tuple[str, ...]:
-        return offering.precisions(self.cuda.gpu.capability, base)
+        return offering.precisions(self.cuda.gpu.capability, self.name, base)
 
     def build(self, onnx: bytes, options: BuildOptions) -> TensorRTEngine:
         if options.base not in self.bases():

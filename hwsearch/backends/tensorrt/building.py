@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable, InvalidInput
-
-_KEPT = ("Layers:", "(Sparsity)")
-"""What is kept of the verbose messages; there are tens of thousands of others."""
-_ERRORS = ("[INTERNAL_ERROR]", "[ERROR]")
 
 
 @dataclass(frozen=True)
@@ -60,26 +56,18 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     Raises BackendUnavailable with TensorRT's own reasons where it does not parse or build the network, InvalidInput where
     the module does not build for the target.
     """
-    log = _log_of(trt)
-    log.lines = lines = []
-    started = time.perf_counter()
-    try:
-        builder = trt.Builder(log)
-    except (
-        TypeError
-    ) as error:  # the bindings' way to say that the library returned nothing: no GPU, no driver
-        raise BackendUnavailable(
-            f"{trt.__name__} does not start here: {_reasons(lines) or error}; it needs an NVIDIA GPU and its driver"
-        ) from error
+    log, began = log_of(trt), time.perf_counter()
+    builder = started(trt, trt.Builder, log)
+    lines = log.lines
     network = _parsed(trt, builder, log, request.onnx)
     config, cache_in = _config(trt, builder, request)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendUnavailable(
-            f"{trt.__name__} does not build the network{_for(request)}: {_reasons(lines) or 'it gave no reason'}"
+            f"{trt.__name__} does not build the network{_for(request)}: {reasons(lines) or 'it gave no reason'}"
         )
     cache_out = bytes(config.get_timing_cache().serialize()) if cache_in is not None else None
-    return Built(bytes(plan), tuple(lines), cache_out, time.perf_counter() - started)
+    return Built(bytes(plan), tuple(lines), cache_out, time.perf_counter() - began)
 
 
 def _parsed(trt: Any, builder: Any, log: Any, onnx: bytes) -> Any:
@@ -90,7 +78,7 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx: bytes) -> Any:
     if not parser.parse(onnx):
         errors = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
         raise BackendUnavailable(
-            f"{trt.__name__} does not take the ONNX network: {'; '.join(errors) or _reasons(log.lines)}"
+            f"{trt.__name__} does not take the ONNX network: {'; '.join(errors) or reasons(log.lines)}"
         )
     return network
 
@@ -142,25 +130,3 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
 
 def _for(request: BuildRequest) -> str:
     return f" for {request.target}" if request.target is not None else ""
-
-
-def _reasons(lines: list[str]) -> str:
-    """The errors in a log, each once, in the builder's own words."""
-    said = [line.partition("] ")[2] for line in lines if line.startswith(_ERRORS)]
-    return "; ".join(dict.fromkeys(" ".join(text.split()) for text in said))
-
-
-@cache
-def _log_of(trt: Any) -> Any:
-    """The one logger of a TensorRT module: it keeps the first one for the life of the process, and uses it for some messages."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity != trt.ILogger.VERBOSE or msg.startswith(_KEPT):
-                self.lines.append(f"[{severity.name}] {msg.strip()}")
-
-    return Log()

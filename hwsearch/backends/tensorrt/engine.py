@@ -37,7 +37,7 @@ class TensorRTEngine:
         self._trt, self._cuda, self._log = trt, cuda, log_of(trt)
         self.size_bytes = len(plan)
         self.build_times_ns: tuple[float, ...] = ()
-        runtime = started(trt.Runtime, self._log)
+        runtime = started(trt, trt.Runtime, self._log)
         self._engine = self._made(
             lambda: runtime.deserialize_cuda_engine(plan), "TensorRT cannot load the plan on this GPU"
         )

@@ -33,26 +33,23 @@ def log_of(trt: Any) -> Any:
     return Log()
 
 
-def started(kind: Any, log: Any) -> Any:
-    """A `Runtime` or `Builder` that speaks to a logger, whose lines begin anew. Raises BackendUnavailable with TensorRT's reason.
+def started(trt: Any, kind: Any, log: Any) -> Any:
+    """A `Runtime` or `Builder` of a module, on a logger whose lines begin anew. Raises BackendUnavailable with its reason.
 
     Without a driver, or with one too old, bindings raise TypeError; those of 11.4 log the error and hand out an object around
     nothing, whose use and whose destructor end the process. That object is never freed.
     """
     log.lines = []
-    name = f"TensorRT's {kind.__name__.lower()}"
+    made, said = None, ""
     try:
         made = kind(log)
     except (TypeError, RuntimeError) as error:
-        said = reasons(log.lines) or str(error)
-        raise BackendUnavailable(
-            f"{name} does not start: {said}; it needs an NVIDIA GPU and its driver"
-        ) from error
+        said = str(error)
     if made is not None and not reasons(log.lines):
         return made
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     raise BackendUnavailable(
-        f"{name} does not start: {reasons(log.lines) or 'it gave no reason'}; it needs an NVIDIA GPU and a driver new enough"
+        f"{trt.__name__} does not start here: {reasons(log.lines) or said or 'it gave no reason'}; it needs an NVIDIA GPU and its driver"
     )
 
 

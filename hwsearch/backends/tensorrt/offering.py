@@ -1,22 +1,29 @@
-"""What a GPU executes, by its compute capability.
+"""What a backend offers on the GPU that it runs on: what `legality` allows there, in the order in which to prefer it.
 
-Source: TensorRT's support matrix ("Hardware and Precision"). What is offered here is only what may be asked for: the precision
-that each unit executed in is read back from every engine.
+Whether a unit then *executed* as asked is read back from every engine.
 """
 
 from __future__ import annotations
 
-Capability = tuple[int, int]
+from hwsearch.backends.tensorrt.legality import BASES, Target, why_not
+from hwsearch.variants import PRECISIONS
 
-OLDEST: Capability = (7, 5)
-"""Turing: TensorRT 10.x and 11.x run on nothing older that this project could name."""
-
-
-def bases(capability: Capability) -> tuple[str, ...]:
-    """Base precisions, the one to prefer first: fp16, bf16 from Ampere on, fp32."""
-    return ("fp16", "bf16", "fp32") if capability >= (8, 0) else ("fp16", "fp32")
+_QUANTIZED = ("int8", "fp8", "int4", "nvfp4")
 
 
-def precisions(capability: Capability, base: str) -> tuple[str, ...]:
-    """Precisions that variants may ask for under a base, the base first: int8 from Turing on."""
-    return (base, "int8") if capability >= OLDEST else (base,)
+def bases(capability: tuple[int, int], runtime: str) -> tuple[str, ...]:
+    """Base precisions, the one to prefer first."""
+    at = _here(capability)
+    return tuple(b for b in BASES if b in PRECISIONS and not why_not(b, at, base=b, runtime=runtime))
+
+
+def precisions(capability: tuple[int, int], runtime: str, base: str) -> tuple[str, ...]:
+    """Precisions that variants may ask for under a base, the base first."""
+    at = _here(capability)
+    return base, *(
+        p for p in _QUANTIZED if p in PRECISIONS and not why_not(p, at, base=base, runtime=runtime)
+    )
+
+
+def _here(capability: tuple[int, int]) -> Target:
+    return Target("sm{}{}".format(*capability), capability, "", "this GPU")
