@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.compress.quantize import QuantizedWeight, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
+from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import Variant
 
 
@@ -55,7 +56,10 @@ def assemble(
         else:
             key = (unit, call, "out" if role == "out" else f"in{port}")
             builder.activation(node, unit, call, ranges[key], own=role == "in")
-    return builder.finish(dict(metadata or {}))
+    told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
+    units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
+    untold = {u: p for u, p in units.items() if p in TYPES and (p == "fp32" or u not in told)}
+    return builder.finish({**float_units(untold), **(metadata or {})})
 
 
 class _Builder:
@@ -167,7 +171,8 @@ class _Builder:
         return name
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        # a scale of shape [1] means one channel, and TensorRT then runs no convolution in int8: scalars stay scalars
+        self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def _add(self, op: str, inputs: list[str], output: str, name: str, **attributes: Any) -> None:

@@ -116,6 +116,10 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="Runtime; `hwsearch d
 MaybeBackend = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="Runtime; by default the allocation's.")
 ]
+EngineBackend = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", help="`tensorrt-rtx`, or `tensorrt` for the GPU of this machine."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Inference threads.")]
 Base = Annotated[
     str | None,
@@ -182,6 +186,13 @@ def seconds(duration: str) -> float:
     if total <= 0:
         raise InvalidInput(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
     return total
+
+
+def _answers(backend: str) -> None:
+    """Raises BackendUnavailable at once where a runtime is missing or dead, before a task is loaded and traced for it."""
+    from hwsearch import backends
+
+    backends.get(backend).versions()
 
 
 def _axes(text: str) -> list[str]:
@@ -277,6 +288,7 @@ def profile(
     Other options or another shape of the same model become another section of the file.
     """
     limit = seconds(time_limit)
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
@@ -389,6 +401,7 @@ def sensitivity(
     """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
     if section and table is None:
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.api import table_of_task
     from hwsearch.progress import Progress
@@ -477,6 +490,55 @@ def deploy(
 
 
 @app.command()
+def build(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Output,
+    target: Annotated[
+        str | None, typer.Option(metavar="SM", help="GPU architecture, for instance sm86; `tensorrt-rtx` needs one.")
+    ] = None,
+    backend: EngineBackend = "tensorrt-rtx",
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PRECISION", help="Instead of the allocation's own: fp16, bf16, fp32 or tf32."),
+    ] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the serialised engine of an allocation for a GPU. With `tensorrt-rtx` no GPU is needed here."""
+    import hwsearch as hs
+    from hwsearch.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    made = hs.build(hs.load(task), chosen, output, target=target, backend=backend, base=base, weights=weights)
+    show.engine_file(made, as_json)
+
+
+@app.command()
+def check(
+    task: TaskSpec,
+    target: Annotated[
+        str, typer.Option(metavar="SM[,SM]", help="GPU architectures, for instance sm75,sm80,sm86,sm89,sm120.")
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="PRECISION", help="Precision of all that is not quantized: fp16, bf16, fp32, tf32.")
+    ] = "fp16",
+    backend: EngineBackend = "tensorrt-rtx",
+    batch: Batch = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also list the fused layers of every engine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which variants are legal on which GPU. NVIDIA's builder is asked, on any machine; nothing is timed."""
+    names = [name.strip() for name in target.split(",") if name.strip()]
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    with Progress() as progress:
+        found = hs.check_targets(hs.load(task), names, base=base, backend=backend, batch=batch, progress=progress)
+    show.verdicts(found, as_json, layers=layers)
+
+
+@app.command()
 def verify(
     task: TaskSpec,
     allocation: AllocationFile,
@@ -522,6 +584,7 @@ def run(
 ) -> None:
     """Do all of it, until the budget holds. Profile, score, search, deploy, verify; uses what DIR already has."""
     limit = seconds(time_limit)
+    _answers(backend)
     import hwsearch as hs
     from hwsearch.progress import Progress
 

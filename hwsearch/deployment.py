@@ -28,6 +28,7 @@ from hwsearch.isolated import reference_engine
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
+from hwsearch.network import Network
 from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
@@ -57,11 +58,11 @@ class Deployed:
         return as_module(self.at.lowering)
 
 
-def check_allocation(allocation: Allocation, at: Regime) -> None:
+def check_allocation(allocation: Allocation, network: Network) -> None:
     """Raises IncompatibleTables where the allocation is of another network or of other weights."""
     for what, own, current in (
-        ("network", allocation.network, at.network.fingerprint),
-        ("weights", allocation.weights_digest, at.network.weights_digest),
+        ("network", allocation.network, network.fingerprint),
+        ("weights", allocation.weights_digest, network.weights_digest),
     ):
         if own != current:
             raise IncompatibleTables(
@@ -78,21 +79,36 @@ def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads:
         base=base if base in backend.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)),
     )  # fmt: skip
-    check_allocation(allocation, at)
+    check_allocation(allocation, at.network)
     return at
+
+
+def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None = None) -> Lowering:
+    """The task as an allocation wants it, narrow and refitted, whichever backend it was searched on.
+
+    weights: folder of refitted weights; without it they are refitted anew. Raises IncompatibleTables (another network).
+    """
+    options = allocation.options
+    whole = Lowering(task, options.get("batch"), residual=bool(options.get("residual", False)))
+    check_allocation(allocation, whole.network)
+    bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
+    return _narrow(whole, allocation, bank)
 
 
 def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
     """The regime with the channels that an allocation keeps, its weights refitted (by `bank`, or anew)."""
-    channels = at.network.channels
+    return replace(at, lowering=_narrow(at.lowering, allocation, bank)) if allocation.narrow else at
+
+
+def _narrow(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
-        return at
-    if {g: len(s) for g, s in allocation.slots.items()} != channels:
+        return lowering
+    if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
         raise IncompatibleTables(
             "the allocation is of other channel groups than the network has; search again"
         )
-    bank = bank or weight_bank(at.lowering, None, allocation.slots)
-    return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, parse_variants(allocation)))
+    bank = bank or weight_bank(lowering, None, allocation.slots)
+    return narrowed(lowering, allocation.widths, bank, parse_variants(allocation))
 
 
 def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
