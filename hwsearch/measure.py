@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.energy import Meter
+from hwsearch.nvidia import State
 
 Run = Callable[[], None]
 
@@ -36,6 +37,7 @@ class Timing:
     ratio: median over rounds of candidate / reference. low, high: its 95 % bootstrap interval.
     unstable: the interval was still wider than asked when time ran out.
     energy_j, reference_energy_j: joules of each timed block, in order, where a meter was read; else empty.
+    states: of the GPU before the first round and after the last; empty where none was looked at.
     """
 
     samples_ns: NDArray[np.int64]
@@ -49,6 +51,7 @@ class Timing:
     warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    states: tuple[State, ...] = ()
 
     @property
     def energy(self) -> Energy | None:
@@ -112,9 +115,11 @@ def paired(
     clock: Callable[[], int] = time.perf_counter_ns,
     seed: int = 0,
     meter: Meter | None = None,
+    sample: Callable[[], State] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate against the reference, all interleaved in the same rounds. meter: read before and after each block.
 
+    sample: looks at the GPU, once before the first round (when everything is warm) and once after the last.
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate.
     """
@@ -127,6 +132,7 @@ def paired(
         block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     joules: dict[str | None, list[float]] = {name: [] for name in runs}
+    states = [sample()] if sample else []
     deadline = clock() + int(protocol.limit_s * 1e9 * len(candidates))
     rng = np.random.default_rng(seed)
     collecting = gc.isenabled()
@@ -150,6 +156,7 @@ def paired(
     finally:
         if collecting:
             gc.enable()
+    states += [sample()] if sample else []
     result = {}
     for name in candidates:
         ratio, low, high, width = _interval(samples[name], samples[None], np.random.default_rng(seed))
@@ -165,6 +172,7 @@ def paired(
             warmup_ns=np.array(warm[name], np.int64),
             energy_j=np.array(joules[name], np.float64),
             reference_energy_j=np.array(joules[None], np.float64),
+            states=tuple(states),
         )
     return result
 
