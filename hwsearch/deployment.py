@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,14 +71,21 @@ def check_allocation(allocation: Allocation, network: Network) -> None:
             )
 
 
-def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads: int | None = None) -> Regime:
-    """The task under the allocation's own options."""
+def of_allocation(
+    task: Task,
+    allocation: Allocation,
+    backend: Backend,
+    threads: int | None = None,
+    lock_clocks: bool = False,
+) -> Regime:
+    """The task under the allocation's own options. lock_clocks: at the clock of its table, where that was locked."""
     options = allocation.options
+    clocks = int(options.get("clocks", 0)) or devices.clocks_to_lock(backend) if lock_clocks else 0
     base = str(options.get("base", "fp32"))
     at = regime(
         task, backend, threads=threads or int(options.get("threads", 1)),
         base=base if base in backend.bases() else None, batch=options.get("batch"),
-        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)),
+        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
     )  # fmt: skip
     check_allocation(allocation, at.network)
     return at
@@ -251,7 +259,7 @@ class Session:
     def check(self, table: LatencyTable) -> Check:
         """Whether the table still holds, by three of its builds; looked at once."""
         if self._check is None:
-            with background(self.at.load):
+            with self._quiet():
                 self._check = measure_again(table, self.at, spread(table, 3), reference=self.reference)
         return self._check
 
@@ -268,8 +276,18 @@ class Session:
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
-        with background(self.at.load):
+        with self._quiet():
             return self._measure(wanted)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
+        with ExitStack() as stack:
+            if self.at.clocks:
+                stack.enter_context(devices.lock(devices.fingerprint_for(self.at.backend).id))
+            stack.enter_context(background(self.at.load))
+            stack.enter_context(self.at.locked())
+            yield
 
     def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         ats = {n: job.at or self.at for n, job in wanted.items()}
@@ -281,6 +299,7 @@ class Session:
             clock=self.at.clock,
             meter=self.at.meter,
             quiet_ns=self.table.quiet_ns if self.table is not None else None,
+            sample=self.at.sample,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         if not self.scale_ns:
@@ -405,6 +424,7 @@ def verify(
     out: str | Path | None = None,
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
+    lock_clocks: bool = False,
     at: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
@@ -412,12 +432,12 @@ def verify(
     """Measure an allocation on this device and report predicted beside measured.
 
     Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
-    given. The budget holds only as measured. weights: as for `deploy`.
+    given. The budget holds only as measured. weights: as for `deploy`. lock_clocks: as for `profile`.
     Raises IncompatibleTables where the table is of another device.
     """
     report, _ = verify_with_build(
-        task, allocation, backend=backend, threads=threads, table=table, weights=weights, at=at, rounds=rounds,
-        session=session,
+        task, allocation, backend=backend, threads=threads, table=table, weights=weights, lock_clocks=lock_clocks,
+        at=at, rounds=rounds, session=session,
     )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -432,14 +452,15 @@ def verify_with_build(
     threads: int | None = None,
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
+    lock_clocks: bool = False,
     at: Regime | None = None,
     own: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
 ) -> tuple[Report, Build]:
     """As `verify`, with the measured build for the table. own: `at` at the allocation's widths."""
-    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads)
-    device = devices.fingerprint()
+    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads, lock_clocks)
+    device = devices.fingerprint_for(at.backend)
     if table is not None:
         table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
     session = session or Session(at, table)

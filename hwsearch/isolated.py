@@ -130,9 +130,14 @@ class Layers:
         engine, model = _engine(self.at, marked, variants, base)
         build_s = (self.at.clock() - begun) / 1e9
         protocol = replace(self.protocol, width=max(self.protocol.width, WIDTH))
-        timing = paired(reference.run, {role: engine.run}, protocol, clock=self.at.clock, seed=self.seed)[
-            role
-        ]
+        timing = paired(
+            reference.run,
+            {role: engine.run},
+            protocol,
+            clock=self.at.clock,
+            seed=self.seed,
+            sample=self.at.sample,
+        )[role]
         build = record(self.at, role, variants, base, timing, engine, model, build_s)
         if base == self.at.options.base:
             self.table = self.table.with_header(unsupported=refusals(self.table, build, known))

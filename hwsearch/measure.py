@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.energy import Meter
+from hwsearch.nvidia import State
 
 Run = Callable[[], None]
 
@@ -47,6 +48,7 @@ class Timing:
     ratio: median over the quiet rounds of candidate / reference. low, high: its 95 % bootstrap interval.
     unstable: the interval was still wider than asked when time ran out, or there were too few rounds on a quiet machine.
     energy_j, reference_energy_j: joules of each timed block, in order, where a meter was read; else empty.
+    states: of the GPU before the first round and after the last; empty where none was looked at.
     """
 
     samples_ns: NDArray[np.int64]
@@ -62,6 +64,7 @@ class Timing:
     reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     disturbed: bool = False
     """Whether there were too few rounds on a quiet machine, so that all of them count."""
+    states: tuple[State, ...] = ()
 
     @property
     def energy(self) -> Energy | None:
@@ -126,9 +129,11 @@ def paired(
     seed: int = 0,
     meter: Meter | None = None,
     quiet_ns: float | None = None,
+    sample: Callable[[], State] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate against the reference, all interleaved in the same rounds. meter: read before and after each block.
 
+    sample: looks at the GPU, once before the first round (when everything is warm) and once after the last.
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate; half as long again where the machine was disturbed.
     quiet_ns: time of the reference on the quiet machine, where earlier measurements tell it; else its fastest rounds do.
@@ -142,6 +147,7 @@ def paired(
         block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     joules: dict[str | None, list[float]] = {name: [] for name in runs}
+    states = [sample()] if sample else []
     limit_ns = int(protocol.limit_s * 1e9 * len(candidates))
     begun = clock()
     rng = np.random.default_rng(seed)
@@ -168,6 +174,7 @@ def paired(
     finally:
         if collecting:
             gc.enable()
+    states += [sample()] if sample else []
     result = {}
     counted = quiet if enough else np.ones_like(quiet)
     for name in candidates:
@@ -187,6 +194,7 @@ def paired(
             warmup_ns=np.array(warm[name], np.int64),
             energy_j=np.array(joules[name], np.float64),
             reference_energy_j=np.array(joules[None], np.float64),
+            states=tuple(states),
         )
     return result
 

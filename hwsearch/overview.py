@@ -83,6 +83,29 @@ def _energy(build: Build) -> str:
     return f", {1e3 * build.energy_j:.4g} mJ" if build.energy_j else ""
 
 
+def _gpu(table: LatencyTable) -> list[str]:
+    """How the GPU was while the builds were timed, where one was looked at."""
+    states = [state for build in table.builds for state in build.states]
+    if not states:
+        return []
+    parts = []
+    for unit, values in (
+        ("MHz", [s.sm_mhz for s in states]),
+        ("W", [s.power_w for s in states]),
+        ("°C", [s.temperature_c for s in states]),
+    ):
+        if known := [v for v in values if v is not None]:
+            parts.append(f"{min(known):.0f} to {max(known):.0f} {unit}")
+    slowed = [b for b in table.builds if any(s.slowed for s in b.states)]
+    reasons = sorted({r for b in slowed for s in b.states for r in s.slowed})
+    parts.append(
+        f"{len(slowed)} builds slowed by {', '.join(reasons)}" if slowed
+        else "no build seen slowed down" if any(s.throttle is not None for s in states)
+        else "what slows it down is not told"
+    )  # fmt: skip
+    return [f"gpu        {', '.join(parts)}"]
+
+
 def summary(table: LatencyTable) -> str:
     """A screenful for a person."""
     h = table.header
@@ -120,6 +143,7 @@ def summary(table: LatencyTable) -> str:
         if not isinstance(size, str)
     ]
     lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
+    lines += _gpu(table)
     if h.mode == SANDWICHED:
         lines += _sums(table)
     found = quality(table)

@@ -100,8 +100,8 @@ def profile(
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)
-    fingerprint = devices.fingerprint().to_json()
-    with devices.lock(fingerprint["id"]), background(at.load):
+    fingerprint = devices.fingerprint_for(at.backend).to_json()
+    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
         run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
         run.take(prior)
         if mode in LAYERED:
@@ -430,6 +430,7 @@ class _Run:
             seed=self.seed,
             meter=self.meter,
             quiet_ns=self._quiet_ns(),
+            sample=at.sample,
         )[role]
         build = replace(
             record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths

@@ -8,6 +8,7 @@ Schema history:
   2  widths of the channel groups in each build, the grid of widths and the groups in the header.
   3  sections: the header holds one header for each (`sections`), rows their section's number (`section`); energies of
      builds, null where no counter was read. A file of schema 2 is read as one of one section, without energies.
+  4  states of the GPU around each build (`states`); older rows have none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.measure import QUIET
 from hwsearch.network import Network
+from hwsearch.nvidia import State
 from hwsearch.sections import Section, matching, only
 from hwsearch.tablefile import read_sections, write_sections
 from hwsearch.variants import Variant
@@ -32,9 +34,11 @@ from hwsearch.variants import Variant
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 3
+SCHEMA = 4
+OLDER = (3,)
+"""Older schemas that are still read."""
 WHOLE = (2,)
-"""Older schemas that are still read: files of one section."""
+"""Still older ones, whose files are of one section."""
 PARTS = ("alone", "sandwich")
 """Roles of builds of a part of the network: one unit by itself, or some between their neighbours."""
 SANDWICHED = "sandwiched"
@@ -73,6 +77,7 @@ class Build:
     source: always `measured`; estimates never enter a table.
     energy_j, reference_energy_j: joules of an inference of this engine and of the reference, and energy_error the relative
     standard error of their ratio; None where no counter was read.
+    states: of the GPU before and after it was timed; empty where it ran on a CPU.
     """
 
     role: str
@@ -96,6 +101,7 @@ class Build:
     energy_j: float | None = None
     reference_energy_j: float | None = None
     energy_error: float | None = None
+    states: tuple[State, ...] = ()
 
     @property
     def energy_ratio(self) -> float | None:
@@ -355,7 +361,7 @@ class LatencyTable:
 
         rows = pa.concat_tables([_schema().empty_table(), *(b.row for b in self.builds)])
         own = self.header.to_json(), rows
-        sections = read_sections(path, SCHEMA, WHOLE) if Path(path).exists() else []
+        sections = read_sections(path, (SCHEMA, *OLDER), WHOLE) if Path(path).exists() else []
         headers = [_header(header, path) for header, _ in sections]
         for header in headers[:1]:
             LatencyTable(header).require_beside(self.header)
@@ -368,7 +374,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """The table of a file; where it has several, the one under the options wanted.
 
-        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, and `shape` (`"1x3x160x160"`, or one for each input).
+        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, and `shape` (`"1x3x160x160"`, or one for each
+        input).
         Of those left, the ones of this network (a fingerprint) are preferred, then the ones that agree with most of the
         options in `like`.
         Raises InvalidInput (absent, truncated, foreign; no table under these options, or several: then it lists them) or
@@ -384,7 +391,7 @@ class LatencyTable:
     @staticmethod
     def sections(path: str | Path, **wanted: Any) -> list[LatencyTable]:
         """Every table of a file, or those under the options wanted, which are at least one. Raises as `load`."""
-        tables = [_table(header, rows, path) for header, rows in read_sections(path, SCHEMA, WHOLE)]
+        tables = [_table(header, rows, path) for header, rows in read_sections(path, (SCHEMA, *OLDER), WHOLE)]
         keys = [t.header.section for t in tables]
         if any(key in keys[:i] for i, key in enumerate(keys)):
             raise InvalidInput(
@@ -500,6 +507,7 @@ def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable
                     "samples_ns": np.array(row["samples_ns"], np.int64),
                     "reference_ns": np.array(row["reference_ns"], np.int64),
                     "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                    "states": tuple(_state(s) for s in row.get("states") or ()),
                 }
             )
             for row in rows.to_pylist()
@@ -510,6 +518,11 @@ def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable
         if why := _damage(build, header.network):
             raise InvalidInput(f"{path} is damaged: {why}")
     return LatencyTable(header, builds)
+
+
+def _state(row: Mapping[str, Any]) -> State:
+    throttle = row["throttle"]
+    return State(**{**row, "throttle": None if throttle is None else tuple(throttle)})
 
 
 def _damage(build: Build, network: Network) -> str:
@@ -543,6 +556,15 @@ def _schema() -> Any:
             ("time_ns", pa.float64()),
         ]
     )
+    state = pa.struct(
+        [
+            ("sm_mhz", pa.int64()),
+            ("memory_mhz", pa.int64()),
+            ("power_w", pa.float64()),
+            ("temperature_c", pa.int64()),
+            ("throttle", pa.list_(pa.string())),
+        ]
+    )
     return pa.schema(
         [
             ("role", pa.string()),
@@ -566,5 +588,6 @@ def _schema() -> Any:
             ("energy_j", pa.float64()),
             ("reference_energy_j", pa.float64()),
             ("energy_error", pa.float64()),
+            ("states", pa.list_(state)),
         ]
     )
