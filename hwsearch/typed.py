@@ -20,7 +20,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 from hwsearch.errors import BackendUnavailable
 from hwsearch.nodenames import call_of, unit_of
 
-TYPES = {
+TYPES: dict[str, int] = {
     "fp32": TensorProto.FLOAT,
     "tf32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -30,8 +30,8 @@ TYPES = {
 PRECISIONS = "hwsearch.float_units"
 """Metadata key: the units of each float precision, for those whose weights do not tell (see `assemble`)."""
 
-_FLOATS = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
-_SHORT = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_FLOATS: dict[int, str] = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+_SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 _FP16_TOP = 65504.0
 _FP16_NORMAL, _FP16_LEAST = 2.0**-14, 2.0**-24
 _WIDE = frozenset(
@@ -247,7 +247,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 def _opset(model: onnx.ModelProto, kinds: set[int]) -> int:
     """The least opset, from the model's own on, whose operators take these types."""
     own = next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    least = {TensorProto.FLOAT16: _OPSET_HALF_SCALES, TensorProto.BFLOAT16: _OPSET_BF16}
+    least: dict[int, int] = {TensorProto.FLOAT16: _OPSET_HALF_SCALES, TensorProto.BFLOAT16: _OPSET_BF16}
     wanted = max([own, *(least.get(k, own) for k in kinds)])
     for node in model.graph.node:
         if node.op_type in _CONTROL:

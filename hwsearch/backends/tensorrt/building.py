@@ -61,7 +61,8 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     the module does not build for the target.
     """
     log = _log_of(trt)
-    log.lines = lines = []
+    lines: list[str] = []
+    log.lines = lines
     started = time.perf_counter()
     try:
         builder = trt.Builder(log)
