@@ -30,8 +30,16 @@ TYPES: dict[str, int] = {
 PRECISIONS = "hwsearch.float_units"
 """Metadata key: the units of each float precision, for those whose weights do not tell (see `assemble`)."""
 
-_FLOATS: dict[int, str] = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
-_SHORT: dict[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+_SHORT: dict[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+}
 _FP16_TOP = 65504.0
 _FP16_NORMAL, _FP16_LEAST = 2.0**-14, 2.0**-24
 _WIDE = frozenset(
@@ -41,6 +49,14 @@ _WIDE = frozenset(
 _OPSET_HALF_SCALES, _OPSET_BF16 = 19, 22
 _CHANGED = {"GroupNormalization": 21, "DFT": 20}
 """Operators whose meaning changed after opset 18, and since when."""
+_MADE_BY = {
+    "Constant": "value",
+    "ConstantOfShape": "value",
+    "EyeLike": "dtype",
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+}
+"""Operators that make the type that an attribute says, and fp32 without it."""
 _CONTROL = frozenset(("If", "Loop", "Scan"))
 
 
@@ -144,6 +160,9 @@ class _Typer:
         unit, own = unit_of(node.name)
         kind = self.units.get(unit, self.base) if own else self.base
         if kind == TensorProto.FLOAT16 and node.op_type in _WIDE:
+            return int(TensorProto.FLOAT)
+        told = _MADE_BY.get(node.op_type)
+        if told is not None and all(a.name != told for a in node.attribute):
             return int(TensorProto.FLOAT)
         schema = self._schema(node)
         if schema is not None:
