@@ -104,8 +104,8 @@ def build(
 ) -> EngineFile:
     """Write the serialised engine of an allocation, whichever backend it was searched on.
 
-    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine. base: instead of the
-    allocation's own; what was in that one then is in this. weights: as for `deploy`.
+    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine (never tried: there was
+    none). base: instead of the allocation's own; what was in that one then is in this. weights: as for `deploy`.
     Raises InvalidInput (unknown target), IncompatibleTables (of another network), BackendUnavailable (not installed; not
     built, with NVIDIA's reason).
     """
