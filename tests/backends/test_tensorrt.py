@@ -17,10 +17,12 @@ from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.measure import Protocol, paired
+from hwsearch.profiler import profile
 from hwsearch.regime import Regime
+from hwsearch.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import small_network
-from hwsearch.variants import uniform
+from hwsearch.variants import Variant, uniform
 from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT
 
 
@@ -50,21 +52,6 @@ def built(
     trt: Any, cuda: FakeCuda, onnx: bytes | None = None, base: str = "fp32", **options: Any
 ) -> TensorRTEngine:
     return TensorRTBackend(trt, cuda, **options).build(onnx or model(), BuildOptions(1, base))
-
-
-# ---- the contract, on both shapes of the inspector's record
-
-
-class TestOnTensorRT10(BackendContract):
-    @pytest.fixture
-    def backend(self, trt: Any, cuda: FakeCuda) -> TensorRTBackend:
-        return TensorRTBackend(trt, cuda)
-
-
-class TestOnTensorRT11(TestOnTensorRT10):
-    @pytest.fixture
-    def trt(self, cuda: FakeCuda) -> Any:
-        return FakeTensorRT(cuda, version="11.4.0.106")
 
 
 # ---- what it says of itself
@@ -211,6 +198,25 @@ def test_engines_are_timed_in_turn(trt: Any, cuda: FakeCuda) -> None:
     assert 0.2 < timing.ratio < 5.0
 
 
+def test_a_table_is_profiled_as_on_a_cpu(trt: Any, cuda: FakeCuda, tmp_path: Path) -> None:
+    """Through the profiler, the measuring and the attribution of every other backend; only the GPU is an imitation."""
+    at = Regime(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp32"))
+    protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
+    table = profile(at, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    loaded = LatencyTable.load(tmp_path / "table.parquet")
+    assert loaded.header.backend == "tensorrt"
+    assert loaded.header.versions["gpu"] == "Simulated GPU (sm75)"
+    assert len(table.builds) == 5
+    for build in loaded.builds:
+        asked = [Variant.parse(v).precision for v in build.variants]
+        assert build.executed == tuple(asked), f"{build.role}: asked {asked}, read {build.executed}"
+        assert {row.kind for row in build.nodes} >= {"unit", "rest"}
+        assert ("edge" in {row.kind for row in build.nodes}) == ("int8" in asked)
+        assert not build.wrong
+    trt.live += type(trt.live)()
+    assert trt.live["ICudaEngine"] == 0, "engines of a profile are kept"
+
+
 # ---- layer times
 
 
@@ -253,7 +259,10 @@ FAILURES = {
     "execute_async_v3": (False, "does not run the engine"),
     "build_serialized_network": (None, "does not build the network"),
     "parse": (False, "does not take the ONNX network"),
-    "Builder": (TypeError("pybind11::init(): factory function returned nullptr"), "tensorrt does not start here"),
+    "Builder": (
+        TypeError("pybind11::init(): factory function returned nullptr"),
+        "tensorrt does not start here",
+    ),
 }
 
 
@@ -364,3 +373,18 @@ def nothing_lives(trt: Any, cuda: FakeCuda) -> None:
     cuda.live += type(cuda.live)()
     assert not trt.live, f"TensorRT's objects still live: {dict(trt.live)}"
     assert not cuda.live, f"of the GPU there still live: {dict(cuda.live)}"
+
+
+# ---- the contract, on both shapes of the inspector's record
+
+
+class TestOnTensorRT10(BackendContract):
+    @pytest.fixture
+    def backend(self, trt: Any, cuda: FakeCuda) -> TensorRTBackend:
+        return TensorRTBackend(trt, cuda)
+
+
+class TestOnTensorRT11(TestOnTensorRT10):
+    @pytest.fixture
+    def trt(self, cuda: FakeCuda) -> Any:
+        return FakeTensorRT(cuda, version="11.4.0.106")
