@@ -78,9 +78,11 @@ class Examined:
 
     @property
     def reason(self) -> str:
-        """Why it is not available, in one line."""
-        why = [f"{r.detail}{f' ({r.remedy})' if r.remedy else ''}" for r in self.results if r.outcome != "ok"]
-        return f"{self.backend} cannot be used here: {'; '.join(why)}"
+        """Why it is not available, in one line; a runtime that misses the driver says so itself."""
+        why = {r.name: r.detail for r in self.results if r.outcome != "ok"}
+        if "driver" in why.get("runtime", ""):
+            why.pop("driver", None)
+        return f"{self.backend} cannot be used here: {'; '.join(why.values())}"
 
     @property
     def kinds(self) -> dict[str, list[Result]]:

@@ -379,10 +379,10 @@ def test_a_signal_while_the_clock_is_let_go_does_not_lock_it_again() -> None:
     let_go = nvml.answers["nvmlDeviceResetGpuLockedClocks"]
 
     def interrupted(handle: Handle) -> None:
+        let_go(handle)
         times.append(len(seen))
         if len(times) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        let_go(handle)
 
     nvml.answers["nvmlDeviceResetGpuLockedClocks"] = interrupted
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
