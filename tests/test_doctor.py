@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from hwsearch import backends, cli, device, doctor
 from hwsearch.backends.base import BuildOptions
-from hwsearch.doctor import Examination, Result, examine, shared
+from hwsearch.doctor import Examination, Result, examine
 from hwsearch.errors import BackendUnavailable, DeviceBusy, InvalidInput
+from hwsearch.sharing import shared
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import checks, small_network
 
@@ -151,6 +152,19 @@ def test_a_gpu_is_examined_with_what_nvml_tells(nvml: Nvml) -> None:
     [examined] = found.backends
     assert examined.device["chip"] == "NVIDIA Test 0"
     assert any("steady clocks" in what for what in examined.not_proven)
+    assert any(
+        what.startswith("tf32, bf16, fp16, fp8, int4, nvfp4: not offered") for what in examined.not_proven
+    )
+
+
+def test_precisions_that_no_check_builds_are_not_passed_off_as_proven() -> None:
+    class More(Simulated):
+        def precisions(self, base: str) -> tuple[str, ...]:
+            return (base, "int8", "fp8")
+
+    said = doctor.not_covered(More(), device.fingerprint())
+    assert "fp8: offered, and no check here builds it" in said
+    assert not any("fp8" in what and "not offered" in what for what in said)
 
 
 def test_clock_locking_is_tried_where_it_is_asked_for(nvml: Nvml) -> None:
