@@ -33,7 +33,7 @@ from hwsearch.equations import (
 )
 from hwsearch.pooling import Cell, foretell
 from hwsearch.table import LatencyTable, usable
-from hwsearch.variants import Variant
+from hwsearch.variants import Variant, legal
 
 Floats = NDArray[np.float64]
 
@@ -122,9 +122,9 @@ class Belief:
         for unit in network.units:
             whole = [network.channels[g] for g in unit.groups]
             for widths in product(*(self.grid[g] for g in unit.groups)):
-                signature = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))).signature
-                for variant in self.offered[unit.name]:
-                    feature = ("unit", signature, str(variant))
+                at = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+                for variant in legal(at, self.offered[unit.name]):
+                    feature = ("unit", at.signature, str(variant))
                     if feature not in index and feature not in cells:
                         levels = tuple(None if w == n else w for w, n in zip(widths, whole, strict=True))
                         cells[feature] = Cell((unit.signature, tuple(whole), str(variant)), levels)
@@ -157,7 +157,10 @@ class Belief:
         """Expected time of a unit at some widths of the grid."""
         feature = ("unit", self.network.unit_at(unit, widths).signature, str(variant))
         place = self.equations.index.get(feature)
-        return float(self.mean[place]) if place is not None else self.unbuilt[feature][0]
+        if place is not None:
+            return float(self.mean[place])
+        # infinite where the unit cannot become the variant at these widths
+        return self.unbuilt.get(feature, (float("inf"), 0.0))[0]
 
     def _edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
         totals = {(False, False): 0.0, **dict.fromkeys(PAIRS, 0.0)}
@@ -178,7 +181,11 @@ class Belief:
         """
         units = self.network.units
         price = self.equations.typical / len(units) * 10.0 ** rng.uniform(-1.5, 1.5)
-        loss = {u.name: price * float(rng.exponential()) for u in units}
+        loss = {
+            (u.name, v): price * float(rng.exponential())
+            for u in units
+            for v in [v for v in self.offered[u.name] if not v.plain] or [Variant("int8")]
+        }
         stairs = {
             g: dict(zip(steps, price * np.cumsum([0.0, *rng.exponential(size=len(steps) - 1)]), strict=True))
             for g, steps in self.grid.items()
@@ -205,13 +212,14 @@ class Belief:
         def set_variant(unit: str, variant: Variant) -> float:
             variants[unit] = variant
             own = self.unit_ns(unit, widths, variant) + boundaries(unit)
-            return own + (loss[unit] if variant.quantized else 0.0)
+            return float(own + loss.get((unit, variant), 0.0))
 
         for _ in range(SWEEPS):
             for group in rng.permutation(list(self.grid)):
                 _least(self.grid[group], partial(set_width, str(group)))
             for unit in rng.permutation([u.name for u in units]):
-                _least(self.offered[unit], partial(set_variant, str(unit)))
+                can = legal(self.network.unit_at(str(unit), widths), self.offered[unit])
+                _least(can, partial(set_variant, str(unit)))
         return Candidate(variants, widths)
 
 

@@ -1,13 +1,14 @@
-"""A marked ONNX network + an allocation -> the deployable one, with Q/DQ where a unit is int8.
+"""A marked ONNX network + an allocation -> the deployable one, with Q/DQ where a unit is quantized.
 
-The Q/DQ form is the one that OpenVINO, ONNX Runtime and TensorRT all take: symmetric (zero point 0), int8, weights per
-output channel, activations per tensor.
+The Q/DQ form of int8 is the one that OpenVINO, ONNX Runtime and TensorRT all take: symmetric (zero point 0), weights per
+output channel, activations per tensor. fp8 is the same in E4M3. int4 dequantizes weights in blocks. nvfp4 dequantizes weights
+by scales that are dequantized themselves, and quantizes activations by `trt::TRT_FP4DynamicQuantize`, the operator of
+NVIDIA's ONNX parser. N:M weights are stored with their zeros. Each raises the file's opset only as far as it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,31 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from hwsearch.compress.quantize import QuantizedWeight, Ranges
+from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
+from hwsearch.compress.quantize import LEVELS, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import Variant
+from hwsearch.variants import NVFP4_BLOCK, Variant
+
+OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
+"""The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
+IR_VERSIONS = {19: 9, 21: 10, 23: 11}
+TRT_DOMAIN = "trt"
+
+_CODES = {
+    "int8": TensorProto.INT8,
+    "fp8": TensorProto.FLOAT8E4M3FN,
+    "int4": TensorProto.INT4,
+    "nvfp4": TensorProto.FLOAT4E2M1,
+    "bf16": TensorProto.BFLOAT16,
+    "fp16": TensorProto.FLOAT16,
+}
 
 
 def assemble(
     marked: onnx.ModelProto,
     variants: Mapping[str, Variant],
-    weights: Mapping[str, QuantizedWeight],
+    weights: Mapping[tuple[str, Variant], StoredWeight],
     ranges: Ranges,
     *,
     quantize_outputs: bool = False,
@@ -32,50 +48,57 @@ def assemble(
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
 
-    weights: quantized weights of the int8 units that have one. ranges: activation ranges of the int8 units.
-    quantize_outputs: also quantize what an int8 unit returns, for runtimes which execute in int8 only then.
+    weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
+    quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     """
-    builder = _Builder(marked, quantize_outputs)
+    opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
+    builder = _Builder(marked, quantize_outputs, opset)
     for node in marked.graph.node:
         if node.op_type != MARK:
             builder.copy(node)
             continue
         role, unit, call, port = tag_of(node)
         variant = variants[unit]
-        if role == "weight" and variant.quantized:
-            builder.weight(
-                node,
-                unit,
-                _Stored(variant.precision, weights[unit].values, weights[unit].scales, weights[unit].axis),
-            )
+        if role == "weight" and not variant.plain:
+            builder.weight(node, unit, weights[unit, variant])
         elif role == "weight" and node.input[0] in builder.initializers:
             values = numpy_helper.to_array(builder.initializers[node.input[0]])
-            builder.weight(node, unit, _Stored(variant.precision, values))
-        elif not variant.quantized or (role == "out" and not quantize_outputs):
+            builder.weight(node, unit, StoredWeight(variant.precision, values))
+        elif role == "weight" or not variant.quantized:
+            builder.alias(node)
+        elif variant.precision == "nvfp4":
+            if role == "in":
+                builder.dynamic(node, unit, call, two_level(ranges[unit, call, f"in{port}"].top))
+            else:
+                builder.alias(node)
+        elif role == "out" and not quantize_outputs:
             builder.alias(node)
         else:
-            key = (unit, call, "out" if role == "out" else f"in{port}")
-            builder.activation(node, unit, call, ranges[key], own=role == "in")
+            of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
+            scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
+            builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
     told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
     units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
-    untold = {u: p for u, p in units.items() if p in TYPES and (p == "fp32" or u not in told)}
+    untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
     return builder.finish({**float_units(untold), **(metadata or {})})
 
 
 class _Builder:
     """Copies nodes in order, replacing markers; constants of weights are stored at the variant's precision."""
 
-    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool) -> None:
-        self.marked = marked
+    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int) -> None:
+        self.marked, self.opset = marked, opset
         self.quantize_outputs = quantize_outputs
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
         self.initializers = {t.name: t for t in marked.graph.initializer}
-        self.pending: dict[str, tuple[str, _Stored]] = {}
+        self.pending: dict[str, tuple[str, StoredWeight]] = {}
         self.stored: set[str] = set()
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
-        self.dequantized: dict[tuple[str, float], str] = {}
+        self.dequantized: dict[tuple[str, str, float], str] = {}
+        self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
+        self.shapes: list[onnx.ValueInfoProto] = []
 
     def copy(self, node: onnx.NodeProto) -> None:
         new = onnx.NodeProto()
@@ -97,10 +120,10 @@ class _Builder:
         source = self.renamed.get(node.input[0], node.input[0])
         self.renamed[node.output[0]] = source
 
-    def weight(self, node: onnx.NodeProto, unit: str, stored: _Stored) -> None:
+    def weight(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
         self._pend((unit, stored.values.shape), node.output[0], unit, stored)
 
-    def _pend(self, what: Any, name: str, unit: str, stored: _Stored) -> None:
+    def _pend(self, what: Any, name: str, unit: str, stored: StoredWeight) -> None:
         """A weight that is stored once something reads it; the calls of one unit read one constant."""
         first = self.first.setdefault(what, name)
         if first == name:
@@ -114,40 +137,76 @@ class _Builder:
             return
         self.stored.add(name)
         unit, stored = self.pending[name]
-        if stored.precision == "fp32":
+        precision = stored.precision
+        if precision in ("fp32", "tf32"):
             self._constant(name, stored.values)
-        elif stored.scales is None:
-            kind = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[stored.precision]
-            self.initializers[f"{name}/{stored.precision}"] = _half(
-                f"{name}/{stored.precision}", stored.values, kind
-            )
-            self._add(
-                "Cast",
-                [f"{name}/{stored.precision}"],
-                name,
-                self._unique(f"{unit}|0|Cast.weight"),
-                to=TensorProto.FLOAT,
-            )
-        else:
-            values = self._constant(f"{name}/int8", stored.values)
+            return
+        values = self._coded(f"{name}/{precision}", precision, stored.values)
+        if stored.scales is None:
+            own = self._unique(f"{unit}|0|Cast.weight")
+            self._add("Cast", [values], name, own, to=TensorProto.FLOAT)
+            return
+        own = self._unique(f"{unit}|0|DequantizeLinear.weight")
+        if not stored.block:
             scale = self._constant(f"{name}/scale", stored.scales)
-            zero = self._constant(f"{name}/zero", np.zeros(stored.scales.shape, np.int8))
-            own = self._unique(f"{unit}|0|DequantizeLinear.weight")
+            zero = self._zero(f"{name}/zero", precision, stored.scales.shape)
             self._add("DequantizeLinear", [values, scale, zero], name, own, axis=stored.axis)
+            return
+        if precision == "nvfp4":
+            coded = self._coded(f"{name}/scale/fp8", "fp8", stored.scales)
+            overall = self._scalar(f"{name}/overall", stored.overall)
+            scale, scaled = f"{name}/scale", self._unique(f"{unit}|0|DequantizeLinear.scale")
+            self._add("DequantizeLinear", [coded, overall], scale, scaled)
+        else:
+            scale = self._constant(f"{name}/scale", stored.scales)
+        self._add("DequantizeLinear", [values, scale], name, own, axis=stored.axis, block_size=stored.block)
 
-    def activation(self, node: onnx.NodeProto, unit: str, call: int, limit: float, *, own: bool) -> None:
+    def dynamic(self, node: onnx.NodeProto, unit: str, call: int, overall: float) -> None:
+        """Quantize an activation to nvfp4, with scales of its blocks that are found as the network runs, and dequantize it."""
+        source = self.renamed.get(node.input[0], node.input[0])
+        key = source, "nvfp4", overall
+        if key not in self.dequantized:
+            base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
+            scale = self._scalar(f"{name}/overall", overall)
+            values, scales, output = f"{name}/nvfp4", f"{name}/scale", f"{name}/dq"
+            self._add(
+                "TRT_FP4DynamicQuantize",
+                [source, scale],
+                [values, f"{scales}/fp8"],
+                self._unique(f"{base}|QuantizeLinear.in{port}"),
+                domain=TRT_DOMAIN,
+                axis=-1,
+                block_size=NVFP4_BLOCK,
+                scale_type=TensorProto.FLOAT8E4M3FN,
+            )
+            scaled = self._unique(f"{base}|DequantizeLinear.scale{port}")
+            self._add("DequantizeLinear", [f"{scales}/fp8", scale], scales, scaled)
+            own = self._unique(f"{base}|DequantizeLinear.in{port}")
+            self._add("DequantizeLinear", [values, scales], output, own, axis=-1, block_size=NVFP4_BLOCK)
+            if source in self.known:  # nothing infers shapes through an operator of another domain
+                shape = onnx.ValueInfoProto()
+                shape.CopyFrom(self.known[source])
+                shape.name = output
+                self.shapes.append(shape)
+            self.dequantized[key] = output
+        self.renamed[node.output[0]] = self.dequantized[key]
+
+    def activation(
+        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool
+    ) -> None:
         """Quantize and dequantize; two units which read one tensor on one scale share it.
 
         Not where outputs are quantized too: ONNX Runtime keeps a Q/DQ with two consumers signed, and has no fast
         kernel for that.
         """
         source = self.renamed.get(node.input[0], node.input[0])
-        if self.quantize_outputs or (source, limit) not in self.dequantized:
+        key = source, precision, scale_value
+        if self.quantize_outputs or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
-            scale = self._constant(f"{node.output[0]}/scale", np.asarray(limit / 127.0, np.float32))
-            zero = self._constant(f"{node.output[0]}/zero", np.asarray(0, np.int8))
-            quantized, output = f"{node.output[0]}/int8", f"{node.output[0]}/dq"
+            scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
+            zero = self._zero(f"{node.output[0]}/zero", precision, (1,))
+            quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
             self._add(
                 "QuantizeLinear",
                 [source, scale, zero],
@@ -160,8 +219,8 @@ class _Builder:
                 output,
                 self._unique(f"{base}|DequantizeLinear.{role}{port}"),
             )
-            self.dequantized[source, limit] = output
-        self.renamed[node.output[0]] = self.dequantized[source, limit]
+            self.dequantized[key] = output
+        self.renamed[node.output[0]] = self.dequantized[key]
 
     def _unique(self, base: str) -> str:
         name, count = base, 1
@@ -175,8 +234,24 @@ class _Builder:
         self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
-    def _add(self, op: str, inputs: list[str], output: str, name: str, **attributes: Any) -> None:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
+    def _scalar(self, name: str, value: float) -> str:
+        self.initializers[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
+        return name
+
+    def _zero(self, name: str, precision: str, shape: tuple[int, ...]) -> str:
+        return self._coded(name, precision, np.zeros(shape, np.float32))
+
+    def _coded(self, name: str, precision: str, values: np.ndarray[Any, Any]) -> str:
+        """A constant of the precision's own type."""
+        raw = _encoded(np.ascontiguousarray(values), precision)
+        self.initializers[name] = helper.make_tensor(
+            name, _CODES[precision], list(values.shape), raw, raw=True
+        )
+        return name
+
+    def _add(self, op: str, inputs: list[str], output: str | list[str], name: str, **attributes: Any) -> None:
+        outputs = [output] if isinstance(output, str) else output
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
 
     def finish(self, metadata: dict[str, str]) -> onnx.ModelProto:
         old = self.marked.graph
@@ -188,15 +263,19 @@ class _Builder:
             list(old.input),
             list(old.output),
             [t for name, t in self.initializers.items() if name in used],
+            value_info=self.shapes,
         )
-        model = helper.make_model(
-            graph,
-            opset_imports=[o for o in self.marked.opset_import if o.domain != DOMAIN],
-            producer_name="hwsearch",
-        )
-        model.ir_version = self.marked.ir_version
+        model = helper.make_model(graph, opset_imports=self._opsets(), producer_name="hwsearch")
+        model.ir_version = max(self.marked.ir_version, IR_VERSIONS.get(self.opset, 0))
         helper.set_model_props(model, metadata)
         return model
+
+    def _opsets(self) -> list[onnx.OperatorSetIdProto]:
+        own = {o.domain: o.version for o in self.marked.opset_import if o.domain != DOMAIN}
+        own[""] = max(own[""], self.opset)
+        if any(n.domain == TRT_DOMAIN for n in self.nodes):
+            own[TRT_DOMAIN] = 1
+        return [helper.make_opsetid(domain, version) for domain, version in own.items()]
 
     def _name_outputs(self) -> None:
         """Give the tensors that removed markers stood for the outputs' own names."""
@@ -218,21 +297,21 @@ class _Builder:
                         field[i] = rename[tensor]
 
 
-@dataclass(frozen=True)
-class _Stored:
-    precision: str
-    values: np.ndarray[Any, Any]
-    scales: np.ndarray[Any, Any] | None = None
-    axis: int = 0
-
-    def transposed(self, perm: list[int]) -> _Stored:
-        return _Stored(self.precision, self.values.transpose(perm), self.scales, perm.index(self.axis))
-
-
-def _half(name: str, values: np.ndarray[Any, Any], kind: int) -> onnx.TensorProto:
-    tensor = torch.from_numpy(np.array(values))  # a copy: arrays of ONNX tensors are read-only
-    if kind == TensorProto.BFLOAT16:
-        raw = tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:
+    """The raw bytes of numbers on a precision's grid; of four bits, the first of two is the lower half of a byte."""
+    if precision == "int8":
+        return values.astype(np.int8).tobytes()
+    if precision in HALVES or precision == "fp8":
+        tensor = torch.from_numpy(
+            np.array(values, np.float32)
+        )  # a copy: arrays of ONNX tensors are read-only
+        kind = torch.float8_e4m3fn if precision == "fp8" else HALVES[precision]
+        return tensor.to(kind).view(torch.uint8 if precision == "fp8" else torch.int16).numpy().tobytes()
+    if precision == "int4":
+        codes = values.astype(np.int8).astype(np.uint8) & 0xF
     else:
-        raw = tensor.to(torch.float16).numpy().tobytes()
-    return helper.make_tensor(name, kind, list(values.shape), raw, raw=True)
+        codes = np.searchsorted(np.array(E2M1), np.abs(values)).astype(np.uint8) | (
+            np.signbit(values) << 3
+        ).astype(np.uint8)
+    codes = np.append(codes.ravel(), np.zeros(codes.size % 2, np.uint8))
+    return (codes[0::2] | codes[1::2] << 4).astype(np.uint8).tobytes()

@@ -109,8 +109,8 @@ def told_apart(
         for row in rows
         if row.kind == "unit" and len(row.units) > 1
         for unit in row.units
-        if row.precision != allocation[unit].precision
+        if row.precision != allocation[unit].executed
         and not allocation[unit].quantized
-        and any(allocation[other].precision == row.precision for other in row.units)
+        and any(allocation[other].executed == row.precision for other in row.units)
     }
     return tuple("" if u.name in mixed else e for u, e in zip(network.units, executed, strict=True))

@@ -37,7 +37,7 @@ from hwsearch.scoring import divergence
 from hwsearch.table import SANDWICHED, Build, LatencyTable
 from hwsearch.task import Task
 from hwsearch.trace import evaluating, flat_inputs
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import Variant, legal, uniform
 
 VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
 LOSS_SAMPLES = 256
@@ -402,16 +402,18 @@ def _parted(measured_ns: float, allocation: Allocation) -> bool:
 
 
 def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
-    """Every uniform allocation of this backend: each precision wherever a unit supports it, else the base."""
+    """Every uniform allocation of this backend: each variant wherever a unit can become it, else the base."""
     base = at.options.base
     candidates = {"dense.fp32": Job(uniform(at.network, "fp32"), "fp32")}
-    for precision in at.backend.precisions(base):
-        variant = Variant(precision)
+    for variant in at.backend.variants(base):
         chosen = {
-            u.name: variant if str(variant) not in unsupported.get(u.name, {}) else Variant(base)
+            u.name: variant
+            if legal(u, [variant]) and str(variant) not in unsupported.get(u.name, {})
+            else Variant(base)
             for u in at.network.units
         }
-        candidates.setdefault(str(variant), Job(chosen, base))
+        if variant == Variant(base) or set(chosen.values()) != {Variant(base)}:
+            candidates.setdefault(str(variant), Job(chosen, base))
     return candidates
 
 
@@ -549,7 +551,7 @@ def verify_with_build(
         not_as_asked={
             u.name: f"asked {v}, executed in {e}"
             for u, v, e in zip(at.network.units, deployed.build.variants, deployed.build.executed, strict=True)
-            if e and e != Variant.parse(v).precision
+            if e and e != Variant.parse(v).executed
         },
         unstable=deployed.timing.unstable or dense.timing.unstable,
         output_error=deployed.build.output_error,

@@ -12,7 +12,7 @@ import numpy as np
 
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network
-from hwsearch.variants import Variant
+from hwsearch.variants import Variant, legal
 
 Offered = Mapping[str, Sequence[Variant]]
 Grid = Mapping[str, Sequence[int]]
@@ -64,9 +64,15 @@ def all_cells(network: Network, offered: Offered, grid: Grid) -> set[tuple[str, 
     found: set[tuple[str, str]] = set()
     for unit in network.units:
         for widths in product(*(grid[g] for g in unit.groups)):
-            signature = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))).signature
-            found.update((signature, str(v)) for v in offered[unit.name])
+            at = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+            signature = at.signature
+            found.update((signature, str(v)) for v in legal(at, offered[unit.name]))
     return found
+
+
+def offered_at(network: Network, offered: Offered, widths: Mapping[str, int]) -> Offered:
+    """What units can become at some widths."""
+    return {u: legal(network.unit_at(u, widths), own) for u, own in offered.items()}
 
 
 def random_allocation(network: Network, offered: Offered, rng: np.random.Generator) -> dict[str, Variant]:
@@ -95,7 +101,7 @@ def random_candidate(network: Network, offered: Offered, grid: Grid, rng: np.ran
     for group, steps in grid.items():
         near = np.exp(-3.0 * np.abs(np.linspace(0.0, 1.0, len(steps)) - lean))
         widths[group] = int(rng.choice(list(steps), p=near / near.sum()))
-    return Candidate(random_allocation(network, offered, rng), widths)
+    return Candidate(random_allocation(network, offered_at(network, offered, widths), rng), widths)
 
 
 def cover(
@@ -159,11 +165,14 @@ def _seldom(
             widths[group] = width
             best = max(best, (sum(gain(u) for u in ready), float(rng.random()), width))
         widths[group] = best[2]
-    if drawn is None:
+    left = offered_at(network, offered, widths)
+    if drawn is not None:
+        drawn = {u: v if v in left[u] else left[u][0] for u, v in drawn.items()}
+    else:
         drawn = {}
         previous: Variant | None = None
         for unit in network.units:
-            own = [(-seen(unit.name, v), v == previous, float(rng.random()), v) for v in offered[unit.name]]
+            own = [(-seen(unit.name, v), v == previous, float(rng.random()), v) for v in left[unit.name]]
             previous = drawn[unit.name] = max(own)[3]
     return Candidate(drawn, widths)
 

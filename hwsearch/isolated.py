@@ -18,10 +18,10 @@ from hwsearch.errors import InvalidInput
 from hwsearch.marking import isolate
 from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
-from hwsearch.regime import Regime, record, refusals
+from hwsearch.regime import Regime, graph_bytes, record, refusals
 from hwsearch.sandwich import Sandwich, largest, plan
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, legal, network_bytes, uniform
+from hwsearch.variants import Variant, legal, uniform
 
 METADATA_BYTES = 1024
 """The most that the metadata of a deployed file takes."""
@@ -41,22 +41,27 @@ class Layers:
     seed: int = 0
 
     def sandwiched(self, time_limit_s: float) -> None:
-        """Sandwiches that hold every (signature, variant), all of one precision wherever it can be, and the same in fp32.
+        """Sandwiches that hold every (signature, variant), all of one variant wherever it can be, and the same in fp32.
 
         Outputs of parts are compared with nothing: what a runtime computes wrongly shows when an allocation is deployed.
         Raises InvalidInput where the time limit ends it: a table that lacks a layer predicts nothing.
         """
         base, network = self.at.options.base, self.at.network
-        jobs = [(s, p, base) for p in self.at.backend.precisions(base) for s in self.plan]
+        jobs = [
+            (s, v, base)
+            for v in self.at.backend.variants(base)
+            for s in self.plan
+            if any(legal(network[u], [v]) for u in s.filling)
+        ]
         if base != "fp32":
-            jobs += [(s, "fp32", "fp32") for s in self.plan]
+            jobs += [(s, Variant("fp32"), "fp32") for s in self.plan]
         self.progress.start(
             len(jobs), f"profile {network.name} in {len(self.plan)} sandwiches on {self.at.backend.name}"
         )
         try:
             self._file_bytes()
-            for sandwich, precision, own in self._timed(jobs, time_limit_s):
-                self._sandwich(sandwich, precision, own)
+            for sandwich, variant, own in self._timed(jobs, time_limit_s):
+                self._sandwich(sandwich, variant, own)
             self._keep(self.table.with_header(ended=True))
         finally:
             self.progress.stop()
@@ -65,7 +70,7 @@ class Layers:
         """Each distinct (unit, variant) compiled and timed by itself, beside the whole network."""
         jobs: dict[tuple[str, Variant], str] = {}
         for unit in self.at.network.units:
-            for variant in legal(unit, self.at.backend.precisions(self.at.options.base)):
+            for variant in legal(unit, self.at.backend.variants(self.at.options.base)):
                 jobs.setdefault((unit.signature, variant), unit.name)
         self.progress.expect(len(jobs))
         for name, variant in self._timed([(n, v) for (_, v), n in jobs.items()], time_limit_s):
@@ -93,26 +98,23 @@ class Layers:
 
     def _file_bytes(self) -> None:
         """Sizes of the deployed file, from the ONNX of whole networks, which are not compiled."""
-        network, base = self.at.network, self.at.options.base
-        dense, plain = (int(self.at.onnx(uniform(network, p)).ByteSize()) for p in ("fp32", base))
-        most = plain - network_bytes(network, uniform(network, base))
-        everything = {u.name: legal(u, self.at.backend.precisions(base)) for u in network.units}
-        lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
-        if any(v.quantized for v in lowest.values()):
-            most = max(most, int(self.at.onnx(lowest).ByteSize()) - network_bytes(network, lowest))
-        self._keep(self.table.with_header(graph_bytes=max(most, 0) + METADATA_BYTES, dense_file_bytes=dense))
+        dense = int(self.at.onnx(uniform(self.at.network, "fp32")).ByteSize())
+        most = graph_bytes(self.at, self.at.options.base)
+        self._keep(self.table.with_header(graph_bytes=most + METADATA_BYTES, dense_file_bytes=dense))
 
-    def _sandwich(self, sandwich: Sandwich, precision: str, base: str) -> None:
-        """One sandwich in one precision; again where a unit of it refused that, with this unit in the base precision."""
+    def _sandwich(self, sandwich: Sandwich, variant: Variant, base: str) -> None:
+        """One sandwich in one variant; again where a unit of it refused that, with this unit in the base precision."""
         model = cut(self.at.lowering.marked, sandwich.units, sandwich.filling)
         while True:
             refused = self.table.header.unsupported
             variants = {
-                u: Variant(base if f"dense.{precision}" in refused.get(u, {}) else precision)
+                u: variant
+                if legal(self.at.network[u], [variant]) and str(variant) not in refused.get(u, {})
+                else Variant(base)
                 for u in sandwich.units
             }
-            if all(variants[u].precision != precision for u in sandwich.filling):
-                return self.progress.step(f"{precision}: refused by {', '.join(sandwich.filling)}")
+            if all(variants[u] != variant for u in sandwich.filling):
+                return self.progress.step(f"{variant}: refused by {', '.join(sandwich.filling)}")
             self._measure("sandwich", model, variants, base, self.reference, sandwich.filling)
             if self.table.header.unsupported == refused:
                 return None

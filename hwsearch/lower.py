@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from hwsearch.assembling import assemble
 from hwsearch.compress.compensate import kept_apart
-from hwsearch.compress.quantize import QuantizedWeight, activation_ranges, quantize_weight
+from hwsearch.compress.formats import StoredWeights
+from hwsearch.compress.quantize import Key, Range, activation_ranges
 from hwsearch.compress.widths import Kept, Weights, narrow
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.marking import export
@@ -140,20 +141,15 @@ class Lowering:
         return self.calibration[kept_apart(len(self.calibration)) :] or self.calibration
 
     @cached_property
-    def ranges(self) -> dict[tuple[str, int, str], float]:
+    def ranges(self) -> dict[Key, Range]:
         if self.whole is not None and not self.calibrate:
             return self.whole.ranges
         return activation_ranges(self.calibration, self.method)
 
     @cached_property
-    def weights(self) -> dict[str, QuantizedWeight]:
-        """int8 weights of every unit that has any."""
-        found = {}
-        for unit in self.network.units:
-            weight = self.traced.weight(unit.name)
-            if weight is not None:
-                found[unit.name] = quantize_weight(weight, unit.out_axis)
-        return found
+    def weights(self) -> StoredWeights:
+        """(unit, variant) -> its weight as it is stored."""
+        return StoredWeights(self.traced)
 
     @property
     def batch(self) -> int:
@@ -172,11 +168,9 @@ class Lowering:
     def assemble(
         self, marked: onnx.ModelProto, variants: Mapping[str, Variant], **options: Any
     ) -> onnx.ModelProto:
-        """`assemble` with this task's int8 weights and ranges, which are computed at their first use."""
-        int8 = any(v.quantized for v in variants.values())
-        return assemble(
-            marked, variants, self.weights if int8 else {}, self.ranges if int8 else {}, **options
-        )
+        """`assemble` with this task's weights and ranges, which are computed at their first use."""
+        quantized = any(v.quantized for v in variants.values())
+        return assemble(marked, variants, self.weights, self.ranges if quantized else {}, **options)
 
     def onnx(
         self,

@@ -99,6 +99,11 @@ class Unit:
         return len(self.input_shapes[0]) - len(self.weight_shape) + 1
 
     @property
+    def in_axis(self) -> int:
+        """The axis of the weight that holds what the unit reads; of each group, where a convolution has several."""
+        return 0 if self.op == "matmul" or "transpose" in self.op else 1
+
+    @property
     def weight_count(self) -> int:
         """Number of weights."""
         count = 1 if self.weight_shape else 0

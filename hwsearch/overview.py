@@ -126,9 +126,10 @@ def summary(table: LatencyTable) -> str:
     for role, what in (
         ("dense", "dense fp32"),
         ("reference", f"all {h.options.get('base')}"),
-        ("uniform", "all int8"),
+        ("uniform", ""),
     ):
         for build in [b for b in table.builds if b.role == role][:1]:
+            what = what or f"all {build.leading}"
             share = (
                 f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
             )

@@ -27,6 +27,7 @@ from hwsearch.report import Report
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
+from hwsearch.variants import legal
 
 MAX_ROUNDS = 5
 FRONT_POINTS = 12
@@ -110,14 +111,15 @@ def sensitivity_for(
 
     grid: widths of the channel groups to score. weights: folder of refitted weights to use and to leave.
     """
-    precisions = at.backend.precisions(at.options.base)
-    wanted = {f"dense.{p}" for p in precisions}
+    variants = at.backend.variants(at.options.base)
+    wanted = {u.name: set(map(str, legal(u, variants))) for u in at.network.units}
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
         found.require(at.network)
-        have = set(next(iter(found.loss.values())))
-        if not wanted <= have or found.quantize_outputs != at.backend.quantize_outputs:
+        have = {v for row in found.loss.values() for v in row}
+        complete = all(own <= set(found.loss[u]) for u, own in wanted.items())
+        if not complete or found.quantize_outputs != at.backend.quantize_outputs:
             raise IncompatibleTables(
                 f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
             )
@@ -130,7 +132,7 @@ def sensitivity_for(
         bank = weight_bank(at.lowering, weights)
         progress_.stop()
     return measure_sensitivity(
-        at.lowering, path, precisions=precisions, quantize_outputs=at.backend.quantize_outputs,
+        at.lowering, path, variants=variants, quantize_outputs=at.backend.quantize_outputs,
         kind=at.lowering.task.divergence, seed=seed, grid=narrower, bank=bank, progress=progress,
     )  # fmt: skip
 

@@ -35,10 +35,10 @@ from hwsearch.latency import fit
 from hwsearch.measure import DISTURBED, QUIET, Protocol, paired
 from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
-from hwsearch.regime import Regime, record, refusals, wrong_variants
+from hwsearch.regime import Regime, graph_bytes, record, refusals, wrong_variants
 from hwsearch.staircase import group_times
 from hwsearch.table import LAYERED, SANDWICHED, Build, Header, LatencyTable, usable
-from hwsearch.variants import Variant, legal, network_bytes, uniform
+from hwsearch.variants import Variant, legal, settled, uniform
 
 MODES = ("context", *reversed(LAYERED))
 SHORT = Protocol(width=0.015, limit_s=1.0)
@@ -49,7 +49,7 @@ PROBE_SHARE = 0.4
 """Of the time limit, what finding the widths worth knowing may take."""
 
 FIRST = 4
-"""Builds of a design that cover, before the first is chosen for what it tells."""
+"""Builds of a design that cover, before the first is chosen for what it tells; one more than a unit has variants, if more."""
 BATCH = 4
 """Builds chosen at a time."""
 RECENT = 12
@@ -212,7 +212,7 @@ class _Run:
         queue: list[Candidate] = []
         proposal: Proposal | None = None
         most = count or self._most()
-        first = round(FIRST * (1.0 - self._told()))
+        first = round(max(FIRST, 1 + max(map(len, self.offered().values()))) * (1.0 - self._told()))
         while True:
             offered, done = self.offered(), self._done()
             designed = sum(b.role == "design" for b in self.table.builds)
@@ -362,7 +362,8 @@ class _Run:
                         break
                     missing = True
                     self.measure("uniform" if number else "reference", Candidate(variants, network.channels))
-                    self.measure("probe", Candidate(variants, probe), protocol=self.short)
+                    probed = Candidate(settled(network, variants, probe, base), probe)
+                    self.measure("probe", probed, protocol=self.short)
         if self.table.header.grid and not missing:
             return
         times = group_times(self.table)
@@ -373,7 +374,7 @@ class _Run:
 
     def _lowest(self) -> dict[str, Variant]:
         everything = {
-            u.name: legal(u, self.at.backend.precisions(self.at.options.base)) for u in self.at.network.units
+            u.name: legal(u, self.at.backend.variants(self.at.options.base)) for u in self.at.network.units
         }
         refused = self.table.header.unsupported
         return {
@@ -386,24 +387,22 @@ class _Run:
         plain = uniform(network, base)
         self.measure("reference", Candidate(plain, network.channels))
         self.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
-        everything = {u.name: legal(u, self.at.backend.precisions(base)) for u in network.units}
+        everything = {u.name: legal(u, self.at.backend.variants(base)) for u in network.units}
         lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
-        largest = self.table.find("reference").file_bytes - network_bytes(network, plain)
         if any(v.quantized for v in lowest.values()):
-            build = self.measure("uniform", Candidate(lowest, network.channels))
-            largest = max(largest, build.file_bytes - network_bytes(network, lowest))
+            self.measure("uniform", Candidate(lowest, network.channels))
         self._store(
             self.table.with_header(
-                graph_bytes=max(largest, 0) + METADATA_BYTES,
+                graph_bytes=graph_bytes(self.at, base) + METADATA_BYTES,
                 dense_file_bytes=self.table.find("dense").file_bytes,
             )
         )
 
     def offered(self) -> dict[str, tuple[Variant, ...]]:
-        precisions = self.at.backend.precisions(self.at.options.base)
+        variants = self.at.backend.variants(self.at.options.base)
         refused = self.table.header.unsupported
         return {
-            u.name: tuple(v for v in legal(u, precisions) if str(v) not in refused.get(u.name, {}))
+            u.name: tuple(v for v in legal(u, variants) if str(v) not in refused.get(u.name, {}))
             for u in self.at.network.units
         }
 

@@ -26,7 +26,7 @@ from hwsearch.measure import Timing
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
 from hwsearch.table import PARTS, Build, LatencyTable
-from hwsearch.variants import Variant
+from hwsearch.variants import Variant, legal, network_bytes
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
@@ -156,6 +156,15 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     return {name: reason(error) for name, error in guilty.items()}
 
 
+def graph_bytes(at: Regime, base: str) -> int:
+    """The most that the file of a network uniform in one of the backend's variants holds beside what units store."""
+    network, most = at.network, 0
+    for variant in at.backend.variants(base):
+        wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
+        most = max(most, int(at.onnx(wherever).ByteSize()) - network_bytes(network, wherever))
+    return most
+
+
 def refusals(
     table: LatencyTable, build: Build, units: Collection[str] | None = None
 ) -> dict[str, dict[str, str]]:
@@ -164,7 +173,7 @@ def refusals(
     for unit, variant, executed in zip(table.network.units, build.variants, build.executed, strict=True):
         if not variant or (units is not None and unit.name not in units):
             continue
-        asked = Variant.parse(variant).precision
+        asked = Variant.parse(variant).executed
         if executed and executed != asked and asked != build.base:
             refused.setdefault(unit.name, {})[variant] = f"executed in {executed}"
         elif not executed and asked != build.base:

@@ -24,7 +24,7 @@ import numpy as np
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network import Network
 from hwsearch.tablefile import read_parquet, write_parquet
-from hwsearch.variants import PRECISIONS, Variant
+from hwsearch.variants import Variant, legal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,12 +43,12 @@ MOST_WIDTHS = 150
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """loss: unit -> variant -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
+    """loss: unit -> variant it can become -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
 
     width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
     slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
     measured, but follows the Fisher estimate from the group's narrowest measured width on.
-    quantize_outputs: whether int8 was simulated with quantized outputs, as the backend deploys it.
+    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
 
@@ -211,7 +211,7 @@ def measure_sensitivity(
     lowering: Lowering,
     out: str | Path | None = None,
     *,
-    precisions: Sequence[str] = PRECISIONS,
+    variants: Sequence[Variant],
     quantize_outputs: bool = False,
     kind: str = "auto",
     samples: int = 256,
@@ -220,7 +220,7 @@ def measure_sensitivity(
     bank: WeightBank | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """Score every (unit, variant), and every (channel group, width) of `grid`, in torch, on at most `samples` samples.
+    """Score every (unit, variant it can become) and (channel group, width) of `grid`, in torch, on at most `samples` samples.
 
     The samples are of the calibration batches that no weight was refitted on. Of more than 150 widths those with the
     greatest loss by a Fisher estimate (one backward pass for all) are estimated from it, not measured.
@@ -233,8 +233,8 @@ def measure_sensitivity(
 
     progress = progress or Shown.silent()
     network = lowering.network
-    variants = [Variant(p) for p in precisions if p != "fp32"]
-    jobs = [(unit.name, variant) for unit in network.units for variant in variants]
+    variants = [v for v in variants if v != Variant("fp32")]
+    jobs = [(unit.name, variant) for unit in network.units for variant in legal(unit, variants)]
     narrower = {g: [w for w in steps if w < network.channels[g]] for g, steps in (grid or {}).items()}
     every = [(g, w) for g, steps in narrower.items() for w in steps] if bank is not None else []
     estimates: dict[tuple[str, int], float] = {}
@@ -344,13 +344,20 @@ def _worth_measuring(
 def _random_allocations(
     network: Network, variants: Sequence[Variant], widths: Mapping[str, Sequence[int]], seed: int
 ) -> list[tuple[dict[str, Variant], dict[str, int]]]:
-    """Whole allocations over fp32 and int8 (the coarsest step) and over widths, at different shares."""
+    """Whole allocations over fp32 and the coarser steps (float types only where there are none), and over widths."""
     rng = np.random.default_rng(seed)
-    coarse = max(variants, key=lambda v: v.quantized, default=Variant("fp32"))
+    steps_of = {u.name: legal(u, [v for v in variants if not v.plain] or variants[:1]) for u in network.units}
     count = VALIDATION_ALLOCATIONS if variants or widths else 0
+
+    def drawn(unit: str, share: float) -> Variant:
+        own = steps_of[unit]
+        if rng.random() >= share or not own:
+            return Variant("fp32")
+        return own[int(rng.integers(len(own)))] if len(own) > 1 else own[0]
+
     return [
         (
-            {u.name: coarse if rng.random() < share else Variant("fp32") for u in network.units},
+            {u.name: drawn(u.name, share) for u in network.units},
             {
                 g: int(rng.choice(list(steps)))
                 for g, steps in widths.items()

@@ -12,8 +12,8 @@ from hwsearch.table import Build, LatencyTable
 class Step:
     """One width of one channel group.
 
-    times_ns: by precision, the time of all units that the group runs through (their other channels whole), on the
-    scale of the table. kept: whether it is on the grid that searches choose from.
+    times_ns: by precision (or variant, where it is not dense), the time of all units that the group runs through (their
+    other channels whole), on the scale of the table. kept: whether it is on the grid that searches choose from.
     """
 
     group: str
@@ -55,19 +55,20 @@ def staircase(table: LatencyTable) -> list[Step]:
 
 def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
     """(group, width) -> precision -> time, in ns."""
-    anchors = {b.variants: b for b in reversed(table.builds) if b.role in ("reference", "uniform")}
+    whole_networks = [b for b in reversed(table.builds) if b.role in ("reference", "uniform")]
+    anchors = {b.variants: b for b in whole_networks}
+    alike = {b.leading: b for b in whole_networks}
     times: dict[tuple[str, int], dict[str, float]] = {}
     for build in table.builds:
-        if build.role != "probe" or build.variants not in anchors:
+        precision = build.leading
+        # a unit that cannot become the variant at the width probed is in the base precision there
+        anchor = anchors.get(build.variants) or alike.get(precision)
+        if build.role != "probe" or anchor is None:
             continue
-        kinds = set(build.variants)
-        precision = min(kinds, key=lambda v: -build.variants.count(v)).rpartition(".")[2]
         widths = table.candidate(build).widths
         for group, whole in table.network.channels.items():
             if widths[group] < whole:
-                times.setdefault((group, whole), {})[precision] = group_ns(
-                    table, anchors[build.variants], group
-                )
+                times.setdefault((group, whole), {})[precision] = group_ns(table, anchor, group)
                 times.setdefault((group, widths[group]), {})[precision] = group_ns(table, build, group)
     return times
 

@@ -131,7 +131,7 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
         held = filling(network, [u for u, (v, _) in asked.items() if v])
         for unit in held:
             variant, executed = asked[unit]
-            if executed in ("", Variant.parse(variant).precision):
+            if executed in ("", Variant.parse(variant).executed):
                 own = sum(n.time_ns / len(n.units) for n in build.nodes if unit in n.units)
                 found.setdefault((context[unit], variant), []).append(scale * own)
         if network.units[0].name in held:

@@ -132,12 +132,17 @@ class Build:
     def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
         return self.base, self.variants, self.widths
 
+    @property
+    def leading(self) -> str:
+        """The variant of most units, without the word `dense`."""
+        return max(dict.fromkeys(self.variants), key=self.variants.count).removeprefix("dense.")
+
     def as_asked(self) -> bool:
         """Whether the outputs are right and every unit that the runtime names executed in the precision asked for."""
         if self.wrong:
             return False
         pairs = zip(self.variants, self.executed, strict=True)
-        return all(not e or not v or e == Variant.parse(v).precision for v, e in pairs)
+        return all(not e or not v or e == Variant.parse(v).executed for v, e in pairs)
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ class _Run(fx.Interpreter):
 
 def reads_axis(unit: Unit) -> int:
     """The axis of a unit's weight that holds what it reads."""
-    return 0 if unit.op == "matmul" or "transpose" in unit.op else 1
+    return unit.in_axis
 
 
 def _signature(model: torch.nn.Module) -> list[str]:

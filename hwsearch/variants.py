@@ -1,4 +1,4 @@
-"""What a unit may become: pattern x density x precision, and what that costs to store."""
+"""What a unit may become: a pattern of kept weights and a precision, and what that costs to store."""
 
 from __future__ import annotations
 
@@ -9,18 +9,33 @@ from dataclasses import dataclass
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network, Unit
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-"""Precisions that a variant may ask for; `int8` is Q/DQ, symmetric, weights per channel."""
+WEIGHT_BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4, "nvfp4": 4}
+PRECISIONS = tuple(WEIGHT_BITS)
+"""Precisions that a variant may ask for.
 
-WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8}
+tf32: fp32 that is multiplied with 10 bits of mantissa. int8, fp8 (E4M3): Q/DQ, symmetric, weights per output channel,
+activations per tensor. int4: of the weights only, in blocks along the input channels. nvfp4: weights and activations as
+E2M1, in blocks of 16 along the input channels.
+"""
+
+QUANTIZED = ("int8", "fp8", "nvfp4")
+"""Precisions that quantize activations."""
+SPARSE_PRECISIONS = ("bf16", "fp16", "int8", "fp8")
+"""What sparse tensor cores multiply N:M weights in (NVIDIA's documentation of cuSPARSELt: tf32 there is 1:2 only)."""
+INT4_BLOCKS = (128, 64)
+"""Input channels that share a scale: TensorRT's documentation of INT4 weight-only quantization. The larger is stored smaller."""
+NVFP4_BLOCK = 16
 SCALE_BYTES = 4
 
-_NAME = re.compile(r"^(?P<pattern>dense)\.(?P<precision>fp32|bf16|fp16|int8)$")
+_NAME = re.compile(rf"^(?P<pattern>dense|[1-9]\d*:[1-9]\d*)\.(?P<precision>{'|'.join(PRECISIONS)})$")
 
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """A pattern of kept weights and a precision, written `dense.int8`."""
+    """A pattern of kept weights and a precision, written `dense.int8` or `2:4.fp16`.
+
+    pattern: `dense`, or `N:M`: N of every M consecutive input channels are kept, 0 < N < M.
+    """
 
     precision: str
     pattern: str = "dense"
@@ -33,23 +48,72 @@ class Variant:
         """Inverse of `str`. Raises InvalidInput."""
         match = _NAME.match(text)
         if match is None:
-            known = ", ".join(f"dense.{p}" for p in PRECISIONS)
-            raise InvalidInput(f"unknown variant {text!r}; expected one of {known}")
-        return Variant(match["precision"], match["pattern"])
+            raise InvalidInput(
+                f"unknown variant {text!r}; expected PATTERN.PRECISION with dense or N:M (2:4) and one of {', '.join(PRECISIONS)}"
+            )
+        found = Variant(match["precision"], match["pattern"])
+        if found.kept is not None and not found.kept[0] < found.kept[1]:
+            raise InvalidInput(
+                f"variant {text!r} keeps {found.kept[0]} of {found.kept[1]} weights; N must be below M"
+            )
+        return found
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern; None where all weights are kept."""
+        if self.pattern == "dense":
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
 
     @property
     def quantized(self) -> bool:
-        """Whether it needs Q/DQ: the class that decides what a boundary costs."""
-        return self.precision == "int8"
+        """Whether activations are quantized: the class that decides what a boundary costs."""
+        return self.precision in QUANTIZED
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether weights are quantized and activations are not."""
+        return self.precision == "int4"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is dense in a float type, so that it changes a network by no more than rounding."""
+        return self.kept is None and not self.quantized and not self.weight_only
+
+    @property
+    def executed(self) -> str:
+        """What an engine's record says of a unit that ran as asked: `fp16`, and `2:4.fp16` where it used the zeros."""
+        return self.precision if self.kept is None else str(self)
+
+
+def executes_quantized(executed: str) -> bool:
+    """Whether a record of what was executed (`Variant.executed`) is of quantized activations."""
+    return executed.rpartition(".")[2] in QUANTIZED
+
+
+def block_of(unit: Unit, precision: str) -> int:
+    """Input channels of a unit's weight that share a scale; 0 where the precision has no blocks or none divides them."""
+    channels = unit.weight_shape[unit.in_axis] if unit.weight_shape else 0
+    blocks = {"int4": INT4_BLOCKS, "nvfp4": (NVFP4_BLOCK,)}.get(precision, ())
+    return next((b for b in blocks if channels and channels % b == 0), 0)
 
 
 def weight_bytes(unit: Unit, variant: Variant) -> int:
     """Bytes that a deployed network stores for one unit: weights, scales and bias.
 
-    Exact for packed storage at the variant's precision; a runtime's own file may pad or repack it.
+    Exact for what the ONNX file holds; a runtime's own file may pad or repack it. N:M weights are stored with their zeros.
+    int8 and fp8: one byte, and an fp32 scale for each output channel. int4: two weights a byte, and an fp32 scale for each
+    block. nvfp4: two weights a byte, an fp8 scale for each block of 16 and one fp32 scale for all.
     """
     size = (unit.weight_count * WEIGHT_BITS[variant.precision] + 7) // 8 + unit.other_bytes
-    return size + (SCALE_BYTES * unit.out_channels if variant.quantized else 0)
+    if variant.precision in ("int8", "fp8"):
+        return size + SCALE_BYTES * unit.out_channels
+    block = block_of(unit, variant.precision)
+    if not block:
+        return size
+    blocks = unit.weight_count // block
+    return size + (blocks + SCALE_BYTES if variant.precision == "nvfp4" else SCALE_BYTES * blocks)
 
 
 def network_bytes(network: Network, variants: Mapping[str, Variant]) -> int:
@@ -62,9 +126,51 @@ def uniform(network: Network, precision: str) -> dict[str, Variant]:
     return {unit.name: Variant(precision) for unit in network.units}
 
 
-def legal(unit: Unit, precisions: Iterable[str]) -> tuple[Variant, ...]:
-    """Variants that may be tried for a unit where the backend takes these precisions.
+def ineligible(unit: Unit, variant: Variant) -> str:
+    """Why a unit cannot become a variant on any device; empty where it can.
+
+    N:M, as TensorRT documents it: N of M consecutive input channels for each output channel and kernel position. int4 and
+    nvfp4 are blocks along the input channels of matrices. What a device or a runtime does not execute is for backends to say.
+    """
+    if variant.kept is None and variant.precision not in ("int4", "nvfp4"):
+        return ""
+    if not unit.weight_shape:
+        return "it has no weight: both of its inputs are activations"
+    if "transpose" in unit.op:
+        return f"it is a transposed convolution, and {variant} is for convolutions and matrix products"
+    channels = unit.weight_shape[unit.in_axis]
+    if variant.kept is not None:
+        if variant.precision not in SPARSE_PRECISIONS:
+            return f"sparse kernels multiply in {', '.join(SPARSE_PRECISIONS)}, not in {variant.precision}"
+        if channels % variant.kept[1]:
+            each = "each output channel reads" if unit.op.startswith("conv") else "it reads"
+            return f"{each} {channels} input channels, which is no multiple of {variant.kept[1]}"
+        return ""
+    if unit.op.startswith("conv"):
+        return f"{variant.precision} is for matrix products, and it is a convolution"
+    if not block_of(unit, variant.precision):
+        blocks = f"{min(INT4_BLOCKS)} (or {max(INT4_BLOCKS)})" if variant.weight_only else f"{NVFP4_BLOCK}"
+        return f"it reads {channels} features, which is no multiple of the block of {blocks}"
+    if variant.precision == "nvfp4" and len(unit.input_shapes[0]) not in (2, 3):
+        return (
+            f"its input has {len(unit.input_shapes[0])} dimensions, and nvfp4 quantizes activations of 2 or 3"
+        )
+    return ""
+
+
+def legal(unit: Unit, variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    """Those of a backend's variants that a unit can become.
 
     Whether the backend then *executes* them is read back from each engine (`hwsearch.profiler`).
     """
-    return tuple(Variant(p) for p in precisions if p in PRECISIONS)
+    return tuple(v for v in variants if not ineligible(unit, v))
+
+
+def settled(
+    network: Network, variants: Mapping[str, Variant], widths: Mapping[str, int], base: str
+) -> dict[str, Variant]:
+    """The variants, in the base precision wherever a unit at these widths cannot become its own."""
+    return {
+        unit: variant if not ineligible(network.unit_at(unit, widths), variant) else Variant(base)
+        for unit, variant in variants.items()
+    }

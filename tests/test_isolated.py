@@ -306,8 +306,7 @@ def test_openvino(name: str, tmp_path: Path) -> None:
     table = profile(at, tmp_path / "t.parquet", mode="sandwiched", protocol=quick)
     network, model = table.network, fit(table)
     for unit in network.units:
-        for precision in runtime.precisions(base):
-            variant = Variant(precision)
+        for variant in runtime.variants(base):
             assert model.knows(unit.name, variant, {}) or str(variant) in table.header.unsupported[unit.name]
             if str(variant) in table.offered()[unit.name]:
                 assert 0 <= model.unit_ns(unit.name, variant) < 1e9

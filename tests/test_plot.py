@@ -307,7 +307,7 @@ def test_an_allocation_is_one_bar_a_unit_with_the_other_variants_as_outlines(
         if (chosen.variants[e.src] == "dense.int8") != (chosen.variants[e.dst] == "dense.int8")
     }
     assert sum(isinstance(p, PathPatch) for p in figure.axes[0].patches) == len(crossed)
-    assert f"int8 meets another precision ({len(crossed)})" in texts(figure)
+    assert f"quantized meets float ({len(crossed)})" in texts(figure)
     assert "(ms)" in figure.axes[1].get_xlabel()
     assert "per sample" in figure.axes[2].get_xlabel()
 
@@ -327,7 +327,7 @@ def test_an_allocation_can_be_drawn_without_table_or_losses() -> None:
     figure = plot_allocation(allocation(net, ["dense.int8"] * 2 + ["dense.fp16"] * 3))
     assert len(figure.axes) == 2
     assert "fp16 (3 units)" in texts(figure)
-    assert "meets another precision (1)" in texts(figure)
+    assert "quantized meets float (1)" in texts(figure)
 
 
 def test_the_dense_allocation_takes_its_times_from_the_dense_build() -> None:

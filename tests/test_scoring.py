@@ -43,7 +43,12 @@ def grid(name: str) -> dict[str, list[int]]:
 
 def measure(name: str, bank: WeightBank | None, out: Path | None = None, **options: Any) -> SensitivityTable:
     return measure_sensitivity(
-        tiny.lowering(name), out, precisions=("fp32", "int8"), grid=grid(name), bank=bank, **options
+        tiny.lowering(name),
+        out,
+        variants=(Variant("fp32"), Variant("int8")),
+        grid=grid(name),
+        bank=bank,
+        **options,
     )
 
 

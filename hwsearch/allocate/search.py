@@ -25,7 +25,7 @@ from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, uniform, weight_bytes
+from hwsearch.variants import Variant, legal, uniform, weight_bytes
 
 if TYPE_CHECKING:
     from hwsearch.scoring import SensitivityTable
@@ -135,7 +135,7 @@ def space(
         found = [
             Cell(v, widths)
             for widths in product(*(grid[g] for g in unit.groups))
-            for v in variants
+            for v in legal(network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))), variants)
             if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
         ]
         if not found:

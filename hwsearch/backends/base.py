@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.variants import Variant
+
 Array = NDArray[Any]
 
 
@@ -16,7 +18,7 @@ Array = NDArray[Any]
 class BuildOptions:
     """How a network is compiled: part of what a latency table is keyed by.
 
-    threads: inference threads. base: the precision of everything that Q/DQ does not make int8.
+    threads: inference threads. base: the precision of everything that Q/DQ does not change.
     """
 
     threads: int = 1
@@ -31,7 +33,8 @@ class NodeTime:
     """One executed node of a compiled network.
 
     name, op: the runtime's own. sources: names of the ONNX nodes or tensors it was made from, by the runtime's
-    record. precision: what it executed in (`fp32`, `bf16`, `fp16`, `int8`, or the runtime's word).
+    record. precision: what it executed in, as `Variant.executed` writes it: `fp16`, `int8`, `2:4.fp16` where the kernel
+    skipped zeros, `int4` where only its weights are; or the runtime's own word.
     time_ns: mean time of one inference, on the runtime's own counters.
     """
 
@@ -94,8 +97,8 @@ class Backend(Protocol):
     def bases(self) -> tuple[str, ...]:
         """Base precisions that this device executes, the one to prefer first."""
 
-    def precisions(self, base: str) -> tuple[str, ...]:
-        """Precisions that variants may ask for under a base, the base first."""
+    def variants(self, base: str) -> tuple[Variant, ...]:
+        """What units may ask for under a base, `dense.BASE` first; `legal` says which of it one unit can become."""
 
     def build(self, onnx: bytes, options: BuildOptions) -> Engine:
         """Compile a serialised ONNX model. Raises BackendUnavailable with the runtime's own reason."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
+from hwsearch.variants import Variant
 
 _INT8_KERNELS = (
     "QLinear",
@@ -64,8 +65,8 @@ class ONNXRuntimeBackend:
         self._runtime()
         return ("fp32",)
 
-    def precisions(self, base: str) -> tuple[str, ...]:
-        return (base, "int8")
+    def variants(self, base: str) -> tuple[Variant, ...]:
+        return Variant(base), Variant("int8")
 
     def build(self, onnx: bytes, options: BuildOptions) -> ONNXRuntimeEngine:
         if options.base not in self.bases():

@@ -11,6 +11,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
+from hwsearch.variants import Variant
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -50,9 +51,9 @@ class OpenVINOBackend:
         capable = set(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         return tuple(base for base, name in _CAPABILITIES.items() if name in capable)
 
-    def precisions(self, base: str) -> tuple[str, ...]:
+    def variants(self, base: str) -> tuple[Variant, ...]:
         int8 = "INT8" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return (base, "int8") if int8 else (base,)
+        return (Variant(base), Variant("int8")) if int8 else (Variant(base),)
 
     def build(self, onnx: bytes, options: BuildOptions) -> OpenVINOEngine:
         if options.base not in self.bases():

@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from hwsearch.canonical import aten
-from hwsearch.compress.quantize import Key, QuantizedWeight, fake_quantize, quantize_weight
+from hwsearch.compress.formats import StoredWeight, quantized_activation, rounded, rounded_weight, stored
+from hwsearch.compress.quantize import Ranges
 from hwsearch.trace import Site, Traced, flat_inputs
 from hwsearch.variants import Variant
-
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
@@ -23,7 +22,8 @@ class Simulator:
     """The outputs of a network whose units are in given variants, for one batch.
 
     The dense run is kept, so that changing one unit recomputes only what comes after it. Half precisions are
-    simulated by rounding a unit's inputs, weights and output; int8 by the same Q/DQ that is deployed.
+    simulated by rounding a unit's inputs, weights and output, tf32 by rounding what it multiplies; the others by the same
+    masks and Q/DQ that are deployed. weights: see `StoredWeights`; needed of units whose weights are not replaced.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class Simulator:
         traced: Traced,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        weights: Mapping[str, QuantizedWeight],
-        ranges: Mapping[Key, float],
+        weights: Mapping[tuple[str, Variant], StoredWeight],
+        ranges: Ranges,
         *,
         quantize_outputs: bool = False,
     ) -> None:
@@ -64,7 +64,7 @@ class Simulator:
                 site = self.site.get(node.name)
                 unit = site[0] if site is not None else ""
                 variant = variants.get(unit, Variant("fp32"))
-                own = site is not None and (variant.precision != "fp32" or unit in weights)
+                own = site is not None and (variant != Variant("fp32") or unit in weights)
                 if not own and not any(i in changed for i in node.all_input_nodes):
                     continue
                 interpreter.env = _Overlay(changed, self.values)
@@ -85,22 +85,21 @@ class Simulator:
         unit, call, site = at
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         new: list[Any] = list(args)
-        half = _HALF.get(variant.precision)
-        if variant.precision != "fp32":
-            for port, position in enumerate(site.activations):
-                if half is not None:
-                    new[position] = args[position].to(half).to(args[position].dtype)
-                else:
-                    new[position] = fake_quantize(args[position], self.ranges[unit, call, f"in{port}"])
+        for port, position in enumerate(site.activations):
+            new[position] = rounded(args[position], variant.precision)
+            if variant.quantized:
+                of = self.ranges[unit, call, f"in{port}"]
+                new[position] = quantized_activation(args[position], variant.precision, of)
         if site.weight is not None:
             new[site.weight] = self._weight(unit, args[site.weight], variant, replaced)
         if replaced is not None and replaced[1] is not None:
             _put_bias(node, new, kwargs, replaced[1])
         result = node.target(*new, **kwargs)  # type: ignore[operator]
-        if half is not None:
-            return result.to(half).to(result.dtype)
-        quantized = variant.quantized and self.quantize_outputs
-        return fake_quantize(result, self.ranges[unit, call, "out"]) if quantized else result
+        if variant.precision in ("bf16", "fp16"):
+            return rounded(result, variant.precision)
+        if variant.precision in ("int8", "fp8") and self.quantize_outputs:
+            return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"])
+        return result
 
     def _weight(
         self,
@@ -110,12 +109,12 @@ class Simulator:
         replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> torch.Tensor:
         weight = own if replaced is None else replaced[0]
-        if variant.quantized:
-            out_axis = self.traced.network[unit].out_axis
-            made = self.weights[unit] if replaced is None else quantize_weight(weight, out_axis)
-            return torch.from_numpy(made.dequantized())
-        half = _HALF.get(variant.precision)
-        return weight if half is None else weight.to(half).to(own.dtype)
+        if variant.plain:
+            return rounded(weight, variant.precision)
+        at = self.traced.network[unit]
+        return rounded_weight(
+            own, self.weights[unit, variant] if replaced is None else stored(weight, at, variant)
+        )
 
 
 def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:

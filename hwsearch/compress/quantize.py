@@ -1,4 +1,4 @@
-"""Ranges of activations from calibration data, and int8 weights."""
+"""Ranges of activations from calibration data, and int8 weights. `formats` has the other precisions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ _SAMPLE = 1 << 18
 
 Key = tuple[str, int, str]
 """(unit, call, port): port is `in0`, `in1` or `out`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What calibration says of one tensor.
+
+    limit: the largest magnitude that int8 should represent; top: the largest seen, which floats of few bits represent.
+    """
+
+    limit: float
+    top: float
+
+
+Ranges = Mapping[Key, Range]
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,10 @@ class _Seen:
 
 def activation_ranges(
     batches: Iterable[tuple[Traced, tuple[Any, ...], dict[str, Any]]], method: str = "mse"
-) -> dict[Key, float]:
-    """The largest magnitude to represent, for each tensor that may be quantized.
+) -> dict[Key, Range]:
+    """The range of each tensor that may be quantized.
 
-    batches: calibration batches, each with a trace for its shape; each runs once. method: `minmax` (the largest
+    batches: calibration batches, each with a trace for its shape; each runs once. method: of the limit, `minmax` (the largest
     seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
     Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an activation is NaN or infinite.
     """
@@ -143,7 +157,12 @@ def activation_ranges(
     with torch.no_grad():
         for traced, args, kwargs in batches:
             _Observer(traced, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
-    return {key: limit for keys, own in seen.items() for limit in [_limit(own, method)] for key in keys}
+    return {
+        key: found
+        for keys, own in seen.items()
+        for found in [Range(_limit(own, method), own.top or 1.0)]
+        for key in keys
+    }
 
 
 def _limit(seen: _Seen, method: str) -> float:
@@ -180,6 +199,3 @@ def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
     """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, scale limit / 127."""
     scale = float(np.float32(limit / LEVELS))
     return (x / scale).round().clamp(-LEVELS - 1, LEVELS) * scale
-
-
-Ranges = Mapping[Key, float]

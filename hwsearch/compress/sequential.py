@@ -63,7 +63,7 @@ def refit_sequential(
     Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
     units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
     """
-    int8 = {unit for unit, variant in (variants or {}).items() if variant.quantized}
+    int8 = {unit for unit, variant in (variants or {}).items() if variant.precision == "int8"}
     run = _SideBySide(batches, kept, weights).run
     return run(lambda step: _regressed(step, rows, seed, step.unit.name in int8))
 

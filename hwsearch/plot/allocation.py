@@ -19,6 +19,7 @@ from hwsearch.latency import LatencyModel, fit
 from hwsearch.network import Network
 from hwsearch.plot.style import (
     FAINT,
+    HATCH,
     INK,
     PRECISION_COLORS,
     Picture,
@@ -48,7 +49,7 @@ def plot_allocation(
 
     table: gives the predicted time of each unit, boundaries excepted, in ms; other variants' times are outlines.
     Without one every bar has length 1. sensitivity: gives the loss of each unit, other variants' as hollow dots.
-    Arcs beside the names: edges on which int8 meets another precision, where a conversion costs time.
+    Arcs beside the names: edges between a unit with quantized activations and one without, where a conversion costs time.
     path: where to save it. Raises InvalidInput where the table is of another network.
     """
     chosen = {unit: Variant.parse(v) for unit, v in allocation.variants.items()}
@@ -85,19 +86,25 @@ def plot_allocation(
         times, f"{allocation.network_name}: the allocation", where(_allocation_header(allocation)),
         *_allocation_text(allocation, model, chosen),
     )  # fmt: skip
-    counts = {p: sum(v.precision == p for v in chosen.values()) for p in WEIGHT_BITS}
+    order = list(WEIGHT_BITS)
+    kinds = sorted(
+        set(chosen.values()), key=lambda v: (order.index(v.precision), v.kept is not None, v.pattern)
+    )
+    counts = {v: sum(own == v for own in chosen.values()) for v in kinds}
     handles: list[Any] = [
-        Patch(color=PRECISION_COLORS[p], label=f"{p} ({n} unit{'s' if n > 1 else ''})")
-        for p, n in counts.items()
-        if n
+        Patch(
+            facecolor=PRECISION_COLORS[v.precision],
+            edgecolor="white" if v.kept else PRECISION_COLORS[v.precision],
+            hatch=HATCH if v.kept else None,
+            label=f"{v.executed} ({n} unit{'s' if n > 1 else ''})",
+        )
+        for v, n in counts.items()
     ]
     if model or sensitivity:
         handles.append(
             Patch(facecolor="none", edgecolor=FAINT, label="hollow: another variant, in its colour")
         )
-    handles.append(
-        Line2D([], [], color=INK, linewidth=1.0, label=f"int8 meets another precision ({crossed})")
-    )
+    handles.append(Line2D([], [], color=INK, linewidth=1.0, label=f"quantized meets float ({crossed})"))
     legend_below(figure, handles, columns=len(handles))
     return done(figure, path)
 
@@ -134,6 +141,9 @@ def _draw_times(
         [times[u] for u in rows],
         height=0.72,
         color=[PRECISION_COLORS[chosen[u].precision] for u in rows],
+        hatch=[HATCH if chosen[u].kept else "" for u in rows],
+        edgecolor="white",
+        linewidth=0.0,
     )
     if model is None:
         axes.set_xticks([])

@@ -36,7 +36,7 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
         own = [s for s in steps if s.group == group]
         for precision in own[0].times_ns:
             points = [(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own if precision in s.times_ns]
-            color = PRECISION_COLORS.get(precision, INK)
+            color = PRECISION_COLORS.get(precision.rpartition(".")[2], INK)
             axes.plot(
                 [p[0] for p in points], [p[1] for p in points], color=color, linewidth=1, label=precision
             )

@@ -16,7 +16,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-PRECISION_COLORS = {"fp32": "#666666", "bf16": "#E69F00", "fp16": "#CC79A7", "int8": "#0072B2"}
+PRECISION_COLORS = {
+    "fp32": "#666666",
+    "tf32": "#AAAAAA",
+    "bf16": "#E69F00",
+    "fp16": "#CC79A7",
+    "int8": "#0072B2",
+    "fp8": "#56B4E9",
+    "int4": "#009E73",
+    "nvfp4": "#F0E442",
+}
+HATCH = "////"
+"""Over the colour of a precision: weights in an N:M pattern."""
 HIGHLIGHT, FAINT, INK = "#D55E00", "#999999", "#222222"
 
 

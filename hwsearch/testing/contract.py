@@ -25,10 +25,26 @@ from hwsearch.marking import tensor_names
 from hwsearch.regime import Regime
 from hwsearch.table import NodeRow
 from hwsearch.task import Task
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import PRECISIONS, Variant, legal, uniform
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp16": 1e-2, "int8": 6e-2}
-"""Largest error of an output, relative to its largest magnitude, by the lowest precision in the network."""
+TOLERANCE = {
+    "fp32": 1e-4,
+    "tf32": 4e-3,
+    "bf16": 4e-2,
+    "fp16": 1e-2,
+    "int8": 6e-2,
+    "fp8": 2e-1,
+    "int4": 4e-2,
+    "nvfp4": 4e-1,
+}
+"""Largest error of an output, relative to its largest magnitude, by the coarsest precision in the network.
+
+A value that a rounding error puts on the other side of a tie is a whole step of the format off: a sixteenth of itself in fp8,
+up to a third in E2M1.
+"""
+
+
+_COARSE = [p for p in PRECISIONS if not Variant(p).plain]
 
 
 DISPATCH_NS = 1e5
@@ -99,20 +115,26 @@ def small_network(name: str) -> Lowering:
     return Lowering(task)
 
 
-def mixed(lowering: Lowering, base: str) -> dict[str, Variant]:
-    """Every other unit in int8."""
-    return {u.name: Variant("int8" if i % 2 else base) for i, u in enumerate(lowering.network.units)}
+def mixed(lowering: Lowering, base: str, variant: Variant = Variant("int8")) -> dict[str, Variant]:  # noqa: B008
+    """Every other unit in a variant, where it can become that."""
+    whole = wherever(lowering, base, variant)
+    return {u: v if i % 2 else Variant(base) for i, (u, v) in enumerate(whole.items())}
+
+
+def wherever(lowering: Lowering, base: str, variant: Variant) -> dict[str, Variant]:
+    """Every unit that can become a variant in it, the others in the base precision."""
+    return {u.name: (*legal(u, [variant]), Variant(base))[0] for u in lowering.network.units}
 
 
 def expected(lowering: Lowering, variants: Mapping[str, Variant], backend: Backend) -> list[Array]:
-    """What torch computes for the example inputs, with half precisions and Q/DQ simulated."""
-    int8 = any(v.quantized for v in variants.values())
+    """What torch computes for the example inputs, with masks, half precisions and Q/DQ simulated."""
+    quantized = any(v.quantized for v in variants.values())
     simulator = Simulator(
         lowering.traced,
         lowering.traced.args,
         lowering.traced.kwargs,
-        lowering.weights if int8 else {},
-        lowering.ranges if int8 else {},
+        lowering.weights,
+        lowering.ranges if quantized else {},
         quantize_outputs=backend.quantize_outputs,
     )
     flat = simulator(variants)
@@ -183,10 +205,11 @@ class BackendContract:
             self._at(backend, "residual").build(uniform(small_network("residual").network, "fp32"))[0], Engine
         )
 
-    def test_precisions_begin_with_the_base(self, backend: Backend) -> None:
+    def test_variants_begin_with_the_base(self, backend: Backend) -> None:
         assert backend.bases(), "bases() is empty"
         for base in backend.bases():
-            assert backend.precisions(base)[0] == base
+            assert backend.variants(base)[0] == Variant(base)
+            assert len(set(backend.variants(base))) == len(backend.variants(base))
 
     # ---- numbers, executed precisions, node times
 
@@ -203,8 +226,9 @@ class BackendContract:
         for base in backend.bases():
             at = self._at(backend, name, base)
             allocations = {base: uniform(at.network, base)}
-            if "int8" in at.backend.precisions(base):
-                allocations |= {"int8": uniform(at.network, "int8"), "mixed": mixed(at.lowering, base)}
+            for variant in at.backend.variants(base)[1:]:
+                allocations[str(variant)] = wherever(at.lowering, base, variant)
+                allocations[f"every other {variant}"] = mixed(at.lowering, base, variant)
             for label, variants in allocations.items():
                 self._check_engine(at, variants, f"{name}, base {base}, {label}")
 
@@ -222,15 +246,16 @@ class BackendContract:
             assert row.time_ns >= 0, f"{what}: node {row.name} took {row.time_ns} ns"
         assert any(executed), f"{what}: no node names a unit of the network"
         for unit, precision in zip(at.network.units, executed, strict=True):
-            asked = variants[unit.name].precision
+            asked = variants[unit.name].executed
             claims = [r.precision for r in rows if r.kind == "unit" and unit.name in r.units]
             assert not precision or precision in claims, (
                 f"{what}: {unit.name} reads {precision}, its nodes {claims}"
             )
-            # A runtime may fuse a unit into one that was asked in int8; apart from that int8 is never made up.
+            # A runtime may fuse a unit into one that was asked in int8; apart from that nothing coarse is made up.
             fused = [u for r in rows if r.kind == "unit" and unit.name in r.units for u in r.units]
-            int8 = any(variants[name].quantized for name in fused)
-            assert precision != "int8" or int8, f"{what}: {unit.name} was asked in {asked} and reads int8"
+            coarse = {variants[name].executed for name in fused if not variants[name].plain}
+            made_up = precision in _COARSE and precision not in coarse
+            assert not made_up, f"{what}: {unit.name} was asked in {asked} and reads {precision}"
         self._check_sum(at, engine, what)
 
     def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
@@ -313,11 +338,11 @@ class BackendContract:
 
     def test_two_engines_at_once(self, backend: Backend) -> None:
         at = self._at(backend, "residual")
-        lowest = at.backend.precisions(at.options.base)[-1]
+        lowest = at.backend.variants(at.options.base)[-1]
         one, _ = at.build(uniform(at.network, at.options.base))
         inputs = at.lowering.arrays()
         alone = one(*inputs)
-        two, _ = at.build(uniform(at.network, lowest))
+        two, _ = at.build(wherever(at.lowering, at.options.base, lowest))
         other = two(*inputs)
         for _ in range(2):
             assert_close(one(*inputs), alone, 1e-6, "the first of two engines")

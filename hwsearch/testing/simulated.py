@@ -9,15 +9,17 @@ from functools import cached_property
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
 from hwsearch.marking import unit_of
 from hwsearch.network import Edge, Network
+from hwsearch.testing.reference import dynamic_quantize
+from hwsearch.variants import Variant, executes_quantized
 
 Pair = tuple[bool, bool]
-"""Whether the producer and the consumer of an edge are int8."""
+"""Whether the producer and the consumer of an edge quantize their activations."""
 
 GRAIN = 8
 """Channels that the simulated kernels work on at once."""
@@ -39,8 +41,8 @@ class Size:
 class LatencyLaw:
     """T(a) = rest + sum over units t[u, precision] * stairs[u] + sum over edges (fixed + per_byte * bytes)[class pair].
 
-    All in ns. units: unit -> {precision: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns for each
-    byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
+    All in ns. units: unit -> {`Variant.executed`: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns
+    for each byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
     end_ns: paid by a unit for each of its edges that leads out of a part of the network (layout changes), hidden in its node.
     dispatch_ns: paid by every inference, in no node.
     whole: of each unit, the size that `units` is the time of. A narrower one takes the share that is left of its input
@@ -65,7 +67,7 @@ class LatencyLaw:
     ) -> LatencyLaw:
         """Units of about `unit_ns`, equal where their signatures are; boundaries that cost a large part of a unit."""
         rng = np.random.default_rng(seed)
-        speed = {"fp32": (1.0, 1.0), "bf16": (0.4, 0.7), "fp16": (0.4, 0.7), "int8": (0.25, 0.8)}
+        speed = dict.fromkeys(precisions, (0.4, 0.7)) | {"fp32": (1.0, 1.0), "int8": (0.25, 0.8)}
         of_signature: dict[str, dict[str, float]] = {}
         for unit in network.units:
             if unit.signature not in of_signature:
@@ -123,7 +125,7 @@ class LatencyLaw:
             if edge.src in sizes:
                 left = sizes[edge.src].output / self.whole[edge.src].output
                 edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * left))
-            pair = precisions[edge.src] == "int8", precisions[edge.dst] == "int8"
+            pair = executes_quantized(precisions[edge.src]), executes_quantized(precisions[edge.dst])
             cost = self.boundary_ns(edge, pair)
             if cost and index % 2 == 0:
                 name = f"{edge.src}|0|out_{edge.dst}|0|in_Reorder_{index}"
@@ -154,7 +156,8 @@ def sizes_of(network: Network, widths: Mapping[str, int] | None = None) -> dict[
 class SimulatedBackend:
     """Keeps `hwsearch.backends.base.Backend` without a runtime; its engines advance `clock` instead of taking time.
 
-    noise: relative standard deviation of each inference; build_noise: of each engine, the same in all its inferences;
+    more: variants that it offers beside the base and int8, N:M ones in the base precision or int8 or fp8. noise: relative
+    standard deviation of each inference; build_noise: of each engine, the same in all its inferences;
     node_noise: of each node's counter. drift: the machine's slowness after so many simulated seconds (1.0 is none).
     failing: numbers of the builds, from 0, that raise BackendUnavailable. refused: units that execute in the base
     precision whatever is asked. build_ns: simulated time of a build. Outputs are computed by `onnx.reference`, in fp32
@@ -169,6 +172,7 @@ class SimulatedBackend:
         *,
         bases: tuple[str, ...] = ("fp32",),
         int8: bool = True,
+        more: Sequence[str] = (),
         noise: float = 0.0,
         build_noise: float = 0.0,
         node_noise: float = 0.0,
@@ -185,7 +189,7 @@ class SimulatedBackend:
         self.drift, self.failing, self.refused, self.build_ns = drift, failing, refused, build_ns
         self.builds = 0
         """How many builds were asked for."""
-        self._bases, self._int8 = bases, int8
+        self._bases, self._more = bases, [Variant("int8")] * int8 + [Variant.parse(v) for v in more]
         self._now_ns = 0.0
         self.watts = dict(watts or {})
         self.joules = 0.0
@@ -211,8 +215,8 @@ class SimulatedBackend:
     def bases(self) -> tuple[str, ...]:
         return self._bases
 
-    def precisions(self, base: str) -> tuple[str, ...]:
-        return (base, "int8") if self._int8 else (base,)
+    def variants(self, base: str) -> tuple[Variant, ...]:
+        return Variant(base), *self._more
 
     def build(self, onnx: bytes, options: BuildOptions) -> SimulatedEngine:
         number, self.builds = self.builds, self.builds + 1
@@ -236,12 +240,14 @@ class SimulatedEngine:
             onnx.checker.check_model(self._model)
         except Exception as error:
             raise BackendUnavailable(f"the simulated device cannot read the network: {error}") from error
-        asked = _precisions(self._model, options.base)
+        asked = _executed(
+            self._model, options.base, [v.kept for v in backend.variants(options.base) if v.kept]
+        )
         unknown = sorted(set(asked) - set(backend.law.units))
         if unknown:
             raise BackendUnavailable(f"the simulated device's law has no units {', '.join(unknown)}")
         self.executed = {unit: options.base if unit in backend.refused else p for unit, p in asked.items()}
-        """The precision of each unit."""
+        """What each unit executes in, as `Variant.executed` writes it."""
         self.sizes = _sizes(self._model) if backend.law.whole else {}
         """The size of each unit, as its weights and output say."""
         self.time_ns = backend.law.time_ns(self.executed, self.sizes) * backend.jitter(backend.build_noise)
@@ -271,7 +277,7 @@ class SimulatedEngine:
         model.CopyFrom(self._model)
         for opset in model.opset_import:  # onnx.reference knows DequantizeLinear from 19 on
             opset.version = max(opset.version, 19) if not opset.domain else opset.version
-        return ReferenceEvaluator(model)
+        return ReferenceEvaluator(model, new_ops=[dynamic_quantize()])
 
     def __call__(self, *arrays: Array) -> list[Array]:
         checked = check_arrays(arrays, self.inputs)
@@ -303,16 +309,74 @@ class SimulatedEngine:
         ]
 
 
-def _precisions(model: onnx.ModelProto, base: str) -> dict[str, str]:
-    """Unit -> `int8` where each of its products reads dequantized tensors only, else the base."""
+_STORED: dict[int, str] = {
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+    TensorProto.INT4: "int4",
+    TensorProto.FLOAT4E2M1: "nvfp4",
+}
+
+
+def _executed(model: onnx.ModelProto, base: str, patterns: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Unit -> what the types and zeros of what its products read make of it; the base where its calls differ.
+
+    A product is quantized where both of its inputs are dequantized, weight-only where its int4 weight is.
+    """
     maker = {output: node for node in model.graph.node for output in node.output}
-    quantized: dict[str, bool] = {}
+    stored = {t.name: t for t in model.graph.initializer}
+    found: dict[str, str] = {}
     for node in model.graph.node:
         unit, own = unit_of(node.name)
-        if own and node.op_type in _PRODUCTS:
-            int8 = all(_dequantized(tensor, maker) for tensor in node.input[:2])
-            quantized[unit] = quantized.get(unit, True) and int8
-    return {unit: "int8" if int8 else base for unit, int8 in quantized.items()}
+        if not own or node.op_type not in _PRODUCTS:
+            continue
+        weight, _ = _source(node.input[1], maker)
+        kind = _STORED.get(stored[weight].data_type, "") if weight in stored else ""
+        if kind != "int4":
+            dequantized = [
+                _source(tensor, maker, _MOVES)[1] == "DequantizeLinear" for tensor in node.input[:2]
+            ]
+            kind = (kind or _activation_kind(node.input[1], maker, stored)) if all(dequantized) else ""
+        executed = kind or base
+        for n, m in patterns:
+            if weight in stored and _follows(numpy_helper.to_array(stored[weight]), node, maker, n, m):
+                executed = f"{n}:{m}.{executed}"
+                break
+        if found.get(unit, executed) != executed:
+            executed = base
+        found[unit] = executed
+    return found
+
+
+def _source(tensor: str, maker: Mapping[str, onnx.NodeProto], through: Sequence[str] = ()) -> tuple[str, str]:
+    """(the tensor that one is made of by moves and conversions, the operator that made it)."""
+    through = through or (*_MOVES, *_CONVERSIONS)
+    while tensor in maker and maker[tensor].op_type in through:
+        tensor = maker[tensor].input[0]
+    return tensor, maker[tensor].op_type if tensor in maker else ""
+
+
+def _activation_kind(
+    tensor: str, maker: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> str:
+    """What the second activation of a product is quantized to, by the zero point of its DequantizeLinear."""
+    node = maker[_source(tensor, maker, _MOVES)[0]]
+    return _STORED.get(stored[node.input[2]].data_type, "") if len(node.input) > 2 else ""
+
+
+def _follows(
+    weight: Array, product: onnx.NodeProto, maker: Mapping[str, onnx.NodeProto], n: int, m: int
+) -> bool:
+    """Whether at most n of every m input channels of a product's weight are not zero."""
+    turned = {a.name: a.i for a in product.attribute}.get("transB", 0)
+    axis = 1 if product.op_type == "Conv" or turned else 0
+    tensor = product.input[1]
+    while tensor in maker:
+        axis = 1 - axis if maker[tensor].op_type == "Transpose" else axis
+        tensor = maker[tensor].input[0]
+    moved = np.moveaxis(weight.astype(np.float32), axis, -1)
+    if moved.shape[-1] % m:
+        return False
+    return bool(((moved.reshape(*moved.shape[:-1], -1, m) != 0).sum(-1) <= n).all())
 
 
 def _sizes(model: onnx.ModelProto) -> dict[str, Size]:
@@ -331,12 +395,6 @@ def _sizes(model: onnx.ModelProto) -> dict[str, Size]:
                 weight = maker[weight].input[0]
             sizes[unit] = Size(stored.get(weight, ())[:2], math.prod(shapes[node.output[0]]))
     return sizes
-
-
-def _dequantized(tensor: str, maker: Mapping[str, onnx.NodeProto]) -> bool:
-    while tensor in maker and maker[tensor].op_type in _MOVES:
-        tensor = maker[tensor].input[0]
-    return tensor in maker and maker[tensor].op_type == "DequantizeLinear"
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

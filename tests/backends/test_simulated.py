@@ -10,24 +10,28 @@ from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.regime import Regime
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
-from hwsearch.testing.contract import mixed, small_network
-from hwsearch.variants import uniform
+from hwsearch.testing.contract import mixed, small_network, wherever
+from hwsearch.variants import Variant, uniform
 
 NETWORKS = ("residual", "attention", "two_inputs")
 
 
+MORE = ("2:4.int8", "2:4.fp8", "dense.fp8", "dense.int4", "dense.nvfp4")
+
+
 def simulated(lowering: Lowering, **options: object) -> SimulatedBackend:
-    law = LatencyLaw.random(lowering.network, precisions=("fp32", "bf16", "int8"))
+    precisions = ("fp32", "bf16", "int8", "fp8", "int4", "nvfp4", "2:4.int8", "2:4.fp8")
+    law = LatencyLaw.random(lowering.network, precisions=precisions)
     return SimulatedBackend(law, bases=("fp32",), **options)  # type: ignore[arg-type]
 
 
 class TestSimulated(BackendContract):
     @pytest.fixture
     def backend(self) -> SimulatedBackend:
-        return simulated(small_network("residual"))
+        return simulated(small_network("residual"), more=MORE)
 
     def backend_for(self, backend: Backend, lowering: Lowering) -> Backend:
-        return simulated(lowering)
+        return simulated(lowering, more=MORE)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -45,6 +49,20 @@ def test_a_run_takes_what_the_law_says_of_the_allocation(name: str) -> None:
         assert sum(n.time_ns for n in nodes) == pytest.approx(law)
         rows = attribute(nodes, at.network, tensor_names(model))
         assert executed_precisions(rows, at.network) == tuple(v.precision for v in variants.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("variant", MORE)
+def test_what_is_executed_is_read_from_types_and_zeros(name: str, variant: str) -> None:
+    lowering = small_network(name)
+    at = Regime(lowering, simulated(lowering, more=MORE), BuildOptions(1, "fp32"))
+    for variants in (
+        wherever(lowering, "fp32", Variant.parse(variant)),
+        mixed(lowering, "fp32", Variant.parse(variant)),
+    ):
+        engine, model = at.build(variants)
+        rows = attribute(engine.nodes(), at.network, tensor_names(model))
+        assert executed_precisions(rows, at.network) == tuple(v.executed for v in variants.values())
 
 
 def test_half_of_the_boundaries_are_nodes_of_their_own_and_lead_to_the_consumer() -> None:

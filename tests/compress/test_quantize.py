@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from hwsearch.compress.quantize import activation_ranges, fake_quantize, quantize_weight
+from hwsearch.compress.quantize import Range, activation_ranges, fake_quantize, quantize_weight
 from hwsearch.errors import InvalidInput
 from hwsearch.trace import trace
 
@@ -42,7 +42,7 @@ def test_mse_is_never_worse_than_minmax(array: np.ndarray) -> None:
     def loss(method: str) -> float:
         found = ranges([x], method)
         return float(
-            (fake_quantize(x, next(v for k, v in found.items() if k[2] == key[2])) - x).square().mean()
+            (fake_quantize(x, next(v.limit for k, v in found.items() if k[2] == key[2])) - x).square().mean()
         )
 
     assert loss("mse") <= loss("minmax") * (1 + 1e-6) + 1e-12
@@ -50,19 +50,21 @@ def test_mse_is_never_worse_than_minmax(array: np.ndarray) -> None:
 
 def test_minmax_is_the_largest_magnitude_over_all_batches() -> None:
     data = [torch.randn(4, 8), torch.randn(9, 8), -7 * torch.ones(1, 8)]
-    assert next(v for k, v in ranges(data, "minmax").items() if k[2] == "in0") == 7.0
+    assert next(v for k, v in ranges(data, "minmax").items() if k[2] == "in0") == Range(7.0, 7.0)
 
 
 def test_outliers_are_clipped() -> None:
     x = torch.randn(4000, 64)
     x[0, 0] = 30.0
     for method in ("mse", "percentile"):
-        assert next(v for k, v in ranges([x], method).items() if k[2] == "in0") < 15
+        found = next(v for k, v in ranges([x], method).items() if k[2] == "in0")
+        assert found.limit < 15
+        assert found.top == 30.0
 
 
 def test_zeros_get_a_harmless_range() -> None:
     found = ranges([torch.zeros(4, 8)], "mse")
-    assert next(v for k, v in found.items() if k[2] == "in0") == 1.0
+    assert next(v for k, v in found.items() if k[2] == "in0") == Range(1.0, 1.0)
 
 
 def test_nan_and_unknown_method() -> None:
