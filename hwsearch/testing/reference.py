@@ -22,7 +22,7 @@ def dynamic_quantize() -> Any:
         def _run(
             self, x: Any, overall: Any, axis: Any = None, block_size: Any = None, scale_type: Any = None
         ) -> Any:
-            values, scales = nvfp4_blocks(torch.from_numpy(np.array(x)), float(overall.item()))
+            values, scales = nvfp4_blocks(torch.from_numpy(np.array(x, np.float32)), float(overall.item()))
             return (
                 values.flatten(-2).numpy().astype(ml_dtypes.float4_e2m1fn),
                 scales.squeeze(-1).numpy().astype(ml_dtypes.float8_e4m3fn),
