@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_staircase as plot_staircase
     from hwsearch.scoring import SensitivityTable as SensitivityTable
     from hwsearch.table import LatencyTable as LatencyTable
+    from hwsearch.targets import build as build
+    from hwsearch.targets import check_targets as check_targets
     from hwsearch.task import Task as Task
     from hwsearch.task import load as load
 
@@ -31,7 +33,8 @@ _HOMES = {
     "deployment": ["deploy", "verify"], "pipeline": ["run"],
     "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
     "allocate.search": ["front", "search"],
-    "scoring": ["SensitivityTable"], "table": ["LatencyTable"], "task": ["Task", "load"],
+    "scoring": ["SensitivityTable"], "table": ["LatencyTable"],
+    "targets": ["build", "check_targets"], "task": ["Task", "load"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -9,6 +9,7 @@ from typing import Any
 from hwsearch import backends
 from hwsearch.backends.base import Backend
 from hwsearch.design import AXES, RESIDUAL, candidate_widths, check_axes
+from hwsearch.device import clocks_to_lock
 from hwsearch.errors import InvalidInput
 from hwsearch.pipeline import sensitivity_for
 from hwsearch.prior import comparable
@@ -42,6 +43,7 @@ def profile(
     load: int = 0,
     shape: Shapes | None = None,
     prior: Sequence[LatencyTable | str | Path] = (),
+    lock_clocks: bool = False,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -57,9 +59,12 @@ def profile(
     each: a table of a shared machine is another one. shape: of the inputs, the batch first, where not that of the example
     inputs (see `reshaping`): for timing; sensitivities, deployed files and reports want a task of that shape.
     prior: other tables of this device and regime, or their files, whose layers need not be learnt again.
+    lock_clocks: hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     axes = check_axes(axes)
+    runtime = _backend(backend)
+    clocks = clocks_to_lock(runtime) if lock_clocks else 0
     if shape is not None and shape != ():
         task = reshaped(task, shape)
         own = own_shapes(task)[0][0]
@@ -68,12 +73,13 @@ def profile(
         batch = own
     at = regime(
         task,
-        _backend(backend),
+        runtime,
         threads=threads,
         base=base,
         batch=batch,
         residual=RESIDUAL in axes,
         load=load,
+        clocks=clocks,
     )
     return _profile(
         at,

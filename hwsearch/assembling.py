@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import LEVELS, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
+from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import NVFP4_BLOCK, Variant
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
@@ -76,7 +77,10 @@ def assemble(
             of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
             scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
             builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
-    return builder.finish(dict(metadata or {}))
+    told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
+    units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
+    untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
+    return builder.finish({**float_units(untold), **(metadata or {})})
 
 
 class _Builder:
@@ -150,7 +154,7 @@ class _Builder:
             return
         if precision == "nvfp4":
             coded = self._coded(f"{name}/scale/fp8", "fp8", stored.scales)
-            overall = self._scalar(f"{name}/overall", stored.overall)
+            overall = self._constant(f"{name}/overall", np.asarray(stored.overall, np.float32))
             scale, scaled = f"{name}/scale", self._unique(f"{unit}|0|DequantizeLinear.scale")
             self._add("DequantizeLinear", [coded, overall], scale, scaled)
         else:
@@ -163,7 +167,7 @@ class _Builder:
         key = source, "nvfp4", overall
         if key not in self.dequantized:
             base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
-            scale = self._scalar(f"{name}/overall", overall)
+            scale = self._constant(f"{name}/overall", np.asarray(overall, np.float32))
             values, scales, output = f"{name}/nvfp4", f"{name}/scale", f"{name}/dq"
             self._add(
                 "TRT_FP4DynamicQuantize",
@@ -201,7 +205,7 @@ class _Builder:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
-            zero = self._zero(f"{node.output[0]}/zero", precision, (1,))
+            zero = self._zero(f"{node.output[0]}/zero", precision, ())
             quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
             self._add(
                 "QuantizeLinear",
@@ -226,11 +230,8 @@ class _Builder:
         return name
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-    def _scalar(self, name: str, value: float) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
+        # a scale of shape [1] means one channel, and TensorRT then runs no convolution in int8: scalars stay scalars
+        self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def _zero(self, name: str, precision: str, shape: tuple[int, ...]) -> str:

@@ -11,9 +11,12 @@ from hwsearch.table import NodeRow
 from hwsearch.variants import Variant
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
-_MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize")
+_LAYOUTS = ("Reformat",)
+"""What is never a unit's work, whichever ONNX nodes it is said to be made for: TensorRT's changes of layout and type."""
+_MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize", *_LAYOUTS)
 _PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearConv", "QGemm",
-             "QLinearMatMul", "Deconvolution", "NhwcFusedConv")  # fmt: skip
+             "QLinearMatMul", "Deconvolution", "NhwcFusedConv", "CaskConv", "CaskDeconv", "CaskGemm", "MatrixMultiply", "gemm",
+             "correlation")  # fmt: skip
 
 
 def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, str]) -> tuple[NodeRow, ...]:
@@ -30,7 +33,9 @@ def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, s
             (unit, own, source) for source in sources for unit, own in [unit_of(source)] if unit in known
         ]
         working = _ordered({u for u, own, s in owners if own and not _is_conversion(s)}, known)
-        if not working and node.op.startswith(_PRODUCTS):
+        if node.op.startswith(_LAYOUTS):
+            working = []
+        elif not working and node.op.startswith(_PRODUCTS):
             working = [u for u, _, _ in owners][-1:]  # named after what was fused behind the product
         if working:
             kind, units = "unit", working

@@ -101,13 +101,14 @@ def check(
     *,
     backend: str | Backend | None = None,
     builds: int = BUILDS,
+    lock_clocks: bool = False,
     progress: Progress | None = None,
 ) -> Check:
     """Build and time a handful of a table's allocations again, spread from its fastest to its slowest.
 
     task: the one that was profiled; None takes the table's own where that is of the zoo (a table is a file from anywhere:
-    no other code that it names is run). Raises IncompatibleTables on another device, network, backend or runtime version;
-    InvalidInput without a task.
+    no other code that it names is run). lock_clocks: as for `profile`, at the clock of the table.
+    Raises IncompatibleTables on another device, network, backend or runtime version; InvalidInput without a task.
     """
     if table.header.mode != "context":
         raise InvalidInput("the table was made layer by layer; only one made in context can be checked")
@@ -122,17 +123,18 @@ def check(
         with suppress(InvalidInput):  # a task of another network, which is refused below
             task = reshaped(task, shapes)  # as `profile --shape` made it
     chosen = backend or table.header.backend
+    runtime = backends.get(chosen) if isinstance(chosen, str) else chosen
     at = regime(
-        task, backends.get(chosen) if isinstance(chosen, str) else chosen, threads=int(options["threads"]),
-        base=str(options["base"]), batch=int(options["batch"]), residual=bool(options.get(RESIDUAL)),
-        load=int(options.get("load", 0)),
+        task, runtime, threads=int(options["threads"]), base=str(options["base"]), batch=int(options["batch"]),
+        residual=bool(options.get(RESIDUAL)), load=int(options.get("load", 0)),
+        clocks=int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0,
     )  # fmt: skip
-    fingerprint = devices.fingerprint().to_json()
+    fingerprint = devices.fingerprint_for(runtime).to_json()
     table.require(
         device=fingerprint, network=at.network, backend=at.backend.name, options=at.described,
         versions=dict(at.backend.versions()),
     )  # fmt: skip
-    with devices.lock(fingerprint["id"]), background(at.load):
+    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
         return measure_again(table, at, spread(table, builds), progress)
 
 
@@ -167,7 +169,8 @@ def measure_again(
             own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
             engines[str(number)] = own.build(candidate.variants)[0]
             progress.step(f"built {number + 1} of {len(builds)}")
-        timings = paired(reference.run, {n: e.run for n, e in engines.items()}, AGAIN, clock=at.clock)
+        runs = {n: e.run for n, e in engines.items()}
+        timings = paired(reference.run, runs, AGAIN, clock=at.clock, quiet_ns=table.quiet_ns)
         progress.step("timed")
     finally:
         progress.stop()

@@ -116,6 +116,10 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="Runtime; `hwsearch d
 MaybeBackend = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="Runtime; by default the allocation's.")
 ]
+EngineBackend = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", help="`tensorrt-rtx`, or `tensorrt` for the GPU of this machine."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Inference threads.")]
 Base = Annotated[
     str | None,
@@ -148,6 +152,13 @@ Weights = Annotated[
 ]
 Load = Annotated[
     int, typer.Option(min=0, metavar="N", help="Busy workers beside the network while it is measured.")
+]
+LockClocks = Annotated[
+    bool,
+    typer.Option(
+        "--lock-clocks",
+        help="Hold the GPU's clock meanwhile; needs root, and is undone. Others on the GPU feel it.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
@@ -184,6 +195,16 @@ def seconds(duration: str) -> float:
     return total
 
 
+def _usable(backend: str, lock_clocks: bool = False) -> None:
+    """Raises BackendUnavailable, or what forbids to lock clocks, before torch and a model take their time to load."""
+    from hwsearch import backends, device
+
+    runtime = backends.get(backend)
+    runtime.versions(), runtime.bases()
+    if lock_clocks:
+        device.clocks_to_lock(runtime)
+
+
 def _axes(text: str) -> list[str]:
     return [axis.strip() for axis in text.split(",") if axis.strip()]
 
@@ -213,14 +234,17 @@ def _globals(
 
 @app.command()
 def devices(as_json: AsJson = False) -> None:
-    """Show this machine and its runtimes."""
-    from hwsearch import backends, device, energy
+    """Show this machine, its GPUs and its runtimes."""
+    from hwsearch import backends, device, energy, nvidia
 
     here, found, counter = device.fingerprint(), backends.status(), energy.find()
+    gpus, no_gpu = nvidia.told()
     if as_json:
         show.as_json(
             {
                 "device": here.to_json(),
+                "gpus": [gpu.to_json() for gpu in gpus],
+                "no_gpu": no_gpu,
                 "backends": [entry.to_json() for entry in found],
                 "energy": counter.to_json(),
             }
@@ -228,11 +252,57 @@ def devices(as_json: AsJson = False) -> None:
         return
     measured = f"measured by {counter.source}" if counter.meter else f"not measured: {counter.reason}"
     print(f"{here}\nid {here.id}\nenergy {measured}\n")
+    for gpu in gpus:
+        print(f"{gpu}\nid {gpu.id}, {gpu.uuid or 'UUID not told'}\n")
+    if no_gpu:
+        print(f"no GPU: {no_gpu}\n")
     rows = [
         (b.name, ", ".join(b.versions.values()), ", ".join(b.bases), "yes" if b.available else b.reason)
         for b in found
     ]
     show.columns(("backend", "version", "base precisions", "available"), rows)
+
+
+@app.command()
+def doctor(
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Runtime to examine; by default every one that is installed."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="JSON to attach to a bug report; without paths and user names.",
+        ),
+    ] = None,
+    lock_clocks: Annotated[
+        bool,
+        typer.Option("--lock-clocks", help="Also try whether a GPU's clocks can be locked, for a moment."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Examine what works on this machine. Driver, runtimes, permissions, small engines, the backend contract.
+
+    Exit 1 where something that should work does not.
+    """
+    from hwsearch.doctor import examine
+    from hwsearch.errors import BackendUnavailable
+    from hwsearch.progress import Progress
+
+    with Progress() as progress:
+        found = examine(backend, lock_clocks=lock_clocks, progress=progress)
+    if report is not None:
+        found.save(report)
+    if as_json:
+        show.as_json(found.to_json())
+    if backend is not None and not found.backends[0].available:
+        raise BackendUnavailable(found.backends[0].reason)
+    if not as_json:
+        print(found)
+    if not found.healthy:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -269,6 +339,7 @@ def profile(
             help="Table of another network on this device, whose layers need not be learnt again.",
         ),
     ] = None,
+    lock_clocks: LockClocks = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -277,6 +348,7 @@ def profile(
     Other options or another shape of the same model become another section of the file.
     """
     limit = seconds(time_limit)
+    _usable(backend, lock_clocks)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
@@ -284,7 +356,7 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=_axes(axes), load=load, seed=seed, progress=progress,
-            shape=shape or None, prior=prior or (),
+            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks,
         )  # fmt: skip
     show.table(table, as_json)
 
@@ -352,6 +424,7 @@ def table_check(
         typer.Option(metavar="TASK", help="The task that was profiled; a table of the zoo finds its own."),
     ] = None,
     builds: Annotated[int, typer.Option(min=1, help="How many builds to measure again.")] = 5,
+    lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
@@ -362,7 +435,7 @@ def table_check(
     own = None if task is None else hs.load(task)
     table = hs.LatencyTable.load(file, **section) if own is None else table_of_task(file, own, **section)
     with Progress() as progress:
-        found = hs.check(table, own, builds=builds, progress=progress)
+        found = hs.check(table, own, builds=builds, lock_clocks=lock_clocks, progress=progress)
     show.check(found, as_json)
     if not found.holds:
         raise typer.Exit(1)
@@ -389,6 +462,7 @@ def sensitivity(
     """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
     if section and table is None:
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
+    _usable(backend)
     import hwsearch as hs
     from hwsearch.api import table_of_task
     from hwsearch.progress import Progress
@@ -469,11 +543,61 @@ def deploy(
     from hwsearch.allocation import Allocation
 
     chosen = Allocation.load(allocation)
+    _usable(backend or chosen.backend)
     deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
     if as_json:
         show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
     else:
         print(f"{deployed.path}: {show.size(deployed.size_bytes)}")
+
+
+@app.command()
+def build(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Output,
+    target: Annotated[
+        str | None, typer.Option(metavar="SM", help="GPU architecture, for instance sm86; `tensorrt-rtx` needs one.")
+    ] = None,
+    backend: EngineBackend = "tensorrt-rtx",
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PRECISION", help="Instead of the allocation's own: fp16, bf16, fp32 or tf32."),
+    ] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the serialised engine of an allocation for a GPU. With `tensorrt-rtx` no GPU is needed here."""
+    import hwsearch as hs
+    from hwsearch.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    made = hs.build(hs.load(task), chosen, output, target=target, backend=backend, base=base, weights=weights)
+    show.engine_file(made, as_json)
+
+
+@app.command()
+def check(
+    task: TaskSpec,
+    target: Annotated[
+        str, typer.Option(metavar="SM[,SM]", help="GPU architectures, for instance sm75,sm80,sm86,sm89,sm120.")
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="PRECISION", help="Precision of all that is not quantized: fp16, bf16, fp32, tf32.")
+    ] = "fp16",
+    backend: EngineBackend = "tensorrt-rtx",
+    batch: Batch = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also list the fused layers of every engine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which variants are legal on which GPU. NVIDIA's builder is asked, on any machine; nothing is timed."""
+    names = [name.strip() for name in target.split(",") if name.strip()]
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    with Progress() as progress:
+        found = hs.check_targets(hs.load(task), names, base=base, backend=backend, batch=batch, progress=progress)
+    show.verdicts(found, as_json, layers=layers)
 
 
 @app.command()
@@ -487,6 +611,7 @@ def verify(
         Path | None, typer.Option(metavar="FILE", help="Latency table that the allocation was searched on.")
     ] = None,
     weights: Weights = None,
+    lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure an allocation. Latency, score and size, beside what was predicted; exit 3 if a budget is missed."""
@@ -494,10 +619,19 @@ def verify(
     from hwsearch.allocation import Allocation
 
     chosen = Allocation.load(allocation)
+    _usable(backend or chosen.backend, lock_clocks)
     known = None
     if table is not None:
         known = hs.LatencyTable.load(table, network=chosen.network, like=chosen.options)
-    report = hs.verify(hs.load(task), chosen, backend=backend, threads=threads, table=known, weights=weights)
+    report = hs.verify(
+        hs.load(task),
+        chosen,
+        backend=backend,
+        threads=threads,
+        table=known,
+        weights=weights,
+        lock_clocks=lock_clocks,
+    )
     report.save(output)
     _finish(report, as_json)
 
@@ -522,6 +656,7 @@ def run(
 ) -> None:
     """Do all of it, until the budget holds. Profile, score, search, deploy, verify; uses what DIR already has."""
     limit = seconds(time_limit)
+    _usable(backend)
     import hwsearch as hs
     from hwsearch.progress import Progress
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from hwsearch.isolated import reference_engine
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
+from hwsearch.network import Network
 from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
@@ -57,11 +59,11 @@ class Deployed:
         return as_module(self.at.lowering)
 
 
-def check_allocation(allocation: Allocation, at: Regime) -> None:
+def check_allocation(allocation: Allocation, network: Network) -> None:
     """Raises IncompatibleTables where the allocation is of another network or of other weights."""
     for what, own, current in (
-        ("network", allocation.network, at.network.fingerprint),
-        ("weights", allocation.weights_digest, at.network.weights_digest),
+        ("network", allocation.network, network.fingerprint),
+        ("weights", allocation.weights_digest, network.weights_digest),
     ):
         if own != current:
             raise IncompatibleTables(
@@ -69,30 +71,52 @@ def check_allocation(allocation: Allocation, at: Regime) -> None:
             )
 
 
-def of_allocation(task: Task, allocation: Allocation, backend: Backend, threads: int | None = None) -> Regime:
-    """The task under the allocation's own options."""
+def of_allocation(
+    task: Task,
+    allocation: Allocation,
+    backend: Backend,
+    threads: int | None = None,
+    lock_clocks: bool = False,
+) -> Regime:
+    """The task under the allocation's own options. lock_clocks: at the clock of its table, where that was locked."""
     options = allocation.options
+    clocks = int(options.get("clocks", 0)) or devices.clocks_to_lock(backend) if lock_clocks else 0
     base = str(options.get("base", "fp32"))
     at = regime(
         task, backend, threads=threads or int(options.get("threads", 1)),
         base=base if base in backend.bases() else None, batch=options.get("batch"),
-        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)),
+        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
     )  # fmt: skip
-    check_allocation(allocation, at)
+    check_allocation(allocation, at.network)
     return at
+
+
+def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None = None) -> Lowering:
+    """The task as an allocation wants it, narrow and refitted, whichever backend it was searched on.
+
+    weights: folder of refitted weights; without it they are refitted anew. Raises IncompatibleTables (another network).
+    """
+    options = allocation.options
+    whole = Lowering(task, options.get("batch"), residual=bool(options.get("residual", False)))
+    check_allocation(allocation, whole.network)
+    bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
+    return _narrow(whole, allocation, bank)
 
 
 def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
     """The regime with the channels that an allocation keeps, its weights refitted (by `bank`, or anew)."""
-    channels = at.network.channels
+    return replace(at, lowering=_narrow(at.lowering, allocation, bank)) if allocation.narrow else at
+
+
+def _narrow(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
-        return at
-    if {g: len(s) for g, s in allocation.slots.items()} != channels:
+        return lowering
+    if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
         raise IncompatibleTables(
             "the allocation is of other channel groups than the network has; search again"
         )
-    bank = bank or weight_bank(at.lowering, None, allocation.slots)
-    return replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, parse_variants(allocation)))
+    bank = bank or weight_bank(lowering, None, allocation.slots)
+    return narrowed(lowering, allocation.widths, bank, parse_variants(allocation))
 
 
 def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
@@ -235,7 +259,7 @@ class Session:
     def check(self, table: LatencyTable) -> Check:
         """Whether the table still holds, by three of its builds; looked at once."""
         if self._check is None:
-            with background(self.at.load):
+            with self._quiet():
                 self._check = measure_again(table, self.at, spread(table, 3), reference=self.reference)
         return self._check
 
@@ -252,8 +276,18 @@ class Session:
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
-        with background(self.at.load):
+        with self._quiet():
             return self._measure(wanted)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
+        with ExitStack() as stack:
+            if self.at.clocks:
+                stack.enter_context(devices.lock(devices.fingerprint_for(self.at.backend).id))
+            stack.enter_context(background(self.at.load))
+            stack.enter_context(self.at.locked())
+            yield
 
     def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         ats = {n: job.at or self.at for n, job in wanted.items()}
@@ -264,6 +298,8 @@ class Session:
             VERIFY,
             clock=self.at.clock,
             meter=self.at.meter,
+            quiet_ns=self.table.quiet_ns if self.table is not None else None,
+            sample=self.at.sample,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         if not self.scale_ns:
@@ -390,6 +426,7 @@ def verify(
     out: str | Path | None = None,
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
+    lock_clocks: bool = False,
     at: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
@@ -397,12 +434,12 @@ def verify(
     """Measure an allocation on this device and report predicted beside measured.
 
     Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
-    given. The budget holds only as measured. weights: as for `deploy`.
+    given. The budget holds only as measured. weights: as for `deploy`. lock_clocks: as for `profile`.
     Raises IncompatibleTables where the table is of another device.
     """
     report, _ = verify_with_build(
-        task, allocation, backend=backend, threads=threads, table=table, weights=weights, at=at, rounds=rounds,
-        session=session,
+        task, allocation, backend=backend, threads=threads, table=table, weights=weights, lock_clocks=lock_clocks,
+        at=at, rounds=rounds, session=session,
     )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -417,14 +454,15 @@ def verify_with_build(
     threads: int | None = None,
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
+    lock_clocks: bool = False,
     at: Regime | None = None,
     own: Regime | None = None,
     rounds: int = 1,
     session: Session | None = None,
 ) -> tuple[Report, Build]:
     """As `verify`, with the measured build for the table. own: `at` at the allocation's widths."""
-    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads)
-    device = devices.fingerprint()
+    at = at or of_allocation(task, allocation, _backend(backend or allocation.backend), threads, lock_clocks)
+    device = devices.fingerprint_for(at.backend)
     if table is not None:
         table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
     session = session or Session(at, table)

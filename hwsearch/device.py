@@ -16,11 +16,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hwsearch import nvidia
 from hwsearch.errors import DeviceBusy, InvalidInput
+
+if TYPE_CHECKING:
+    from hwsearch.backends.base import Backend
 
 _ISA = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"),
@@ -134,6 +138,29 @@ def fingerprint() -> Device:
         "kernel": platform.release(),
     }
     return Device(**{**common, **known})
+
+
+def on_gpu(backend: Backend) -> bool:
+    """Whether a backend says that it runs on an NVIDIA GPU (`gpu = True`), and not on this CPU."""
+    return bool(getattr(backend, "gpu", False))
+
+
+def fingerprint_for(backend: Backend) -> Device | nvidia.Gpu:
+    """What a backend runs on: this machine's CPU, or the GPU that CUDA puts first, with the CPU beside it by name.
+
+    Raises BackendUnavailable or InvalidInput where a GPU cannot be named: no table is made of a device that nobody knows.
+    """
+    here = fingerprint()
+    return replace(nvidia.find().gpu(), host=here.chip) if on_gpu(backend) else here
+
+
+def clocks_to_lock(backend: Backend) -> int:
+    """MHz to hold a backend's GPU at while it is measured. Raises InvalidInput where it runs on the CPU."""
+    if not on_gpu(backend):
+        raise InvalidInput(
+            f"clocks can be locked of NVIDIA GPUs only, and {backend.name} runs on the CPU; go without --lock-clocks"
+        )
+    return nvidia.find().sustained_mhz()
 
 
 def cache_dir() -> Path:

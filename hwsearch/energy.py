@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hwsearch import nvidia
+from hwsearch.errors import HwsearchError
+
 Meter = Callable[[], float]
 """Joules since some moment in the past; never falls."""
 
@@ -55,7 +58,7 @@ class Found:
 
 
 def find(*, gpu: bool = False, root: Path = POWERCAP) -> Found:
-    """The counter of what a backend runs on: the CPU's packages, or the first GPU."""
+    """The counter of what a backend runs on: the CPU's packages, or the GPU that CUDA puts first."""
     return nvml() if gpu else rapl(root)
 
 
@@ -80,19 +83,13 @@ def rapl(root: Path = POWERCAP) -> Found:
         return Found(reason=f"the RAPL counter cannot be read: {error}")
 
 
-def nvml(index: int = 0) -> Found:
-    """The counter of one NVIDIA GPU, by NVML."""
+def nvml() -> Found:
+    """The counter of the GPU that CUDA puts first, by NVML."""
     try:
-        import pynvml
-    except ImportError:
-        return Found(reason="pynvml is not installed; install nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError as error:
-        return Found(reason=f"NVML tells no energy of GPU {index}: {error}")
-    return Found(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, "NVML")
+        meter, reason = nvidia.find().meter()
+    except HwsearchError as error:
+        return Found(reason=str(error))
+    return Found(meter, "NVML") if meter else Found(reason=reason)
 
 
 def _number(path: Path) -> int:

@@ -83,9 +83,21 @@ class Row:
         return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
 
+DISTURBANCE = 0.5
+"""Standard error of a ratio that was measured on a disturbed machine, for each unit by which the reference was slower."""
+MOODS = 0.05
+"""By how much a machine may be slower as a whole, with all ratios as they were."""
+
+
+def error_share(table: LatencyTable, build: Build) -> float:
+    """Relative standard error of a build's measured time: from its interval, and where something else took the machine."""
+    disturbed = DISTURBANCE * max(table.disturbance(build) - MOODS, 0.0)
+    return float(np.hypot(max((build.high - build.low) / 3.92 / build.ratio, 0.002), disturbed))
+
+
 def error_ns(table: LatencyTable, build: Build) -> float:
-    """Standard error of a build's measured time, from its interval."""
-    return max((build.high - build.low) / 3.92, 0.002 * build.ratio) * table.header.reference_ns
+    """Standard error of a build's measured time, in ns."""
+    return error_share(table, build) * build.ratio * table.header.reference_ns
 
 
 def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
@@ -104,9 +116,8 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
     if counted <= 0:
         return rows
     scale = total / counted
-    spread = float(
-        np.hypot(NODE_SPREAD, (build.high - build.low) / 3.92 / build.ratio)
-    )  # scaled by a total that is as uncertain
+    # scaled by a total that is as uncertain
+    spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": 0.0}
     for node in build.nodes:
@@ -146,11 +157,11 @@ class Scales:
     own: float
 
 
+NEXT_TO_NONE = Scales(0.0003, 0.0003)
 SCALES = [Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
-
-
+SCALES.append(NEXT_TO_NONE)
 MIDDLE = Scales(0.03, 0.01)
-FEW_SCALES = [Scales(0.01, 0.001), MIDDLE, Scales(0.1, 0.03)]
+FEW_SCALES = [NEXT_TO_NONE, Scales(0.01, 0.001), MIDDLE, Scales(0.1, 0.03)]
 MANY = 400
 """Parameters above which fewer priors are compared: the time to solve grows with their cube."""
 
@@ -244,6 +255,26 @@ class Equations:
                 precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features])
             )
         return mean, factor
+
+    def left_out(self, mean: Floats, factor: Floats) -> tuple[Floats, Floats]:
+        """What a solution on all builds says of each of them once its equations are taken away: time in ns, variance.
+
+        mean, factor: as `solve` returns them. With C the covariance, A the equations of a build and r their residuals, the mean
+        without them is m - C A^T (I - A C A^T)^-1 r (Rasmussen & Williams, Gaussian Processes, 5.4.2).
+        """
+        covariance = cho_solve((factor, True), np.eye(len(mean)))
+        covaried = self.totals @ covariance
+        guess = self.totals @ mean
+        variance = np.einsum("ij,ij->i", covaried, self.totals)
+        for k in range(self.builds):
+            own = np.flatnonzero(self.of_build == k)
+            a, residual = self.a[own], self.b[own] - self.a[own] @ mean
+            left = np.eye(len(own)) - a @ (a @ covariance).T
+            beside = a @ covaried[k]
+            solved = np.linalg.solve(left, np.stack([residual, beside], axis=1))
+            guess[k] -= beside @ solved[:, 0]
+            variance[k] += beside @ solved[:, 1]
+        return guess, np.maximum(variance, 0.0)
 
 
 def informed(prior: Prior, pooled: tuple[NDArray[np.intp], Floats, Floats]) -> Prior:

@@ -132,13 +132,18 @@ class Layers:
         engine, model = _engine(self.at, marked, variants, base)
         build_s = (self.at.clock() - begun) / 1e9
         protocol = replace(self.protocol, width=max(self.protocol.width, WIDTH))
-        timing = paired(reference.run, {role: engine.run}, protocol, clock=self.at.clock, seed=self.seed)[
-            role
-        ]
+        timing = paired(
+            reference.run,
+            {role: engine.run},
+            protocol,
+            clock=self.at.clock,
+            seed=self.seed,
+            sample=self.at.sample,
+        )[role]
         build = record(self.at, role, variants, base, timing, engine, model, build_s)
         if base == self.at.options.base:
             self.table = self.table.with_header(unsupported=refusals(self.table, build, known))
-        self._keep(_rescaled(self.table.with_build(build)))
+        self._keep(self.table.with_build(build).rescaled())
         return self.progress.step(f"{what}: {build.ratio:.4f} of the reference")
 
     def _keep(self, table: LatencyTable) -> None:
@@ -167,9 +172,3 @@ def _engine(at: Regime, marked: Any, variants: Mapping[str, Variant], base: str)
         )
     )
     return engine, model
-
-
-def _rescaled(table: LatencyTable) -> LatencyTable:
-    """The session's reference time is the median of all its samples."""
-    samples = np.concatenate([b.reference_ns for b in table.builds])
-    return table.with_header(reference_ns=float(np.median(samples)))

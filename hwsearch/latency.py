@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg import cho_solve
 from scipy.stats import kendalltau
 
 from hwsearch.equations import (
@@ -27,7 +27,6 @@ from hwsearch.equations import (
     Equations,
     Feature,
     Floats,
-    Scales,
     all_features,
     edge_features,
     error_ns,
@@ -35,6 +34,7 @@ from hwsearch.equations import (
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network
+from hwsearch.spread import KNOWN, Spread, calibrated, rescaled, surprise
 from hwsearch.sums import layer_terms
 from hwsearch.table import LAYERED, Build, LatencyTable, usable
 from hwsearch.variants import Variant
@@ -46,22 +46,6 @@ class Prediction:
 
     time_ns: float
     sigma_ns: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How uncertain predictions are, calibrated on builds left out of the fit.
-
-    inflate: on the standard error that the posterior covariance gives. floor: relative, of what two builds of one
-    allocation differ by and the model's form does not hold.
-    """
-
-    inflate: float = 1.0
-    floor: float = 0.0
-
-    def sigma(self, variance: Any, time_ns: Any) -> Any:
-        """Standard error in ns, of scalars or arrays."""
-        return np.sqrt(self.inflate**2 * variance + np.square(self.floor * time_ns))
 
 
 class LatencyModel:
@@ -155,91 +139,66 @@ def fit(
 ) -> LatencyModel:
     """Fit on a table's builds, held-out ones excepted, or on the given ones.
 
+    The held-out ones only say how large sigma has to be (`spread`).
     boundaries: False leaves the boundary terms out (a baseline).
     Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """
     if table.header.mode in LAYERED:
         return layer_sum(table)
+    heldout: list[Build] = []
     if builds is None:
+        heldout = [b for b in usable(table) if b.role == "heldout"]
         builds = [b for b in usable(table) if b.role != "heldout"]
     if len(builds) < 2:
         raise InvalidInput(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
     equations = Equations(table, builds, boundaries)
-    many = len(equations.features) > MANY
-    folds = min(3 if many else 5, len(builds) // 2)
-    part = np.arange(len(builds)) % folds
-    vague = equations.vague(MIDDLE)
-    pooled = [equations.pooled(vague, np.flatnonzero(part != fold)) for fold in range(folds)]
-    best: tuple[float, Scales, Floats, Floats] | None = None
-    tried = FEW_SCALES if many else SCALES
-    for scales in tried if boundaries else SCALES[:1]:
-        guess, variances = np.zeros(len(builds)), np.zeros(len(builds))
-        for fold in range(folds):
-            held = np.flatnonzero(part == fold)
-            prior = informed(equations.vague(scales), pooled[fold])
-            mean, factor = equations.solve(prior, np.flatnonzero(part != fold))
-            guess[held] = equations.totals[held] @ mean
-            variances[held] = np.square(solve_triangular(factor, equations.totals[held].T, lower=True)).sum(
-                axis=0
-            )
-        # a term that only the held-out builds have says nothing of the fit: its variance excuses the error
-        error = np.square(guess / equations.measured - 1.0)
-        loss = float(np.mean(error / (1.0 + variances / (0.05 * equations.typical) ** 2)))
-        if best is None or loss < best[0]:
-            best = loss, scales, guess, variances
-    assert best is not None
-    _, scales, guess, variances = best
-    spread = _calibrated(builds, guess, variances, equations.measured, equations.errors)
     everything = np.arange(len(builds))
-    prior = informed(equations.vague(scales), equations.pooled(vague, everything))
-    mean, factor = equations.solve(prior, everything, bounded=True)
+    pooled = equations.pooled(equations.vague(MIDDLE), everything)
+    tried = FEW_SCALES if len(equations.features) > MANY else SCALES
+    priors = [informed(equations.vague(scales), pooled) for scales in (tried if boundaries else SCALES[:1])]
+    measured, errors = equations.measured, equations.errors
+    foretold = [equations.left_out(*equations.solve(prior, everything)) for prior in priors]
+    best = int(np.argmin([surprise(*each, measured, errors) for each in foretold]))
+    guess, variances = foretold[best]
+    spread = calibrated(builds, guess, variances, measured, errors)
+    mean, factor = equations.solve(priors[best], everything, bounded=True)
     covariance = cho_solve((factor, True), np.eye(len(mean)))
-    known = np.sqrt(variances) < _KNOWN * guess
+    known = np.sqrt(variances) < KNOWN * guess
     each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
-    return LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+    model = LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+    if heldout:
+        model.spread = _proved(model, [b for b in heldout if _foretold(model, b)])
+    return model
 
 
-_INFLATES = np.geomspace(0.5, 6.0, 16)
-_FLOORS = np.geomspace(0.002, 0.08, 20)
-_ENOUGH = 8
-"""Builds from which on sigma is calibrated on them."""
-_KNOWN = 0.1
-"""Relative standard error above which a build left out of the fit held terms that the others do not tell."""
-_UNCALIBRATED = Spread(1.0, 0.02)
-"""Where too few builds can be foretold by the others: 2 % is what sessions on shared machines differ by."""
+def _foretold(model: LatencyModel, build: Build) -> bool:
+    """Whether the fit knows every unit of a build as it was built."""
+    candidate = model.table.candidate(build)
+    return all(model.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
 
 
-def _calibrated(
-    builds: Sequence[Build], guess: Floats, variances: Floats, measured: Floats, errors: Floats
-) -> Spread:
-    """The spread that fits the errors on left-out builds.
+def _proved(model: LatencyModel, heldout: Sequence[Build]) -> Spread:
+    """The model's spread, scaled by how far off it is on builds that the fit never saw."""
+    if not heldout:
+        return model.spread
+    times, measured, sigma = _against(model, heldout)
+    return rescaled(model.spread, (measured - times) / sigma)
 
-    Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
-    does not widen all others, under a weak prior; its scale has 68 % of them inside one sigma and 95 % inside two, but never
-    claims to be better than half a percent. Builds of the design look most like what a search picks: where there are enough,
-    they alone count. errors: standard errors of the measured times, which are no fault of the model.
-    """
-    known = np.sqrt(variances) < _KNOWN * guess
-    design = known & np.array([b.role == "design" for b in builds])
-    chosen = design if design.sum() >= _ENOUGH else known
-    if chosen.sum() < _ENOUGH:
-        return _UNCALIBRATED
-    off, variance, time, noise = (x[chosen] for x in (measured - guess, variances, guess, errors))
 
-    def likelihood(spread: Spread) -> float:
-        square = np.square(spread.sigma(variance, time)) + noise**2
-        fit = float(np.sum(-0.5 * np.log(square) - 2.5 * np.log1p(off**2 / square / 4.0)))
-        away = np.square(np.log(spread.inflate)) + np.square(np.log(spread.floor / _UNCALIBRATED.floor))
-        return fit - float(away) / 2.0
-
-    best = max((Spread(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
-    z = np.abs(off) / np.hypot(best.sigma(variance, time), noise)
-    # of few builds the quantiles are too small more often than too large
-    scale = float(np.max(np.quantile(z, (0.683, 0.954)) / (1.0, 2.0))) * (1.0 + 1.0 / len(z))
-    return Spread(max(best.inflate * scale, 0.5), max(best.floor * scale, 0.005))
+def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:
+    """(predicted, measured, standard error of their difference) of builds, in ns."""
+    table = model.table
+    candidates = [table.candidate(b) for b in builds]
+    predicted = [model.predict(c.variants, c.widths) for c in candidates]
+    sigma = np.hypot([p.sigma_ns for p in predicted], [error_ns(table, b) for b in builds])
+    return (
+        np.array([p.time_ns for p in predicted]),
+        np.array([table.time_ns(b) for b in builds]),
+        np.maximum(sigma, 1.0),
+    )
 
 
 def layer_sum(table: LatencyTable) -> LatencyModel:
@@ -265,14 +224,12 @@ class Validation:
 
 
 def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
-    """Predicted against measured on builds that the fit has not seen."""
-    table = model.table
-    candidates = [table.candidate(b) for b in builds]
-    predicted = [model.predict(c.variants, c.widths) for c in candidates]
-    measured = np.array([table.time_ns(b) for b in builds])
-    times = np.array([p.time_ns for p in predicted])
-    sigma = np.hypot([p.sigma_ns for p in predicted], [error_ns(table, b) for b in builds])
-    return summarise(times, measured, sigma, noise_floor(table))
+    """Predicted against measured on builds that the fit has not seen.
+
+    Sigma was scaled on the table's own held-out builds, where the model was fitted by `fit(table)`: how many of those are
+    inside it is no proof of it.
+    """
+    return summarise(*_against(model, builds), noise_floor(model.table))
 
 
 def summarise(times: Floats, measured: Floats, sigma: Floats, noise: float | None) -> Validation:

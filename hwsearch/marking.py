@@ -16,6 +16,7 @@ from hwsearch.errors import UntraceableModel
 from hwsearch.exporting import first_line
 from hwsearch.narrowing import share_graph
 from hwsearch.network import Unit
+from hwsearch.nodenames import unit_of as unit_of
 from hwsearch.trace import Site, Traced
 
 OPSET = 18
@@ -138,14 +139,6 @@ def _name_nodes(model: onnx.ModelProto) -> None:
 def tensor_names(model: onnx.ModelProto) -> dict[str, str]:
     """The name of the node that makes each tensor: some runtimes name a layer after its output."""
     return {output: node.name for node in model.graph.node for output in node.output}
-
-
-def unit_of(node_name: str) -> tuple[str, bool]:
-    """(unit, whether it is the unit's own work) of an ONNX node's name; ("", False) for anything else."""
-    parts = node_name.split("|")
-    if len(parts) < 3:
-        return "", False
-    return parts[0].removeprefix("~"), not parts[0].startswith("~")
 
 
 def isolate(marked: onnx.ModelProto, unit: Unit) -> onnx.ModelProto:

@@ -2,6 +2,10 @@
 
 Absolute times drift with the machine, ratios of interleaved runs hold (facts.md). Each round visits the
 reference and every candidate in mirrored order (A B B A), so that linear drift within a round cancels.
+
+Ratios hold while everything is slowed alike. A program that takes a core away does not do that: an engine of two threads waits
+for the slower one, a long layer is hit more often than a short one. Rounds in which the reference took far longer than on the
+quiet machine are kept, but do not count where there are enough others.
 """
 
 from __future__ import annotations
@@ -15,8 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.energy import Meter
+from hwsearch.nvidia import State
 
 Run = Callable[[], None]
+
+DISTURBED = 1.12
+"""Time of the reference, relative to its quiet one, above which a round was disturbed by something else on the machine."""
+QUIET = 0.2
+"""The quantile of the reference's times that is its quiet one."""
+PATIENCE = 1.5
+"""How much longer than its limit a measurement waits for quiet rounds."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,10 @@ class Timing:
     """A candidate timed against a reference.
 
     samples_ns, reference_ns: every timed inference, in order, warm-ups left out; `block` of them stand together.
-    ratio: median over rounds of candidate / reference. low, high: its 95 % bootstrap interval.
-    unstable: the interval was still wider than asked when time ran out.
+    ratio: median over the quiet rounds of candidate / reference. low, high: its 95 % bootstrap interval.
+    unstable: the interval was still wider than asked when time ran out, or there were too few rounds on a quiet machine.
     energy_j, reference_energy_j: joules of each timed block, in order, where a meter was read; else empty.
+    states: of the GPU before the first round and after the last; empty where none was looked at.
     """
 
     samples_ns: NDArray[np.int64]
@@ -49,6 +62,9 @@ class Timing:
     warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    disturbed: bool = False
+    """Whether there were too few rounds on a quiet machine, so that all of them count."""
+    states: tuple[State, ...] = ()
 
     @property
     def energy(self) -> Energy | None:
@@ -112,11 +128,15 @@ def paired(
     clock: Callable[[], int] = time.perf_counter_ns,
     seed: int = 0,
     meter: Meter | None = None,
+    quiet_ns: float | None = None,
+    sample: Callable[[], State] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate against the reference, all interleaved in the same rounds. meter: read before and after each block.
 
+    sample: looks at the GPU, once before the first round (when everything is warm) and once after the last.
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
-    enough, or after `limit_s` seconds for each candidate.
+    enough, or after `limit_s` seconds for each candidate; half as long again where the machine was disturbed.
+    quiet_ns: time of the reference on the quiet machine, where earlier measurements tell it; else its fastest rounds do.
     """
     runs: dict[str | None, Run] = {None: reference}
     runs.update(candidates)
@@ -127,7 +147,9 @@ def paired(
         block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     joules: dict[str | None, list[float]] = {name: [] for name in runs}
-    deadline = clock() + int(protocol.limit_s * 1e9 * len(candidates))
+    states = [sample()] if sample else []
+    limit_ns = int(protocol.limit_s * 1e9 * len(candidates))
+    begun = clock()
     rng = np.random.default_rng(seed)
     collecting = gc.isenabled()
     gc.disable()
@@ -138,21 +160,27 @@ def paired(
                 samples[name].append(times)
                 joules[name] += used
             rounds = len(samples[None]) // 2
-            # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
-            if rounds >= protocol.min_rounds and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
-                done = all(
-                    _interval(samples[name], samples[None], rng)[3] <= protocol.width for name in candidates
-                )
-                if done or clock() >= deadline:
-                    break
-            elif clock() >= deadline and rounds >= protocol.min_rounds:
+            if rounds < protocol.min_rounds:
+                continue
+            quiet = _quiet(samples[None], quiet_ns)
+            enough = int(quiet.sum()) >= protocol.min_rounds
+            if clock() - begun >= limit_ns * (1.0 if enough else PATIENCE):
                 break
+            # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
+            if enough and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
+                each = (_interval(samples[name], samples[None], quiet, rng) for name in candidates)
+                if all(width <= protocol.width for _, _, _, width in each):
+                    break
     finally:
         if collecting:
             gc.enable()
+    states += [sample()] if sample else []
     result = {}
+    counted = quiet if enough else np.ones_like(quiet)
     for name in candidates:
-        ratio, low, high, width = _interval(samples[name], samples[None], np.random.default_rng(seed))
+        ratio, low, high, width = _interval(
+            samples[name], samples[None], counted, np.random.default_rng(seed)
+        )
         result[name] = Timing(
             samples_ns=np.concatenate(samples[name]).astype(np.int64),
             reference_ns=np.concatenate(samples[None]).astype(np.int64),
@@ -161,10 +189,12 @@ def paired(
             ratio=ratio,
             low=low,
             high=high,
-            unstable=bool(width > protocol.width),
+            unstable=bool(width > protocol.width) or not enough,
+            disturbed=not enough,
             warmup_ns=np.array(warm[name], np.int64),
             energy_j=np.array(joules[name], np.float64),
             reference_energy_j=np.array(joules[None], np.float64),
+            states=tuple(states),
         )
     return result
 
@@ -192,13 +222,27 @@ def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int
     return times
 
 
+def _rounds(blocks: list[list[int]]) -> NDArray[np.float64]:
+    """[rounds]: the mean of the medians of a round's two blocks."""
+    medians = np.array([np.median(b) for b in blocks])
+    return np.asarray(medians.reshape(-1, 2).mean(axis=1))
+
+
+def _quiet(reference: list[list[int]], quiet_ns: float | None) -> NDArray[np.bool_]:
+    """[rounds]: whether the machine was quiet, by what the reference took."""
+    times = _rounds(reference)
+    level = float(np.quantile(times, QUIET))
+    return np.asarray(times <= DISTURBED * (level if quiet_ns is None else min(level, quiet_ns)))
+
+
 def _interval(
-    candidate: list[list[int]], reference: list[list[int]], rng: np.random.Generator
+    candidate: list[list[int]],
+    reference: list[list[int]],
+    counted: NDArray[np.bool_],
+    rng: np.random.Generator,
 ) -> tuple[float, float, float, float]:
-    """(median ratio over rounds, 2.5 % and 97.5 % bootstrap quantiles, relative width)."""
-    c = np.array([np.median(b) for b in candidate]).reshape(-1, 2).mean(axis=1)
-    r = np.array([np.median(b) for b in reference]).reshape(-1, 2).mean(axis=1)
-    ratios = c / r
+    """(median ratio over the rounds that count, 2.5 % and 97.5 % bootstrap quantiles, relative width)."""
+    ratios = (_rounds(candidate) / _rounds(reference))[counted]
     ratio = float(np.median(ratios))
     draws = np.median(rng.choice(ratios, (300, len(ratios))), axis=1)
     low, high = (float(q) for q in np.percentile(draws, [2.5, 97.5]))

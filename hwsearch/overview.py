@@ -7,6 +7,7 @@ from typing import Any
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit, validate
+from hwsearch.measure import DISTURBED
 from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
 from hwsearch.table import SANDWICHED, SCHEMA, Build, LatencyTable, usable
@@ -29,6 +30,7 @@ def as_json(table: LatencyTable) -> dict[str, Any]:
         **header,
         "network": network,
         "memory": memory(table),
+        "disturbed": disturbed(table),
         "builds": table.to_frame().to_dict(orient="records"),
         "quality": quality(table),
     }
@@ -71,9 +73,37 @@ def quality(table: LatencyTable) -> dict[str, float] | None:
     }
 
 
+def disturbed(table: LatencyTable) -> int:
+    """Builds all the while of which something else slowed the machine down; they count for less in a fit."""
+    return sum(1.0 + table.disturbance(b) > DISTURBED for b in table.builds)
+
+
 def _energy(build: Build) -> str:
     """Joules of an inference, where a counter was read."""
     return f", {1e3 * build.energy_j:.4g} mJ" if build.energy_j else ""
+
+
+def _gpu(table: LatencyTable) -> list[str]:
+    """How the GPU was while the builds were timed, where one was looked at."""
+    states = [state for build in table.builds for state in build.states]
+    if not states:
+        return []
+    parts = []
+    for unit, values in (
+        ("MHz", [s.sm_mhz for s in states]),
+        ("W", [s.power_w for s in states]),
+        ("°C", [s.temperature_c for s in states]),
+    ):
+        if known := [v for v in values if v is not None]:
+            parts.append(f"{min(known):.0f} to {max(known):.0f} {unit}")
+    slowed = [b for b in table.builds if any(s.slowed for s in b.states)]
+    reasons = sorted({r for b in slowed for s in b.states for r in s.slowed})
+    parts.append(
+        f"{len(slowed)} builds slowed by {', '.join(reasons)}" if slowed
+        else "no build seen slowed down" if any(s.throttle is not None for s in states)
+        else "what slows it down is not told"
+    )  # fmt: skip
+    return [f"gpu        {', '.join(parts)}"]
 
 
 def summary(table: LatencyTable) -> str:
@@ -89,7 +119,7 @@ def summary(table: LatencyTable) -> str:
         f"backend    {h.backend} {', '.join(f'{k} {v}' for k, v in h.versions.items())}; "
         f"{h.section}; mode {h.mode}",
         f"made       {h.created} by `{h.command}`",
-        f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, "
+        f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, {disturbed(table)} on a disturbed machine, "
         f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
     ]
     dense = next((b for b in table.builds if b.role == "dense"), None)
@@ -114,6 +144,7 @@ def summary(table: LatencyTable) -> str:
         if not isinstance(size, str)
     ]
     lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
+    lines += _gpu(table)
     if h.mode == SANDWICHED:
         lines += _sums(table)
     found = quality(table)

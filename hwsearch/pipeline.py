@@ -220,8 +220,10 @@ def closed_loop(
         progress.stop()
         for path in folder.glob("round*.onnx"):
             path.unlink()
-    assert best is not None
-    return best[1], best[2], table
+    assert best is not None and last is not None
+    report = replace(best[1], rounds=last[0].rounds)  # all that it took, the best may not have been the last
+    report.save(folder / "report.json")
+    return report, best[2], table
 
 
 def _left_over(report: Report) -> float:

@@ -32,7 +32,7 @@ from hwsearch.design import (
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.isolated import METADATA_BYTES, Layers
 from hwsearch.latency import fit
-from hwsearch.measure import Protocol, paired
+from hwsearch.measure import DISTURBED, QUIET, Protocol, paired
 from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, graph_bytes, record, refusals, wrong_variants
@@ -52,14 +52,17 @@ FIRST = 4
 """Builds of a design that cover, before the first is chosen for what it tells; one more than a unit has variants, if more."""
 BATCH = 4
 """Builds chosen at a time."""
+RECENT = 12
+"""Builds which say how fast the quiet machine is."""
 LATE = "the time limit"
 DESIGN_SHARE = 0.9
 """Of the time limit, after which no build of the design begins; the rest is for held-out ones."""
 HELDOUT_EVERY, LEAST_HELDOUT = 5, 4
 """Every so many builds one is kept from the fit, to report its error on; and at least so many of them."""
-GOAL, GAIN, HELD_GOAL = 0.01, 0.01, 0.015
+GOAL, GAIN, HELD_GOAL, DOUBT = 0.01, 0.01, 0.015, 0.03
 """A design ends where the standard error of likely allocations is below the first, where another build lowers it by less than
-the second, or where it is near the first and three of four held-out builds are predicted to within the third."""
+the second, or where it is near the first and three of four held-out builds are predicted to within the third; but not while
+one in four of those is further off than the fourth."""
 
 
 def profile(
@@ -97,8 +100,8 @@ def profile(
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)
-    fingerprint = devices.fingerprint().to_json()
-    with devices.lock(fingerprint["id"]), background(at.load):
+    fingerprint = devices.fingerprint_for(at.backend).to_json()
+    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
         run = _Run(at, out, fingerprint, mode, seed, protocol, progress or Progress.silent(), command)
         run.take(prior)
         if mode in LAYERED:
@@ -213,7 +216,7 @@ class _Run:
         while True:
             offered, done = self.offered(), self._done()
             designed = sum(b.role == "design" for b in self.table.builds)
-            heldout = sum(b.role == "heldout" for b in self.table.builds)
+            heldout = self._held_outs()
             # what a resumed profile draws depends on what is on disk, not on when it was killed
             rng = np.random.default_rng([self.seed, designed])
             if all(len(v) == 1 for v in (*offered.values(), *grid.values())):
@@ -237,24 +240,16 @@ class _Run:
                     proposal = propose(self.table, offered, grid, rng, BATCH)
                     queue = list(proposal.candidates)
                     if count is None and (why := self._told_enough(proposal)):
-                        stopped = why
-                        break
+                        self._hold_out()
+                        if not self._doubted():
+                            stopped = why
+                            break
                 candidate = queue.pop(0)
                 if any(str(v) not in map(str, offered[u]) for u, v in candidate.variants.items()):
                     continue  # refused since it was proposed
             self.measure("design", candidate, protocol=self.short)
-        for _ in range(4 * LEAST_HELDOUT):
-            if (
-                sum(b.role == "heldout" for b in self.table.builds) >= LEAST_HELDOUT
-                or count
-                or self._late()
-                or stopped.startswith("there")
-            ):
-                break
-            rng = np.random.default_rng([self.seed, len(self.table.builds)])
-            if (kept := self._held_out(rng)) is None:
-                break
-            self.measure("heldout", kept)
+        if not count and not stopped.startswith("there"):
+            self._hold_out()
         self._store(
             self.table.with_header(
                 design={
@@ -281,14 +276,35 @@ class _Run:
             return f"held-out builds are predicted to {held:.1%}"
         return ""
 
+    def _hold_out(self) -> None:
+        """As many held-out builds as it takes to tell anything by them, while there is time."""
+        for _ in range(4 * LEAST_HELDOUT):
+            if self._held_outs() >= LEAST_HELDOUT or self._late():
+                return
+            rng = np.random.default_rng([self.seed, len(self.table.builds)])
+            if (kept := self._held_out(rng)) is None:
+                return
+            self.measure("heldout", kept)
+
+    def _held_outs(self) -> int:
+        return sum(b.role == "heldout" for b in self.table.builds)
+
+    def _doubted(self) -> bool:
+        """Whether held-out builds contradict what the model believes of its own errors: then more builds are to tell."""
+        held = self._held_out_error()
+        return held is not None and held > DOUBT
+
     def _held_out_error(self) -> float | None:
         """The 75th percentile of the errors on held-out builds, from four of them on."""
         model = fit(self.table)
         errors = []
         for build in usable(self.table):
             candidate = self.table.candidate(build)
-            if build.role == "heldout" and all(
-                model.knows(u, v, candidate.widths) for u, v in candidate.variants.items()
+            quiet = self.table.disturbance(build) < DISTURBED - 1.0
+            if (
+                build.role == "heldout"
+                and quiet
+                and all(model.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
             ):
                 time = model.predict(candidate.variants, candidate.widths).time_ns
                 errors.append(abs(time / self.table.time_ns(build) - 1.0))
@@ -412,6 +428,8 @@ class _Run:
             clock=self.at.clock,
             seed=self.seed,
             meter=self.meter,
+            quiet_ns=self._quiet_ns(),
+            sample=at.sample,
         )[role]
         build = replace(
             record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
@@ -419,12 +437,16 @@ class _Run:
         self._note_unsupported(build)
         if build.wrong:
             self._note_wrong(at, candidate.variants, base)
-        self._store(self.table.with_build(build))
-        self._rescale()
+        self._store(self.table.with_build(build).rescaled())
         self.progress.step(
             f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
         )
         return build
+
+    def _quiet_ns(self) -> float | None:
+        """Time of the reference on the quiet machine, by the last builds; machines have moods that last."""
+        last = [b.quiet_ns for b in self.table.builds[-RECENT:]]
+        return float(np.quantile(last, QUIET)) if len(last) >= RECENT // 4 else None
 
     def _reference(self) -> Engine:
         if self.reference is None:
@@ -443,11 +465,6 @@ class _Run:
         for name, why in found.items():
             refused.setdefault(name, {})[str(allocation[name])] = why
         self.table = self.table.with_header(unsupported=refused)
-
-    def _rescale(self) -> None:
-        """The session's reference time is the median of all its samples."""
-        samples = np.concatenate([b.reference_ns for b in self.table.builds])
-        self._store(self.table.with_header(reference_ns=float(np.median(samples))))
 
     def _store(self, table: LatencyTable) -> None:
         self.table = table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
@@ -41,6 +43,8 @@ class Regime:
     options: BuildOptions
     load: int = 0
     """Workers that keep the machine busy while it is measured."""
+    clocks: int = 0
+    """MHz that the GPU's clock is locked to while it is measured; 0: it is not."""
 
     @property
     def network(self) -> Network:
@@ -61,7 +65,16 @@ class Regime:
     def meter(self) -> Meter | None:
         """Joules, where what the backend runs on counts them: a simulated one, a GPU, or this machine's CPU."""
         own: Meter | None = getattr(self.backend, "meter", None)
-        return own or find(gpu=bool(getattr(self.backend, "gpu", False))).meter
+        return own or find(gpu=device.on_gpu(self.backend)).meter
+
+    @cached_property
+    def sample(self) -> Callable[[], nvidia.State] | None:
+        """Looks at the clocks, power and temperature of the GPU that the backend runs on; None on a CPU."""
+        return nvidia.find().state if device.on_gpu(self.backend) else None
+
+    def locked(self) -> AbstractContextManager[None]:
+        """The GPU's clock held at `clocks` while the block runs, where that was asked for."""
+        return nvidia.lock_clocks(nvidia.find(), self.clocks) if self.clocks else nullcontext()
 
     @property
     def described(self) -> dict[str, Any]:
@@ -71,6 +84,8 @@ class Regime:
             own["residual"] = True
         if self.load:
             own["load"] = self.load
+        if self.clocks:
+            own["clocks"] = self.clocks
         if restricted := cpus():
             own["cpus"] = restricted
         return own
@@ -108,10 +123,11 @@ def regime(
     batch: int | None = None,
     residual: bool = False,
     load: int = 0,
+    clocks: int = 0,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -121,7 +137,7 @@ def regime(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    return Regime(Lowering(task, batch, residual=residual), backend, options, load)
+    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
@@ -200,4 +216,5 @@ def record(
         energy_j=energy.joules if energy else None,
         reference_energy_j=energy.reference_joules if energy else None,
         energy_error=energy.error if energy else None,
+        states=timing.states,
     )

@@ -34,6 +34,12 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(metavar="LIST", help=f"{_WHICH} made on these CPUs, for instance 0,1; '' for all."),
     ],
+    "clocks": Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="MHZ", help=f"{_WHICH} made at a GPU clock locked to this; 0 for unlocked."
+        ),
+    ],
 }
 
 

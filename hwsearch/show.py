@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hwsearch.report import Report
     from hwsearch.scoring import SensitivityTable
     from hwsearch.table import LatencyTable
+    from hwsearch.targets import EngineFile, Verdict
 
 WORST = 10
 """How many units a sensitivity table is shown with."""
@@ -258,3 +259,54 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def engine_file(made: EngineFile, machine: bool) -> None:
+    """A serialised engine, and what its units were compiled to."""
+    if machine:
+        as_json(made.to_json())
+        return
+    where = made.target or "this machine's GPU"
+    print(f"{made.path}: {size(made.size_bytes)}, {made.backend} for {where}, base {made.base}")
+    kinds = list(made.executed.values())
+    counts = [f"{kinds.count(k)} {k}" for k in sorted(set(kinds), key=lambda k: (-kinds.count(k), k))]
+    if counts:
+        print(f"{len(made.layers)} layers; units compiled to {', '.join(counts)}")
+    for unit, what in made.not_as_asked.items():
+        print(f"  {unit}: {what}")
+
+
+def verdicts(found: Sequence[Verdict], machine: bool, *, layers: bool = False) -> None:
+    """Variants by target: legal or not, with NVIDIA's reason, and what they were compiled to."""
+    if machine:
+        as_json([verdict.to_json() for verdict in found])
+        return
+    columns(
+        ("target", "variant", "units", "legal", "compiled to", "layers", "reason"),
+        [
+            (v.target, v.variant, f"{len(v.units)} {'+'.join(v.ops)}", "yes" if v.legal else "no", _compiled(v),
+             str(len(v.layers) or ""), _why(v))
+            for v in found
+        ],
+    )  # fmt: skip
+    if layers:
+        for v in found:
+            if v.layers:
+                print(f"\n{v.variant} on {v.target}, base {v.base}")
+                columns(
+                    ("layer", "kind", "precision", "made of"),
+                    [(layer.name, layer.kind, layer.precision, ", ".join(layer.sources)) for layer in v.layers],
+                )
+    if not all(v.explained for v in found):
+        print("* the builder does otherwise than NVIDIA's documentation says")
+
+
+def _compiled(verdict: Verdict) -> str:
+    kinds = list(verdict.executed.values())
+    return ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds), key=lambda k: (-kinds.count(k), k)))
+
+
+def _why(verdict: Verdict) -> str:
+    star = "" if verdict.explained else "* "
+    both = [text for text in (verdict.documented, verdict.reason) if text]
+    return star + ". ".join(both)

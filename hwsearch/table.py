@@ -8,12 +8,14 @@ Schema history:
   2  widths of the channel groups in each build, the grid of widths and the groups in the header.
   3  sections: the header holds one header for each (`sections`), rows their section's number (`section`); energies of
      builds, null where no counter was read. A file of schema 2 is read as one of one section, without energies.
+  4  states of the GPU around each build (`states`); older rows have none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,9 @@ from numpy.typing import NDArray
 
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.measure import QUIET
 from hwsearch.network import Network
+from hwsearch.nvidia import State
 from hwsearch.sections import Section, matching, only
 from hwsearch.tablefile import read_sections, write_sections
 from hwsearch.variants import Variant
@@ -30,9 +34,11 @@ from hwsearch.variants import Variant
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 3
+SCHEMA = 4
+OLDER = (3,)
+"""Older schemas that are still read."""
 WHOLE = (2,)
-"""Older schemas that are still read: files of one section."""
+"""Still older ones, whose files are of one section."""
 PARTS = ("alone", "sandwich")
 """Roles of builds of a part of the network: one unit by itself, or some between their neighbours."""
 SANDWICHED = "sandwiched"
@@ -71,6 +77,7 @@ class Build:
     source: always `measured`; estimates never enter a table.
     energy_j, reference_energy_j: joules of an inference of this engine and of the reference, and energy_error the relative
     standard error of their ratio; None where no counter was read.
+    states: of the GPU before and after it was timed; empty where it ran on a CPU.
     """
 
     role: str
@@ -94,6 +101,7 @@ class Build:
     energy_j: float | None = None
     reference_energy_j: float | None = None
     energy_error: float | None = None
+    states: tuple[State, ...] = ()
 
     @property
     def energy_ratio(self) -> float | None:
@@ -101,6 +109,19 @@ class Build:
         if not self.energy_j or not self.reference_energy_j:
             return None
         return self.energy_j / self.reference_energy_j
+
+    @cached_property
+    def row(self) -> Any:
+        """The build as a pyarrow table of one row; made once, as a growing table is written after every build."""
+        import pyarrow as pa
+
+        own = {**asdict(self), "samples_ns": self.samples_ns, "reference_ns": self.reference_ns}
+        return pa.Table.from_pylist([own], schema=_schema())
+
+    @cached_property
+    def quiet_ns(self) -> float:
+        """Time of the reference while this build was measured, in the quietest moments of it."""
+        return float(np.quantile(self.reference_ns, 0.1))
 
     @property
     def partial(self) -> bool:
@@ -233,6 +254,11 @@ class LatencyTable:
     def with_header(self, **changes: Any) -> LatencyTable:
         return LatencyTable(replace(self.header, **changes), self.builds)
 
+    def rescaled(self) -> LatencyTable:
+        """The table with the median of all samples of the reference as the session's reference time."""
+        samples = np.concatenate([b.reference_ns for b in self.builds])
+        return self.with_header(reference_ns=float(np.median(samples)))
+
     def find(self, role: str) -> Build:
         """The first build of a role. Raises InvalidInput where the table has none (it is not finished)."""
         for build in self.builds:
@@ -254,6 +280,19 @@ class LatencyTable:
     def dense_ns(self) -> float:
         """Time of the dense fp32 network, in ns."""
         return self.time_ns(self.find("dense"))
+
+    @cached_property
+    def quiet_ns(self) -> float:
+        """Time of the reference on the quiet machine. Deployed builds do not count: they are of other sessions."""
+        times = [b.quiet_ns for b in self.builds if b.role != "deployed"] or [b.quiet_ns for b in self.builds]
+        return float(np.quantile(times, QUIET))
+
+    def disturbance(self, build: Build) -> float:
+        """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively.
+
+        0 of deployed builds, whose sessions may have been slower as a whole.
+        """
+        return 0.0 if build.role == "deployed" else max(build.quiet_ns / self.quiet_ns - 1.0, 0.0)
 
     def tail(self, quantile: float) -> float:
         """That quantile of the times of single inferences, relative to their median.
@@ -325,11 +364,9 @@ class LatencyTable:
         """
         import pyarrow as pa
 
-        rows = [
-            {**asdict(b), "samples_ns": b.samples_ns, "reference_ns": b.reference_ns} for b in self.builds
-        ]
-        own = self.header.to_json(), pa.Table.from_pylist(rows, schema=_schema())
-        sections = read_sections(path, SCHEMA, WHOLE) if Path(path).exists() else []
+        rows = pa.concat_tables([_schema().empty_table(), *(b.row for b in self.builds)])
+        own = self.header.to_json(), rows
+        sections = read_sections(path, (SCHEMA, *OLDER), WHOLE) if Path(path).exists() else []
         headers = [_header(header, path) for header, _ in sections]
         for header in headers[:1]:
             LatencyTable(header).require_beside(self.header)
@@ -342,7 +379,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """The table of a file; where it has several, the one under the options wanted.
 
-        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, and `shape` (`"1x3x160x160"`, or one for each input).
+        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, and `shape` (`"1x3x160x160"`, or one for each
+        input).
         Of those left, the ones of this network (a fingerprint) are preferred, then the ones that agree with most of the
         options in `like`.
         Raises InvalidInput (absent, truncated, foreign; no table under these options, or several: then it lists them) or
@@ -358,7 +396,7 @@ class LatencyTable:
     @staticmethod
     def sections(path: str | Path, **wanted: Any) -> list[LatencyTable]:
         """Every table of a file, or those under the options wanted, which are at least one. Raises as `load`."""
-        tables = [_table(header, rows, path) for header, rows in read_sections(path, SCHEMA, WHOLE)]
+        tables = [_table(header, rows, path) for header, rows in read_sections(path, (SCHEMA, *OLDER), WHOLE)]
         keys = [t.header.section for t in tables]
         if any(key in keys[:i] for i, key in enumerate(keys)):
             raise InvalidInput(
@@ -474,6 +512,7 @@ def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable
                     "samples_ns": np.array(row["samples_ns"], np.int64),
                     "reference_ns": np.array(row["reference_ns"], np.int64),
                     "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                    "states": tuple(_state(s) for s in row.get("states") or ()),
                 }
             )
             for row in rows.to_pylist()
@@ -484,6 +523,11 @@ def _table(data: Mapping[str, Any], rows: Any, path: str | Path) -> LatencyTable
         if why := _damage(build, header.network):
             raise InvalidInput(f"{path} is damaged: {why}")
     return LatencyTable(header, builds)
+
+
+def _state(row: Mapping[str, Any]) -> State:
+    throttle = row["throttle"]
+    return State(**{**row, "throttle": None if throttle is None else tuple(throttle)})
 
 
 def _damage(build: Build, network: Network) -> str:
@@ -517,6 +561,15 @@ def _schema() -> Any:
             ("time_ns", pa.float64()),
         ]
     )
+    state = pa.struct(
+        [
+            ("sm_mhz", pa.int64()),
+            ("memory_mhz", pa.int64()),
+            ("power_w", pa.float64()),
+            ("temperature_c", pa.int64()),
+            ("throttle", pa.list_(pa.string())),
+        ]
+    )
     return pa.schema(
         [
             ("role", pa.string()),
@@ -540,5 +593,6 @@ def _schema() -> Any:
             ("energy_j", pa.float64()),
             ("reference_energy_j", pa.float64()),
             ("energy_error", pa.float64()),
+            ("states", pa.list_(state)),
         ]
     )

@@ -49,24 +49,24 @@ def read_parquet(path: str | Path, kind: str, *schemas: int) -> tuple[Any, dict[
         raise InvalidInput(f"{path} is not a {kind.replace('_', ' ')} of hwsearch (found: {found})")
     if header.get("schema") not in schemas:
         raise IncompatibleTables(
-            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {' and '.join(map(str, schemas))}; "
+            f"{path} has schema {header.get('schema')}, this hwsearch reads schema {', '.join(map(str, schemas))}; "
             "make it again, or use the hwsearch that wrote it"
         )
     return table, header
 
 
 def read_sections(
-    path: str | Path, schema: int, whole: Sequence[int] = ()
+    path: str | Path, schemas: Sequence[int], whole: Sequence[int] = ()
 ) -> list[tuple[dict[str, Any], Any]]:
     """(header, rows as a pyarrow table) of each section of a latency table's file.
 
-    whole: older schemas, whose files are one section. Raises InvalidInput (absent, truncated, foreign, damaged) or
-    IncompatibleTables (another schema).
+    schemas: those that can be read. whole: older ones, whose files are one section.
+    Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema).
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    table, header = read_parquet(path, KIND, schema, *whole)
+    table, header = read_parquet(path, KIND, *schemas, *whole)
     if header["schema"] in whole:
         return [(header, table)]
     sections = header.get("sections")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Predicted against measured latency on allocations that the fit has not seen.
 
-For each network and number of threads: profile in context and layer by layer (or go on with the tables in --out, and with the
-allocations timed for them), then build and time --heldout allocations: independent random ones, Markov runs, and answers of the solver under random losses and
-budgets. Printed are the errors of the latency model beside the baselines: the additive model without boundary terms, a
-constant, the noise floor (one allocation built and timed twice), and, on the allocations whose channels are all there, the
-sum of layers timed alone. With --budgets N also the closed loop, at budgets spread from the fastest to the dense network in
-the base precision.
+For each network and number of threads: profile in context and layer by layer (or go on with the tables in --out, and with
+the allocations that were timed for them), then build and time --heldout allocations: independent random ones, Markov runs, and
+answers of the solver under random losses and budgets. Printed are the errors of the latency model beside the baselines: the
+additive model without boundary terms, a constant, the noise floor (one allocation built and timed twice), and, on the
+allocations whose channels are all there, the sum of layers timed alone. With --budgets N also the closed loop, at budgets
+spread from the fastest to the dense network in the base precision.
 
     python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
 """
@@ -31,13 +31,16 @@ from hwsearch.deployment import Session
 from hwsearch.design import Candidate, random_allocation
 from hwsearch.errors import HwsearchError
 from hwsearch.latency import LatencyModel, fit
-from hwsearch.measure import paired
+from hwsearch.measure import Timing, paired
+from hwsearch.overview import disturbed
 from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
 from hwsearch.table import Build, LatencyTable, usable
 from hwsearch.variants import Variant, uniform
+
+ATTEMPTS = 3
 
 
 def main() -> None:
@@ -88,7 +91,10 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     ]
     measured = np.array([k["measured_ns"] for k in kept])
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
-    show(task.name, threads, args, table, model, alone, heldout, measured, again)
+    noise = np.array([k["error_ns"] for k in kept])
+    show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
+    if hit := sum(k["disturbed"] for k in kept):
+        print(f"  {hit} of {len(kept)} held-out allocations were never timed on a quiet machine")
     if args.budgets:
         loops(task, at, table, args, axes)
 
@@ -96,16 +102,31 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
 def measure(
     at: Regime, table: LatencyTable, model: LatencyModel, path: Path, args: argparse.Namespace
 ) -> None:
-    """Time the held-out allocations, once for each table: `path` keeps them."""
+    """Time the held-out allocations, once for each table: `path` keeps them.
+
+    Those that something else on the machine disturbed are timed again after all others, at most twice.
+    """
     reference, _ = at.build(uniform(at.network, at.options.base))
-    kept: list[dict[str, object]] = []
-    for index, (kind, candidate) in enumerate(candidates(table, model, args.heldout, args.seed)):
-        variants = {u: str(v) for u, v in candidate.variants.items()}
-        times = {"measured_ns": ratio(at, reference.run, candidate) * table.header.reference_ns}
-        if index % max(args.heldout // args.twice, 1) == 0:
-            times["again_ns"] = ratio(at, reference.run, candidate) * table.header.reference_ns
-        kept.append({"kind": kind, "variants": variants, "widths": candidate.widths, **times})
-    path.write_text(json.dumps(kept))
+    drawn = candidates(table, model, args.heldout, args.seed)
+    scale, kept = table.header.reference_ns, {}
+    left = list(range(len(drawn)))
+    for _ in range(ATTEMPTS):
+        for index in left:
+            kind, candidate = drawn[index]
+            found = timed(at, reference.run, candidate, table.quiet_ns)
+            kept[index] = {
+                "kind": kind,
+                "variants": {u: str(v) for u, v in candidate.variants.items()},
+                "widths": candidate.widths,
+                "measured_ns": found.ratio * scale,
+                "error_ns": found.width / 3.92 * found.ratio * scale,
+                "disturbed": found.disturbed,
+            }
+            if index % max(args.heldout // args.twice, 1) == 0:
+                again = timed(at, reference.run, candidate, table.quiet_ns)
+                kept[index]["again_ns"] = again.ratio * scale
+        left = [i for i in left if kept[i]["disturbed"]]
+    path.write_text(json.dumps([kept[i] for i in range(len(drawn))]))
 
 
 def candidates(
@@ -165,14 +186,15 @@ def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -
     return Candidate({u: Variant.parse(v) for u, v in allocation.variants.items()}, dict(allocation.widths))
 
 
-def ratio(at: Regime, reference: Callable[[], None], candidate: Candidate) -> float:
+def timed(at: Regime, reference: Callable[[], None], candidate: Candidate, quiet_ns: float) -> Timing:
     engine, _ = at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
-    return paired(reference, {"candidate": engine.run})["candidate"].ratio
+    return paired(reference, {"candidate": engine.run}, quiet_ns=quiet_ns)["candidate"]
 
 
 def show(
     name: str, threads: int, args: argparse.Namespace, table: LatencyTable, model: LatencyModel, alone: LatencyTable,
-    heldout: list[tuple[str, Candidate]], measured: np.ndarray, again: list[float],
+    heldout: list[tuple[str, Candidate]], measured: np.ndarray, noise: np.ndarray,
+    again: list[float],
 ) -> None:  # fmt: skip
     network = table.network
     offered = sum(map(len, table.offered().values()))
@@ -182,7 +204,7 @@ def show(
     print(f"\n{name}: {args.backend}, {threads} thread(s), axes {args.axes}: {len(network.units)} units, "
           f"{offered} (unit, variant) at whole widths, {cells} at all widths; {fitted} builds and {kept} held out (a third of the "
           f"(unit, widths, variant): {cells // 3}) in {sum(profiled(b) for b in table.builds):.0f} s; "
-          f"design ended by: {table.header.design.get('stopped')}; "
+          f"design ended by: {table.header.design.get('stopped')}; {disturbed(table)} builds on a disturbed machine; "
           f"{len(heldout)} held-out allocations, {measured.min() / 1e6:.3f}-{measured.max() / 1e6:.3f} ms, dense "
           f"{table.dense_ns / 1e6:.3f} ms")  # fmt: skip
     predictions = [model.predict(c.variants, c.widths) for _, c in heldout]
@@ -205,7 +227,7 @@ def show(
             [isolated.predict(c.variants).time_ns for (_, c), w in zip(heldout, whole, strict=True) if w]
         )
         errors("sum of layers alone", sums * scale, measured[whole])
-    z = np.abs(rows["latency model"] - measured) / np.array([p.sigma_ns for p in predictions])
+    z = np.abs(rows["latency model"] - measured) / np.hypot([p.sigma_ns for p in predictions], noise)
     print(f"  inside sigma {np.mean(z <= 1):.0%}, inside two sigma {np.mean(z <= 2):.0%}; "
           f"noise floor (built and timed twice) median {np.median(again):.1%}", flush=True)  # fmt: skip
 

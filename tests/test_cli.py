@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from simulated_nvml import NOT_SUPPORTED, Nvml
 from simulation import chain, grouped, probed, simulated_table
 from typer.testing import CliRunner, Result
 
@@ -41,6 +42,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Install:
             monkeypatch.setitem(vars(hs), name, function)
 
     install(load=lambda spec: f"task {spec}")
+    monkeypatch.setattr(cli, "_usable", lambda backend, lock_clocks=False: None)
     return install
 
 
@@ -62,6 +64,7 @@ class Table:
 class Scores(str):
     """Sensitivities, or an allocation, of some network."""
 
+    backend = "openvino"
     network = SimpleNamespace(fingerprint="f00")
     options: dict[str, Any] = {"threads": 1}  # noqa: RUF012
 
@@ -218,6 +221,7 @@ def test_help_needs_no_heavy_module_and_no_patience() -> None:
     "command",
     [
         "devices",
+        "doctor",
         "profile",
         "table",
         "table show",
@@ -266,6 +270,73 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(data["device"]["id"]) == 12
 
 
+def test_devices_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwsearch.backends.status", list)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(2, fails={"nvmlDeviceGetEccMode": NOT_SUPPORTED}))
+    shown = invoke("devices").stdout
+    for text in ("NVIDIA Test 0, SM 8.6, 24.0 GiB, driver 570.12", "GPU-0aaa", "GPU-1aaa", "now 1980 MHz"):
+        assert text in shown
+    found = json.loads(invoke("devices", "--json").stdout)
+    assert [gpu["uuid"] for gpu in found["gpus"]] == ["GPU-1aaa", "GPU-0aaa"]
+    assert all("ecc" not in gpu for gpu in found["gpus"])
+    assert found["no_gpu"] == ""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "no GPU: NVML cannot be asked" in invoke("devices").stdout
+    assert json.loads(invoke("devices", "--json").stdout)["gpus"] == []
+
+
+ABSENT = """
+from hwsearch.errors import BackendUnavailable
+class Backend:
+    name = "absent"
+    def versions(self): raise BackendUnavailable("its runtime is not installed; install it with: pip install absent")
+"""
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment where backend `absent` is registered, and importing torch, onnx or pandas fails."""
+    (tmp_path / "absent_backend.py").write_text(ABSENT)
+    info = tmp_path / "absent_backend-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: absent-backend\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[hwsearch.backends]\nabsent = absent_backend:Backend\n")
+    for heavy in ("torch", "onnx", "pandas"):
+        (tmp_path / f"{heavy}.py").write_text(f"raise SystemExit('{heavy} was imported')")
+    paths = [str(tmp_path), str(Path(hs.__file__).parent.parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "doctor --backend absent",
+        "profile zoo:x -o t.parquet --backend absent",
+        "sensitivity zoo:x -o s.parquet --backend absent",
+        "run zoo:x --budget latency=1ms -o out --backend absent",
+    ],
+)
+def test_a_backend_that_is_not_there_is_told_before_anything_heavy_is_loaded(
+    without_torch: dict[str, str], tmp_path: Path, words: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from hwsearch.cli import main; main()", *words.split()],
+        capture_output=True, text=True, env=without_torch, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "pip install absent" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["profile zoo:x -o t --lock-clocks", "verify zoo:x {} -o r.json --lock-clocks"]
+)
+def test_clocks_of_a_cpu_are_not_locked(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="openvino"))
+    result = invoke(*words.format("a.json").split(), *(["--backend", "openvino"]))
+    assert result.exit_code == 2
+    assert "openvino runs on the CPU; go without --lock-clocks" in result.stderr
+
+
 def test_devices_says_whether_energy_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from hwsearch import backends, energy
 
@@ -293,7 +364,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
     words += " --mode sandwiched --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
-    words += " --shape 2x3x8x8 --shape ids=2x5"
+    words += " --shape 2x3x8x8 --shape ids=2x5 --lock-clocks"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
@@ -301,7 +372,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
     assert seen == {
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
         "batch": 8, "time_limit_s": 3600.0, "mode": "sandwiched", "axes": ["precision"], "load": 2, "seed": 3,
-        "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"],
+        "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"], "lock_clocks": True,
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -314,7 +385,7 @@ def test_profile_defaults(api: Install) -> None:
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
         "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": (),
-        "shape": None,
+        "shape": None, "lock_clocks": False,
     }  # fmt: skip
 
 
@@ -492,13 +563,15 @@ def test_verify_ends_with_whether_the_budget_is_met(
         verify=lambda task, chosen, **options: seen.update(options, chosen=chosen) or report,
         LatencyTable=Table,
     )
-    result = invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--threads", "2", "--table", "t.parquet")
+    words = "verify zoo:x a.json -o r.json --threads 2 --table t.parquet --lock-clocks"
+    result = invoke(*words.split())
     assert result.exit_code == code
     assert result.stdout == f"the report, met: {met}\n"
     assert ("missed" in result.stderr) is (not met)
     assert report.saved == Path("r.json")
     assert seen == {
         "chosen": "allocation a.json", "backend": None, "threads": 2, "table": "table t.parquet", "weights": None,
+        "lock_clocks": True,
     }  # fmt: skip
     assert json.loads(invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--json").stdout) == {"met": met}
 
@@ -618,7 +691,9 @@ def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool,
     assert "+10.0%" in result.stdout
     assert result.stdout.endswith("1 build measured again\n")
     del seen["progress"]
-    assert seen == {"table": "table t.parquet of task zoo:x", "task": "task zoo:x", "builds": 3}
+    assert seen == {
+        "table": "table t.parquet of task zoo:x", "task": "task zoo:x", "builds": 3, "lock_clocks": False,
+    }  # fmt: skip
     result = invoke("table", "check", "t.parquet", "--json")
     assert (json.loads(result.stdout), result.exit_code) == ({"holds": holds}, code)
     assert seen["task"] is None

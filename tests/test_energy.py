@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from test_measure import Machine
 import hwsearch as hs
 from hwsearch.allocate.search import search
 from hwsearch.consumption import energy_table, fit_energy
-from hwsearch.energy import find, nvml, rapl
+from hwsearch.energy import find, rapl
 from hwsearch.errors import InvalidInput
 from hwsearch.measure import Protocol, paired
 from hwsearch.table import Build, LatencyTable
@@ -109,42 +107,6 @@ def test_a_damaged_counter_is_none(tmp_path: Path) -> None:
     found = rapl(tmp_path)
     assert found.meter is None
     assert "cannot be read" in found.reason
-
-
-class Nvml(ModuleType):
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, fails: str = "") -> None:
-        super().__init__("pynvml")
-        self.fails, self.millijoules = fails, 5000
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if self.fails == "nvmlInit":
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
-        if self.fails == "energy":
-            raise self.NVMLError("Not Supported")
-        return self.millijoules
-
-
-def test_nvml_counts_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    meter = find(gpu=True).meter
-    assert meter is not None
-    before, fake.millijoules = meter(), 5250
-    assert meter() - before == pytest.approx(0.25)
-    for fails, said in (("nvmlInit", "Driver Not Loaded"), ("energy", "Not Supported")):
-        monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails))
-        assert nvml().meter is None
-        assert said in nvml().reason
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "nvidia-ml-py" in nvml().reason
 
 
 # ---------------------------------------------------------------- blocks

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,44 @@ def test_linear_drift_cancels() -> None:
 def test_slow_swings_of_the_machine_cancel() -> None:
     timing = Machine(noise=0.02, drift=lambda s: 1.0 + 0.3 * np.sin(s)).compare()
     assert timing.ratio == pytest.approx(0.5, rel=0.01)
+
+
+def busy(share: float, period_s: float = 0.5) -> Callable[[float], bool]:
+    """Something else that takes the machine for a share of each period."""
+    return lambda s: s % period_s < share * period_s
+
+
+def disturbed(at: Callable[[float], bool], **options: Any) -> Timing:
+    """A candidate of half the reference's time, hit harder than it (2x against 1.5x) while something else runs."""
+    machine = Machine(noise=0.01)
+
+    def run(name: str, time_ns: float, slower: float) -> Callable[[], None]:
+        plain = machine.run(name, time_ns)
+
+        def both() -> None:
+            before, hit = machine.now, at(machine.now / 1e9)
+            plain()
+            machine.now += (machine.now - before) * (slower - 1.0) * hit
+
+        return both
+
+    candidate = {"candidate": run("candidate", 1e6, 2.0)}
+    return paired(run("reference", 2e6, 1.5), candidate, clock=machine.clock, **options)["candidate"]
+
+
+def test_disturbed_rounds_do_not_count() -> None:
+    timing = disturbed(busy(0.6))
+    assert timing.ratio == pytest.approx(0.5, rel=0.01)
+    assert not timing.unstable
+    assert timing.samples_ns.max() > 1.8e6  # they are kept all the same
+
+
+def test_a_disturbance_that_lasts_is_flagged_where_the_quiet_machine_is_known() -> None:
+    timing = disturbed(lambda s: True, quiet_ns=2e6)
+    assert timing.ratio == pytest.approx(0.5 * 2.0 / 1.5, rel=0.01)
+    assert timing.unstable
+    waited = disturbed(lambda s: s < 4.0, quiet_ns=2e6)  # for half its time
+    assert waited.ratio == pytest.approx(0.5, rel=0.01)
 
 
 def test_rounds_are_mirrored() -> None:

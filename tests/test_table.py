@@ -16,6 +16,7 @@ import pytest
 from simulation import DEVICE, alone_table, chain, grouped, simulated_build, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.nvidia import State
 from hwsearch.table import SCHEMA, LatencyTable
 from hwsearch.tablefile import KEY
 from hwsearch.testing import LatencyLaw
@@ -151,7 +152,7 @@ def test_another_kind_of_file_of_ours(saved: Path) -> None:
 
 def test_another_schema(saved: Path) -> None:
     _rewrite(saved, lambda h: h.update(schema=SCHEMA + 1))
-    with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA} and 2"):
+    with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA}, 3, 2"):
         LatencyTable.load(saved)
 
 
@@ -165,6 +166,20 @@ def test_a_table_of_schema_2_has_no_energies(saved: Path) -> None:
     old = LatencyTable.load(saved)
     assert [b.key for b in old.builds] == [b.key for b in new.builds]
     assert all(b.energy_j is None and b.energy_ratio is None for b in old.builds)
+
+
+def test_states_round_trip_and_a_table_of_schema_3_has_none(saved: Path, table: LatencyTable) -> None:
+    states = (State(1410, 9251, 123.5, 61, ("power cap",)), State(throttle=()))
+    with_states = LatencyTable(table.header, (replace(table.builds[0], states=states), *table.builds[1:]))
+    with_states.save(saved)
+    assert [b.states for b in LatencyTable.load(saved).builds] == [b.states for b in with_states.builds]
+    _rewrite(saved, lambda h: h.update(schema=3), lambda t: t.drop_columns(["states"]))
+    old = LatencyTable.load(saved)
+    assert same(old, table)
+    assert all(b.states == () for b in old.builds)
+    more = with_states.with_header(options={**table.header.options, "clocks": 1410})
+    more.save(saved)
+    assert [next(b.states for b in t.builds) for t in LatencyTable.sections(saved)] == [(), states]
 
 
 @pytest.mark.parametrize("key", ["network", "device", "backend", "options"])

@@ -1,0 +1,178 @@
+"""CUDA as far as running an engine needs it: buffers, one side stream, and graphs of what was launched on it.
+
+torch is imported here and in no other backend: its tensors are the device memory whose addresses TensorRT is given, so that
+no second CUDA binding has to be installed. Another object with these methods may stand in for `Cuda`, as the tests' does.
+Sources: CUDA driver API (cuInit, cuDeviceGetCount, cuDriverGetVersion); torch.cuda ("CUDA Graphs").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+    from hwsearch.backends.base import Array
+
+_NO_DEVICE = 100
+_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that engines run on. driver: of the kernel module, empty where the system does not tell. cuda: that it knows."""
+
+    name: str
+    capability: tuple[int, int]
+    driver: str
+    cuda: str
+
+    @property
+    def sm(self) -> str:
+        """`sm86` for compute capability 8.6."""
+        return "sm{}{}".format(*self.capability)
+
+
+class NotCaptured(Exception):
+    """What was launched cannot become a CUDA graph; the message says why."""
+
+
+def driver(load: Callable[[str], Any] = ctypes.CDLL) -> tuple[str, str]:
+    """(version of the driver, version of CUDA that it knows), without torch and in milliseconds.
+
+    load: opens a shared library. Raises BackendUnavailable where there is no driver, or no GPU that this process may use.
+    """
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        lib = load(library)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"there is no NVIDIA driver ({library} cannot be loaded): install it, or start the container with --gpus all"
+        ) from error
+    code, count, version = lib.cuInit(0), ctypes.c_int(0), ctypes.c_int(0)
+    if code == 0:
+        code = lib.cuDeviceGetCount(ctypes.byref(count))
+    if code == _NO_DEVICE or (code == 0 and count.value == 0):
+        raise BackendUnavailable(
+            "the NVIDIA driver sees no GPU: look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or start the container with --gpus all"
+        )
+    if code == 0:
+        code = lib.cuDriverGetVersion(ctypes.byref(version))
+    if code != 0:
+        raise BackendUnavailable(
+            f"the NVIDIA driver does not start (CUDA error {code}): look at `nvidia-smi`; a driver that was updated needs a reboot"
+        )
+    try:
+        found = re.search(r"Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _KERNEL_MODULE.read_text())
+    except OSError:  # Windows, WSL
+        found = None
+    return found[1] if found else "", f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+class Cuda:
+    """The first GPU that this process may use. Raises BackendUnavailable where torch cannot reach it."""
+
+    def __init__(self) -> None:
+        own, known = driver()
+        try:
+            import torch
+        except ImportError as error:
+            raise BackendUnavailable(f"torch cannot be imported ({error})") from error
+        if torch.version.cuda is None:
+            raise BackendUnavailable(
+                f"torch {torch.__version__} is a build for CPUs; engines run on memory of a torch with CUDA: see pytorch.org"
+            )
+        self._torch: Any = torch
+        with _told("torch cannot start CUDA"):
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            self._stream = self._torch.cuda.Stream(self._device)
+            properties = self._torch.cuda.get_device_properties(self._device)
+        self.gpu = Gpu(properties.name, (properties.major, properties.minor), own, known)
+
+    @property
+    def stream(self) -> int:
+        """Handle (`cudaStream_t`) of the side stream; the default one would make TensorRT synchronise more often."""
+        return int(self._stream.cuda_stream)
+
+    def buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """Zeroed device memory for an array of that shape and numpy dtype. Raises BackendUnavailable where memory ends."""
+        with _told("no device memory for inputs and outputs"), self._torch.cuda.stream(self._stream):
+            tensor = self._torch.zeros(tuple(shape), dtype=getattr(self._torch, dtype), device=self._device)
+        return Buffer(self, tensor)
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched on the side stream. Raises BackendUnavailable with CUDA's own reason if it failed."""
+        with _told("the GPU failed"):
+            self._stream.synchronize()
+
+    def capture(self, launch: Callable[[], None]) -> Graph:
+        """What `launch` puts on the side stream, as a graph, without running it. Raises NotCaptured."""
+        graph = self._torch.cuda.CUDAGraph()
+        try:
+            with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                launch()
+        except (RuntimeError, BackendUnavailable) as error:
+            raise NotCaptured(_line(error)) from error
+        return Graph(self, graph)
+
+
+class Buffer:
+    """Device memory of one input or output."""
+
+    def __init__(self, cuda: Cuda, tensor: torch.Tensor) -> None:
+        self._cuda, self._tensor = cuda, tensor
+
+    @property
+    def address(self) -> int:
+        return self._tensor.data_ptr()
+
+    def write(self, array: Array) -> None:
+        """Copy a host array of the buffer's shape and dtype to the device; it is there when this returns."""
+        torch = self._cuda._torch
+        with _told("the copy to the GPU failed"), torch.cuda.stream(self._cuda._stream):
+            self._tensor.copy_(torch.from_numpy(array))
+        self._cuda.synchronize()
+
+    def read(self) -> Array:
+        """A host copy, once all that was launched has run."""
+        with _told("the copy from the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
+            found: Array = self._tensor.cpu().numpy()
+        return found
+
+    def clear(self) -> None:
+        """Zeros."""
+        with _told("the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
+            self._tensor.zero_()
+
+
+class Graph:
+    """Launches that were captured, to be put on the side stream at once."""
+
+    def __init__(self, cuda: Cuda, graph: torch.cuda.CUDAGraph) -> None:
+        self._cuda, self._graph = cuda, graph
+
+    def launch(self) -> None:
+        with _told("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):
+            self._graph.replay()
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """torch's errors of CUDA, out of memory among them, as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BackendUnavailable(f"{what}: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,114 @@
+"""Which precisions and patterns an NVIDIA GPU executes, by its compute capability, and why not the others.
+
+Sources: TensorRT's and TensorRT-RTX's support matrices ("GPU Architecture and Precision Support"), TensorRT's chapters on
+quantized types (int4 is for the weights of matrix products alone, in blocks) and on structured sparsity (2:4, from Ampere
+on). What NVIDIA's builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hwsearch.errors import InvalidInput
+
+RTX = "tensorrt-rtx"
+BASES = ("fp16", "bf16", "fp32", "tf32")
+"""Base precisions of a network, the one to prefer first."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture: `sm86`, its compute capability, NVIDIA's name for it and a device."""
+
+    name: str
+    capability: tuple[int, int]
+    architecture: str
+    example: str
+
+    @property
+    def number(self) -> str:
+        return f"{self.capability[0]}.{self.capability[1]}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.architecture}, {self.example})"
+
+
+TARGETS: Mapping[str, Target] = {
+    t.name: t
+    for t in (
+        Target("sm75", (7, 5), "Turing", "T4"),
+        Target("sm80", (8, 0), "Ampere", "A100"),
+        Target("sm86", (8, 6), "Ampere", "RTX 3090"),
+        Target("sm87", (8, 7), "Ampere", "Jetson Orin"),
+        Target("sm89", (8, 9), "Ada Lovelace", "RTX 4090"),
+        Target("sm90", (9, 0), "Hopper", "H100"),
+        Target("sm100", (10, 0), "Blackwell", "B200"),
+        Target("sm120", (12, 0), "Blackwell", "RTX 5090"),
+        Target("sm121", (12, 1), "Blackwell", "GB10"),
+    )
+}
+
+_SINCE = {
+    "fp32": (7, 5),
+    "fp16": (7, 5),
+    "int8": (7, 5),
+    "bf16": (8, 0),
+    "tf32": (8, 0),
+    "int4": (8, 0),
+    "fp8": (8, 9),
+    "nvfp4": (10, 0),
+}
+"""The least compute capability that TensorRT offers a precision on."""
+_SINCE_NAMES = {(7, 5): "Turing", (8, 0): "Ampere", (8, 9): "Ada Lovelace", (10, 0): "Blackwell"}
+_PRODUCTS = ("linear", "matmul")
+_WEIGHTS_ALONE = ("int4",)
+_BLOCKS = ("int4", "nvfp4")
+_SPARSE_SINCE = (8, 0)
+_SPARSE_TYPES = ("fp16", "bf16", "int8", "tf32", "fp8")
+
+
+def target(name: str) -> Target:
+    """Raises InvalidInput where there is no such target."""
+    found = TARGETS.get(name.strip().lower().replace("sm_", "sm"))
+    if found is None:
+        raise InvalidInput(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
+    return found
+
+
+def why_not(
+    precision: str, at: Target, *, base: str, op: str = "linear", pattern: str = "dense", weighted: bool = True,
+    runtime: str = RTX,
+) -> str:  # fmt: skip
+    """Why a unit may not have a variant in a network of some base on a GPU; empty where it may.
+
+    op: the unit's. weighted: whether it has weights (a product of two activations has none).
+    """
+    for kind in (base, precision):
+        if kind not in _SINCE:
+            return f"{kind} is no precision of TensorRT's that is known here"
+        if at.capability < _SINCE[kind]:
+            since = _SINCE[kind]
+            name = f" ({_SINCE_NAMES[since]})" if since in _SINCE_NAMES else ""
+            what = f"base {kind}" if kind == base and kind != precision else kind
+            return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.number}"
+    if precision in _WEIGHTS_ALONE and not weighted:
+        return f"{precision} is for weights alone, and this product has none"
+    if precision in _BLOCKS and op not in _PRODUCTS:
+        return f"{precision} is for matrix products, not for {op}"  # tensorrt_rtx 1.7.1 does not say so: it crashes
+    if pattern != "dense":
+        if at.capability < _SPARSE_SINCE:
+            return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.number}"
+        if not weighted:
+            return f"{pattern} is a pattern of weights, and this product has none"
+        if precision not in _SPARSE_TYPES:
+            return f"sparse tensor cores do not take {precision}"
+    return _why_not_rtx(precision, at, base, op) if runtime == RTX else ""
+
+
+def _why_not_rtx(precision: str, at: Target, base: str, op: str) -> str:
+    """TensorRT-RTX compiles no matrix product of fp32 for Turing, nor one that returns it (its matrix has a footnote there)."""
+    floats = precision if precision in BASES else base
+    if at.name == "sm75" and op in _PRODUCTS and floats in ("fp32", "tf32"):
+        return "TensorRT-RTX compiles no fp32 matrix product for Turing"
+    return ""

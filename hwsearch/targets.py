@@ -1,0 +1,303 @@
+"""Engines for GPUs that are not here: built by `tensorrt_rtx` on any machine, and which variants are legal on which GPU.
+
+What is built is what NVIDIA's builder accepts for a target; it cannot run here, and TensorRT-RTX's kernels are not TensorRT's:
+a legal network is no fast one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsearch.backends.tensorrt import legality
+from hwsearch.backends.tensorrt.building import BuildRequest, Built, serialise
+from hwsearch.backends.tensorrt.building import targets as targets_of
+from hwsearch.backends.tensorrt.buildlog import FusedLayer, executed, fused_layers
+from hwsearch.deployment import lowering_of, parse_variants
+from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.files import write_bytes
+from hwsearch.lower import Lowering
+from hwsearch.network import Network, Unit
+from hwsearch.progress import Progress
+from hwsearch.typed import strongly_typed
+from hwsearch.variants import PRECISIONS, Variant, legal
+
+if TYPE_CHECKING:
+    from hwsearch.allocation import Allocation
+    from hwsearch.task import Task
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Backends that leave a serialised engine, with their Python modules."""
+NEWEST = legality.target("sm120")
+
+
+def runtime(backend: str) -> Any:
+    """The module of a backend. Raises InvalidInput (none of that name) or BackendUnavailable (not installed)."""
+    if backend not in MODULES:
+        raise InvalidInput(
+            f"no engine file comes from backend {backend!r}; expected one of {', '.join(MODULES)}"
+        )
+    try:
+        return importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{MODULES[backend]} cannot be imported ({error}); install it with: pip install 'hwsearch[{backend}]'"
+        ) from error
+
+
+def checked_targets(trt: Any, backend: str, names: Sequence[str]) -> list[str]:
+    """Targets that a backend builds for, each once. Raises InvalidInput."""
+    if not names:
+        raise InvalidInput(f"no target given; expected some of {', '.join(legality.TARGETS)}")
+    found = [legality.target(name).name for name in names]
+    offered = targets_of(trt)
+    if not offered:
+        raise InvalidInput(
+            f"{backend} builds for the GPU that it runs on only; leave the target out, or use --backend tensorrt-rtx"
+        )
+    for name in found:
+        if name not in offered:
+            raise InvalidInput(
+                f"{backend} does not build for {legality.target(name)}; it builds for {', '.join(offered)}. "
+                "TensorRT does, on such a GPU"
+            )
+    return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------- one allocation
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A serialised engine on disk.
+
+    executed: for each unit whose product the builder's log names, the precision that it was compiled to.
+    not_as_asked: units that were compiled to another one than their variant asks for.
+    """
+
+    path: Path
+    size_bytes: int
+    backend: str
+    target: str | None
+    base: str
+    executed: dict[str, str]
+    not_as_asked: dict[str, str]
+    layers: tuple[FusedLayer, ...] = field(repr=False, default=())
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def build(
+    task: Task,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    target: str | None = None,
+    backend: str = "tensorrt-rtx",
+    base: str | None = None,
+    weights: str | Path | None = None,
+) -> EngineFile:
+    """Write the serialised engine of an allocation, whichever backend it was searched on.
+
+    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine. base: instead of the
+    allocation's own; what was in that one then is in this. weights: as for `deploy`.
+    Raises InvalidInput (unknown target), IncompatibleTables (of another network), BackendUnavailable (not installed; not
+    built, with NVIDIA's reason).
+    """
+    trt = runtime(backend)
+    if target is None and targets_of(trt):
+        raise InvalidInput(f"{backend} needs a target; it builds for {', '.join(targets_of(trt))}")
+    if target is not None:
+        (target,) = checked_targets(trt, backend, [target])
+    old = str(allocation.options.get("base", "fp32"))
+    base = _base(base or old)
+    variants = {u: _rebased(v, old, base) for u, v in parse_variants(allocation).items()}
+    low = lowering_of(task, allocation, weights)
+    typed = strongly_typed(low.onnx(variants), base).SerializeToString()
+    try:
+        built = serialise(trt, request_of(typed, base, target, variants))
+    except BackendUnavailable as error:
+        reasons = objections(low.network, variants, base, target)
+        told = f" (NVIDIA's documentation: {'; '.join(reasons)})" if reasons else ""
+        raise BackendUnavailable(f"{error}{told}") from error
+    path = Path(out)
+    write_bytes(path, built.plan)
+    layers = fused_layers(built.log)
+    ran = executed(layers)
+    return EngineFile(
+        path, len(built.plan), backend, target, base, ran, otherwise(variants, ran), layers, built.seconds
+    )
+
+
+def _base(base: str) -> str:
+    if base not in legality.BASES:
+        raise InvalidInput(f"unknown base precision {base!r}; expected one of {', '.join(legality.BASES)}")
+    return base
+
+
+def _rebased(variant: Variant, old: str, new: str) -> Variant:
+    return Variant(new) if variant == Variant(old) else variant
+
+
+def request_of(onnx: bytes, base: str, target: str | None, variants: Mapping[str, Variant]) -> BuildRequest:
+    tf32 = any(v.precision == "tf32" for v in variants.values())
+    return BuildRequest(
+        onnx, base, target, sparse=any(v.pattern != "dense" for v in variants.values()), tf32=tf32
+    )
+
+
+def otherwise(variants: Mapping[str, Variant], ran: Mapping[str, str]) -> dict[str, str]:
+    return {
+        u: f"asked {v}, compiled to {ran[u]}"
+        for u, v in variants.items()
+        if u in ran and ran[u] != {"tf32": "fp32"}.get(v.precision, v.precision)
+    }
+
+
+def objections(network: Network, variants: Mapping[str, Variant], base: str, target: str | None) -> list[str]:
+    """What speaks against an allocation on a target by the documentation, each reason once."""
+    if target is None:
+        return []
+    reasons = [_why_not(network[u], v, base, legality.target(target)) for u, v in variants.items()]
+    return list(dict.fromkeys(r for r in reasons if r))
+
+
+def _why_not(
+    unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX
+) -> str:
+    return legality.why_not(
+        variant.precision, at, base=base, op=unit.op, pattern=variant.pattern,
+        weighted=bool(unit.weight_shape), runtime=backend,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- every variant on several targets
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a network with some units in a variant, and the others in the base, was built for a target.
+
+    units: those in the variant, all of the kinds in `ops`. reason: the builder's own, where it refused. documented: why not
+    by NVIDIA's documentation; empty where it should build. executed, layers: as the builder's log tells.
+    """
+
+    target: str
+    base: str
+    variant: str
+    units: tuple[str, ...]
+    ops: tuple[str, ...]
+    legal: bool
+    reason: str
+    documented: str
+    executed: dict[str, str] = field(repr=False, default_factory=dict)
+    not_as_asked: dict[str, str] = field(repr=False, default_factory=dict)
+    layers: tuple[FusedLayer, ...] = field(repr=False, default=())
+
+    @property
+    def explained(self) -> bool:
+        """Whether the builder did what the documentation says."""
+        return self.legal == (not self.documented)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "explained": self.explained}
+
+
+def check_targets(
+    task: Task,
+    targets: Sequence[str],
+    *,
+    base: str = "fp16",
+    backend: str = "tensorrt-rtx",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> list[Verdict]:
+    """For each target and each variant that a search may choose, whether NVIDIA's builder takes the network.
+
+    Each network has every unit that may have the variant in it, the others in the base; where only some kinds of units may,
+    or the whole is refused, kinds are built apart. Raises InvalidInput, BackendUnavailable (the builder is not installed).
+    """
+    trt = runtime(backend)
+    names = checked_targets(trt, backend, targets)
+    return list(verdicts(trt, Lowering(task, batch), names, _base(base), backend=backend, progress=progress))
+
+
+def offered(network: Network, base: str) -> dict[Variant, list[Unit]]:
+    """Variants that a search may choose under a base, the base's own first, and the units that may have them on some GPU."""
+    found: dict[Variant, list[Unit]] = {_plain(base): []}
+    for unit in network.units:
+        for variant in legal(unit, map(Variant, PRECISIONS)):
+            if not _why_not(unit, variant, base, NEWEST):
+                found.setdefault(variant, []).append(unit)
+    return {variant: units for variant, units in found.items() if units}
+
+
+def verdicts(
+    trt: Any, low: Lowering, targets: Sequence[str], base: str, *, backend: str = "tensorrt-rtx",
+    progress: Progress | None = None,
+) -> Iterator[Verdict]:  # fmt: skip
+    """The verdicts of `check_targets`, one after the other."""
+    progress = progress or Progress.silent()
+    choices = offered(low.network, base)
+    progress.start(len(choices) * len(targets), "variant and target")
+    for variant, units in choices.items():
+        networks: dict[tuple[str, ...], bytes] = {}
+        for target in targets:
+            for group, documented in _groups(low.network, units, variant, base, target, backend):
+                yield from _judge(trt, low, group, variant, base, target, documented, networks)
+            progress.step(f"{variant} on {target}")
+    progress.stop()
+
+
+def _groups(
+    network: Network, units: Sequence[Unit], variant: Variant, base: str, target: str, backend: str
+) -> list[tuple[list[Unit], str]]:
+    """Units of a variant in parts of which the documentation says the same, each with what it says of the whole network."""
+    at, found = legality.target(target), dict[str, list[Unit]]()
+    for unit in units:
+        found.setdefault(_why_not(unit, variant, base, at, backend), []).append(unit)
+    parts = []
+    for reason, group in found.items():
+        inside = {u.name for u in group}
+        rest = [_why_not(u, _plain(base), base, at, backend) for u in network.units if u.name not in inside]
+        others = next((f"of the other units: {r}" for r in rest if r), "")
+        parts.append((group, reason or others))
+    return parts
+
+
+def _plain(base: str) -> Variant:
+    """What a unit is in that nothing was asked for."""
+    return Variant(base) if base in PRECISIONS else Variant("fp32")
+
+
+def _judge(
+    trt: Any, low: Lowering, group: Sequence[Unit], variant: Variant, base: str, target: str, documented: str,
+    networks: dict[tuple[str, ...], bytes],
+) -> Iterator[Verdict]:  # fmt: skip
+    ops = tuple(dict.fromkeys(unit.op for unit in group))
+    names = tuple(unit.name for unit in group)
+    variants = {u.name: variant if u.name in names else _plain(base) for u in low.network.units}
+    if names not in networks:
+        networks[names] = strongly_typed(low.onnx(variants), base).SerializeToString()
+    built: Built | None = None
+    reason = ""
+    try:
+        built = serialise(trt, request_of(networks[names], base, target, variants))
+    except BackendUnavailable as error:
+        reason = str(error).partition(": ")[2] or str(error)
+    if built is None and not documented and len(ops) > 1:  # which kind of unit is it?
+        for op in ops:
+            part = [unit for unit in group if unit.op == op]
+            yield from _judge(trt, low, part, variant, base, target, documented, networks)
+        return
+    layers = fused_layers(built.log) if built is not None else ()
+    ran = {u: p for u, p in executed(layers).items() if u in names}
+    yield Verdict(
+        target, base, str(variant), names, ops, built is not None, reason, documented, ran,
+        otherwise(dict.fromkeys(names, variant), ran), layers,
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""What a device's table of one network saves when another is profiled that shares layers with it.
+
+The second network has the stages of `zoo:fashion_resnet` at other depths (random weights: it is only timed). It is profiled
+twice, cold and with the first one's table as --prior; then allocations that neither profile has built are timed. Printed: builds
+and seconds of both profiles, and the errors of both fitted models on the same allocations.
+
+    python scripts/bench_prior.py --first profiles-of-mine/fashion_resnet.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_latency_model import errors
+from torch import nn
+
+import hwsearch as hs
+from hwsearch import backends, device
+from hwsearch.design import Candidate, random_candidate
+from hwsearch.latency import fit
+from hwsearch.measure import paired
+from hwsearch.profiler import profile
+from hwsearch.progress import Progress
+from hwsearch.regime import Regime, regime
+from hwsearch.table import LatencyTable
+from hwsearch.variants import Variant, uniform
+from hwsearch.zoo.fashion_resnet import WIDTHS, Block, FashionResNet
+
+DEPTHS = (2, 3, 2)
+
+
+class Other(FashionResNet):
+    """The same stages, deeper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages, c_in = [], WIDTHS[0]
+        for i, (width, depth) in enumerate(zip(WIDTHS, DEPTHS, strict=True)):
+            ins = [c_in, *[width] * (depth - 1)]
+            stages.append(
+                nn.Sequential(*(Block(c, width, 2 if i and not j else 1) for j, c in enumerate(ins)))
+            )
+            c_in = width
+        self.stages = nn.Sequential(*stages)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--first", type=Path, help="a table of zoo:fashion_resnet; measured anew without")
+    parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for each profile")
+    parser.add_argument("--heldout", type=int, default=15)
+    args = parser.parse_args()
+    print(f"machine: {device.fingerprint()}")
+    known = hs.load("zoo:fashion_resnet")
+    torch.manual_seed(0)
+    second = dataclasses.replace(known, model=Other().eval(), name="deeper")
+    backend = backends.get("openvino")
+    at = regime(second, backend)
+    with tempfile.TemporaryDirectory() as folder:
+        first = (
+            hs.LatencyTable.load(args.first)
+            if args.first
+            else profiled(regime(known, backend), Path(folder) / "first.parquet", args.time_limit, [])[0]
+        )
+        tables, seconds = {}, {}
+        for name, prior in (("cold", []), ("with prior", [first])):
+            tables[name], seconds[name] = profiled(
+                at, Path(folder) / f"{name}.parquet", args.time_limit, prior
+            )
+    models = {name: fit(table) for name, table in tables.items()}
+    heldout = candidates(list(tables.values()), args.heldout)
+    reference, _ = at.build(uniform(at.network, at.options.base))
+    ratios = []
+    for candidate in heldout:
+        own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
+        engine, _ = own.build(candidate.variants)
+        ratios.append(paired(reference.run, {"x": engine.run}, quiet_ns=tables["cold"].quiet_ns)["x"].ratio)
+    for name, table in tables.items():
+        print(
+            f"{name}: {len(table.builds)} builds in {seconds[name]:.0f} s; ended by: {table.header.design.get('stopped')}"
+        )
+        predicted = np.array([models[name].predict(c.variants, c.widths).time_ns for c in heldout])
+        errors(f"{name}, {len(heldout)} held out", predicted, np.array(ratios) * table.header.reference_ns)
+    builds = [len(t.builds) for t in tables.values()]
+    print(f"with prior: {builds[1] / builds[0]:.0%} of the builds, "
+          f"{seconds['with prior'] / seconds['cold']:.0%} of the seconds (bar 50 %)")  # fmt: skip
+
+
+def profiled(
+    at: Regime, path: Path, time_limit_s: float, prior: list[LatencyTable]
+) -> tuple[LatencyTable, float]:
+    begun = time.monotonic()
+    table = profile(at, path, time_limit_s=time_limit_s, prior=prior, progress=Progress())
+    return table, time.monotonic() - begun
+
+
+def candidates(tables: list[LatencyTable], count: int) -> list[Candidate]:
+    """Random allocations, at widths and of variants that every table offers, that none has built and every model knows."""
+    network = tables[0].network
+    offered = {
+        u: [Variant.parse(v) for v in vs if all(v in t.offered()[u] for t in tables)]
+        for u, vs in tables[0].offered().items()
+    }
+    grid = {
+        g: [w for w in steps if all(w in t.grid()[g] for t in tables)]
+        for g, steps in tables[0].grid().items()
+    }
+    models, rng = [fit(t) for t in tables], np.random.default_rng(7)
+    built = {b.key[1:] for t in tables for b in t.builds}
+    found: list[Candidate] = []
+    for _ in range(400 * count):
+        drawn = random_candidate(network, offered, grid, rng)
+        key = (tuple(map(str, drawn.variants.values())), tuple(drawn.widths.values()))
+        known = all(m.knows(u, v, drawn.widths) for m in models for u, v in drawn.variants.items())
+        if known and key not in built:
+            found.append(drawn)
+        if len(found) == count:
+            break
+    return found
+
+
+if __name__ == "__main__":
+    main()

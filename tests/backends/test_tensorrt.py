@@ -1,0 +1,369 @@
+"""The TensorRT backend on an imitation of `tensorrt` and of a GPU: order of calls, failures, clean-up.
+
+What NVIDIA's own library does is not shown here, see test_tensorrt_conformance.py and test_tensorrt_gpu.py.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.tensorrt import TensorRTBackend
+from hwsearch.backends.tensorrt.engine import TensorRTEngine
+from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.measure import Protocol, paired
+from hwsearch.regime import Regime
+from hwsearch.testing import BackendContract
+from hwsearch.testing.contract import small_network
+from hwsearch.variants import Variant, uniform
+from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No timing cache of another test."""
+    monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def trt(cuda: FakeCuda) -> Any:
+    return FakeTensorRT(cuda)
+
+
+def model(name: str = "two_inputs", precision: str = "fp32") -> bytes:
+    at = Regime(small_network(name), TensorRTBackend(), BuildOptions())
+    return at.onnx(uniform(at.network, precision)).SerializeToString()
+
+
+def built(
+    trt: Any, cuda: FakeCuda, onnx: bytes | None = None, base: str = "fp32", **options: Any
+) -> TensorRTEngine:
+    return TensorRTBackend(trt, cuda, **options).build(onnx or model(), BuildOptions(1, base))
+
+
+# ---- the contract, on both shapes of the inspector's record
+
+
+class TestOnTensorRT10(BackendContract):
+    @pytest.fixture
+    def backend(self, trt: Any, cuda: FakeCuda) -> TensorRTBackend:
+        return TensorRTBackend(trt, cuda)
+
+
+class TestOnTensorRT11(TestOnTensorRT10):
+    @pytest.fixture
+    def trt(self, cuda: FakeCuda) -> Any:
+        return FakeTensorRT(cuda, version="11.4.0.106")
+
+
+# ---- what it says of itself
+
+
+def test_versions_tell_gpus_and_drivers_apart(trt: Any, cuda: FakeCuda) -> None:
+    assert TensorRTBackend(trt, cuda).versions() == {
+        "tensorrt": "10.9.0.34", "driver": "550.54.15", "cuda": "12.4", "gpu": "Simulated GPU (sm75)",
+    }  # fmt: skip
+
+
+def test_rows_of_tensorrt_for_rtx_do_not_name_tensorrt(cuda: FakeCuda) -> None:
+    backend = TensorRTBackend(FakeTensorRT(cuda, name="tensorrt_rtx"), cuda)
+    assert backend.name == "tensorrt-rtx"
+    assert "tensorrt" not in backend.versions()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bases"),
+    [((7, 5), ["fp16", "fp32"]), ((8, 6), ["fp16", "bf16", "fp32"]), ((12, 0), ["fp16", "bf16", "fp32"])],
+)
+def test_bases_by_compute_capability(capability: tuple[int, int], bases: list[str]) -> None:
+    cuda = FakeCuda(capability)
+    backend = TensorRTBackend(FakeTensorRT(cuda), cuda)
+    assert [base for base in backend.bases() if base != "tf32"] == bases
+    assert backend.variants("fp16")[:2] == (Variant("fp16"), Variant("int8"))
+
+
+def test_threads_are_not_an_option_of_a_gpu(trt: Any, cuda: FakeCuda) -> None:
+    with pytest.raises(InvalidInput, match="leave --threads at 1, got 4"):
+        TensorRTBackend(trt, cuda).build(model(), BuildOptions(4, "fp32"))
+
+
+# ---- building
+
+
+def test_the_timing_cache_is_shared_by_builds_and_kept_by_gpu_and_versions(
+    trt: Any, cuda: FakeCuda, cache: Path
+) -> None:
+    backend = TensorRTBackend(trt, cuda)
+    for _ in range(2):
+        backend.build(model(), BuildOptions(1, "fp32"))
+    assert [data for data, _ in trt.saw.caches] == [b"", b"timings"]
+    assert not any(ignored for _, ignored in trt.saw.caches), "a cache of another device must be refused"
+    path = backend.timing_cache()
+    assert path.read_bytes() == b"timings"
+    assert path.parent == cache / "tensorrt"
+    assert path.name == "tensorrt-10.9.0.34-driver-550.54.15-cuda-12.4-gpu-Simulated-GPU-sm75.timing"
+    other = TensorRTBackend(FakeTensorRT(cuda, version="10.9.1"), cuda)
+    assert other.timing_cache() != path
+
+
+def test_of_several_builds_the_fastest_stays_with_the_times_of_all(
+    trt: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(10**9))
+    durations = {0: 5000, 1: 3000, 2: 4000}  # of the first, second and third build
+
+    def clock() -> int:
+        tick = next(ticks)
+        return 0 if tick % 2 == 0 else durations[tick // 2 % 3]
+
+    monkeypatch.setattr("hwsearch.backends.tensorrt.time.perf_counter_ns", clock)
+    TensorRTBackend(trt, cuda).build(model(), BuildOptions(1, "fp32"))  # leaves a timing cache
+    trt.saw.caches.clear()
+    engine = built(trt, cuda, builds=3)
+    assert engine.build_times_ns == (5000, 3000, 4000)
+    assert [data for data, _ in trt.saw.caches] == [b"timings", b"", b""], "later builds choose tactics anew"
+    assert cuda.graph_launches == 3 * 25 + 4, "each build runs 25 times, and once to check its graph"
+    assert trt.live["ICudaEngine"] == 1, "the slower engines are kept"
+    assert built(trt, cuda).build_times_ns == ()
+    with pytest.raises(InvalidInput, match="builds=0"):
+        TensorRTBackend(builds=0)
+
+
+def test_sparse_kernels_are_asked_for(trt: Any, cuda: FakeCuda) -> None:
+    built(trt, cuda)
+    assert "SPARSE_WEIGHTS" not in trt.saw.flags
+    built(trt, cuda, sparse=True)
+    assert "SPARSE_WEIGHTS" in trt.saw.flags
+
+
+# ---- running
+
+
+def test_one_inference_is_prepared_captured_and_checked_before_it_is_timed(trt: Any, cuda: FakeCuda) -> None:
+    engine = built(trt, cuda)
+    calls = trt.calls[trt.calls.index("Runtime") :]
+    assert calls == [
+        "Runtime", "deserialize_cuda_engine", "create_execution_context", *["set_tensor_address"] * 4,
+        "execute_async_v3", "execute_async_v3",  # a plain one, then the captured one
+    ]  # fmt: skip
+    assert engine.launches == "CUDA graph"
+    assert engine._context.nvtx_verbosity is trt.ProfilingVerbosity.NONE
+    launched, synchronised = cuda.graph_launches, cuda.synchronised
+    engine.run()
+    assert (cuda.graph_launches, cuda.synchronised) == (launched + 1, synchronised + 1)
+    assert len(trt.calls) == trt.calls.index("Runtime") + len(calls), "a graph needs no call of TensorRT"
+
+
+def test_size_is_the_plan_and_tensors_keep_the_order_of_the_graph(trt: Any, cuda: FakeCuda) -> None:
+    engine = built(trt, cuda)
+    assert engine.size_bytes > len(model()) / 2
+    assert [s.shape for s in engine.inputs] == [(64, 64), (64, 96)]
+    assert [s.shape for s in engine.outputs] == [(64, 16), (64,)]
+
+
+def test_run_computes_on_what_was_prepared(trt: Any, cuda: FakeCuda) -> None:
+    engine = built(trt, cuda)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s.shape).astype(s.dtype) for s in engine.inputs]
+    expected = engine(*arrays)
+    engine(*(0 * a for a in arrays))
+    engine.prepare(*arrays)
+    engine.run()
+    for buffer, value in zip((engine._buffers[s.name] for s in engine.outputs), expected, strict=True):
+        assert np.array_equal(buffer.read(), value)
+
+
+@pytest.mark.parametrize("fault", ["capture", "empty graph"])
+def test_without_a_graph_it_runs_by_plain_launches_and_says_so(trt: Any, cuda: FakeCuda, fault: str) -> None:
+    arrays = small_network("two_inputs").arrays()
+    expected = built(trt, cuda)(*arrays)
+    cuda.faults.add(fault)
+    engine = built(trt, cuda)
+    assert engine.launches.startswith("plain launches (")
+    before = trt.calls.count("execute_async_v3")
+    for got, want in zip(engine(*arrays), expected, strict=True):
+        assert np.array_equal(got, want)
+    assert trt.calls.count("execute_async_v3") == before + 1
+
+
+def test_tensorrt_for_rtx_is_asked_whether_it_can_be_captured() -> None:
+    cuda = FakeCuda((8, 6))
+    trt = FakeTensorRT(cuda, name="tensorrt_rtx")
+    assert built(trt, cuda).launches == "CUDA graph"
+    trt.faults["is_stream_capturable"] = False
+    assert "cannot be captured" in built(trt, cuda).launches
+
+
+def test_engines_are_timed_in_turn(trt: Any, cuda: FakeCuda) -> None:
+    one, two = built(trt, cuda), built(trt, cuda)
+    timing = paired(one.run, {"two": two.run}, Protocol(width=10.0, limit_s=0.2, block_ns=1000))["two"]
+    assert 0.2 < timing.ratio < 5.0
+
+
+# ---- layer times
+
+
+def test_layers_are_timed_in_a_context_of_their_own(trt: Any, cuda: FakeCuda) -> None:
+    engine = built(trt, cuda)
+    start = len(trt.calls)
+    nodes = engine.nodes(2)
+    each = ["execute_async_v3", "report_to_profiler"]
+    assert trt.calls[start:] == [
+        "create_execution_context", *["set_tensor_address"] * 4, "profiler", *each * 5, "create_engine_inspector",
+        "get_engine_information",
+    ]  # fmt: skip
+    assert engine._context.profiler is None, "the timed context has a profiler"
+    assert trt.live["IExecutionContext"] == 1
+    assert {n.op for n in nodes} >= {"kgen"}
+    assert all(n.sources for n in nodes)
+
+
+def test_warm_up_does_not_count(trt: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = built(trt, cuda)
+    taken = iter([1e9, 1e9, 1e9, 40.0, 60.0])  # ns of each inference
+
+    def _report(self: Any) -> None:
+        self._profiler.report_layer_time("conv1|0|Conv", next(taken) / 1e6)
+        self.unreported = 0
+
+    monkeypatch.setattr(trt.IExecutionContext, "_report", _report)
+    (node,) = engine.nodes(2)
+    assert node.time_ns == pytest.approx(50.0)
+
+
+# ---- failures
+
+
+FAILURES = {
+    "Runtime": (None, "tensorrt does not start here"),
+    "deserialize_cuda_engine": (None, "cannot load the plan"),
+    "create_execution_context": (None, "no execution context"),
+    "set_tensor_address": (False, "does not take the address"),
+    "execute_async_v3": (False, "does not run the engine"),
+    "build_serialized_network": (None, "does not build the network"),
+    "parse": (False, "does not take the ONNX network"),
+    "Builder": (
+        TypeError("pybind11::init(): factory function returned nullptr"),
+        "tensorrt does not start here",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", FAILURES)
+def test_what_fails_is_told_and_leaves_nothing_behind(trt: Any, cuda: FakeCuda, call: str) -> None:
+    outcome, message = FAILURES[call]
+    trt.faults[call] = outcome
+    with pytest.raises(BackendUnavailable, match=message):
+        built(trt, cuda)
+    if isinstance(outcome, Exception):
+        outcome.__traceback__ = None  # its frames hold what they made
+    nothing_lives(trt, cuda)
+
+
+@pytest.mark.parametrize("call", ["Runtime", "deserialize_cuda_engine", "create_execution_context"])
+@pytest.mark.parametrize(
+    "error", [TypeError("pybind11::init(): factory function returned nullptr"), RuntimeError("CUDA error")]
+)
+def test_exceptions_of_the_bindings_are_told(trt: Any, cuda: FakeCuda, call: str, error: Exception) -> None:
+    trt.faults[call] = error
+    with pytest.raises(BackendUnavailable, match=r"factory function returned nullptr|CUDA error"):
+        built(trt, cuda)
+    trt.faults.clear()
+    error.__traceback__ = None
+    nothing_lives(trt, cuda)
+
+
+def test_a_runtime_around_nothing_is_not_used(
+    trt: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TensorRT 11.4 returns without a driver: the error is logged only, and the first call ends the process."""
+    message = "createInferRuntime: Error Code 6: API Usage Error (CUDA initialization failure with error: 35)"
+    monkeypatch.setattr(
+        trt.Runtime, "__init__", lambda self, log: log.log(trt.ILogger.Severity.ERROR, message)
+    )
+    monkeypatch.delattr(trt.Runtime, "deserialize_cuda_engine")
+    with pytest.raises(BackendUnavailable, match="CUDA initialization failure with error: 35"):
+        built(trt, cuda)
+
+
+@pytest.mark.parametrize(
+    ("call", "outcome", "message"),
+    [
+        ("create_execution_context", None, "no execution context"),
+        ("execute_async_v3", False, "does not run"),
+        ("report_to_profiler", False, "no layer times"),
+        ("create_engine_inspector", None, "no engine inspector"),
+        ("get_engine_information", "", "not of a known form"),
+        ("get_engine_information", '{"Layers": 3}', "not of a known form"),
+    ],
+)
+def test_failures_of_the_profiling_pass(
+    trt: Any, cuda: FakeCuda, call: str, outcome: object, message: str
+) -> None:
+    engine = built(trt, cuda)
+    trt.faults[call] = outcome
+    with pytest.raises(BackendUnavailable, match=message):
+        engine.nodes(2)
+    assert trt.live["IExecutionContext"] == 1, "the context of the profiling pass is kept"
+    trt.faults.clear()
+    engine.run()
+    assert engine.nodes(2)
+
+
+def test_a_failing_launch_is_told_while_it_is_timed(trt: Any, cuda: FakeCuda) -> None:
+    cuda.faults.add("capture")
+    engine = built(trt, cuda)
+    trt.faults["execute_async_v3"] = False
+    with pytest.raises(BackendUnavailable, match="does not run the engine"):
+        engine.run()
+
+
+def test_reasons_are_tensorrts_own(trt: Any, cuda: FakeCuda) -> None:
+    with pytest.raises(BackendUnavailable, match="magic tag does not match"):
+        TensorRTEngine(trt, cuda, b"no plan", ["x"], ["y"])
+
+
+def test_a_network_that_the_parser_refuses(trt: Any, cuda: FakeCuda) -> None:
+    trt.network_errors.append("Assertion failed: zero point must be zero")
+    with pytest.raises(BackendUnavailable, match="zero point must be zero"):
+        built(trt, cuda)
+    nothing_lives(trt, cuda)
+
+
+def test_an_engine_of_other_tensors_is_refused(trt: Any, cuda: FakeCuda) -> None:
+    plan = b"fake plan\0" + model()
+    with pytest.raises(BackendUnavailable, match=r"has the inputs .*, the ONNX graph has x, y"):
+        TensorRTEngine(trt, cuda, plan, ["x", "y"], ["z"])
+    nothing_lives(trt, cuda)
+
+
+def test_dropped_engines_free_contexts_graphs_and_memory_at_once(trt: Any, cuda: FakeCuda) -> None:
+    gc.collect()
+    gc.disable()  # as while engines are timed: nothing may wait for the collector of cycles
+    try:
+        for _ in range(3):
+            engine = built(trt, cuda)
+            engine.run()
+            engine.nodes(1)
+            del engine
+            nothing_lives(trt, cuda)
+    finally:
+        gc.enable()
+
+
+def nothing_lives(trt: Any, cuda: FakeCuda) -> None:
+    trt.live += type(trt.live)()
+    cuda.live += type(cuda.live)()
+    assert not trt.live, f"TensorRT's objects still live: {dict(trt.live)}"
+    assert not cuda.live, f"of the GPU there still live: {dict(cuda.live)}"
