@@ -154,7 +154,7 @@ class _Builder:
             return
         if precision == "nvfp4":
             coded = self._coded(f"{name}/scale/fp8", "fp8", stored.scales)
-            overall = self._scalar(f"{name}/overall", stored.overall)
+            overall = self._constant(f"{name}/overall", np.asarray(stored.overall, np.float32))
             scale, scaled = f"{name}/scale", self._unique(f"{unit}|0|DequantizeLinear.scale")
             self._add("DequantizeLinear", [coded, overall], scale, scaled)
         else:
@@ -167,7 +167,7 @@ class _Builder:
         key = source, "nvfp4", overall
         if key not in self.dequantized:
             base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
-            scale = self._scalar(f"{name}/overall", overall)
+            scale = self._constant(f"{name}/overall", np.asarray(overall, np.float32))
             values, scales, output = f"{name}/nvfp4", f"{name}/scale", f"{name}/dq"
             self._add(
                 "TRT_FP4DynamicQuantize",
@@ -205,7 +205,7 @@ class _Builder:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
-            zero = self._zero(f"{node.output[0]}/zero", precision, (1,))
+            zero = self._zero(f"{node.output[0]}/zero", precision, ())
             quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
             self._add(
                 "QuantizeLinear",
@@ -232,10 +232,6 @@ class _Builder:
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
         # a scale of shape [1] means one channel, and TensorRT then runs no convolution in int8: scalars stay scalars
         self.initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
-        return name
-
-    def _scalar(self, name: str, value: float) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.asarray(value, np.float32), name)
         return name
 
     def _zero(self, name: str, precision: str, shape: tuple[int, ...]) -> str:

@@ -261,7 +261,8 @@ def runtime(backend: Backend, absent: Outcome = "failed") -> tuple[dict[str, str
 def precisions(backend: Backend) -> Result:
     """What the device executes, by the backend's word; the contract's networks are built in each."""
     offered = [
-        f"{base} with {' and '.join(backend.precisions(base)[1:]) or 'nothing'}" for base in backend.bases()
+        f"{base} with {' and '.join(map(str, backend.variants(base)[1:])) or 'nothing'}"
+        for base in backend.bases()
     ]
     return Result("precisions", "ok", "base " + ", ".join(offered))
 
@@ -321,19 +322,19 @@ def clock_locking(tried: bool) -> Result:
 
 
 def engine(backend: Backend, network: str) -> Result:
-    """A small network built and timed in the preferred base, in the base once more, and in int8 where that is offered."""
+    """A small network built and timed in the preferred base, in the base once more, and in each variant that is offered."""
     from hwsearch.measure import Protocol, paired
     from hwsearch.regime import Regime
-    from hwsearch.testing.contract import small_network
+    from hwsearch.testing.contract import small_network, wherever
     from hwsearch.variants import uniform
 
     name = f"engine: {network.replace('_', ' ')}"
     try:
         base = backend.bases()[0]
-        precisions = ["int8"] if "int8" in backend.precisions(base) else []
         at = Regime(small_network(network), backend, BuildOptions(1, base))
         reference, again = (at.build(uniform(at.network, base))[0] for _ in range(2))
-        others = {p: at.build(uniform(at.network, p))[0].run for p in precisions}
+        asked = {v: wherever(at.lowering, base, v) for v in backend.variants(base)[1:]}
+        others = {str(v): at.build(units)[0].run for v, units in asked.items() if v in units.values()}
         timings = paired(
             reference.run, {"again": again.run, **others}, Protocol(width=0.02, limit_s=1.0), clock=at.clock,
             sample=at.sample,
@@ -342,7 +343,7 @@ def engine(backend: Backend, network: str) -> Result:
         return Result(name, "failed", _why(error), _REPORT)
     told = timings["again"]
     detail = f"{base} {told.reference_median_ns / 1e6:.4g} ms, built twice {told.ratio:.3f}"
-    detail += "".join(f", {p} {timings[p].ratio:.3f} of it" for p in others)
+    detail += "".join(f", {v} {timings[v].ratio:.3f} of it" for v in others)
     slowed = sorted({reason for state in told.states for reason in state.slowed})
     return Result(name, "ok", detail + (f"; slowed by {' and '.join(slowed)}" if slowed else ""))
 
@@ -362,12 +363,10 @@ _REPORT = "attach what `hwsearch doctor --report file.json` writes to a bug repo
 
 def not_covered(backend: Backend, device: devices.Device | nvidia.Gpu) -> tuple[str, ...]:
     """What an examination without a failure still says nothing of."""
-    offered = {p for base in backend.bases() for p in backend.precisions(base)}
+    offered = {v.precision for base in backend.bases() for v in backend.variants(base)}
     missing = [p for p in PRECISIONS if p not in offered]
-    unbuilt = sorted(offered - {*backend.bases(), "int8"})
     return (
         "your own network (`hwsearch profile` builds and times it)",
-        *([f"{', '.join(unbuilt)}: offered, and no check here builds it"] if unbuilt else []),
         *([f"{', '.join(missing)}: not offered by {backend.name} on this device"] if missing else []),
         *(["times at steady clocks: they were free to move"] if isinstance(device, nvidia.Gpu) else []),
         "another device, driver or version of the runtime",

@@ -18,13 +18,13 @@ from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
 from hwsearch.compress.widths import Kept, Weights, narrow
-from hwsearch.errors import HwsearchError, InvalidInput
+from hwsearch.errors import HwsearchError, InvalidInput, UnsupportedVariant
 from hwsearch.marking import export
 from hwsearch.network import Network
 from hwsearch.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.task import Inputs, Task
 from hwsearch.trace import Traced, as_call, flat_inputs, trace
-from hwsearch.variants import Variant
+from hwsearch.variants import Variant, ineligible
 
 ACTIVATION_BYTES = 2e9
 """What the activations of one calibration batch may take; larger batches are cut."""
@@ -168,7 +168,13 @@ class Lowering:
     def assemble(
         self, marked: onnx.ModelProto, variants: Mapping[str, Variant], **options: Any
     ) -> onnx.ModelProto:
-        """`assemble` with this task's weights and ranges, which are computed at their first use."""
+        """`assemble` with this task's weights and ranges, which are computed at their first use.
+
+        Raises UnsupportedVariant where a unit cannot become its variant.
+        """
+        for unit, variant in variants.items():
+            if why := ineligible(self.network[unit], variant):
+                raise UnsupportedVariant(f"unit {unit} cannot become {variant}: {why}")
         quantized = any(v.quantized for v in variants.values())
         return assemble(marked, variants, self.weights, self.ranges if quantized else {}, **options)
 

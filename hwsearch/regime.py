@@ -173,8 +173,12 @@ def refusals(
     for unit, variant, executed in zip(table.network.units, build.variants, build.executed, strict=True):
         if not variant or (units is not None and unit.name not in units):
             continue
-        asked = Variant.parse(variant).executed
-        if executed and executed != asked and asked != build.base:
+        wanted = Variant.parse(variant)
+        asked = wanted.executed
+        if wanted.kept is not None and executed == wanted.precision:
+            why = f"eligible, but {table.header.backend} did not pick a sparse kernel"
+            refused.setdefault(unit.name, {})[variant] = why
+        elif executed and executed != asked and asked != build.base:
             refused.setdefault(unit.name, {})[variant] = f"executed in {executed}"
         elif not executed and asked != build.base:
             refused.setdefault(unit.name, {})[variant] = "the engine's record does not name this layer"

@@ -23,7 +23,7 @@ from hwsearch.lower import Lowering
 from hwsearch.network import Network, Unit
 from hwsearch.progress import Progress
 from hwsearch.typed import strongly_typed
-from hwsearch.variants import PRECISIONS, Variant, legal
+from hwsearch.variants import PRECISIONS, SPARSE_PRECISIONS, Variant, ineligible, legal
 
 if TYPE_CHECKING:
     from hwsearch.allocation import Allocation
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Backends that leave a serialised engine, with their Python modules."""
 NEWEST = legality.target("sm120")
+CHOICES = (*map(Variant, PRECISIONS), *(Variant(p, "2:4") for p in SPARSE_PRECISIONS))
+"""What a search may choose on some GPU."""
 
 
 def runtime(backend: str) -> Any:
@@ -165,7 +167,8 @@ def otherwise(
     """Units that a builder's log says were compiled to something else than their variants ask for. `ran`: as `executed` tells."""
     found = sparsity(log)
     picked = found.picked_layers if found is not None else ()
-    tf32 = target is None or legality.target(target).capability >= legality.SINCE["tf32"]
+    at = legality.target(target) if target is not None else None
+    tf32 = at is None or at.capability >= legality.SINCE["tf32"]
     differing = {}
     for unit, v in variants.items():
         if unit not in ran:
@@ -176,7 +179,9 @@ def otherwise(
         elif v.precision == "tf32" and not tf32:
             differing[unit] = f"asked {v}, compiled to fp32: {target} has no tf32"
         elif v.pattern != "dense" and not any(f"{unit}|" in layer for layer in picked):
-            differing[unit] = f"asked {v}, compiled to {ran[unit]}: the builder names no sparse kernel for it"
+            lacking = at and legality.why_not(v.precision, at, base=v.precision, pattern=v.pattern, runtime="tensorrt")
+            why = lacking or "the builder names no sparse kernel for it"
+            differing[unit] = f"asked {v}, compiled to {ran[unit]}: {why}"
     return differing
 
 
@@ -191,11 +196,11 @@ def objections(network: Network, variants: Mapping[str, Variant], base: str, tar
 def _why_not(
     unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX
 ) -> str:
-    """By the graph alone: tf32 is fp32 in it, which a GPU without tf32 computes as that."""
+    """By the graph alone: tf32 is fp32 in it, and zeros are weights, which any GPU computes as that (see `otherwise`)."""
     plain = {"tf32": "fp32"}
-    return legality.why_not(
+    return ineligible(unit, variant) or legality.why_not(
         plain.get(variant.precision, variant.precision), at, base=plain.get(base, base), op=unit.op,
-        pattern=variant.pattern, weighted=bool(unit.weight_shape), runtime=backend,
+        runtime=backend,
     )  # fmt: skip
 
 
@@ -254,7 +259,7 @@ def offered(network: Network, base: str) -> dict[Variant, list[Unit]]:
     """Variants that a search may choose under a base, the base's own first, and the units that may have them on some GPU."""
     found: dict[Variant, list[Unit]] = {_plain(base): []}
     for unit in network.units:
-        for variant in legal(unit, PRECISIONS):
+        for variant in legal(unit, CHOICES):
             if not _why_not(unit, variant, base, NEWEST):
                 found.setdefault(variant, []).append(unit)
     return {variant: units for variant, units in found.items() if units}

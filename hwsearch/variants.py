@@ -147,7 +147,7 @@ def ineligible(unit: Unit, variant: Variant) -> str:
             return f"{each} {channels} input channels, which is no multiple of {variant.kept[1]}"
         return ""
     if unit.op.startswith("conv"):
-        return f"{variant.precision} is for matrix products, and it is a convolution"
+        return f"{variant.precision} is for matrix products, and it is a convolution"  # tensorrt_rtx 1.7.1 crashes
     if not block_of(unit, variant.precision):
         blocks = f"{min(INT4_BLOCKS)} (or {max(INT4_BLOCKS)})" if variant.weight_only else f"{NVFP4_BLOCK}"
         return f"it reads {channels} features, which is no multiple of the block of {blocks}"

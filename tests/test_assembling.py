@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from hwsearch.compress.apply import Simulator
 from hwsearch.compress.patterns import follows
+from hwsearch.errors import UnsupportedVariant
 from hwsearch.lower import Lowering
 from hwsearch.marking import unit_of
 from hwsearch.testing.contract import TOLERANCE, mixed, small_network, wherever
@@ -127,6 +128,15 @@ def test_patterns_are_in_the_stored_weights(name: str) -> None:
             assert float((values != 0).float().mean()) > 0.9 * variant.kept[0] / variant.kept[1]
             seen.add(unit.name)
     assert seen == {"conv1", "conv2", "head"}
+
+
+def test_an_allocation_that_a_unit_cannot_become_is_refused() -> None:
+    made = small_network("attention")
+    product = next(u for u in made.network.units if not u.weight_shape)
+    for name, why in (("dense.nvfp4", "no weight"), ("2:4.fp16", "no weight")):
+        asked = {u.name: Variant.parse(name) if u is product else Variant("fp32") for u in made.network.units}
+        with pytest.raises(UnsupportedVariant, match=f"{product.name} cannot become {name}: .*{why}"):
+            made.onnx(asked)
 
 
 def test_narrow_networks_become_every_variant_too() -> None:

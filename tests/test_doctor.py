@@ -22,6 +22,7 @@ from hwsearch.errors import BackendUnavailable, DeviceBusy, InvalidInput
 from hwsearch.sharing import shared
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import checks, small_network
+from hwsearch.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 NETWORKS = [small_network(name) for name in doctor.NETWORKS]
@@ -157,14 +158,14 @@ def test_a_gpu_is_examined_with_what_nvml_tells(nvml: Nvml) -> None:
     )
 
 
-def test_precisions_that_no_check_builds_are_not_passed_off_as_proven() -> None:
+def test_what_is_offered_is_built_by_the_contract_and_not_said_to_be_missing() -> None:
     class More(Simulated):
-        def precisions(self, base: str) -> tuple[str, ...]:
-            return (base, "int8", "fp8")
+        def variants(self, base: str) -> tuple[Variant, ...]:
+            return Variant(base), Variant("int8"), Variant("fp8")
 
     said = doctor.not_covered(More(), device.fingerprint())
-    assert "fp8: offered, and no check here builds it" in said
-    assert not any("fp8" in what and "not offered" in what for what in said)
+    assert any("int4" in what and "not offered" in what for what in said)
+    assert not any("fp8" in what for what in said)
 
 
 def test_clock_locking_is_tried_where_it_is_asked_for(nvml: Nvml) -> None:

@@ -77,7 +77,7 @@ def test_bases_by_compute_capability(capability: tuple[int, int], bases: list[st
     cuda = FakeCuda(capability)
     backend = TensorRTBackend(FakeTensorRT(cuda), cuda)
     assert [base for base in backend.bases() if base != "tf32"] == bases
-    assert backend.precisions("fp16")[:2] == ("fp16", "int8")
+    assert backend.variants("fp16")[:2] == (Variant("fp16"), Variant("int8"))
 
 
 def test_threads_are_not_an_option_of_a_gpu(trt: Any, cuda: FakeCuda) -> None:

@@ -6,7 +6,7 @@ from hwsearch.backends.tensorrt.legality import BASES, TARGETS, target, why_not
 from hwsearch.errors import InvalidInput
 
 
-def legal(precision: str, base: str = "fp16", **options: str | bool) -> list[str]:
+def legal(precision: str, base: str = "fp16", **options: str) -> list[str]:
     """On which targets TensorRT (not RTX) takes a precision."""
     return [
         t for t, at in TARGETS.items() if not why_not(precision, at, base=base, runtime="tensorrt", **options)
@@ -38,11 +38,7 @@ def test_a_legal_base_is_legal_in_itself() -> None:
     [
         (why_not("fp8", target("sm86"), base="fp16"), "fp8 needs compute capability 8.9 (Ada Lovelace), sm86 has 8.6"),
         (why_not("int8", target("sm75"), base="bf16"), "base bf16 needs compute capability 8.0 (Ampere), sm75 has 7.5"),
-        (why_not("int4", target("sm86"), base="fp16", op="conv2d"), "int4 is for matrix products, not for conv2d"),
-        (why_not("int4", target("sm86"), base="fp16", op="matmul", weighted=False),
-         "int4 is for weights alone, and this product has none"),
         (why_not("fp16", target("sm75"), base="fp16", pattern="2:4"), "2:4 needs compute capability 8.0 (Ampere), sm75 has 7.5"),
-        (why_not("fp32", target("sm86"), base="fp16", pattern="2:4"), "sparse tensor cores do not take fp32"),
         (why_not("int8", target("sm75"), base="fp32", op="linear"), "TensorRT-RTX compiles no fp32 matrix product for Turing"),
         (why_not("int8", target("sm75"), base="fp32", op="linear", runtime="tensorrt"), ""),
         (why_not("int8", target("sm75"), base="fp32", op="conv2d"), ""),

@@ -22,6 +22,7 @@ from hwsearch.backends.tensorrt.cuda import Cuda, driver
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
 from hwsearch.device import cache_dir
 from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.variants import Variant
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,20 +35,18 @@ class TensorRTBackend:
     """trt: the module to use, `tensorrt` unless told. cuda: how the GPU is reached, torch unless told.
 
     builds: how often each network is built; the fastest stays, and its engine keeps the times of all. Tactics are chosen by
-    timing them, so that no two builds need be alike. sparse: let TensorRT try its kernels for 2:4 weights.
+    timing them, so that no two builds need be alike.
     """
 
     name = "tensorrt"
     quantize_outputs = False
     gpu = True
 
-    def __init__(
-        self, trt: Any = None, cuda: Cuda | None = None, *, builds: int = 1, sparse: bool = False
-    ) -> None:
+    def __init__(self, trt: Any = None, cuda: Cuda | None = None, *, builds: int = 1) -> None:
         if builds < 1:
             raise InvalidInput(f"a network must be built at least once, got builds={builds}")
         self._trt, self._cuda = trt, cuda
-        self._builds, self._sparse = builds, sparse
+        self._builds = builds
         if trt is not None and trt.__name__ == "tensorrt_rtx":
             self.name = "tensorrt-rtx"  # its kernels are not TensorRT's
 
@@ -91,8 +90,8 @@ class TensorRTBackend:
     def bases(self) -> tuple[str, ...]:
         return offering.bases(self.cuda.gpu.capability, self.name)
 
-    def precisions(self, base: str) -> tuple[str, ...]:
-        return offering.precisions(self.cuda.gpu.capability, self.name, base)
+    def variants(self, base: str) -> tuple[Variant, ...]:
+        return offering.variants(self.cuda.gpu.capability, self.name, base)
 
     def build(self, onnx: bytes, options: BuildOptions) -> TensorRTEngine:
         if options.base not in self.bases():
@@ -102,22 +101,26 @@ class TensorRTBackend:
         if options.threads != 1:
             raise InvalidInput(f"TensorRT runs on the GPU; leave --threads at 1, got {options.threads}")
         from hwsearch.backends.tensorrt.building import BuildRequest, serialise
+        from hwsearch.backends.tensorrt.buildlog import sparsity
         from hwsearch.typed import strongly_typed
 
         model, inputs, outputs = _parsed(onnx)
         typed = strongly_typed(model, options.base).SerializeToString()
         cache = self.timing_cache()
         found = cache.read_bytes() if cache.exists() else None
+        sparse = any(v.kept for v in self.variants(options.base))  # tried for weights that are 2:4, and for no others
         engines = []
         for index in range(self._builds):
             # only the first build looks into the cache: the others are to choose their tactics anew
             request = BuildRequest(
-                typed, base=options.base, sparse=self._sparse, timing_cache=None if index else found
+                typed, base=options.base, sparse=sparse, timing_cache=None if index else found
             )
             built = serialise(self.trt, request)
             if not index and built.timing_cache is not None and built.timing_cache != found:
                 files.write_bytes(cache, built.timing_cache)
-            engines.append(TensorRTEngine(self.trt, self.cuda, built.plan, inputs, outputs))
+            told = sparsity(built.log)
+            picked = told.picked_layers if told is not None else ()
+            engines.append(TensorRTEngine(self.trt, self.cuda, built.plan, inputs, outputs, picked))
         return engines[0] if len(engines) == 1 else _fastest(engines)
 
     def timing_cache(self) -> Path:

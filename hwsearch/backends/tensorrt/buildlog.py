@@ -25,7 +25,8 @@ PRECISION_OF = {
 }
 """TensorRT's words for types, and hwsearch's."""
 
-_PRODUCT = re.compile(r"\|(Conv|ConvTranspose|Gemm|MatMul|Einsum)(\.\d+)?$")
+PRODUCT = re.compile(r"\|(Conv|ConvTranspose|Gemm|MatMul|Einsum)(\.\d+)?$")
+"""Names of our ONNX nodes that are a unit's product."""
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>| \{.*?\})\], "
     r"(?:Constants: \[(?P<constants>| \{.*?\})\], )?Outputs: \[(?P<outputs>| \{.*?\})\](?P<rest>.*)$"
@@ -72,7 +73,7 @@ class FusedLayer:
     def products(self) -> tuple[str, ...]:
         """Units whose product (convolution or matrix product) is in it."""
         return tuple(
-            dict.fromkeys(unit_of(s)[0] for s in self.sources if _PRODUCT.search(s) and unit_of(s)[1])
+            dict.fromkeys(unit_of(s)[0] for s in self.sources if PRODUCT.search(s) and unit_of(s)[1])
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, NodeTime, TensorSpec, check_arrays
 from hwsearch.backends.tensorrt.cuda import Buffer, Cuda, Graph, NotCaptured
-from hwsearch.backends.tensorrt.inspecting import joined, layers_of
+from hwsearch.backends.tensorrt.inspecting import joined, layers_of, with_picked
 from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable
 
@@ -31,11 +31,15 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, trt: Any, cuda: Cuda, plan: bytes, inputs: Sequence[str], outputs: Sequence[str]
-    ) -> None:
-        """inputs, outputs: names, in the order of the ONNX graph. Raises BackendUnavailable with TensorRT's own reason."""
+        self, trt: Any, cuda: Cuda, plan: bytes, inputs: Sequence[str], outputs: Sequence[str],
+        picked: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """inputs, outputs: names, in the order of the ONNX graph. picked: layers that the builder's log says run sparse.
+
+        Raises BackendUnavailable with TensorRT's own reason.
+        """
         self._trt, self._cuda, self._log = trt, cuda, log_of(trt)
-        self.size_bytes = len(plan)
+        self.size_bytes, self._picked = len(plan), tuple(picked)
         self.build_times_ns: tuple[float, ...] = ()
         runtime = started(trt, trt.Runtime, self._log)
         self._engine = self._made(
@@ -166,7 +170,7 @@ class TensorRTEngine:
         inspector = self._made(self._engine.create_engine_inspector, "TensorRT makes no engine inspector")
         inspector.execution_context = context
         information = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return joined(layers_of(information), profiler.times_ms, runs)
+        return joined(with_picked(layers_of(information), self._picked), profiler.times_ms, runs)
 
 
 def _profiler(trt: Any) -> Any:

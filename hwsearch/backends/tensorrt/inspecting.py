@@ -1,5 +1,7 @@
 """Executed layers of a TensorRT engine: the engine inspector's record joined with the profiler's times.
 
+A layer that skips zeros reads `2:4.fp16`: by the builder's log, which names what it picked, or by the kernel's name.
+
 Sources: TensorRT's documentation of the engine inspector (engine-tools) and of `IProfiler`; its migration guide "IEngineInspector
 Usage from TensorRT 10.x to 11.x" (one field `Format/Datatype` became two, `Bindings` became `I/O Tensors`); TensorRT Engine
 Explorer (trex), whose example engines are NVIDIA's own recordings. `Metadata` is there since 10.0 and holds one
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hwsearch.backends.base import NodeTime
+from hwsearch.backends.tensorrt.buildlog import PRODUCT
 from hwsearch.errors import BackendUnavailable
 
 LAYOUT = "Reformat"
@@ -24,6 +27,8 @@ _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)")
 _COPY = re.compile(r"^Reformatting CopyNode for (?:Input|Output) Tensor \d+ to ")
 _TACTIC = re.compile(r"_(tf32|bf16|f16|f32|i8|e4m3|e5m2)(?:f32|f16|bf16|i32)_(?:f32|f16|bf16|i32)(?:_|$)")
 """Of a kernel's name `..._AB_CX_E_...`: C is what is multiplied, X what is added up in, E what the epilogue computes in."""
+_SPARSE_KERNEL = re.compile(r"_sparse_|_sptensor|_spgemm_")
+"""As in `sm80_xmma_fprop_sparse_conv_..._sptensor16x8x32`, which users' engines name where the zeros of 2:4 weights are used."""
 _COMPUTED = {
     "tf32": "tf32",
     "bf16": "bf16",
@@ -97,6 +102,25 @@ def joined(layers: Sequence[Layer], times_ms: Mapping[str, float], runs: int) ->
     return nodes
 
 
+def with_picked(layers: Sequence[Layer], picked: Sequence[str]) -> list[Layer]:
+    """Layers that the builder's log names as run sparse have that in their precision: `2:4.fp16`.
+
+    The log's names are those of the layers, or of the ONNX nodes that they were made from.
+    """
+    made_from = {source for name in picked for source in _named(name).sources if PRODUCT.search(source)}
+    return [
+        replace(layer, precision=_sparse(layer.precision))
+        if layer.op != LAYOUT and (layer.name in picked or made_from & set(layer.sources))
+        else layer
+        for layer in layers
+    ]
+
+
+def _sparse(precision: str) -> str:
+    """As `Variant.executed` writes what skipped zeros."""
+    return precision if not precision or precision.startswith("2:4.") else f"2:4.{precision}"
+
+
 def _detailed(entry: Mapping[str, Any]) -> Layer:
     name, kind = str(entry["Name"]), str(entry.get("LayerType", ""))
     moves = kind in (LAYOUT, "NoOp") or bool(_COPY.match(name))
@@ -161,7 +185,8 @@ def _precision(entry: Mapping[str, Any], moves: bool) -> str:
     narrow = next((p for p in (stored, *inputs, *constants) if p in ("int4", "nvfp4")), "")
     computed = _COMPUTED[found[1]] if found else ""
     # weights of four bits are stored so and unpacked inside the kernel, whose name tells what they are unpacked to
-    return narrow or computed or stored or next((p for p in (*inputs, *outputs) if p), "")
+    told = narrow or computed or stored or next((p for p in (*inputs, *outputs) if p), "")
+    return _sparse(told) if _SPARSE_KERNEL.search(tactic) else told
 
 
 def _type_of(tensor: Mapping[str, Any]) -> str:

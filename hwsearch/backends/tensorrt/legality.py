@@ -1,8 +1,8 @@
 """Which precisions and patterns an NVIDIA GPU executes, by its compute capability, and why not the others.
 
-Sources: TensorRT's and TensorRT-RTX's support matrices ("GPU Architecture and Precision Support"), TensorRT's chapters on
-quantized types (int4 is for the weights of matrix products alone, in blocks) and on structured sparsity (2:4, from Ampere
-on). What NVIDIA's builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
+What a unit can become on any device is `hwsearch.variants.ineligible`'s to say. Sources: TensorRT's and TensorRT-RTX's support
+matrices ("GPU Architecture and Precision Support"), TensorRT's chapter on structured sparsity (2:4, from Ampere on). What
+NVIDIA's builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ SINCE = {
 """The least compute capability that TensorRT offers a precision on."""
 _SINCE_NAMES = {(7, 5): "Turing", (8, 0): "Ampere", (8, 9): "Ada Lovelace", (10, 0): "Blackwell"}
 _PRODUCTS = ("linear", "matmul")
-_WEIGHTS_ALONE = ("int4",)
-_BLOCKS = ("int4", "nvfp4")
 _SPARSE_SINCE = (8, 0)
-_SPARSE_TYPES = ("fp16", "bf16", "int8", "tf32", "fp8")
 
 
 def target(name: str) -> Target:
@@ -77,13 +74,9 @@ def target(name: str) -> Target:
 
 
 def why_not(
-    precision: str, at: Target, *, base: str, op: str = "linear", pattern: str = "dense", weighted: bool = True,
-    runtime: str = RTX,
+    precision: str, at: Target, *, base: str, op: str = "linear", pattern: str = "dense", runtime: str = RTX
 ) -> str:  # fmt: skip
-    """Why a unit may not have a variant in a network of some base on a GPU; empty where it may.
-
-    op: the unit's. weighted: whether it has weights (a product of two activations has none).
-    """
+    """Why a unit may not have a variant in a network of some base on a GPU; empty where it may. op: the unit's."""
     for kind in (base, precision):
         if kind not in SINCE:
             return f"{kind} is no precision of TensorRT's that is known here"
@@ -92,17 +85,8 @@ def why_not(
             name = f" ({_SINCE_NAMES[since]})" if since in _SINCE_NAMES else ""
             what = f"base {kind}" if kind == base and kind != precision else kind
             return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.number}"
-    if precision in _WEIGHTS_ALONE and not weighted:
-        return f"{precision} is for weights alone, and this product has none"
-    if precision in _BLOCKS and op not in _PRODUCTS:
-        return f"{precision} is for matrix products, not for {op}"  # tensorrt_rtx 1.7.1 does not say so: it crashes
-    if pattern != "dense":
-        if at.capability < _SPARSE_SINCE:
-            return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.number}"
-        if not weighted:
-            return f"{pattern} is a pattern of weights, and this product has none"
-        if precision not in _SPARSE_TYPES:
-            return f"sparse tensor cores do not take {precision}"
+    if pattern != "dense" and at.capability < _SPARSE_SINCE:
+        return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.number}"
     return _why_not_rtx(precision, at, base, op) if runtime == RTX else ""
 
 
