@@ -179,7 +179,9 @@ def otherwise(
         elif v.precision == "tf32" and not tf32:
             differing[unit] = f"asked {v}, compiled to fp32: {target} has no tf32"
         elif v.pattern != "dense" and not any(f"{unit}|" in layer for layer in picked):
-            lacking = at and legality.why_not(v.precision, at, base=v.precision, pattern=v.pattern, runtime="tensorrt")
+            lacking = at and legality.why_not(
+                v.precision, at, base=v.precision, pattern=v.pattern, runtime="tensorrt"
+            )
             why = lacking or "the builder names no sparse kernel for it"
             differing[unit] = f"asked {v}, compiled to {ran[unit]}: {why}"
     return differing

@@ -24,12 +24,15 @@ import onnxruntime
 from onnx import TensorProto
 
 from hwsearch.backends.tensorrt.cuda import Gpu, NotCaptured
+from hwsearch.nodenames import unit_of
+from hwsearch.testing.simulated import _executed
 
 DEFAULT_STREAM, SIDE_STREAM = 0, 77
 _MAGIC = b"fake plan\0"
 _TYPES = {
     TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.INT8: "INT8", TensorProto.INT32: "INT32",
-    TensorProto.INT64: "INT64", TensorProto.BOOL: "BOOL", TensorProto.BFLOAT16: "BF16",
+    TensorProto.INT64: "INT64", TensorProto.BOOL: "BOOL", TensorProto.BFLOAT16: "BF16", TensorProto.INT4: "INT4",
+    TensorProto.FLOAT8E4M3FN: "FP8",
 }  # fmt: skip
 _WORDS = {
     "FLOAT": "Float",
@@ -38,6 +41,8 @@ _WORDS = {
     "INT32": "Int32",
     "INT64": "Int64",
     "BOOL": "Bool",
+    "INT4": "Int4",
+    "FP8": "FP8",
 }
 
 
@@ -124,11 +129,12 @@ class _Creation(IntEnum):
 
 def FakeTensorRT(cuda: FakeCuda, *, version: str = "10.9.0.34", name: str = "tensorrt") -> Any:  # noqa: N802
     """The module: its classes, with `calls` (in order), `live` (objects not yet freed) and `faults` (call -> what it returns,
-    or an exception that it raises)."""
+    or an exception that it raises). `picks` says for which units with 2:4 weights a sparse kernel is the faster one."""
     trt = SimpleModule()
     trt.__name__, trt.__version__ = name, version
     trt.cuda, trt.calls, trt.live, trt.faults = cuda, [], Counter(), {}
     trt.network_errors, trt.saw = [], SimpleNamespace(flags=set(), limits={}, caches=[], targets=[])
+    trt.picks = lambda unit: True
     trt.detailed, trt.split_types, trt.cache_bytes = True, version.startswith("11"), b"timings"
     for enum, members in {
         "DataType": "FLOAT HALF BF16 INT8 UINT8 INT32 INT64 BOOL FP8 FP4 INT4",
@@ -334,6 +340,9 @@ def FakeTensorRT(cuda: FakeCuda, *, version: str = "10.9.0.34", name: str = "ten
                     self.error("Network must have at least one output")
                     return None
                 trt.detailed = config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
+                if "SPARSE_WEIGHTS" in trt.saw.flags:
+                    for line in _sparsity(network.data, trt.picks):
+                        self.logger.log(Severity.INFO, line)
                 self.logger.log(Severity.VERBOSE, "Engine generation completed")
                 return _MAGIC + network.data
 
@@ -490,11 +499,28 @@ def _records(model: Any, *, detailed: bool, split: bool) -> list[Any]:
             "Name": name,
             "LayerType": "Reformat" if moves else {"Conv": "CaskConvolution", "MatMul": "gemm"}.get(node.op_type, "kgen"),
             "Inputs": [_tensor(r, types, split) for r in reads if r not in stored],
+            "Constants": [_tensor(r, types, split) for n in fused for r in n.input[:1] if r in stored],
             "Outputs": [_tensor(o, types, split) for o in node.output],
             "Origin": "QDQ" if moves else "",
             "Metadata": "\x1f".join(f"[ONNX Layer: {n.name}]" for n in layers),
         })  # fmt: skip
     return records
+
+
+def _sparsity(data: bytes, picks: Callable[[str], bool]) -> list[str]:
+    """The builder's lines on layers whose weights are 2:4, in the words of TensorRT 10."""
+    model = onnx.load_model_from_string(data)
+    units = {u for u, p in _executed(model, "fp32", [(2, 4)]).items() if p.startswith("2:4.")}
+    eligible = {
+        r["Name"]: unit_of(r["Name"].split(" + ")[-1])[0]
+        for r in _records(model, detailed=True, split=False)
+        if r["LayerType"] != "Reformat" and unit_of(r["Name"].split(" + ")[-1]) in [(u, True) for u in units]
+    }
+    picked = [name for name, unit in eligible.items() if picks(unit)]
+    return [
+        f"(Sparsity) Found {len(eligible)} layer(s) eligible to use sparse tactics: {', '.join(eligible)}",
+        f"(Sparsity) Chose {len(picked)} layer(s) using sparse tactics: {', '.join(picked)}",
+    ]
 
 
 def _tensor(name: str, types: dict[str, int], split: bool) -> dict[str, str]:

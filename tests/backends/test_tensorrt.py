@@ -21,7 +21,7 @@ from hwsearch.profiler import profile
 from hwsearch.regime import Regime
 from hwsearch.table import LatencyTable
 from hwsearch.testing import BackendContract
-from hwsearch.testing.contract import small_network
+from hwsearch.testing.contract import TOLERANCE, assert_close, expected, readback, small_network, wherever
 from hwsearch.variants import Variant, uniform
 from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT
 
@@ -127,11 +127,69 @@ def test_of_several_builds_the_fastest_stays_with_the_times_of_all(
         TensorRTBackend(builds=0)
 
 
-def test_sparse_kernels_are_asked_for(trt: Any, cuda: FakeCuda) -> None:
+@pytest.mark.parametrize(
+    ("capability", "base", "offered"),
+    [
+        ((7, 5), "fp16", "dense.fp16 dense.int8"),
+        ((8, 6), "fp32", "dense.fp32 dense.int8 dense.int4 2:4.int8"),
+        ((8, 6), "bf16", "dense.bf16 dense.int8 dense.int4 2:4.bf16 2:4.int8"),
+        ((9, 0), "fp16", "dense.fp16 dense.int8 dense.fp8 dense.int4 2:4.fp16 2:4.int8 2:4.fp8"),
+        ((12, 0), "fp16", "dense.fp16 dense.int8 dense.fp8 dense.int4 dense.nvfp4 2:4.fp16 2:4.int8 2:4.fp8"),
+    ],
+)
+def test_what_a_gpu_is_offered(capability: tuple[int, int], base: str, offered: str) -> None:
+    cuda = FakeCuda(capability)
+    assert list(map(str, TensorRTBackend(FakeTensorRT(cuda), cuda).variants(base))) == offered.split()
+    rtx = TensorRTBackend(FakeTensorRT(cuda, name="tensorrt_rtx"), cuda)
+    dense = [v for v in offered.split() if v.startswith("dense")]
+    assert list(map(str, rtx.variants(base))) == dense, "TensorRT for RTX has no sparse kernels"
+
+
+def test_sparse_kernels_are_asked_for_where_the_gpu_has_them(trt: Any, cuda: FakeCuda) -> None:
     built(trt, cuda)
     assert "SPARSE_WEIGHTS" not in trt.saw.flags
-    built(trt, cuda, sparse=True)
+    cuda = FakeCuda((8, 6))
+    trt = FakeTensorRT(cuda)
+    built(trt, cuda)
     assert "SPARSE_WEIGHTS" in trt.saw.flags
+
+
+@pytest.mark.parametrize("version", ["10.9.0.34", "11.4.0.106"])
+@pytest.mark.parametrize("network", ["residual", "attention", "two_inputs"])
+@pytest.mark.parametrize("base", ["fp16", "fp32"])
+def test_every_variant_computes_and_reads_as_it_was_asked(network: str, base: str, version: str) -> None:
+    """All but nvfp4, whose quantizer only TensorRT has, and base bf16, which no runtime here computes."""
+    cuda = FakeCuda((9, 0))
+    at = Regime(
+        small_network(network),
+        TensorRTBackend(FakeTensorRT(cuda, version=version), cuda),
+        BuildOptions(1, base),
+    )
+    variants = at.backend.variants(base)
+    assert {v.precision for v in variants} >= {"int8", "fp8", "int4"}
+    for variant in variants:
+        asked = wherever(at.lowering, base, variant)
+        engine, model = at.build(asked)
+        tolerance = max(TOLERANCE[p] for p in (base, variant.precision))
+        assert_close(
+            engine(*at.lowering.arrays()), expected(at.lowering, asked, at.backend), tolerance, str(variant)
+        )
+        _, executed = readback(engine, at, model)
+        assert executed == tuple(v.executed for v in asked.values()), str(variant)
+
+
+def test_eligible_is_not_picked(tmp_path: Path) -> None:
+    cuda = FakeCuda((8, 6))
+    trt = FakeTensorRT(cuda)
+    trt.picks = lambda unit: unit != "conv2"
+    at = Regime(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp16"))
+    protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
+    table = profile(at, tmp_path / "table.parquet", axes=["precision"], builds=6, protocol=protocol)
+    refused = table.header.unsupported
+    assert refused["conv2"]["2:4.fp16"] == "eligible, but tensorrt did not pick a sparse kernel"
+    for unit in ("conv1", "conv2", "head"):
+        offered = {str(v) for v in table.legal(unit)} if hasattr(table, "legal") else set()
+        assert ("2:4.fp16" in refused.get(unit, {})) == (unit == "conv2"), offered
 
 
 # ---- running

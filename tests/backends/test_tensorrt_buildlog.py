@@ -70,6 +70,7 @@ def layer(name: str, kind: str, inputs: str, constants: str, *sources: str) -> s
         ("4x8x8 Int8,4x8x8 Int8", "1 Float", "int8"),  # a product of two activations
         ("1x8 FP8", "8x8 FP8,1 Float", "fp8"),
         ("1x8 Half,8x8 Half", "1x8 Half", "fp16"),  # int8 weights that an earlier layer has dequantized
+        ("1x8 FP4E2M1", "8x8 FP4E2M1,127x4 FP8,1 Float", "nvfp4"),  # its scales are padded, and larger
         ("1x8 Odd", "", "Odd"),
     ],
 )

@@ -108,7 +108,9 @@ class TensorRTBackend:
         typed = strongly_typed(model, options.base).SerializeToString()
         cache = self.timing_cache()
         found = cache.read_bytes() if cache.exists() else None
-        sparse = any(v.kept for v in self.variants(options.base))  # tried for weights that are 2:4, and for no others
+        sparse = any(
+            v.kept for v in self.variants(options.base)
+        )  # tried for weights that are 2:4, and for no others
         engines = []
         for index in range(self._builds):
             # only the first build looks into the cache: the others are to choose their tactics anew

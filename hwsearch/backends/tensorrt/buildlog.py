@@ -27,6 +27,7 @@ PRECISION_OF = {
 
 PRODUCT = re.compile(r"\|(Conv|ConvTranspose|Gemm|MatMul|Einsum)(\.\d+)?$")
 """Names of our ONNX nodes that are a unit's product."""
+_FOUR_BITS = ("int4", "nvfp4")
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>| \{.*?\})\], "
     r"(?:Constants: \[(?P<constants>| \{.*?\})\], )?Outputs: \[(?P<outputs>| \{.*?\})\](?P<rest>.*)$"
@@ -83,7 +84,8 @@ class FusedLayer:
         Of what it reads a cast may be part of the layer; its weights stand in the type that is multiplied.
         """
         weights = [o for o in self.constants if len(o.shape) > 1 and math.prod(o.shape) > 1]
-        largest = sorted(weights, key=lambda o: -math.prod(o.shape))
+        # four bits come with scales in fp8, whose padded tensor may be the larger one
+        largest = sorted(weights, key=lambda o: (o.precision not in _FOUR_BITS, -math.prod(o.shape)))
         return next((o.precision for o in (*largest, *self.inputs, *self.constants)), "")
 
 
