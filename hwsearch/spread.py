@@ -34,10 +34,11 @@ class Spread:
         return np.sqrt(self.inflate**2 * variance + np.square(self.floor * time_ns))
 
     def scaled(self, scale: float) -> Spread:
-        """So many times as wide, but never better than half a percent."""
-        return Spread(max(self.inflate * scale, 0.1), max(self.floor * scale, 0.005))
+        """So many times as wide, but never better than what two sessions on one machine differ by."""
+        return Spread(max(self.inflate * scale, 0.1), max(self.floor * scale, _SESSIONS))
 
 
+_SESSIONS = 0.01
 _INFLATES = np.geomspace(0.5, 6.0, 16)
 _FLOORS = np.geomspace(0.002, 0.08, 20)
 _ENOUGH = 8
@@ -56,7 +57,7 @@ def calibrated(
     """The spread that fits the errors on left-out builds.
 
     Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
-    does not widen all others, under a weak prior; its scale is that of `scale_of`, but never claims to be better than half a
+    does not widen all others, under a weak prior; its scale is that of `scale_of`, but never claims to be better than one
     percent. Builds of the design look most like what a search picks: where there are enough, they alone count. errors: standard
     errors of the measured times, which are no fault of the model.
     """

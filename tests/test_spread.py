@@ -18,9 +18,9 @@ def test_few_held_out_builds_move_sigma_a_little_and_many_decide() -> None:
     plain = Spread(2.0, 0.04)
     rng = np.random.default_rng(1)
     few, many = (rescaled(plain, 0.25 * rng.standard_normal(n)) for n in (3, 500))
-    assert 0.2 * plain.floor < many.floor < 0.3 * plain.floor
-    assert many.floor < few.floor < plain.floor
-    assert rescaled(plain, 1e-9 * rng.standard_normal(50)).floor >= 0.005
+    assert 0.2 * plain.inflate < many.inflate < 0.3 * plain.inflate
+    assert many.inflate < few.inflate < plain.inflate
+    assert rescaled(plain, 1e-9 * rng.standard_normal(50)).floor >= 0.01
 
 
 def test_a_prior_that_admits_of_everything_is_not_the_best() -> None:
