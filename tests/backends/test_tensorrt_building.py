@@ -139,6 +139,22 @@ def test_a_network_that_does_not_parse(rtx: Any) -> None:
         serialise(rtx, BuildRequest(model.SerializeToString(), target="sm86"))
 
 
+def test_standard_output_is_left_to_results(rtx: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """tensorrt_rtx prints a warning there where a Clip without an upper end is in fp16."""
+    clip = helper.make_node("Clip", ["h", "least"], ["c"], name="~|0|Clip")
+    into = helper.make_node("Cast", ["x"], ["h"], name="~|0|Cast", to=TensorProto.FLOAT16)
+    out = helper.make_node("Cast", ["c"], ["y"], name="~|0|Cast.1", to=TensorProto.FLOAT)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, 4]) for n in "xy"]
+    least = numpy_helper.from_array(np.float16(1e-3), "least")
+    graph = helper.make_graph([into, clip, out], "g", values[:1], values[1:], [least])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    serialise(rtx, BuildRequest(model.SerializeToString(), "fp16", "sm86"))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "precision-lose casting" in printed.err
+
+
 def test_types_that_do_not_fit_are_refused_with_the_layer(rtx: Any) -> None:
     """What `typed` is for: the assembled network itself mixes nothing, a half-typed one is refused."""
     nodes = [

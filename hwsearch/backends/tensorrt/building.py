@@ -7,7 +7,12 @@ them that these calls were tried with.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +66,28 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     lines: list[str] = log.lines
     network = _parsed(trt, builder, log, request.onnx)
     config, cache_in = _config(trt, builder, request)
-    plan = builder.build_serialized_network(network, config)
+    with _standard_output_kept():
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendUnavailable(
             f"{trt.__name__} does not build the network{_for(request)}: {reasons(lines) or 'it gave no reason'}"
         )
     cache_out = bytes(config.get_timing_cache().serialize()) if cache_in is not None else None
     return Built(bytes(plan), tuple(lines), cache_out, time.perf_counter() - began)
+
+
+@contextmanager
+def _standard_output_kept() -> Iterator[None]:
+    """What the library prints goes to standard error: tensorrt_rtx 1.7 warns on standard output, where results are printed."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _parsed(trt: Any, builder: Any, log: Any, onnx: bytes) -> Any:
