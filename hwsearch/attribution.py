@@ -14,6 +14,8 @@ _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 _LAYOUTS = ("Reformat",)
 """What is never a unit's work, whichever ONNX nodes it is said to be made for: TensorRT's changes of layout and type."""
 _MOVES = ("Reorder", "Transpose", "Reshape", "Convert", "Const", "Quantize", "Dequantize", *_LAYOUTS)
+_GENERATED = ("kgen",)
+"""Kernels that TensorRT writes itself: elementwise work, and attention, fused with parts of what stands beside it."""
 _PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FullyConnected", "QLinearConv", "QGemm",
              "QLinearMatMul", "Deconvolution", "NhwcFusedConv", "CaskConv", "CaskDeconv", "CaskGemm", "MatrixMultiply", "gemm",
              "correlation")  # fmt: skip
@@ -80,15 +82,18 @@ def _mentioned(name: str, known: Mapping[str, int]) -> list[str]:
 
 
 def executed_precisions(rows: Sequence[NodeRow], network: Network) -> tuple[str, ...]:
-    """For each unit the precision of the longest node that does its work; empty where no node names it."""
-    longest: dict[str, tuple[float, str]] = {}
+    """For each unit the precision of the longest node that does its work; empty where no node names it.
+
+    A generated kernel before or behind a product, which rescales or pads, is asked only where there is no other.
+    """
+    longest: dict[str, tuple[tuple[int, float], str]] = {}
     for row in rows:
         if row.kind == "unit":
-            moved = _moves(row.op)
+            weight = 0 if _moves(row.op) else 1 if row.op in _GENERATED else 2
             for unit in row.units:
-                rank = (-1.0 if moved else row.time_ns, row.precision)
-                if unit not in longest or rank[0] > longest[unit][0]:
-                    longest[unit] = rank
+                rank = weight, row.time_ns if weight else 0.0
+                if unit not in longest or rank > longest[unit][0]:
+                    longest[unit] = rank, row.precision
     return tuple(longest[u.name][1] if u.name in longest else "" for u in network.units)
 
 

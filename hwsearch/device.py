@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwsearch import nvidia
+from hwsearch import clocks, nvidia
 from hwsearch.errors import DeviceBusy, InvalidInput
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def clocks_to_lock(backend: Backend) -> int:
         raise InvalidInput(
             f"clocks can be locked of NVIDIA GPUs only, and {backend.name} runs on the CPU; go without --lock-clocks"
         )
-    return nvidia.find().sustained_mhz()
+    return clocks.sustained_mhz(nvidia.find())
 
 
 def cache_dir() -> Path:

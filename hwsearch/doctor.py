@@ -6,11 +6,9 @@ is `not possible`, with the way to find out; nothing here is taken on trust.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import platform
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,12 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from hwsearch import __version__, backends, energy, nvidia
+from hwsearch import __version__, backends, clocks, energy, nvidia
 from hwsearch import device as devices
 from hwsearch.backends.base import Backend, BuildOptions
 from hwsearch.errors import BackendUnavailable, HwsearchError
 from hwsearch.files import write_bytes
 from hwsearch.progress import Progress
+from hwsearch.sharing import shared
 
 SCHEMA = 1
 NETWORKS = ("residual", "attention", "two_inputs")
@@ -33,7 +32,8 @@ PACKAGES = (
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-rtx", "tensorrt-rtx-cu12"),
 )
 """Whose versions a report gives, where they are installed."""
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4")
+"""All that some backend may execute."""
 PROVES = {
     "driver": "an NVIDIA driver answers",
     "runtime": "the runtime answers",
@@ -78,9 +78,11 @@ class Examined:
 
     @property
     def reason(self) -> str:
-        """Why it is not available, in one line."""
-        why = [f"{r.detail}{f' ({r.remedy})' if r.remedy else ''}" for r in self.results if r.outcome != "ok"]
-        return f"{self.backend} cannot be used here: {'; '.join(why)}"
+        """Why it is not available, in one line; a runtime that misses the driver says so itself."""
+        why = {r.name: r.detail for r in self.results if r.outcome != "ok"}
+        if "driver" in why.get("runtime", ""):
+            why.pop("driver", None)
+        return f"{self.backend} cannot be used here: {'; '.join(why.values())}"
 
     @property
     def kinds(self) -> dict[str, list[Result]]:
@@ -250,9 +252,10 @@ def runtime(backend: Backend, absent: Outcome = "failed") -> tuple[dict[str, str
         versions, bases = dict(backend.versions()), backend.bases()
     except Exception as error:  # a runtime may fail in any way
         return {}, Result("runtime", absent, _why(error))
-    return versions, Result(
-        "runtime", "ok", f"{', '.join(f'{k} {v}' for k, v in versions.items())}; base {bases[0]}"
-    )
+    if not bases:
+        return versions, Result("runtime", absent, "it offers no base precision on this device")
+    named = ", ".join(f"{k} {v}" for k, v in versions.items())
+    return versions, Result("runtime", "ok", f"{named}; base {bases[0]}")
 
 
 def precisions(backend: Backend) -> Result:
@@ -310,8 +313,8 @@ def clock_locking(tried: bool) -> Result:
                       "hwsearch doctor --lock-clocks")  # fmt: skip
     try:
         probe = nvidia.find()
-        mhz = probe.sustained_mhz()
-        with devices.lock(probe.gpu().id), nvidia.lock_clocks(probe, mhz):
+        mhz = clocks.sustained_mhz(probe)
+        with devices.lock(probe.gpu().id), clocks.lock_clocks(probe, mhz):
             state = probe.state()
     except HwsearchError as error:
         return Result("clock locking", "not possible", str(error))
@@ -319,24 +322,19 @@ def clock_locking(tried: bool) -> Result:
 
 
 def engine(backend: Backend, network: str) -> Result:
-    """A small network built and timed in the preferred base, in the lowest precision, and in the base once more."""
+    """A small network built and timed in the preferred base, in the base once more, and in int8 where that is offered."""
     from hwsearch.measure import Protocol, paired
     from hwsearch.regime import Regime
-    from hwsearch.testing.contract import small_network, wherever
+    from hwsearch.testing.contract import small_network
     from hwsearch.variants import Variant, uniform
 
     name = f"engine: {network.replace('_', ' ')}"
     try:
         base = backend.bases()[0]
-        lowest = backend.variants(base)[-1]
+        precisions = ["int8"] if Variant("int8") in backend.variants(base) else []
         at = Regime(small_network(network), backend, BuildOptions(1, base))
         reference, again = (at.build(uniform(at.network, base))[0] for _ in range(2))
-        coarse = wherever(at.lowering, base, lowest)
-        others = (
-            {str(lowest): at.build(coarse)[0].run}
-            if lowest in coarse.values() and lowest != Variant(base)
-            else {}
-        )
+        others = {p: at.build(uniform(at.network, p))[0].run for p in precisions}
         timings = paired(
             reference.run, {"again": again.run, **others}, Protocol(width=0.02, limit_s=1.0), clock=at.clock,
             sample=at.sample,
@@ -373,31 +371,6 @@ def not_covered(backend: Backend, device: devices.Device | nvidia.Gpu) -> tuple[
         *(["times at steady clocks: they were free to move"] if isinstance(device, nvidia.Gpu) else []),
         "another device, driver or version of the runtime",
     )
-
-
-# ---------------------------------------------------------------- what may be shown to others
-
-
-def shared(value: Any) -> Any:
-    """The same without names of folders and of the user, in all texts of a JSON-like value."""
-    if isinstance(value, dict):
-        return {key: shared(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [shared(v) for v in value]
-    return _without_places(value) if isinstance(value, str) else value
-
-
-_FOLDERS = re.compile(r"(?<![\w/\\.:-])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'\"`:;,()<>|]+)+[/\\]")
-"""Of an absolute path everything before its last name."""
-
-
-def _without_places(text: str) -> str:
-    text = _FOLDERS.sub(".../", text.replace(str(Path.home()), "~"))
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return text
-    return text if user == "root" else re.sub(rf"\b{re.escape(user)}\b", "USER", text)
 
 
 def _packages() -> Iterator[tuple[str, str]]:

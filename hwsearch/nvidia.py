@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through NVML: which one CUDA runs on, what it is, the state it is in, and its clocks held for a while.
+"""NVIDIA GPUs through NVML: which one CUDA runs on, what it is, and the state it is in.
 
 Every question is asked by itself. What a GPU, a driver or a permission does not answer is absent (None, and left out of
 JSON), never zero. Source: NVIDIA's NVML API reference, by its binding nvidia-ml-py (module `pynvml`).
@@ -13,10 +13,7 @@ import hashlib
 import json
 import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,8 +35,6 @@ REASONS = {
 """NVML's bits of why clocks are not at their highest (nvmlClocksEventReasons)."""
 MEANT = ("idle", "application clocks", "display clocks")
 """Reasons that are somebody's setting or nobody's work: they slow no measurement down unawares."""
-SHARE = 0.75
-"""Of its highest clock, what a GPU is held at that names no clock which it sustains."""
 _GONE = ("NVML_ERROR_GPU_IS_LOST", "NVML_ERROR_RESET_REQUIRED")
 
 
@@ -171,7 +166,7 @@ class Probe:
 
     def gpu(self) -> Gpu:
         """All that NVML tells. Raises BackendUnavailable where the GPU is lost or has no name."""
-        ask, nvml, whole = _Questions(self.nvml), self.nvml, self.handle
+        ask, nvml, whole = Questions(self.nvml), self.nvml, self.handle
         part = self.instance or whole
         name = ask("name", "nvmlDeviceGetName", whole)
         if name is None:
@@ -214,9 +209,9 @@ class Probe:
 
     def state(self) -> State:
         """Clocks, power, temperature and what holds the clocks down, now: of the whole GPU."""
-        return self._state(_Questions(self.nvml))
+        return self._state(Questions(self.nvml))
 
-    def _state(self, ask: _Questions) -> State:
+    def _state(self, ask: Questions) -> State:
         nvml, whole = self.nvml, self.handle
         throttle = ask("throttle", "nvmlDeviceGetCurrentClocksEventReasons", whole, of=decoded)
         if throttle is None:  # its name before driver 535
@@ -233,33 +228,10 @@ class Probe:
         """(joules since the driver was loaded, or None, and then why not). A counter of the whole GPU."""
         if self.instance is not None:
             return None, "NVML counts the energy of the whole GPU, and this process has a MIG instance of it"
-        ask = _Questions(self.nvml)
+        ask = Questions(self.nvml)
         if ask("energy", "nvmlDeviceGetTotalEnergyConsumption", self.handle) is None:
             return None, f"NVML tells no energy of this GPU: {ask.not_told['energy']}"
         return lambda: float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1e3, ""
-
-    def sustained_mhz(self) -> int:
-        """A clock that the GPU should keep under load: its default application clock, else `SHARE` of its highest.
-
-        Raises InvalidInput on a MIG instance, whose clocks are others' as well; BackendUnavailable where no clock is told.
-        """
-        if self.instance is not None:
-            raise InvalidInput(
-                "clocks cannot be locked from a MIG instance: the others on this GPU run at them too; profile without it"
-            )
-        ask, clock = _Questions(self.nvml), self.nvml.NVML_CLOCK_GRAPHICS
-        rated = ask("rated", "nvmlDeviceGetDefaultApplicationsClock", self.handle, clock)
-        if rated:
-            return int(rated)
-        highest = ask("highest", "nvmlDeviceGetMaxClockInfo", self.handle, clock)
-        if not highest:
-            raise BackendUnavailable(
-                f"NVML tells no clock to lock this GPU to: {ask.not_told.get('highest', 'it says 0 MHz')}"
-            )
-        at_most = SHARE * highest
-        memory = ask("memory", "nvmlDeviceGetMaxClockInfo", self.handle, self.nvml.NVML_CLOCK_MEM)
-        steps = ask("steps", "nvmlDeviceGetSupportedGraphicsClocks", self.handle, memory) if memory else None
-        return max((int(s) for s in steps or () if s <= at_most), default=int(at_most))
 
 
 def find(nvml: Any = None, environ: Mapping[str, str] = os.environ) -> Probe:
@@ -305,49 +277,6 @@ def told() -> tuple[tuple[Gpu, ...], str]:
         return (), str(error)
 
 
-@contextmanager
-def lock_clocks(probe: Probe, mhz: int) -> Iterator[None]:
-    """Hold a GPU's clock while the block runs; needs root. Let go at its end, however it ends, and on SIGINT, SIGTERM, SIGHUP.
-
-    A signal's handler of before is called afterwards; if it returns, the clock is held again and the block goes on. SIGKILL
-    cannot be caught: `nvidia-smi --reset-gpu-clocks` undoes what it leaves. NVML does not tell a clock that somebody else has
-    locked before, and this undoes that as well. Raises BackendUnavailable where the GPU or the driver refuses, InvalidInput
-    outside the main thread, where signals cannot be caught.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise InvalidInput("clocks can be locked from the main thread only: elsewhere no signal can undo it")
-    caught = [s for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s is not None]
-    own = {s: signal.getsignal(s) for s in caught}
-    own = {s: handler for s, handler in own.items() if callable(handler) or handler == signal.SIG_DFL}
-
-    def on_signal(number: int, frame: Any) -> None:
-        release()
-        before = own[signal.Signals(number)]
-        if not callable(before):
-            os.kill(os.getpid(), number)
-            return
-        before(number, frame)
-        hold()
-
-    def hold() -> None:
-        for number in own:
-            signal.signal(number, on_signal)
-        _set_clock(probe, mhz)
-
-    def release() -> None:
-        try:
-            _reset_clock(probe)
-        finally:
-            for number, before in own.items():
-                signal.signal(number, before)
-
-    try:
-        hold()
-        yield
-    finally:
-        release()
-
-
 def decoded(bits: int) -> tuple[str, ...]:
     """NVML's bit mask in words; bits that are not known here in hexadecimal."""
     named = [name for bit, name in REASONS.items() if bits & bit]
@@ -358,7 +287,7 @@ def decoded(bits: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------- asking
 
 
-class _Questions:
+class Questions:
     """Asks NVML one thing at a time, and keeps why an answer is missing."""
 
     def __init__(self, nvml: Any) -> None:
@@ -404,7 +333,7 @@ def _started() -> Any:
 
 def _by_bus(nvml: Any) -> list[Any]:
     """Handles in the order of their PCI buses, which is CUDA's under PCI_BUS_ID. Raises BackendUnavailable on none."""
-    ask = _Questions(nvml)
+    ask = Questions(nvml)
     count = ask("count", "nvmlDeviceGetCount") or 0
     handles = [ask("GPU", "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
     found = [h for h in handles if h is not None]
@@ -418,7 +347,7 @@ def _by_bus(nvml: Any) -> list[Any]:
 
 def _by_uuid(nvml: Any, handles: list[Any], wanted: str) -> Probe:
     """CUDA takes the beginning of a UUID for the whole, where only one begins like that."""
-    ask = _Questions(nvml)
+    ask = Questions(nvml)
     probes = [Probe(nvml, h) for h in handles]
     if wanted.startswith("MIG-"):
         probes = [Probe(nvml, h, i) for h in handles for i in _instances(nvml, h)]
@@ -434,39 +363,13 @@ def _by_uuid(nvml: Any, handles: list[Any], wanted: str) -> Probe:
 
 def _instances(nvml: Any, handle: Any) -> list[Any]:
     """MIG instances of a GPU; none where it is not divided."""
-    ask = _Questions(nvml)
+    ask = Questions(nvml)
     mode = ask("mode", "nvmlDeviceGetMigMode", handle)
     if not mode or not mode[0]:
         return []
     count = ask("count", "nvmlDeviceGetMaxMigDeviceCount", handle) or 0
     found = [ask("instance", "nvmlDeviceGetMigDeviceHandleByIndex", handle, i) for i in range(count)]
     return [instance for instance in found if instance is not None]
-
-
-def _set_clock(probe: Probe, mhz: int) -> None:
-    nvml = probe.nvml
-    try:
-        nvml.nvmlDeviceSetGpuLockedClocks(probe.handle, mhz, mhz)
-    except nvml.NVMLError as error:
-        if getattr(error, "value", None) == nvml.NVML_ERROR_NO_PERMISSION:
-            remedy = "it takes root (sudo; in a container CAP_SYS_ADMIN)"
-        else:
-            remedy = "GPUs since Volta can"
-        raise BackendUnavailable(
-            f"the GPU's clocks cannot be locked at {mhz} MHz ({error}): {remedy}; or go without --lock-clocks"
-        ) from error
-
-
-def _reset_clock(probe: Probe) -> None:
-    nvml = probe.nvml
-    try:
-        nvml.nvmlDeviceResetGpuLockedClocks(probe.handle)
-    except nvml.NVMLError as error:
-        if getattr(error, "value", None) in (nvml.NVML_ERROR_NO_PERMISSION, nvml.NVML_ERROR_NOT_SUPPORTED):
-            return  # then they were not locked either
-        raise BackendUnavailable(
-            f"the GPU's clocks may still be locked ({error}); reset them with `nvidia-smi --reset-gpu-clocks`"
-        ) from error
 
 
 def _watts(milliwatts: int) -> float:

@@ -220,7 +220,8 @@ def closed_loop(
         progress.stop()
         for path in folder.glob("round*.onnx"):
             path.unlink()
-    assert best is not None and last is not None
+    assert best is not None
+    assert last is not None
     report = replace(best[1], rounds=last[0].rounds)  # all that it took, the best may not have been the last
     report.save(folder / "report.json")
     return report, best[2], table

@@ -16,6 +16,7 @@ from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
+from hwsearch.clocks import lock_clocks
 from hwsearch.compress.widths import Kept, Weights
 from hwsearch.energy import Meter, find
 from hwsearch.errors import BackendUnavailable, InvalidInput
@@ -74,7 +75,7 @@ class Regime:
 
     def locked(self) -> AbstractContextManager[None]:
         """The GPU's clock held at `clocks` while the block runs, where that was asked for."""
-        return nvidia.lock_clocks(nvidia.find(), self.clocks) if self.clocks else nullcontext()
+        return lock_clocks(nvidia.find(), self.clocks) if self.clocks else nullcontext()
 
     @property
     def described(self) -> dict[str, Any]:

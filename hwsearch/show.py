@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,20 +283,31 @@ def verdicts(found: Sequence[Verdict], machine: bool, *, layers: bool = False) -
         as_json([verdict.to_json() for verdict in found])
         return
     columns(
-        ("target", "variant", "units", "legal", "compiled to", "layers", "reason"),
+        ("target", "variant", "units", "legal", "compiled to", "layers"),
         [
             (v.target, v.variant, f"{len(v.units)} {'+'.join(v.ops)}", "yes" if v.legal else "no", _compiled(v),
-             str(len(v.layers) or ""), _why(v))
+             str(len(v.layers) or ""))
             for v in found
         ],
     )  # fmt: skip
+    for v in found:
+        if not v.legal or not v.explained:
+            star = "" if v.explained else " *"
+            print(
+                f"{v.variant} on {v.target} ({'+'.join(v.ops)}): {v.documented or 'documented as legal'}{star}"
+            )
+            if v.reason:
+                print(f"  NVIDIA's builder: {plainly(v.reason)}")
     if layers:
         for v in found:
             if v.layers:
                 print(f"\n{v.variant} on {v.target}, base {v.base}")
                 columns(
                     ("layer", "kind", "precision", "made of"),
-                    [(layer.name, layer.kind, layer.precision, ", ".join(layer.sources)) for layer in v.layers],
+                    [
+                        (layer.name, layer.kind, layer.precision, ", ".join(layer.sources))
+                        for layer in v.layers
+                    ],
                 )
     if not all(v.explained for v in found):
         print("* the builder does otherwise than NVIDIA's documentation says")
@@ -306,7 +318,6 @@ def _compiled(verdict: Verdict) -> str:
     return ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds), key=lambda k: (-kinds.count(k), k)))
 
 
-def _why(verdict: Verdict) -> str:
-    star = "" if verdict.explained else "* "
-    both = [text for text in (verdict.documented, verdict.reason) if text]
-    return star + ". ".join(both)
+def plainly(reason: str) -> str:
+    """A builder's reason without the places in its own source code."""
+    return re.sub(r"\. In \w+ at \S+\)$|^.*?\[\w+\.cpp:\d+: \w+\] ", "", reason)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hwsearch.backends.tensorrt import legality
 from hwsearch.backends.tensorrt.building import BuildRequest, Built, serialise
 from hwsearch.backends.tensorrt.building import targets as targets_of
-from hwsearch.backends.tensorrt.buildlog import FusedLayer, executed, fused_layers
+from hwsearch.backends.tensorrt.buildlog import FusedLayer, executed, fused_layers, sparsity
 from hwsearch.deployment import lowering_of, parse_variants
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.files import write_bytes
@@ -104,8 +104,8 @@ def build(
 ) -> EngineFile:
     """Write the serialised engine of an allocation, whichever backend it was searched on.
 
-    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine. base: instead of the
-    allocation's own; what was in that one then is in this. weights: as for `deploy`.
+    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine (never tried: there was
+    none). base: instead of the allocation's own; what was in that one then is in this. weights: as for `deploy`.
     Raises InvalidInput (unknown target), IncompatibleTables (of another network), BackendUnavailable (not installed; not
     built, with NVIDIA's reason).
     """
@@ -130,7 +130,15 @@ def build(
     layers = fused_layers(built.log)
     ran = executed(layers)
     return EngineFile(
-        path, len(built.plan), backend, target, base, ran, otherwise(variants, ran), layers, built.seconds
+        path,
+        len(built.plan),
+        backend,
+        target,
+        base,
+        ran,
+        otherwise(variants, ran, built.log, target),
+        layers,
+        built.seconds,
     )
 
 
@@ -151,12 +159,25 @@ def request_of(onnx: bytes, base: str, target: str | None, variants: Mapping[str
     )
 
 
-def otherwise(variants: Mapping[str, Variant], ran: Mapping[str, str]) -> dict[str, str]:
-    return {
-        u: f"asked {v}, compiled to {ran[u]}"
-        for u, v in variants.items()
-        if u in ran and ran[u] != {"tf32": "fp32"}.get(v.precision, v.precision)
-    }
+def otherwise(
+    variants: Mapping[str, Variant], ran: Mapping[str, str], log: Sequence[str], target: str | None
+) -> dict[str, str]:
+    """Units that a builder's log says were compiled to something else than their variants ask for. `ran`: as `executed` tells."""
+    found = sparsity(log)
+    picked = found.picked_layers if found is not None else ()
+    tf32 = target is None or legality.target(target).capability >= legality.SINCE["tf32"]
+    differing = {}
+    for unit, v in variants.items():
+        if unit not in ran:
+            continue
+        asked = "fp32" if v.precision == "tf32" else v.precision  # one type, by the flag of the builder
+        if ran[unit] != asked:
+            differing[unit] = f"asked {v}, compiled to {ran[unit]}"
+        elif v.precision == "tf32" and not tf32:
+            differing[unit] = f"asked {v}, compiled to fp32: {target} has no tf32"
+        elif v.pattern != "dense" and not any(f"{unit}|" in layer for layer in picked):
+            differing[unit] = f"asked {v}, compiled to {ran[unit]}: the builder names no sparse kernel for it"
+    return differing
 
 
 def objections(network: Network, variants: Mapping[str, Variant], base: str, target: str | None) -> list[str]:
@@ -170,9 +191,11 @@ def objections(network: Network, variants: Mapping[str, Variant], base: str, tar
 def _why_not(
     unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX
 ) -> str:
+    """By the graph alone: tf32 is fp32 in it, which a GPU without tf32 computes as that."""
+    plain = {"tf32": "fp32"}
     return legality.why_not(
-        variant.precision, at, base=base, op=unit.op, pattern=variant.pattern,
-        weighted=bool(unit.weight_shape), runtime=backend,
+        plain.get(variant.precision, variant.precision), at, base=plain.get(base, base), op=unit.op,
+        pattern=variant.pattern, weighted=bool(unit.weight_shape), runtime=backend,
     )  # fmt: skip
 
 
@@ -299,5 +322,5 @@ def _judge(
     ran = {u: p for u, p in executed(layers).items() if u in names}
     yield Verdict(
         target, base, str(variant), names, ops, built is not None, reason, documented, ran,
-        otherwise(dict.fromkeys(names, variant), ran), layers,
+        otherwise(dict.fromkeys(names, variant), ran, built.log if built is not None else (), target), layers,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 from hwsearch.errors import BackendUnavailable
 from hwsearch.nodenames import call_of, unit_of
 
-TYPES = {
+TYPES: dict[str, int] = {
     "fp32": TensorProto.FLOAT,
     "tf32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -30,8 +30,16 @@ TYPES = {
 PRECISIONS = "hwsearch.float_units"
 """Metadata key: the units of each float precision, for those whose weights do not tell (see `assemble`)."""
 
-_FLOATS = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
-_SHORT = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+_SHORT: dict[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+}
 _FP16_TOP = 65504.0
 _FP16_NORMAL, _FP16_LEAST = 2.0**-14, 2.0**-24
 _WIDE = frozenset(
@@ -41,6 +49,14 @@ _WIDE = frozenset(
 _OPSET_HALF_SCALES, _OPSET_BF16 = 19, 22
 _CHANGED = {"GroupNormalization": 21, "DFT": 20}
 """Operators whose meaning changed after opset 18, and since when."""
+_MADE_BY = {
+    "Constant": "value",
+    "ConstantOfShape": "value",
+    "EyeLike": "dtype",
+    "RandomNormal": "dtype",
+    "RandomUniform": "dtype",
+}
+"""Operators that make the type that an attribute says, and fp32 without it."""
 _CONTROL = frozenset(("If", "Loop", "Scan"))
 
 
@@ -145,6 +161,9 @@ class _Typer:
         kind = self.units.get(unit, self.base) if own else self.base
         if kind == TensorProto.FLOAT16 and node.op_type in _WIDE:
             return int(TensorProto.FLOAT)
+        told = _MADE_BY.get(node.op_type)
+        if told is not None and all(a.name != told for a in node.attribute):
+            return int(TensorProto.FLOAT)
         schema = self._schema(node)
         if schema is not None:
             reads = [
@@ -247,7 +266,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 def _opset(model: onnx.ModelProto, kinds: set[int]) -> int:
     """The least opset, from the model's own on, whose operators take these types."""
     own = next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    least = {TensorProto.FLOAT16: _OPSET_HALF_SCALES, TensorProto.BFLOAT16: _OPSET_BF16}
+    least: dict[int, int] = {TensorProto.FLOAT16: _OPSET_HALF_SCALES, TensorProto.BFLOAT16: _OPSET_BF16}
     wanted = max([own, *(least.get(k, own) for k in kinds)])
     for node in model.graph.node:
         if node.op_type in _CONTROL:

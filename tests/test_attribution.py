@@ -56,6 +56,30 @@ def test_the_longest_node_says_in_which_precision_a_unit_ran() -> None:
     assert executed_precisions(attribute(nodes, NETWORK, {}), NETWORK)[0] == "bf16"
 
 
+def test_a_generated_kernel_behind_a_product_does_not_say_in_which_precision_it_ran() -> None:
+    nodes = [
+        node("a", "correlation", "conv1|0|Conv", precision="int8", time_ns=2.0),
+        node("b", "kgen", "conv1|0|Conv", "~conv1|0|Relu", precision="fp32", time_ns=5.0),
+        node("c", "kgen", "layer1.conv1|0|Conv", precision="fp16", time_ns=5.0),
+    ]
+    assert executed_precisions(attribute(nodes, NETWORK, {}), NETWORK)[:2] == ("int8", "fp16")
+
+
+def test_a_change_of_layout_is_an_edge_whichever_nodes_it_is_made_for() -> None:
+    nodes = [
+        node("x", "Reformat", "conv1|0|Conv", "~conv1|0|Relu"),
+        node("Reformatting CopyNode for Input Tensor 0 to layer1.conv2|0|Conv", "Reformat"),
+        node("y", "Reformat", "~conv1|0|MaxPool"),
+        node("z", "Reformat"),
+    ]
+    assert [(row.kind, row.units) for row in attribute(nodes, NETWORK, {})] == [
+        ("edge", ("conv1",)),
+        ("edge", ("layer1.conv2",)),
+        ("rest", ("conv1",)),
+        ("edge", ()),
+    ]
+
+
 def test_a_fused_node_says_nothing_of_a_float_unit_that_it_holds() -> None:
     rows = attribute(NODES[:2], NETWORK, {})
     allocation = {"conv1": Variant("fp32"), "layer1.conv1": Variant("fp32"), "layer1.conv2": Variant("int8")}

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from hwsearch import backends, cli, device, doctor
 from hwsearch.backends.base import BuildOptions
-from hwsearch.doctor import Examination, Result, examine, shared
+from hwsearch.doctor import Examination, Result, examine
 from hwsearch.errors import BackendUnavailable, DeviceBusy, InvalidInput
+from hwsearch.sharing import shared
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import checks, small_network
 
@@ -151,6 +152,9 @@ def test_a_gpu_is_examined_with_what_nvml_tells(nvml: Nvml) -> None:
     [examined] = found.backends
     assert examined.device["chip"] == "NVIDIA Test 0"
     assert any("steady clocks" in what for what in examined.not_proven)
+    assert any(
+        what.startswith("tf32, bf16, fp16, fp8, int4, nvfp4: not offered") for what in examined.not_proven
+    )
 
 
 def test_clock_locking_is_tried_where_it_is_asked_for(nvml: Nvml) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from simulated_nvml import FUNCTION_NOT_FOUND, GIB, GPU_IS_LOST, NO_PERMISSION, NOT_SUPPORTED, Handle, Nvml
 
-from hwsearch import device, nvidia
+from hwsearch import clocks, device, nvidia
+from hwsearch.clocks import lock_clocks, sustained_mhz
 from hwsearch.energy import find as find_energy
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.nvidia import REASONS, State, decoded, every, find, lock_clocks
+from hwsearch.nvidia import REASONS, State, decoded, every, find
 
 FIELDS = {
     "nvmlDeviceGetUUID": ["uuid"],
@@ -129,7 +130,7 @@ def test_the_id_is_of_what_decides_speed_and_not_of_the_card_or_the_moment() -> 
 
 
 def names_used() -> set[str]:
-    source = Path(nvidia.__file__).read_text()
+    source = "".join(Path(module.__file__ or "").read_text() for module in (nvidia, clocks))
     return set(re.findall(r"\b(?:nvml[A-Z]\w+|NVML_\w+|NVMLError)\b", source)) - {"nvmlClocksEventReasons"}
 
 
@@ -145,7 +146,7 @@ def test_every_name_is_in_the_real_binding_and_takes_these_arguments() -> None:
     nvml.instances = 0
     probe = find(nvml, {})
     probe.meter()
-    with lock_clocks(probe, probe.sustained_mhz()):
+    with lock_clocks(probe, sustained_mhz(probe)):
         pass
     for name, args in nvml.calls:
         inspect.signature(getattr(real, name)).bind(*args)
@@ -253,7 +254,7 @@ def test_mig_instances_have_memory_of_their_own_and_clocks_of_the_whole() -> Non
         "NVML counts the energy of the whole GPU, and this process has a MIG instance of it",
     )
     with pytest.raises(InvalidInput, match="MIG instance"):
-        probe.sustained_mhz()
+        sustained_mhz(probe)
 
 
 def test_a_backend_on_a_gpu_has_the_gpu_as_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,12 +300,12 @@ def test_energy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_clock_is_one_that_the_gpu_should_keep() -> None:
     unrated = {"nvmlDeviceGetDefaultApplicationsClock": NOT_SUPPORTED}
-    assert find(Nvml(), {}).sustained_mhz() == 1410
-    assert find(Nvml(fails=unrated), {}).sustained_mhz() == 1575  # the highest step within 75 % of 2100
+    assert sustained_mhz(find(Nvml(), {})) == 1410
+    assert sustained_mhz(find(Nvml(fails=unrated), {})) == 1575  # the highest step within 75 % of 2100
     stepless = {**unrated, "nvmlDeviceGetSupportedGraphicsClocks": NOT_SUPPORTED}
-    assert find(Nvml(fails=stepless), {}).sustained_mhz() == 1575
+    assert sustained_mhz(find(Nvml(fails=stepless), {})) == 1575
     with pytest.raises(BackendUnavailable, match="no clock to lock this GPU to: Not Supported"):
-        find(Nvml(fails={**unrated, "nvmlDeviceGetMaxClockInfo": NOT_SUPPORTED}), {}).sustained_mhz()
+        sustained_mhz(find(Nvml(fails={**unrated, "nvmlDeviceGetMaxClockInfo": NOT_SUPPORTED}), {}))
 
 
 def test_clocks_are_let_go_at_the_end_and_on_exceptions() -> None:
@@ -373,11 +374,32 @@ def test_a_handler_that_returns_finds_the_clock_free_and_leaves_it_locked() -> N
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_while_the_clock_is_let_go_does_not_lock_it_again() -> None:
+    nvml, seen, times = Nvml(), [], []
+    let_go = nvml.answers["nvmlDeviceResetGpuLockedClocks"]
+
+    def interrupted(handle: Handle) -> None:
+        let_go(handle)
+        times.append(len(seen))
+        if len(times) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    nvml.answers["nvmlDeviceResetGpuLockedClocks"] = interrupted
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with lock_clocks(find(nvml, {}), 1410):
+            pass
+        assert (seen, nvml.locked) == ([signal.SIGTERM], None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 SCRIPT = """
 import signal, sys, time
 from pathlib import Path
 from simulated_nvml import Nvml
-from hwsearch.nvidia import find, lock_clocks
+from hwsearch.clocks import lock_clocks
+from hwsearch.nvidia import find
 if sys.argv[2] == "ignored":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with lock_clocks(find(Nvml(log=Path(sys.argv[1])), {}), 1410):

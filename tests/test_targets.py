@@ -25,6 +25,7 @@ from hwsearch.targets import (
     check_targets,
     objections,
     offered,
+    otherwise,
     request_of,
     runtime,
     serialise,
@@ -52,8 +53,11 @@ def network(name: str) -> Lowering:
     return zoo(name) if name in ("fashion_resnet", "minilm", "efficientnet_lite0") else small_network(name)
 
 
-@pytest.mark.parametrize("base", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("name", ["residual", "attention", "two_inputs", "fashion_resnet"])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("residual", "fp32"), ("attention", "fp16"), ("two_inputs", "bf16"),
+     ("fashion_resnet", "fp16"), ("fashion_resnet", "bf16"), ("fashion_resnet", "fp32")],
+)  # fmt: skip
 def test_every_variant_is_built_or_refused_as_documented(name: str, base: str) -> None:
     low = network(name)
     found = list(verdicts(runtime("tensorrt-rtx"), low, FIVE, base))
@@ -82,7 +86,7 @@ def test_a_large_network(name: str) -> None:
     assert all(v.layers for v in found if v.legal)
 
 
-@pytest.mark.parametrize("name", ["residual", "attention", "two_inputs", "fashion_resnet"])
+@pytest.mark.parametrize("name", ["attention", "fashion_resnet"])
 def test_mixed_allocations_are_built_or_refused_as_documented(name: str) -> None:
     low = network(name)
     rng = random.Random(0)
@@ -181,6 +185,26 @@ def test_the_builder_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'hwsearch\[tensorrt-rtx\]'"):
         check_targets(tiny.task("cnn"), ["sm86"])
+
+
+def test_what_was_compiled_to_something_else() -> None:
+    variants = {"a": Variant("int8"), "b": Variant("fp16"), "c": Variant("tf32"), "d": Variant("int8", "2:4")}
+    ran = {"a": "fp16", "b": "fp16", "c": "fp32", "d": "int8"}
+    assert otherwise(variants, ran, [], "sm75") == {
+        "a": "asked dense.int8, compiled to fp16",
+        "c": "asked dense.tf32, compiled to fp32: sm75 has no tf32",
+        "d": "asked 2:4.int8, compiled to int8: the builder names no sparse kernel for it",
+    }
+    log = [
+        "[INFO] (Sparsity) Found 1 layer(s) eligible to use sparse tactics: d|0|Conv",
+        "[INFO] (Sparsity) Chose 1 layer(s) using sparse tactics: d|0|Conv",
+    ]
+    assert set(otherwise(variants, ran, log, None)) == {"a"}
+
+
+def test_tf32_is_a_flag_that_turing_does_not_know() -> None:
+    found = verdicts(runtime("tensorrt-rtx"), small_network("residual"), ["sm75", "sm80"], "tf32")
+    assert all(v.explained for v in found)
 
 
 def test_what_is_offered() -> None:

@@ -216,6 +216,36 @@ def test_squares_and_sums_stay_in_fp32_in_fp16() -> None:
     assert np.allclose(run(typed, x), 600.0)
 
 
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_operators_that_make_numbers(base: str) -> None:
+    """Whether or not an attribute says their type."""
+    tensor = numpy_helper.from_array(np.float32([2]))
+    nodes = [
+        helper.make_node("Constant", [], ["a"], name="~|0|Constant", value=tensor),
+        helper.make_node("Constant", [], ["b"], name="~|0|Constant.1", value_floats=[3.0]),
+        helper.make_node("ConstantOfShape", ["shape"], ["c"], name="~|0|ConstantOfShape"),
+        helper.make_node("ConstantOfShape", ["shape"], ["d"], name="~|0|ConstantOfShape.1", value=tensor),
+        helper.make_node("Shape", ["x"], ["e"], name="~|0|Shape"),
+        helper.make_node("Cast", ["e"], ["f"], name="~|0|Cast", to=TensorProto.FLOAT),
+        helper.make_node("Sum", ["x", "a", "b", "c", "d", "f"], ["y"], name="~|0|Sum"),
+    ]
+    typed = strongly_typed(graph(nodes, {"shape": np.int64([1])}, [1]), base)
+    types(typed)
+    if base == "fp16":
+        assert run(typed, np.float32([1])) == 1 + 2 + 3 + 0 + 2 + 1
+
+
+def test_resizing_keeps_its_own_scales_in_fp32() -> None:
+    nodes = [
+        helper.make_node("Resize", ["x", "", "s"], ["y"], name="~|0|Resize", mode="nearest"),
+    ]
+    typed = strongly_typed(graph(nodes, {"s": np.float32([1, 1, 2, 2])}, [1, 1, 2, 2]), "fp16")
+    found = types(typed)
+    assert found["s"] == TensorProto.FLOAT
+    resized = run(typed, np.ones((1, 1, 2, 2), np.float32))
+    assert resized.shape == (1, 1, 4, 4)
+
+
 def test_scales_below_the_normal_range_of_fp16_round_weights_anew() -> None:
     rng = np.random.default_rng(0)
     scales = np.array([3e-7, 1e-5, 4e-3], np.float32)

@@ -17,7 +17,9 @@ from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.measure import Protocol, paired
+from hwsearch.profiler import profile
 from hwsearch.regime import Regime
+from hwsearch.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import small_network
 from hwsearch.variants import Variant, uniform
@@ -50,21 +52,6 @@ def built(
     trt: Any, cuda: FakeCuda, onnx: bytes | None = None, base: str = "fp32", **options: Any
 ) -> TensorRTEngine:
     return TensorRTBackend(trt, cuda, **options).build(onnx or model(), BuildOptions(1, base))
-
-
-# ---- the contract, on both shapes of the inspector's record
-
-
-class TestOnTensorRT10(BackendContract):
-    @pytest.fixture
-    def backend(self, trt: Any, cuda: FakeCuda) -> TensorRTBackend:
-        return TensorRTBackend(trt, cuda)
-
-
-class TestOnTensorRT11(TestOnTensorRT10):
-    @pytest.fixture
-    def trt(self, cuda: FakeCuda) -> Any:
-        return FakeTensorRT(cuda, version="11.4.0.106")
 
 
 # ---- what it says of itself
@@ -209,6 +196,25 @@ def test_engines_are_timed_in_turn(trt: Any, cuda: FakeCuda) -> None:
     one, two = built(trt, cuda), built(trt, cuda)
     timing = paired(one.run, {"two": two.run}, Protocol(width=10.0, limit_s=0.2, block_ns=1000))["two"]
     assert 0.2 < timing.ratio < 5.0
+
+
+def test_a_table_is_profiled_as_on_a_cpu(trt: Any, cuda: FakeCuda, tmp_path: Path) -> None:
+    """Through the profiler, the measuring and the attribution of every other backend; only the GPU is an imitation."""
+    at = Regime(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp32"))
+    protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
+    table = profile(at, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    loaded = LatencyTable.load(tmp_path / "table.parquet")
+    assert loaded.header.backend == "tensorrt"
+    assert loaded.header.versions["gpu"] == "Simulated GPU (sm75)"
+    assert len(table.builds) == 5
+    for build in loaded.builds:
+        asked = [Variant.parse(v).precision for v in build.variants]
+        assert build.executed == tuple(asked), f"{build.role}: asked {asked}, read {build.executed}"
+        assert {row.kind for row in build.nodes} >= {"unit", "rest"}
+        assert ("edge" in {row.kind for row in build.nodes}) == ("int8" in asked)
+        assert not build.wrong
+    trt.live += type(trt.live)()
+    assert trt.live["ICudaEngine"] == 0, "engines of a profile are kept"
 
 
 # ---- layer times
@@ -367,3 +373,18 @@ def nothing_lives(trt: Any, cuda: FakeCuda) -> None:
     cuda.live += type(cuda.live)()
     assert not trt.live, f"TensorRT's objects still live: {dict(trt.live)}"
     assert not cuda.live, f"of the GPU there still live: {dict(cuda.live)}"
+
+
+# ---- the contract, on both shapes of the inspector's record
+
+
+class TestOnTensorRT10(BackendContract):
+    @pytest.fixture
+    def backend(self, trt: Any, cuda: FakeCuda) -> TensorRTBackend:
+        return TensorRTBackend(trt, cuda)
+
+
+class TestOnTensorRT11(TestOnTensorRT10):
+    @pytest.fixture
+    def trt(self, cuda: FakeCuda) -> Any:
+        return FakeTensorRT(cuda, version="11.4.0.106")

@@ -59,6 +59,20 @@ def linear(kind: str, base: str) -> bytes:
         constant("wq", np.clip(np.round(weight / 0.02), -7, 7).astype(np.int8), TensorProto.INT4)
         constant("ws", np.full((K // BLOCK, N), 0.02, np.float32))
         node("DequantizeLinear", ["wq", "ws"], "w", "DequantizeLinear.weight", axis=0, block_size=BLOCK)
+    elif kind == "nvfp4":
+        opset = 23
+        constant("overall", np.float32(1e-3))
+        dynamic = helper.make_node(
+            "TRT_FP4DynamicQuantize", ["x", "overall"], ["xq", "xs"], name="u|0|QuantizeLinear.in0", domain="trt",
+            axis=-1, block_size=16, scale_type=TensorProto.FLOAT8E4M3FN,
+        )  # fmt: skip
+        nodes.append(dynamic)
+        node("DequantizeLinear", ["xs", "overall"], "xsd", "DequantizeLinear.scale0")
+        x = node("DequantizeLinear", ["xq", "xsd"], "xd", "DequantizeLinear.in0", axis=-1, block_size=16)
+        constant("wq", np.clip(np.round(weight / 0.03), -6, 6), TensorProto.FLOAT4E2M1)
+        constant("ws", np.full((K // 16, N), 32.0), TensorProto.FLOAT8E4M3FN)
+        node("DequantizeLinear", ["ws", "overall"], "wsd", "DequantizeLinear.scale")
+        node("DequantizeLinear", ["wq", "wsd"], "w", "DequantizeLinear.weight", axis=0, block_size=16)
     else:
         constant("w", weight)
     constant("b", np.zeros(N, np.float32))
@@ -68,9 +82,11 @@ def linear(kind: str, base: str) -> bytes:
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [16, K])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [16, N])],
         constants,
+        value_info=[helper.make_tensor_value_info("xd", TensorProto.FLOAT, [16, K])] if kind == "nvfp4" else [],
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 10
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("trt", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    model.ir_version = 11
     data: bytes = strongly_typed(model, base).SerializeToString()
     return data
 
@@ -81,7 +97,7 @@ def rtx() -> Any:
 
 
 @pytest.mark.parametrize("base", ["fp16", "bf16", "fp32", "tf32"])
-@pytest.mark.parametrize("kind", ["int8", "fp8", "int4", "base"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4", "nvfp4", "base"])
 def test_what_is_built_is_what_is_documented(rtx: Any, kind: str, base: str) -> None:
     for sm in FIVE:
         precision = base if kind == "base" else kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,39 @@ def test_names_only() -> None:
     assert set(executed.values()) == {""}, "names do not tell precisions, and none is made up"
 
 
+def recorded() -> list[dict[str, Any]]:
+    """What tensorrt_rtx 1.7 logged of the contract's residual network (fp16, conv1 and head in int8), as the inspector's JSON."""
+    log = json.loads((SAMPLES.parent / "rtx_1_7_residual_mixed_fp16_sm86.json").read_text())
+    listing = next(line for line in log if "Layers:" in line).partition("Layers:\n")[2]
+    layers = []
+    for text in listing.splitlines():
+        if not text.startswith("Name: "):
+            continue
+        parts = re.split(r", (?=(?:LayerType|Inputs|Constants|Outputs|TacticName|StreamId|Metadata): )", text)
+        layer: dict[str, Any] = dict(part.split(": ", 1) for part in parts)
+        for key in ("Inputs", "Constants", "Outputs"):
+            found = re.findall(
+                r"\{ Name: (.*?), Dimensions.*?Datatype: (\w+), Format: (.*?) \}", layer.get(key, "")
+            )
+            layer[key] = [{"Name": n, "Datatype": d, "Format": f} for n, d, f in found]
+        layers.append(layer)
+    return layers
+
+
+def test_recorded_by_tensorrt_rtx() -> None:
+    record = recorded()
+    layers = layers_of(json.dumps({"Layers": record}))
+    assert [layer.op for layer in layers].count("correlation") == 3
+    # generated kernels take longest here: what they compute in is still not what the products are computed in
+    times = {layer.name: 9.0 if layer.op == "kgen" else 1.0 for layer in layers}
+    names = ("stem", "conv1", "conv2", "head")
+    network = Network(tuple(Unit(n, "conv2d", (SHAPE,), SHAPE) for n in names))
+    rows = attribute(joined(layers, times, runs=1), network, {})
+    assert executed_precisions(rows, network) == ("fp16", "int8", "fp16", "int8")
+    assert {row.units for row in rows if row.kind == "edge"} == {("conv1",), ("head",)}, "two quantizations"
+    assert {unit for row in rows if row.kind == "unit" for unit in row.units} == set(names)
+
+
 @pytest.mark.parametrize(
     ("entry", "precision"),
     [
@@ -97,6 +131,7 @@ def test_names_only() -> None:
         ({"TacticName": "unknown_kernel", "Inputs": [{"Name": "x", "Datatype": "FP8"}]}, "fp8"),
         ({"Inputs": [{"Name": "x", "Format/Datatype": "Half"}, {"Name": "w", "Format/Datatype": "Int4"}]}, "int4"),
         ({"Inputs": [{"Name": "x", "DataType": "FP4"}]}, "nvfp4"),
+        ({"Inputs": [{"Name": "x", "Datatype": "Half"}], "Constants": [{"Name": "w", "Datatype": "Int4"}]}, "int4"),
         ({"Weights": {"Type": "Int8"}, "Inputs": [{"Name": "x", "Format/Datatype": "Half"}]}, "int8"),
         ({"Inputs": [{"Name": "i", "DataType": "Int64"}, {"Name": "x", "DataType": "Half"}]}, "fp16"),
         ({"Inputs": [{"Name": "x", "Format/Datatype": "N/A due to dynamic shapes"}]}, ""),

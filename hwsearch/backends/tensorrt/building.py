@@ -58,7 +58,7 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     """
     log, began = log_of(trt), time.perf_counter()
     builder = started(trt, trt.Builder, log)
-    lines = log.lines
+    lines: list[str] = log.lines
     network = _parsed(trt, builder, log, request.onnx)
     config, cache_in = _config(trt, builder, request)
     plan = builder.build_serialized_network(network, config)

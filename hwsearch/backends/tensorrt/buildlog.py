@@ -21,7 +21,7 @@ PRECISION_OF = {
     "Int8": "int8",
     "FP8": "fp8",
     "Int4": "int4",
-    "FP4": "nvfp4",
+    "FP4E2M1": "nvfp4",
 }
 """TensorRT's words for types, and hwsearch's."""
 

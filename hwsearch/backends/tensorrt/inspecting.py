@@ -157,7 +157,8 @@ def _precision(entry: Mapping[str, Any], moves: bool) -> str:
     found = _TACTIC.search(tactic)
     weights = entry.get("Weights") or entry.get("ConvWeights")
     stored = _word(str(weights.get("Type", ""))) if isinstance(weights, Mapping) else ""
-    narrow = next((p for p in (stored, *inputs) if p in ("int4", "nvfp4")), "")
+    constants = [_type_of(t) for t in entry.get("Constants", ()) if isinstance(t, Mapping)]
+    narrow = next((p for p in (stored, *inputs, *constants) if p in ("int4", "nvfp4")), "")
     computed = _COMPUTED[found[1]] if found else ""
     # weights of four bits are stored so and unpacked inside the kernel, whose name tells what they are unpacked to
     return narrow or computed or stored or next((p for p in (*inputs, *outputs) if p), "")

@@ -49,7 +49,7 @@ TARGETS: Mapping[str, Target] = {
     )
 }
 
-_SINCE = {
+SINCE = {
     "fp32": (7, 5),
     "fp16": (7, 5),
     "int8": (7, 5),
@@ -85,10 +85,10 @@ def why_not(
     op: the unit's. weighted: whether it has weights (a product of two activations has none).
     """
     for kind in (base, precision):
-        if kind not in _SINCE:
+        if kind not in SINCE:
             return f"{kind} is no precision of TensorRT's that is known here"
-        if at.capability < _SINCE[kind]:
-            since = _SINCE[kind]
+        if at.capability < SINCE[kind]:
+            since = SINCE[kind]
             name = f" ({_SINCE_NAMES[since]})" if since in _SINCE_NAMES else ""
             what = f"base {kind}" if kind == base and kind != precision else kind
             return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.number}"

@@ -48,9 +48,9 @@ def started(trt: Any, kind: Any, log: Any) -> Any:
     if made is not None and not reasons(log.lines):
         return made
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
-    why = reasons(log.lines) or said or "it gave no reason"
+    said = reasons(log.lines) or said or "it gave no reason"
     raise BackendUnavailable(
-        f"{trt.__name__} does not start here: {why}; it needs an NVIDIA GPU and its driver"
+        f"{trt.__name__} does not start here: {said}; it needs an NVIDIA GPU and its driver"
     )
 
 
