@@ -179,6 +179,10 @@ def test_what_was_compiled_to_something_else() -> None:
     assert otherwise(variants, ran, [], "sm75") == {
         "a": "asked dense.int8, compiled to fp16",
         "c": "asked dense.tf32, compiled to fp32: sm75 has no tf32",
+        "d": "asked 2:4.int8, compiled to int8: 2:4 needs compute capability 8.0 (Ampere), sm75 has 7.5",
+    }
+    assert otherwise(variants, ran, [], "sm86") == {
+        "a": "asked dense.int8, compiled to fp16",
         "d": "asked 2:4.int8, compiled to int8: the builder names no sparse kernel for it",
     }
     log = [
