@@ -63,7 +63,7 @@ class Timing:
     energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     disturbed: bool = False
-    """Whether there were too few rounds on a quiet machine, so that all of them count."""
+    """Whether there were too few rounds on a machine as quiet as it is known to be."""
     states: tuple[State, ...] = ()
 
     @property
@@ -176,7 +176,9 @@ def paired(
             gc.enable()
     states += [sample()] if sample else []
     result = {}
-    counted = quiet if enough else np.ones_like(quiet)
+    if not enough:  # a machine that is slower as a whole has its own quiet rounds
+        quiet = _quiet(samples[None], None)
+    counted = quiet if quiet.sum() >= protocol.min_rounds else np.ones_like(quiet)
     for name in candidates:
         ratio, low, high, width = _interval(
             samples[name], samples[None], counted, np.random.default_rng(seed)

@@ -86,6 +86,13 @@ def test_a_disturbance_that_lasts_is_flagged_where_the_quiet_machine_is_known() 
     assert waited.ratio == pytest.approx(0.5, rel=0.01)
 
 
+def test_a_machine_that_is_slower_as_a_whole_has_quiet_rounds_of_its_own() -> None:
+    timing = disturbed(busy(0.5), quiet_ns=1e6)
+    assert timing.disturbed
+    assert timing.unstable
+    assert timing.ratio == pytest.approx(0.5, rel=0.01)
+
+
 def test_rounds_are_mirrored() -> None:
     machine = Machine()
     protocol = Protocol(block_ns=1, warmup_ns=1)
