@@ -113,6 +113,11 @@ class LatencyModel:
         """Whether a unit was measured in a variant at some widths."""
         return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self._index
 
+    def foretells(self, build: Build) -> bool:
+        """Whether every unit of a build was measured as it was built."""
+        candidate = self.table.candidate(build)
+        return all(self.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
+
     def edge_ns(self, src: str, dst: str, share: float = 1.0) -> dict[tuple[bool, bool], float]:
         """Sum over the edges from src to dst of r[e, class pair]; float to float is 0.
 
@@ -169,23 +174,10 @@ def fit(
     each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
     model = LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
-    if heldout:
-        model.spread = _proved(model, [b for b in heldout if _foretold(model, b)])
+    if heldout := [b for b in heldout if model.foretells(b)]:
+        times, measured, sigma = _against(model, heldout)
+        model.spread = rescaled(spread, (measured - times) / sigma)
     return model
-
-
-def _foretold(model: LatencyModel, build: Build) -> bool:
-    """Whether the fit knows every unit of a build as it was built."""
-    candidate = model.table.candidate(build)
-    return all(model.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
-
-
-def _proved(model: LatencyModel, heldout: Sequence[Build]) -> Spread:
-    """The model's spread, scaled by how far off it is on builds that the fit never saw."""
-    if not heldout:
-        return model.spread
-    times, measured, sigma = _against(model, heldout)
-    return rescaled(model.spread, (measured - times) / sigma)
 
 
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:

@@ -299,13 +299,9 @@ class _Run:
         model = fit(self.table)
         errors = []
         for build in usable(self.table):
-            candidate = self.table.candidate(build)
             quiet = self.table.disturbance(build) < DISTURBED - 1.0
-            if (
-                build.role == "heldout"
-                and quiet
-                and all(model.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
-            ):
+            if build.role == "heldout" and quiet and model.foretells(build):
+                candidate = self.table.candidate(build)
                 time = model.predict(candidate.variants, candidate.widths).time_ns
                 errors.append(abs(time / self.table.time_ns(build) - 1.0))
         return float(np.percentile(errors, 75)) if len(errors) >= LEAST_HELDOUT else None
