@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,13 +25,18 @@ SUSPECT = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """One build: measured and predicted ns, sigma, whether the fit left it out for good (held out), and the causes."""
+    """One build: measured and predicted ns, with the standard errors of both, and the causes.
+
+    heldout: left out of the fit for good. disturbed: something else slowed the machine down in all rounds of its timing.
+    """
 
     role: str
     measured_ns: float
+    error_ns: float
     predicted_ns: float
     sigma_ns: float
     heldout: bool
+    disturbed: bool
     causes: dict[str, float]
 
     @property
@@ -40,8 +46,13 @@ class Point:
 
     @property
     def z(self) -> float:
-        """The error in standard errors of the prediction."""
-        return (self.predicted_ns - self.measured_ns) / max(self.sigma_ns, 1.0)
+        """The error in standard errors of what was predicted and of what was measured, together."""
+        return (self.predicted_ns - self.measured_ns) / max(self.together_ns, 1.0)
+
+    @property
+    def together_ns(self) -> float:
+        """Standard error of the difference between predicted and measured."""
+        return math.hypot(self.sigma_ns, self.error_ns)
 
 
 @dataclass(frozen=True)
@@ -107,9 +118,12 @@ def diagnose(model: LatencyModel) -> Diagnosis:
             found = model.predict(candidate.variants, candidate.widths)
             points.append((build, found.time_ns, found.sigma_ns))
     made = tuple(
-        Point(b.role, table.time_ns(b), t, s, b.role == "heldout", _causes(model, b, number[id(b)]))
+        Point(
+            role=b.role, measured_ns=table.time_ns(b), error_ns=error_ns(table, b), predicted_ns=t, sigma_ns=s,
+            heldout=b.role == "heldout", disturbed=table.disturbed(b), causes=_causes(model, b, number[id(b)]),
+        )
         for b, t, s in points
-    )
+    )  # fmt: skip
     if len(made) < 3:
         raise InvalidInput(
             "the table has too few builds of whole networks that others foretell, or that were held out; profile longer, "
@@ -125,9 +139,7 @@ def diagnose(model: LatencyModel) -> Diagnosis:
     quality = summarise(
         np.array([p.predicted_ns for p in made]),
         np.array([p.measured_ns for p in made]),
-        np.array(
-            [np.hypot(p.sigma_ns, error_ns(table, b)) for p, (b, _, _) in zip(made, points, strict=True)]
-        ),
+        np.array([p.together_ns for p in made]),
         noise_floor(table),
     )
     return Diagnosis(made, correlations, quality, model.drift)

@@ -7,7 +7,6 @@ from typing import Any
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit, validate
-from hwsearch.measure import DISTURBED
 from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
 from hwsearch.table import SANDWICHED, SCHEMA, Build, LatencyTable, usable
@@ -74,8 +73,8 @@ def quality(table: LatencyTable) -> dict[str, float] | None:
 
 
 def disturbed(table: LatencyTable) -> int:
-    """Builds all the while of which something else slowed the machine down; they count for less in a fit."""
-    return sum(1.0 + table.disturbance(b) > DISTURBED for b in table.builds)
+    """How many builds were measured on a disturbed machine."""
+    return sum(map(table.disturbed, table.builds))
 
 
 def _energy(build: Build) -> str:

@@ -32,7 +32,7 @@ from hwsearch.design import (
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.isolated import METADATA_BYTES, Layers
 from hwsearch.latency import fit
-from hwsearch.measure import DISTURBED, QUIET, Protocol, paired
+from hwsearch.measure import QUIET, Protocol, paired
 from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, graph_bytes, record, refusals, wrong_variants
@@ -299,8 +299,7 @@ class _Run:
         model = fit(self.table)
         errors = []
         for build in usable(self.table):
-            quiet = self.table.disturbance(build) < DISTURBED - 1.0
-            if build.role == "heldout" and quiet and model.foretells(build):
+            if build.role == "heldout" and not self.table.disturbed(build) and model.foretells(build):
                 candidate = self.table.candidate(build)
                 time = model.predict(candidate.variants, candidate.widths).time_ns
                 errors.append(abs(time / self.table.time_ns(build) - 1.0))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.measure import QUIET
+from hwsearch.measure import DISTURBED, QUIET
 from hwsearch.network import Network
 from hwsearch.nvidia import State
 from hwsearch.sections import Section, matching, only
@@ -293,6 +293,10 @@ class LatencyTable:
         0 of deployed builds, whose sessions may have been slower as a whole.
         """
         return 0.0 if build.role == "deployed" else max(build.quiet_ns / self.quiet_ns - 1.0, 0.0)
+
+    def disturbed(self, build: Build) -> bool:
+        """Whether something else slowed the machine down all the while a build was measured: it counts for less in a fit."""
+        return 1.0 + self.disturbance(build) > DISTURBED
 
     def tail(self, quantile: float) -> float:
         """That quantile of the times of single inferences, relative to their median.

@@ -72,6 +72,23 @@ def test_a_picture(tmp_path: Path) -> None:
     assert "boundaries" in labels
 
 
+def test_builds_of_a_disturbed_machine_are_told_apart(tmp_path: Path) -> None:
+    table = simulated_table(NETWORK, LAW, heldout=5, noise=0.02, node_noise=0.05)
+    odd = [i for i, b in enumerate(table.builds) if b.role in ("design", "heldout")][-8:]
+    builds = tuple(
+        replace(b, reference_ns=1.5 * b.reference_ns) if i in odd else b for i, b in enumerate(table.builds)
+    )
+    slow = LatencyTable(table.header, builds)
+    assert [slow.disturbed(b) for b in slow.builds] == [i in odd for i in range(len(builds))]
+    found = diagnose(fit(slow))
+    assert sum(p.disturbed for p in found.points) == len(odd)
+    assert min(p.together_ns / p.measured_ns for p in found.points if p.disturbed) > 0.15
+    figure = hs.plot_diagnosis(slow, tmp_path / "d.png")
+    (legend,) = [a.get_legend() for a in figure.axes[:1]]
+    assert legend is not None
+    assert sum("on a disturbed machine" in text.get_text() for text in legend.get_texts()) == 2
+
+
 def test_too_little_to_diagnose() -> None:
     with pytest.raises(InvalidInput, match="too few builds"):
         diagnose(fit(alone_table(NETWORK, LAW)))

@@ -1,7 +1,7 @@
 """Which backends there are: every package may offer more under the entry-point group `hwsearch.backends`.
 
 [project.entry-points."hwsearch.backends"]
-mine = "my_package.my_module:MyBackend"     # a class without arguments that keeps base.Backend
+mine = "my_package.my_module:MyBackend"     # called without arguments it gives a base.Backend
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hwsearch.backends.base import Backend
 
 GROUP = "hwsearch.backends"
-_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt"}
+_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 
 
 def names() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,8 +23,9 @@ SHOWN = tuple(c for c in CAUSES if c != "measured time")
 def plot_diagnosis(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:
     """Errors of a latency model, each build predicted without itself.
 
-    Above: the error against the measured time, with sigma; how often errors are within so many sigma, beside what a normal
-    distribution would give. Below: the error against each thing that it should not depend on, one panel each.
+    Above: the error against the measured time, with sigma (of prediction and measurement together); how often errors are
+    within so many sigma, beside what a normal distribution would give. Below: the error against each thing that it should
+    not depend on, one panel each.
     source: a table (a model is fitted on it) or a model. path: where to save it. Raises InvalidInput where there is too
     little to show.
     """
@@ -56,23 +58,34 @@ def plot_diagnosis(source: LatencyTable | LatencyModel, path: str | Path | None 
     return done(figure, path)
 
 
-def _parts(found: Diagnosis) -> list[tuple[str, str, str, list[Point]]]:
-    fitted, held = ([p for p in found.points if p.heldout == h] for h in (False, True))
-    return [
-        ("o", FITTED, f"left out once ({len(fitted)})", fitted),
-        ("D", HIGHLIGHT, f"held out ({len(held)})", held),
-    ]
+def _parts(found: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
+    """(how to draw them, what they are, points); hollow where the machine was disturbed."""
+    parts = []
+    for marker, color, what, heldout in (
+        ("o", FITTED, "left out once", False),
+        ("D", HIGHLIGHT, "held out", True),
+    ):
+        for disturbed in (False, True):
+            points = [p for p in found.points if (p.heldout, p.disturbed) == (heldout, disturbed)]
+            edge = (
+                {"markerfacecolor": "white", "markeredgecolor": color}
+                if disturbed
+                else {"markeredgecolor": "white"}
+            )
+            name = f"{what}, on a disturbed machine" if disturbed else what
+            if points:
+                parts.append(({"marker": marker, "color": color, **edge}, f"{name} ({len(points)})", points))
+    return parts
 
 
 def _over_time(axes: Axes, found: Diagnosis) -> None:
-    for marker, color, label, points in _parts(found):
-        if points:
-            x = [p.measured_ns / 1e6 for p in points]
-            sigma = [p.sigma_ns / p.measured_ns for p in points]
-            axes.errorbar(
-                x, [p.error for p in points], yerr=sigma, fmt=marker, color=color, ecolor=FAINT, elinewidth=0.7,
-                markersize=4.5, markeredgecolor="white", label=label,
-            )  # fmt: skip
+    for look, label, points in _parts(found):
+        x = [p.measured_ns / 1e6 for p in points]
+        sigma = [p.together_ns / p.measured_ns for p in points]
+        axes.errorbar(
+            x, [p.error for p in points], yerr=sigma, linestyle="none", ecolor=FAINT, elinewidth=0.7, markersize=4.5,
+            label=label, **look,
+        )  # fmt: skip
     axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("measured latency (ms)")
@@ -95,10 +108,10 @@ def _within_sigma(axes: Axes, found: Diagnosis) -> None:
 
 
 def _against(axes: Axes, cause: str, found: Diagnosis) -> None:
-    for marker, color, _, points in _parts(found):
+    for look, _, points in _parts(found):
         axes.plot(
-            [p.causes[cause] for p in points], [p.error for p in points], marker, color=color, markersize=3.5,
-            markeredgecolor="white", markeredgewidth=0.4,
+            [p.causes[cause] for p in points], [p.error for p in points], linestyle="none", markersize=3.5,
+            **{**look, "markeredgewidth": 0.8 if points[0].disturbed else 0.4},
         )  # fmt: skip
     axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -119,7 +119,7 @@ def test_profiling_without_a_gpu_is_one_message_at_once(tmp_path: Path) -> None:
     )
     assert json.loads(done.stdout) == [1, False, False]
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: TensorRT cannot run here: the package tensorrt cannot be imported")
+    assert line.startswith("error: tensorrt cannot run here: the package tensorrt cannot be imported")
     assert "there is no NVIDIA driver" in line
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +133,20 @@ def test_it_is_registered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     (status,) = backends.status()
     assert not status.available
-    assert "TensorRT cannot run here" in status.reason
+    assert "tensorrt cannot run here" in status.reason
+
+
+def test_tensorrt_for_rtx_is_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, under its own name, by its own package; without a driver it says so in the line of the others."""
+    found = {e.name: e for e in backends.entry_points(group=backends.GROUP)}
+    assert {"tensorrt", "tensorrt-rtx"} <= set(found)
+    backend = backends.get("tensorrt-rtx")
+    assert backend.name == "tensorrt-rtx"
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(
+        BackendUnavailable, match=r"package tensorrt_rtx cannot be .*'hwsearch\[tensorrt-rtx\]'"
+    ):
+        backend.versions()
 
 
 # ---- torch.cuda

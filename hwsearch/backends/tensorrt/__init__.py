@@ -34,21 +34,23 @@ _COMPARED_RUNS = 25
 class TensorRTBackend:
     """trt: the module to use, `tensorrt` unless told. cuda: how the GPU is reached, torch unless told.
 
+    package: the name of the module, imported when it is needed, where none is given.
     builds: how often each network is built; the fastest stays, and its engine keeps the times of all. Tactics are chosen by
     timing them, so that no two builds need be alike.
     """
 
-    name = "tensorrt"
     quantize_outputs = False
     gpu = True
 
-    def __init__(self, trt: Any = None, cuda: Cuda | None = None, *, builds: int = 1) -> None:
+    def __init__(
+        self, trt: Any = None, cuda: Cuda | None = None, *, package: str = "tensorrt", builds: int = 1
+    ) -> None:
         if builds < 1:
             raise InvalidInput(f"a network must be built at least once, got builds={builds}")
         self._trt, self._cuda = trt, cuda
         self._builds = builds
-        if trt is not None and trt.__name__ == "tensorrt_rtx":
-            self.name = "tensorrt-rtx"  # its kernels are not TensorRT's
+        self._package = package if trt is None else trt.__name__
+        self.name = self._package.replace("_", "-")  # the kernels of tensorrt_rtx are not TensorRT's
 
     @property
     def trt(self) -> Any:
@@ -66,10 +68,11 @@ class TensorRTBackend:
         missing: list[str] = []
         if self._trt is None:
             try:
-                self._trt = import_module("tensorrt")
+                self._trt = import_module(self._package)
             except (ImportError, OSError) as error:  # its libraries may be missing, or be of another CUDA
                 missing.append(
-                    f"the package tensorrt cannot be imported ({error}), install it with: pip install 'hwsearch[tensorrt]'"
+                    f"the package {self._package} cannot be imported ({error}), install it with: "
+                    f"pip install 'hwsearch[{self.name}]'"
                 )
         if self._cuda is None:
             try:
@@ -79,7 +82,7 @@ class TensorRTBackend:
             except BackendUnavailable as error:
                 missing.append(str(error))
         if missing:
-            raise BackendUnavailable(f"TensorRT cannot run here: {'; and '.join(missing)}")
+            raise BackendUnavailable(f"{self.name} cannot run here: {'; and '.join(missing)}")
 
     def versions(self) -> Mapping[str, str]:
         """Of TensorRT, the driver and CUDA, with the GPU: times hold for that GPU only."""
@@ -96,10 +99,10 @@ class TensorRTBackend:
     def build(self, onnx: bytes, options: BuildOptions) -> TensorRTEngine:
         if options.base not in self.bases():
             raise BackendUnavailable(
-                f"TensorRT does not execute {options.base} on this GPU; it offers {', '.join(self.bases())}"
+                f"{self.name} does not execute {options.base} on this GPU; it offers {', '.join(self.bases())}"
             )
         if options.threads != 1:
-            raise InvalidInput(f"TensorRT runs on the GPU; leave --threads at 1, got {options.threads}")
+            raise InvalidInput(f"{self.name} runs on the GPU; leave --threads at 1, got {options.threads}")
         from hwsearch.backends.tensorrt.building import BuildRequest, serialise
         from hwsearch.backends.tensorrt.buildlog import sparsity
         from hwsearch.typed import strongly_typed
@@ -129,6 +132,11 @@ class TensorRTBackend:
         """The file of the tactics' times, shared by all builds of one GPU, driver and TensorRT."""
         key = "-".join(f"{name}-{version}" for name, version in self.versions().items())
         return cache_dir() / "tensorrt" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).strip('-')}.timing"
+
+
+def rtx() -> TensorRTBackend:
+    """TensorRT for RTX: a small package with kernels of its own, which it finishes compiling on the GPU."""
+    return TensorRTBackend(package="tensorrt_rtx")
 
 
 def _parsed(onnx: bytes) -> tuple[ModelProto, list[str], list[str]]:
