@@ -21,6 +21,7 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend, Engine
 from hwsearch.background import background
 from hwsearch.budget import TAILS, Budget, parse_budgets
+from hwsearch.calling import evaluating, flat_inputs
 from hwsearch.checking import Check, measure_again, spread
 from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables, InvalidInput
@@ -36,7 +37,6 @@ from hwsearch.report import Report
 from hwsearch.scoring import divergence
 from hwsearch.table import SANDWICHED, Build, LatencyTable
 from hwsearch.task import Task
-from hwsearch.trace import evaluating, flat_inputs
 from hwsearch.variants import Variant, legal, uniform
 
 VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)

@@ -19,12 +19,12 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.calling import as_call
 from hwsearch.compress.apply import Simulator
 from hwsearch.deployment import Deployed, deploy, parse_variants, verify
 from hwsearch.errors import IncompatibleTables
 from hwsearch.refitting import weight_bank
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
-from hwsearch.trace import as_call
 from hwsearch.variants import network_bytes
 
 BACKENDS = {"onnxruntime": ONNXRuntimeBackend(), "openvino": OpenVINOBackend()}
