@@ -21,11 +21,13 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend, Engine
 from hwsearch.background import background
 from hwsearch.budget import TAILS, Budget, parse_budgets
+from hwsearch.builds import Build
 from hwsearch.calling import evaluating, flat_inputs
 from hwsearch.checking import Check, measure_again, spread
 from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
+from hwsearch.header import SANDWICHED
 from hwsearch.isolated import reference_engine
 from hwsearch.lower import Lowering
 from hwsearch.measure import Protocol, Timing, paired
@@ -35,7 +37,7 @@ from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, record, regime
 from hwsearch.report import Report
 from hwsearch.scoring import divergence
-from hwsearch.table import SANDWICHED, Build, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.task import Task
 from hwsearch.variants import Variant, legal, uniform
 
