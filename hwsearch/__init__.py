@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from hwsearch.api import sensitivity as sensitivity
     from hwsearch.checking import check as check
     from hwsearch.deployment import deploy as deploy
-    from hwsearch.deployment import verify as verify
     from hwsearch.pipeline import run as run
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
     from hwsearch.targets import check_targets as check_targets
     from hwsearch.task import Task as Task
     from hwsearch.task import load as load
+    from hwsearch.verification import verify as verify
 
 __version__ = "0.1.0"
 _HOMES = {
     "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "checking": ["check"],
-    "deployment": ["deploy", "verify"], "pipeline": ["run"],
+    "deployment": ["deploy"], "pipeline": ["run"], "verification": ["verify"],
     "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
     "allocate.search": ["front", "search"],
     "scoring": ["SensitivityTable"], "table": ["LatencyTable"],

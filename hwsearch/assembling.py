@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import LEVELS, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
+from hwsearch.nodenames import unique
 from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import NVFP4_BLOCK, Variant
 
@@ -143,10 +144,10 @@ class _Builder:
             return
         values = self._coded(f"{name}/{precision}", precision, stored.values)
         if stored.scales is None:
-            own = self._unique(f"{unit}|0|Cast.weight")
+            own = unique(f"{unit}|0|Cast.weight", self.names)
             self._add("Cast", [values], name, own, to=TensorProto.FLOAT)
             return
-        own = self._unique(f"{unit}|0|DequantizeLinear.weight")
+        own = unique(f"{unit}|0|DequantizeLinear.weight", self.names)
         if not stored.block:
             scale = self._constant(f"{name}/scale", stored.scales)
             zero = self._zero(f"{name}/zero", precision, stored.scales.shape)
@@ -155,7 +156,7 @@ class _Builder:
         if precision == "nvfp4":
             coded = self._coded(f"{name}/scale/fp8", "fp8", stored.scales)
             overall = self._constant(f"{name}/overall", np.asarray(stored.overall, np.float32))
-            scale, scaled = f"{name}/scale", self._unique(f"{unit}|0|DequantizeLinear.scale")
+            scale, scaled = f"{name}/scale", unique(f"{unit}|0|DequantizeLinear.scale", self.names)
             self._add("DequantizeLinear", [coded, overall], scale, scaled)
         else:
             scale = self._constant(f"{name}/scale", stored.scales)
@@ -173,15 +174,15 @@ class _Builder:
                 "TRT_FP4DynamicQuantize",
                 [source, scale],
                 [values, f"{scales}/fp8"],
-                self._unique(f"{base}|QuantizeLinear.in{port}"),
+                unique(f"{base}|QuantizeLinear.in{port}", self.names),
                 domain=TRT_DOMAIN,
                 axis=-1,
                 block_size=NVFP4_BLOCK,
                 scale_type=TensorProto.FLOAT8E4M3FN,
             )
-            scaled = self._unique(f"{base}|DequantizeLinear.scale{port}")
+            scaled = unique(f"{base}|DequantizeLinear.scale{port}", self.names)
             self._add("DequantizeLinear", [f"{scales}/fp8", scale], scales, scaled)
-            own = self._unique(f"{base}|DequantizeLinear.in{port}")
+            own = unique(f"{base}|DequantizeLinear.in{port}", self.names)
             self._add("DequantizeLinear", [values, scales], output, own, axis=-1, block_size=NVFP4_BLOCK)
             if source in self.known:  # nothing infers shapes through an operator of another domain
                 shape = onnx.ValueInfoProto()
@@ -211,23 +212,16 @@ class _Builder:
                 "QuantizeLinear",
                 [source, scale, zero],
                 quantized,
-                self._unique(f"{base}|QuantizeLinear.{role}{port}"),
+                unique(f"{base}|QuantizeLinear.{role}{port}", self.names),
             )
             self._add(
                 "DequantizeLinear",
                 [quantized, scale, zero],
                 output,
-                self._unique(f"{base}|DequantizeLinear.{role}{port}"),
+                unique(f"{base}|DequantizeLinear.{role}{port}", self.names),
             )
             self.dequantized[key] = output
         self.renamed[node.output[0]] = self.dequantized[key]
-
-    def _unique(self, base: str) -> str:
-        name, count = base, 1
-        while name in self.names:
-            name, count = f"{base}.{count}", count + 1
-        self.names.add(name)
-        return name
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
         # a scale of shape [1] means one channel, and TensorRT then runs no convolution in int8: scalars stay scalars
@@ -283,7 +277,7 @@ class _Builder:
             if source == name:
                 continue
             if source not in made or source in outputs or source in rename:
-                self._add("Identity", [source], name, self._unique(f"~|0|Identity.{name}"))
+                self._add("Identity", [source], name, unique(f"~|0|Identity.{name}", self.names))
             else:
                 rename[source] = name
         for node in self.nodes if rename else ():

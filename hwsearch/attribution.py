@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hwsearch.backends.base import NodeTime
+from hwsearch.builds import NodeRow
 from hwsearch.marking import unit_of
 from hwsearch.network import Network
-from hwsearch.table import NodeRow
 from hwsearch.variants import Variant
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")

@@ -13,13 +13,14 @@ from hwsearch import backends
 from hwsearch import device as devices
 from hwsearch.backends.base import Backend, Engine
 from hwsearch.background import background
+from hwsearch.builds import Build
 from hwsearch.design import RESIDUAL
 from hwsearch.errors import InvalidInput
 from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
 from hwsearch.reshaping import own_shapes, reshaped
-from hwsearch.table import Build, LatencyTable, usable
+from hwsearch.table import LatencyTable, usable
 from hwsearch.task import load
 from hwsearch.variants import uniform
 

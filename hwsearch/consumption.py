@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from hwsearch.builds import Build
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import LatencyModel, fit
-from hwsearch.table import Build, LatencyTable
+from hwsearch.table import LatencyTable
 
 NANO = 1e9
 

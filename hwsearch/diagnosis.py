@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from hwsearch.builds import Build
 from hwsearch.equations import error_ns
 from hwsearch.errors import InvalidInput
 from hwsearch.latency import LatencyModel, Validation, noise_floor, summarise
-from hwsearch.table import Build
 
 Floats = NDArray[np.float64]
 

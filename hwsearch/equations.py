@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.sparse import csr_array
 
+from hwsearch.builds import Build
 from hwsearch.design import Candidate
+from hwsearch.header import Evidence
 from hwsearch.network import Edge, Network
 from hwsearch.pooling import Cell, foretell
-from hwsearch.table import Build, Evidence, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant
 
 Floats = NDArray[np.float64]

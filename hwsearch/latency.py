@@ -18,6 +18,7 @@ import numpy as np
 from scipy.linalg import cho_solve
 from scipy.stats import kendalltau
 
+from hwsearch.builds import Build
 from hwsearch.equations import (
     FEW_SCALES,
     MANY,
@@ -33,10 +34,11 @@ from hwsearch.equations import (
     informed,
 )
 from hwsearch.errors import InvalidInput
+from hwsearch.header import LAYERED
 from hwsearch.network import Network
 from hwsearch.spread import KNOWN, Spread, calibrated, rescaled, surprise
 from hwsearch.sums import layer_terms
-from hwsearch.table import LAYERED, Build, LatencyTable, usable
+from hwsearch.table import LatencyTable, usable
 from hwsearch.variants import Variant
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.assembling import assemble
+from hwsearch.calling import as_call, flat_inputs
 from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
@@ -23,7 +24,7 @@ from hwsearch.marking import export
 from hwsearch.network import Network
 from hwsearch.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.task import Inputs, Task
-from hwsearch.trace import Traced, as_call, flat_inputs, trace
+from hwsearch.trace import Traced, trace
 from hwsearch.variants import Variant, ineligible
 
 ACTIVATION_BYTES = 2e9

@@ -17,7 +17,8 @@ from hwsearch.exporting import first_line
 from hwsearch.narrowing import share_graph
 from hwsearch.network import Unit
 from hwsearch.nodenames import unit_of as unit_of
-from hwsearch.trace import Site, Traced
+from hwsearch.trace import Traced
+from hwsearch.units import Site
 
 OPSET = 18
 MARK = "Mark"

@@ -15,3 +15,12 @@ def call_of(node_name: str) -> str:
     """Which call of its unit a node belongs to; "0" for anything else."""
     parts = node_name.split("|")
     return parts[1] if len(parts) > 2 else "0"
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with a number after it where it is taken; from then on it is taken too."""
+    found, count = name, 1
+    while found in taken:
+        found, count = f"{name}.{count}", count + 1
+    taken.add(found)
+    return found

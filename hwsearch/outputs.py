@@ -12,9 +12,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.backends.base import Engine
+from hwsearch.calling import as_call, flat_inputs
 from hwsearch.compress.apply import Simulator
 from hwsearch.lower import Lowering, with_batch
-from hwsearch.trace import as_call, flat_inputs
 from hwsearch.variants import Variant
 
 WRONG = 0.3

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hwsearch.builds import Build
 from hwsearch.errors import InvalidInput
+from hwsearch.header import SANDWICHED
 from hwsearch.latency import fit, validate
 from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
-from hwsearch.table import SANDWICHED, SCHEMA, Build, LatencyTable, usable
+from hwsearch.table import SCHEMA, LatencyTable, usable
 from hwsearch.tablefile import KIND
 from hwsearch.variants import Variant, uniform
 

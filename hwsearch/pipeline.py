@@ -14,7 +14,7 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.compress.bank import WeightBank
-from hwsearch.deployment import Session, at_widths, deploy, parse_variants, verify_with_build
+from hwsearch.deployment import at_widths, deploy, parse_variants
 from hwsearch.design import AXES, RESIDUAL, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import LatencyModel, Prediction, fit
@@ -25,9 +25,11 @@ from hwsearch.refitting import weight_bank
 from hwsearch.regime import Regime, regime, wrong_variants
 from hwsearch.report import Report
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
+from hwsearch.session import Session
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
 from hwsearch.variants import legal
+from hwsearch.verification import verify_with_build
 
 MAX_ROUNDS = 5
 FRONT_POINTS = 12

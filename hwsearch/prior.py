@@ -10,9 +10,10 @@ from typing import Any
 
 from hwsearch.design import FASTER, candidate_widths, worth
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.header import Evidence
 from hwsearch.latency import fit
 from hwsearch.network import Network
-from hwsearch.table import Evidence, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant
 
 OWN = ("batch", "residual")

@@ -16,6 +16,7 @@ from hwsearch import device as devices
 from hwsearch.acquisition import Proposal, propose
 from hwsearch.backends.base import Engine
 from hwsearch.background import background
+from hwsearch.builds import Build
 from hwsearch.design import (
     AXES,
     Candidate,
@@ -30,6 +31,7 @@ from hwsearch.design import (
     worth,
 )
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.header import LAYERED, SANDWICHED, Header
 from hwsearch.isolated import METADATA_BYTES, Layers
 from hwsearch.latency import fit
 from hwsearch.measure import QUIET, Protocol, paired
@@ -37,7 +39,7 @@ from hwsearch.prior import evidence, of_sections, signatures, told_grid
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, graph_bytes, record, refusals, wrong_variants
 from hwsearch.staircase import group_times
-from hwsearch.table import LAYERED, SANDWICHED, Build, Header, LatencyTable, usable
+from hwsearch.table import LatencyTable, usable
 from hwsearch.variants import Variant, legal, settled, uniform
 
 MODES = ("context", *reversed(LAYERED))

@@ -16,6 +16,7 @@ from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
+from hwsearch.builds import PARTS, Build
 from hwsearch.clocks import lock_clocks
 from hwsearch.compress.widths import Kept, Weights
 from hwsearch.energy import Meter, find
@@ -25,7 +26,7 @@ from hwsearch.marking import tensor_names
 from hwsearch.measure import Timing
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
-from hwsearch.table import PARTS, Build, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant, legal, network_bytes
 
 if TYPE_CHECKING:

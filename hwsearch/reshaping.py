@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from hwsearch.calling import as_call
 from hwsearch.errors import InvalidInput
 from hwsearch.sections import Shape, Shapes, parse_shapes, written
 from hwsearch.task import Inputs, Predict, Task
-from hwsearch.trace import as_call
 
 
 def reshaped(task: Task, shapes: Shapes) -> Task:

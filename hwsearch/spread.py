@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.table import Build
+from hwsearch.builds import Build
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hwsearch.table import Build, LatencyTable
+from hwsearch.builds import Build
+from hwsearch.table import LatencyTable
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from hwsearch.builds import Build
 from hwsearch.equations import Feature, edge_features
 from hwsearch.errors import InvalidInput
+from hwsearch.header import SANDWICHED
 from hwsearch.sandwich import Context, contexts, filling
-from hwsearch.table import SANDWICHED, Build, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.variants import Variant
 
 UNIT = 0.1

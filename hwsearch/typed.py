@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, defs, helper, numpy_helper
 
 from hwsearch.errors import BackendUnavailable
-from hwsearch.nodenames import call_of, unit_of
+from hwsearch.nodenames import call_of, unique, unit_of
 
 TYPES: dict[str, int] = {
     "fp32": TensorProto.FLOAT,
@@ -209,7 +209,9 @@ class _Typer:
         return f"{'' if reads_own else '~'}{reads}|{call_of(reader.name)}|Cast.in{index}"
 
     def _cast(self, source: str, target: str, kind: int, name: str) -> None:
-        self.nodes.append(helper.make_node("Cast", [source], [target], name=self._unique(name), to=kind))
+        self.nodes.append(
+            helper.make_node("Cast", [source], [target], name=unique(name, self.names), to=kind)
+        )
         self.makers[target] = self.nodes[-1]
 
     def _cast_outputs(self) -> None:
@@ -246,13 +248,6 @@ class _Typer:
         name, count = base, 1
         while name in self.now or name in self.was:
             name, count = f"{base}.{count}", count + 1
-        return name
-
-    def _unique(self, base: str) -> str:
-        name, count = base, 1
-        while name in self.names:
-            name, count = f"{base}.{count}", count + 1
-        self.names.add(name)
         return name
 
 

@@ -27,7 +27,7 @@ from hwsearch import backends, device
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.search import space
 from hwsearch.budget import parse_budgets
-from hwsearch.deployment import Session
+from hwsearch.builds import Build
 from hwsearch.design import Candidate, random_allocation
 from hwsearch.errors import HwsearchError
 from hwsearch.latency import LatencyModel, fit
@@ -37,7 +37,8 @@ from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
-from hwsearch.table import Build, LatencyTable, usable
+from hwsearch.session import Session
+from hwsearch.table import LatencyTable, usable
 from hwsearch.variants import Variant, uniform
 
 ATTEMPTS = 3

@@ -15,8 +15,8 @@ from pathlib import Path
 import hwsearch as hs
 from hwsearch import backends, device
 from hwsearch.backends.base import BuildOptions
-from hwsearch.deployment import predictor, score
 from hwsearch.errors import BudgetMissed, Infeasible
+from hwsearch.evaluation import predictor, score
 from hwsearch.lower import Lowering
 from hwsearch.progress import Progress
 from hwsearch.report import Report

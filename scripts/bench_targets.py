@@ -21,8 +21,8 @@ from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.tensorrt.building import serialise
 from hwsearch.backends.tensorrt.buildlog import executed, fused_layers
-from hwsearch.deployment import predictor, score
 from hwsearch.errors import BackendUnavailable
+from hwsearch.evaluation import predictor, score
 from hwsearch.lower import Lowering
 from hwsearch.show import plainly
 from hwsearch.targets import objections, offered, otherwise, request_of, runtime, verdicts

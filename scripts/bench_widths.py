@@ -27,7 +27,6 @@ from hwsearch import backends, device
 from hwsearch.budget import parse_budgets
 from hwsearch.compress.apply import Simulator
 from hwsearch.compress.bank import WeightBank
-from hwsearch.deployment import Job, Session, uniform_candidates
 from hwsearch.errors import HwsearchError
 from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
@@ -35,6 +34,7 @@ from hwsearch.progress import Progress
 from hwsearch.refitting import narrowed, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.scoring import divergence
+from hwsearch.session import Job, Session, uniform_candidates
 from hwsearch.variants import Variant
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import NodeTime
+from hwsearch.builds import Build
 from hwsearch.design import (
     Candidate,
     Grid,
@@ -20,10 +21,11 @@ from hwsearch.design import (
     whole,
     worth,
 )
+from hwsearch.header import Header
 from hwsearch.network import ChannelGroup, Edge, Network, Unit, Way
 from hwsearch.scoring import SensitivityTable
 from hwsearch.staircase import group_times
-from hwsearch.table import Build, Header, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
 from hwsearch.variants import Variant, network_bytes, uniform
 

@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from hwsearch.calling import as_call, flat_inputs
 from hwsearch.compress.widths import masked, narrow
 from hwsearch.network import macs
-from hwsearch.trace import Traced, _outside_units, as_call, flat_inputs, trace
+from hwsearch.trace import Traced, trace
+from hwsearch.units import outside_units
 
 settings.register_profile(
     "architectures",
@@ -88,7 +90,7 @@ def check_sizes(traced: Traced) -> None:
         if bias is not None and bias.data_ptr() not in biases:
             biases.add(bias.data_ptr())
             assert unit.other_bytes == bias.numel() * bias.element_size(), unit
-    outside = _outside_units(traced.graph, traced.sites)
+    outside = outside_units(traced.graph, traced.sites)
     assert traced.network.fixed_bytes == sum(t.numel() * t.element_size() for t in outside.values())
 
 

@@ -14,17 +14,15 @@ import torch
 from networks import leaves
 from torch.nn import functional as F
 
-import hwsearch as hs
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.calling import as_call
 from hwsearch.compress.apply import Simulator
-from hwsearch.deployment import Deployed, deploy, parse_variants, verify
+from hwsearch.deployment import Deployed, deploy, parse_variants
 from hwsearch.errors import IncompatibleTables
 from hwsearch.refitting import weight_bank
-from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
-from hwsearch.trace import as_call
 from hwsearch.variants import network_bytes
 
 BACKENDS = {"onnxruntime": ONNXRuntimeBackend(), "openvino": OpenVINOBackend()}
@@ -164,29 +162,3 @@ def test_an_allocation_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleTables, match="channel groups"):
         deploy(tiny.task("cnn"), allocation("cnn", order=other), out)
     assert not out.exists()
-
-
-@pytest.mark.usefixtures("own_locks")
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_verify_measures_what_is_deployed(share: float, weights: Path, tmp_path: Path) -> None:
-    law = LatencyLaw.random(tiny.lowering("cnn").network)
-    backend = SimulatedBackend(law)
-    chosen = allocation("cnn", share, "int8", backend="simulated")
-    report = verify(tiny.task("cnn"), chosen, backend=backend, weights=weights, out=tmp_path / "r.json")
-    network = tiny.lowering("cnn").network
-    assert report.met is (share < 1)
-    assert report.macs == {
-        "dense": network.macs, "budget": int(0.9 * network.macs), "deployed": network.narrow(chosen.widths).macs,
-    }  # fmt: skip
-    assert report.widths == {g: [chosen.widths[g], n] for g, n in network.channels.items()}
-    assert not report.wrong_outputs
-    assert not report.not_as_asked
-    path = hs.deploy(tiny.task("cnn"), chosen, tmp_path / "m.onnx", backend=backend, weights=weights).path
-    assert report.size_bytes["deployed"] == path.stat().st_size
-    assert ("channel groups narrower" in str(report)) is (share < 1)
-    dense = law.time_ns(dict.fromkeys(law.units, "fp32"))
-    precisions = {u: v.rpartition(".")[2] for u, v in chosen.variants.items()}
-    exact = law.time_ns(precisions, sizes_of(network, chosen.widths))
-    assert report.latency_ms["measured"] / report.latency_ms["dense"] == pytest.approx(
-        exact / dense, rel=0.01
-    )

@@ -19,7 +19,6 @@ from hwsearch.allocate.search import search
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.budget import parse_budgets
-from hwsearch.deployment import Session, uniform_candidates
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.latency import LatencyModel, fit
 from hwsearch.lower import Lowering
@@ -30,6 +29,7 @@ from hwsearch.profiler import profile
 from hwsearch.regime import Regime
 from hwsearch.sandwich import contexts, filling, plan
 from hwsearch.scoring import SensitivityTable
+from hwsearch.session import Session, uniform_candidates
 from hwsearch.sums import dense_ns
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend

@@ -13,12 +13,12 @@ from torch import nn
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.calling import as_call
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.lower import Lowering, check_calibration, with_batch
 from hwsearch.marking import isolate, unit_of
 from hwsearch.task import Task
-from hwsearch.trace import as_call
 from hwsearch.variants import Variant, uniform
 
 BACKENDS = {"onnxruntime": ONNXRuntimeBackend(), "openvino": OpenVINOBackend()}

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from hwsearch import lower
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
+from hwsearch.calling import as_call
 from hwsearch.compress.apply import Simulator
 from hwsearch.compress.widths import Kept
 from hwsearch.lower import Lowering
 from hwsearch.onnx_widths import NotFollowed
 from hwsearch.task import Task
-from hwsearch.trace import as_call
 from hwsearch.variants import uniform
 
 BACKEND = ONNXRuntimeBackend()

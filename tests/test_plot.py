@@ -19,14 +19,16 @@ from simulation import probed
 
 from hwsearch.allocate.front import Front, Point
 from hwsearch.allocation import Allocation
+from hwsearch.builds import Build, NodeRow
 from hwsearch.errors import InvalidInput
+from hwsearch.header import Header
 from hwsearch.latency import fit
 from hwsearch.network import Edge, Network, Unit
 from hwsearch.plot import plot_allocation, plot_front, plot_predictions, plot_staircase
 from hwsearch.plot.style import shorten
 from hwsearch.scoring import SensitivityTable
 from hwsearch.staircase import staircase
-from hwsearch.table import Build, Header, LatencyTable, NodeRow
+from hwsearch.table import LatencyTable
 
 OPTIONS = {"threads": 2, "base": "bf16", "batch": 1}
 DEVICE = {"id": "d", "chip": "A chip"}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hwsearch as hs
+from hwsearch.calling import as_call
 from hwsearch.errors import InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.reshaping import own_shapes, reshaped, to_shape
-from hwsearch.trace import as_call
 
 
 class TwoInputs(nn.Module):

@@ -22,9 +22,10 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.design import candidate_widths
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.header import Header
 from hwsearch.refitting import weight_bank
 from hwsearch.scoring import SCHEMA, SensitivityTable, divergence, measure_sensitivity
-from hwsearch.table import Header, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.tablefile import KEY
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.variants import Variant, uniform

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from simulation import DEVICE, alone_table, chain, grouped, simulated_build, simulated_table
+from damaging import numbered, rewrite
+from simulation import DEVICE, alone_table, chain, grouped, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.nvidia import State
 from hwsearch.table import SCHEMA, LatencyTable
-from hwsearch.tablefile import KEY
 from hwsearch.testing import LatencyLaw
 
 NETWORK = chain(5)
@@ -84,31 +82,6 @@ def test_without_a_grid_every_group_is_whole(narrow: LatencyTable) -> None:
     assert narrow.candidate(plain).widths == GROUPED.channels
 
 
-@pytest.mark.parametrize("value", [[24, 40], [24, 40, 17], [24, 0, 16], [24, -8, 16], None])
-def test_damaged_widths(narrow: LatencyTable, tmp_path: Path, value: Any) -> None:
-    path = tmp_path / "narrow.parquet"
-    _rewrite(path, lambda h: None, _column("widths", value))
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.load(path)
-
-
-@pytest.mark.parametrize(
-    "grid", [{"conv0": [24, 30]}, {"conv0": [16, 8]}, {"conv0": [24, 0]}, {"conv0": 3}, {"conv9": [24]}, [1]]
-)
-def test_a_damaged_grid(narrow: LatencyTable, tmp_path: Path, grid: Any) -> None:
-    path = tmp_path / "narrow.parquet"
-    _rewrite(path, lambda h: h["sections"][0].update(grid=grid))
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.load(path)
-
-
-def test_one_allocation_at_other_widths_is_another_build(narrow: LatencyTable) -> None:
-    law = LatencyLaw.random(GROUPED)
-    variants = narrow.candidate(narrow.builds[0]).variants
-    keys = {simulated_build(GROUPED, law, variants, widths={"conv1": w}).key for w in (40, 8)}
-    assert len(keys) == 2
-
-
 def test_saving_twice_gives_the_same_bytes(table: LatencyTable, saved: Path, tmp_path: Path) -> None:
     LatencyTable.load(saved).save(tmp_path / "again.parquet")
     assert (tmp_path / "again.parquet").read_bytes() == saved.read_bytes()
@@ -135,23 +108,14 @@ def test_foreign_files(saved: Path) -> None:
         LatencyTable.load(saved)
 
 
-def _rewrite(
-    path: Path, change: Callable[[dict[str, Any]], None], rows: Callable[[pa.Table], pa.Table] = lambda t: t
-) -> None:
-    table = pq.read_table(path)
-    header = json.loads(table.schema.metadata[KEY])
-    change(header)
-    pq.write_table(rows(table).replace_schema_metadata({KEY: json.dumps(header).encode()}), path)
-
-
 def test_another_kind_of_file_of_ours(saved: Path) -> None:
-    _rewrite(saved, lambda h: h.update(kind="sensitivity_table"))
+    rewrite(saved, lambda h: h.update(kind="sensitivity_table"))
     with pytest.raises(InvalidInput, match="found: sensitivity_table"):
         LatencyTable.load(saved)
 
 
 def test_another_schema(saved: Path) -> None:
-    _rewrite(saved, lambda h: h.update(schema=SCHEMA + 1))
+    rewrite(saved, lambda h: h.update(schema=SCHEMA + 1))
     with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA}, 3, 2"):
         LatencyTable.load(saved)
 
@@ -160,63 +124,12 @@ def test_a_table_of_schema_2_has_no_energies(saved: Path) -> None:
     """Files from before energies were kept: the columns are not there."""
     new = LatencyTable.load(saved)
     lacking = ["energy_j", "reference_energy_j", "energy_error", "section"]
-    _rewrite(
+    rewrite(
         saved, lambda h: h.update(h.pop("sections")[0], schema=2), lambda table: table.drop_columns(lacking)
     )
     old = LatencyTable.load(saved)
     assert [b.key for b in old.builds] == [b.key for b in new.builds]
     assert all(b.energy_j is None and b.energy_ratio is None for b in old.builds)
-
-
-def test_states_round_trip_and_a_table_of_schema_3_has_none(saved: Path, table: LatencyTable) -> None:
-    states = (State(1410, 9251, 123.5, 61, ("power cap",)), State(throttle=()))
-    with_states = LatencyTable(table.header, (replace(table.builds[0], states=states), *table.builds[1:]))
-    with_states.save(saved)
-    assert [b.states for b in LatencyTable.load(saved).builds] == [b.states for b in with_states.builds]
-    _rewrite(saved, lambda h: h.update(schema=3), lambda t: t.drop_columns(["states"]))
-    old = LatencyTable.load(saved)
-    assert same(old, table)
-    assert all(b.states == () for b in old.builds)
-    more = with_states.with_header(options={**table.header.options, "clocks": 1410})
-    more.save(saved)
-    assert [next(b.states for b in t.builds) for t in LatencyTable.sections(saved)] == [(), states]
-
-
-@pytest.mark.parametrize("key", ["network", "device", "backend", "options"])
-def test_a_header_without_a_field_is_damage(saved: Path, key: str) -> None:
-    _rewrite(saved, lambda h: h["sections"][0].pop(key))
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.load(saved)
-
-
-def _column(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
-    def change(table: pa.Table) -> pa.Table:
-        index = table.schema.get_field_index(name)
-        return table.set_column(
-            index, table.schema.field(name), pa.array([value] * len(table), table.schema.field(name).type)
-        )
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("source", "estimated"), ("ratio", float("nan")), ("ratio", -1.0), ("ratio", 0.0), ("variants", ["dense.int8"]),
-        ("variants", None), ("samples_ns", None), ("nodes", None), ("executed", None), ("executed", ["fp32"]),
-        ("ratio", None), ("variants", ["dense.fp7"] * 5), ("source", None), ("role", None),
-    ],
-)  # fmt: skip
-def test_damaged_rows(saved: Path, name: str, value: Any) -> None:
-    _rewrite(saved, lambda h: None, _column(name, value))
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.load(saved)
-
-
-def test_a_lost_column_is_damage(saved: Path) -> None:
-    _rewrite(saved, lambda h: None, lambda t: t.drop_columns(["ratio"]))
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.load(saved)
 
 
 _WRITER = """
@@ -423,14 +336,6 @@ def test_a_killed_writer_loses_nothing_of_any_section(
     assert all(same(a, b) for a, b in zip(LatencyTable.sections(path), made, strict=True))
 
 
-def _numbered(values: Callable[[list[int]], list[Any]]) -> Callable[[pa.Table], pa.Table]:
-    def change(table: pa.Table) -> pa.Table:
-        index = table.schema.get_field_index("section")
-        return table.set_column(index, "section", pa.array(values(table["section"].to_pylist())))
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
@@ -445,10 +350,10 @@ def _numbered(values: Callable[[list[int]], list[Any]]) -> Callable[[pa.Table], 
         (lambda h: h["sections"][1].update(options=[]), lambda t: t),
         (lambda h: h["sections"][1].pop("network"), lambda t: t),
         (lambda h: None, lambda t: t.drop_columns(["section"])),
-        (lambda h: None, _numbered(lambda n: [None] * len(n))),
-        (lambda h: None, _numbered(lambda n: [-1] * len(n))),
-        (lambda h: None, _numbered(lambda n: [x + 1 for x in n])),
-        (lambda h: None, _numbered(lambda n: [str(x) for x in n])),
+        (lambda h: None, numbered(lambda n: [None] * len(n))),
+        (lambda h: None, numbered(lambda n: [-1] * len(n))),
+        (lambda h: None, numbered(lambda n: [x + 1 for x in n])),
+        (lambda h: None, numbered(lambda n: [str(x) for x in n])),
     ],
 )
 def test_damaged_sections(
@@ -457,7 +362,7 @@ def test_damaged_sections(
     rows: Callable[[pa.Table], pa.Table],
 ) -> None:
     path, _ = several
-    _rewrite(path, change, rows)
+    rewrite(path, change, rows)
     with pytest.raises(InvalidInput, match="damaged"):
         LatencyTable.sections(path)
     with pytest.raises(InvalidInput, match="damaged"):
@@ -469,7 +374,7 @@ def test_a_file_of_schema_2_is_one_of_one_section(saved: Path, table: LatencyTab
         [own] = header.pop("sections")
         header.update(own, schema=2)
 
-    _rewrite(saved, older, lambda t: t.drop_columns(["section"]))
+    rewrite(saved, older, lambda t: t.drop_columns(["section"]))
     assert same(LatencyTable.load(saved), table)
     more = table.with_header(options=OTHERS[1])
     more.save(saved)

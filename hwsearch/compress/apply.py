@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from hwsearch.calling import flat_inputs
 from hwsearch.canonical import aten
 from hwsearch.compress.formats import StoredWeight, quantized_activation, rounded, rounded_weight, stored
 from hwsearch.compress.quantize import Ranges
-from hwsearch.trace import Site, Traced, flat_inputs
+from hwsearch.trace import Traced
+from hwsearch.units import Site
 from hwsearch.variants import Variant
 
 Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]

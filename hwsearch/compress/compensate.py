@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.nn import functional as F
 
+from hwsearch.calling import flat_inputs
 from hwsearch.canonical import bound
 from hwsearch.network import Unit
-from hwsearch.trace import Site, Traced, flat_inputs, reads_axis
+from hwsearch.trace import Traced, reads_axis
+from hwsearch.units import Site
 
 Batch = tuple[Traced, tuple[Any, ...], dict[str, Any]]
 """A calibration batch: a trace for its shape, and the arguments of the call."""

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hwsearch.calling import flat_inputs
+from hwsearch.edges import output_node
 from hwsearch.errors import InvalidInput
-from hwsearch.trace import Traced, flat_inputs, output_node
+from hwsearch.trace import Traced
 
 LEVELS = 127
 METHODS = ("mse", "percentile", "minmax")

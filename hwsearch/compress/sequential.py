@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hwsearch.calling import flat_inputs
 from hwsearch.canonical import aten
 from hwsearch.compress.compensate import (
     MOST_FEATURES,
@@ -31,7 +32,8 @@ from hwsearch.compress.compensate import (
 from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
 from hwsearch.narrowing import cut
 from hwsearch.network import Unit
-from hwsearch.trace import Site, Traced, flat_inputs
+from hwsearch.trace import Traced
+from hwsearch.units import Site
 from hwsearch.variants import Variant
 
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Curve
 
 from hwsearch.errors import InvalidInput
+from hwsearch.header import SANDWICHED
 from hwsearch.latency import LatencyModel, fit
 from hwsearch.network import Network
 from hwsearch.plot.style import (
@@ -32,7 +33,7 @@ from hwsearch.plot.style import (
 )
 from hwsearch.scoring import SensitivityTable
 from hwsearch.sums import dense_unit_ns
-from hwsearch.table import SANDWICHED, LatencyTable
+from hwsearch.table import LatencyTable
 from hwsearch.variants import WEIGHT_BITS, Variant
 
 if TYPE_CHECKING:

@@ -9,10 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hwsearch.builds import Build
 from hwsearch.errors import InvalidInput
+from hwsearch.header import LAYERED
 from hwsearch.latency import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
-from hwsearch.table import LAYERED, Build, LatencyTable, usable
+from hwsearch.table import LatencyTable, usable
 
 
 def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:

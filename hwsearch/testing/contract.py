@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
+from hwsearch.builds import NodeRow
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.regime import Regime
-from hwsearch.table import NodeRow
 from hwsearch.task import Task
 from hwsearch.variants import PRECISIONS, Variant, legal, uniform
 

@@ -240,7 +240,7 @@ class SimulatedEngine:
             onnx.checker.check_model(self._model)
         except Exception as error:
             raise BackendUnavailable(f"the simulated device cannot read the network: {error}") from error
-        asked = _executed(
+        asked = asked_precisions(
             self._model, options.base, [v.kept for v in backend.variants(options.base) if v.kept]
         )
         unknown = sorted(set(asked) - set(backend.law.units))
@@ -317,7 +317,9 @@ _STORED: dict[int, str] = {
 }
 
 
-def _executed(model: onnx.ModelProto, base: str, patterns: Sequence[tuple[int, int]]) -> dict[str, str]:
+def asked_precisions(
+    model: onnx.ModelProto, base: str, patterns: Sequence[tuple[int, int]]
+) -> dict[str, str]:
     """Unit -> what the types and zeros of what its products read make of it; the base where its calls differ.
 
     A product is quantized where both of its inputs are dequantized, weight-only where its int4 weight is.

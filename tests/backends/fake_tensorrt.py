@@ -25,7 +25,7 @@ from onnx import TensorProto
 
 from hwsearch.backends.tensorrt.cuda import Gpu, NotCaptured
 from hwsearch.nodenames import unit_of
-from hwsearch.testing.simulated import _executed
+from hwsearch.testing.simulated import asked_precisions
 
 DEFAULT_STREAM, SIDE_STREAM = 0, 77
 _MAGIC = b"fake plan\0"
@@ -510,7 +510,7 @@ def _records(model: Any, *, detailed: bool, split: bool) -> list[Any]:
 def _sparsity(data: bytes, picks: Callable[[str], bool]) -> list[str]:
     """The builder's lines on layers whose weights are 2:4, in the words of TensorRT 10."""
     model = onnx.load_model_from_string(data)
-    units = {u for u, p in _executed(model, "fp32", [(2, 4)]).items() if p.startswith("2:4.")}
+    units = {u for u, p in asked_precisions(model, "fp32", [(2, 4)]).items() if p.startswith("2:4.")}
     eligible = {
         r["Name"]: unit_of(r["Name"].split(" + ")[-1])[0]
         for r in _records(model, detailed=True, split=False)

@@ -1,0 +1,117 @@
+"""The arguments and options that several commands take, and how their words are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hwsearch.errors import InvalidInput
+
+TaskSpec = Annotated[
+    str, typer.Argument(metavar="TASK", help="`zoo:NAME`, `file.py:function` or `package.module:function`.")
+]
+AllocationFile = Annotated[Path, typer.Argument(metavar="ALLOCATION", help="Made by `hwsearch search`.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="File to write.")
+]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="Runtime; `hwsearch devices` lists them.")]
+MaybeBackend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="Runtime; by default the allocation's.")
+]
+EngineBackend = Annotated[
+    str,
+    typer.Option(
+        "--backend", metavar="NAME", help="`tensorrt-rtx`, or `tensorrt` for the GPU of this machine."
+    ),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Inference threads.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRECISION", help="Precision of all that is not int8; by default the runtime's best."
+    ),
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the example inputs.")]
+Axes = Annotated[
+    str,
+    typer.Option(
+        metavar="AXIS[,AXIS]",
+        help="What units may differ in: `width,precision`, or one of them; `width,residual,...` also narrows the residual "
+        "stream of transformers.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="Layers whose channels all stay, for instance 'classifier*'; may be given several times.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."
+    ),
+]
+Load = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Busy workers beside the network while it is measured.")
+]
+LockClocks = Annotated[
+    bool,
+    typer.Option(
+        "--lock-clocks",
+        help="Hold the GPU's clock meanwhile; needs root, and is undone. Others on the GPU feel it.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
+AnyTable = Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+TableFile = Annotated[Path, typer.Option("--table", metavar="FILE", help="Made by `hwsearch profile`.")]
+SensitivityFile = Annotated[
+    Path, typer.Option("--sensitivity", metavar="FILE", help="Made by `hwsearch sensitivity`.")
+]
+_BUDGET = typer.Option(
+    "--budget",
+    metavar="COST=BOUND",
+    help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `latency_p99=6ms`, `size=800KB`, "
+    "`size=25%`, `macs=50%`, `memory=50%`, `energy=40%` (where it is measured); "
+    "may be given several times.",
+)
+Budgets = Annotated[list[str], _BUDGET]
+MaybeBudgets = Annotated[list[str] | None, _BUDGET]
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+def seconds(duration: str) -> float:
+    """Seconds of `90s`, `10m`, `1h`, `1h30m` or `90`. Raises InvalidInput."""
+    match = _DURATION.fullmatch(duration.strip().lower().replace(" ", ""))
+    total = (
+        sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True))
+        if match
+        else 0.0
+    )
+    if total <= 0:
+        raise InvalidInput(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
+    return total
+
+
+def require_backend(backend: str, lock_clocks: bool = False) -> None:
+    """Raises BackendUnavailable, or what forbids to lock clocks, before torch and a model take their time to load."""
+    from hwsearch import backends, device
+
+    runtime = backends.get(backend)
+    runtime.versions(), runtime.bases()
+    if lock_clocks:
+        device.clocks_to_lock(runtime)
+
+
+def axes_of(text: str) -> list[str]:
+    """The axes of `width,precision`."""
+    return [axis.strip() for axis in text.split(",") if axis.strip()]

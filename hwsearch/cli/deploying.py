@@ -1,0 +1,136 @@
+"""An allocation on this machine: its file, whether it meets its budgets as measured, and the whole line up to there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from hwsearch import show
+from hwsearch.cli.arguments import (
+    AllocationFile,
+    AsJson,
+    Axes,
+    Backend,
+    Base,
+    Batch,
+    Budgets,
+    Keep,
+    Load,
+    LockClocks,
+    MaybeBackend,
+    Output,
+    Seed,
+    TaskSpec,
+    Threads,
+    TimeLimit,
+    Weights,
+    axes_of,
+    require_backend,
+    seconds,
+)
+from hwsearch.cli.ending import MISSED, say
+from hwsearch.errors import BudgetMissed
+
+if TYPE_CHECKING:
+    from hwsearch.report import Report
+
+
+def deploy(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Output,
+    backend: MaybeBackend = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the ONNX file of an allocation."""
+    import hwsearch as hs
+    from hwsearch.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    require_backend(backend or chosen.backend)
+    deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
+    if as_json:
+        show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
+    else:
+        print(f"{deployed.path}: {show.size(deployed.size_bytes)}")
+
+
+def verify(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Output,
+    backend: MaybeBackend = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="By default the allocation's.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Latency table that the allocation was searched on.")
+    ] = None,
+    weights: Weights = None,
+    lock_clocks: LockClocks = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an allocation. Latency, score and size, beside what was predicted; exit 3 if a budget is missed."""
+    import hwsearch as hs
+    from hwsearch.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    require_backend(backend or chosen.backend, lock_clocks)
+    known = None
+    if table is not None:
+        known = hs.LatencyTable.load(table, network=chosen.network, like=chosen.options)
+    report = hs.verify(
+        hs.load(task),
+        chosen,
+        backend=backend,
+        threads=threads,
+        table=known,
+        weights=weights,
+        lock_clocks=lock_clocks,
+    )
+    report.save(output)
+    _finish(report, as_json)
+
+
+def run(
+    task: TaskSpec,
+    budget: Budgets,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for everything.")
+    ],
+    backend: Backend = "openvino",
+    threads: Threads = 1,
+    base: Base = None,
+    batch: Batch = None,
+    axes: Axes = "width,precision",
+    keep: Keep = None,
+    load: Load = 0,
+    seed: Seed = 0,
+    time_limit: TimeLimit = "10m",
+    as_json: AsJson = False,
+) -> None:
+    """Do all of it, until the budget holds. Profile, score, search, deploy, verify; uses what DIR already has."""
+    limit = seconds(time_limit)
+    require_backend(backend)
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    try:
+        with Progress() as progress:
+            report = hs.run(
+                hs.load(task), budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed,
+                axes=axes_of(axes), keep=keep or (), load=load, time_limit_s=limit, progress=progress,
+            )  # fmt: skip
+    except BudgetMissed as error:
+        if error.nearest is not None:
+            show.report(cast("Report", error.nearest), as_json, out)
+        raise
+    _finish(report, as_json, out)
+
+
+def _finish(report: Report, as_json: bool, folder: Path | None = None) -> None:
+    show.report(report, as_json, folder)
+    if not report.met:
+        say("missed: the network does not meet its budget as measured")
+        raise typer.Exit(MISSED)

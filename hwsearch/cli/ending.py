@@ -1,0 +1,75 @@
+"""How every command ends: an error is one line on standard error and an exit code; `--debug` adds the traceback."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hwsearch.errors import HwsearchError
+
+INTERRUPTED = 130
+MISSED = 3
+
+
+class Group(TyperGroup):
+    """Turns every error into one line on standard error and an exit code; `--debug` adds the traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words  # it may stand anywhere, before the command or after it
+        words = [word for word in words if word != "--debug"] or ["--help"]
+        try:
+            with warnings.catch_warnings():
+                if (
+                    not debug and not sys.warnoptions
+                ):  # of our dependencies to theirs: nothing a user could act on
+                    warnings.simplefilter("ignore", FutureWarning)
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                code = super().main(words, "hwsearch", complete_var, False, windows_expand_args, **extra) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            message, code = _explain(error)
+            say(message if debug or not _unforeseen(error) else f"{message}; run again with --debug")
+        if code == INTERRUPTED:
+            say("interrupted: what was finished is on disk, the same command goes on from there")
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """(line for standard error, exit code)."""
+    if isinstance(error, HwsearchError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, typer.TyperException):  # usage: an unknown option, a missing argument
+        path = getattr(getattr(error, "ctx", None), "command_path", "hwsearch")
+        return f"error: {error.format_message().rstrip('. ')} (see `{path} --help`)", error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"error: {error.strerror}: {error.filename}", 1
+    return f"error: unexpected {type(error).__name__}: {error}", 1
+
+
+def _unforeseen(error: Exception) -> bool:
+    return not isinstance(error, HwsearchError | typer.TyperException)
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    print(" ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,82 @@
+"""What this machine is, and what works on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hwsearch import show
+from hwsearch.cli.arguments import AsJson
+
+
+def devices(as_json: AsJson = False) -> None:
+    """Show this machine, its GPUs and its runtimes."""
+    from hwsearch import backends, device, energy, nvidia
+
+    here, found, counter = device.fingerprint(), backends.status(), energy.find()
+    gpus, no_gpu = nvidia.told()
+    if as_json:
+        show.as_json(
+            {
+                "device": here.to_json(),
+                "gpus": [gpu.to_json() for gpu in gpus],
+                "no_gpu": no_gpu,
+                "backends": [entry.to_json() for entry in found],
+                "energy": counter.to_json(),
+            }
+        )
+        return
+    measured = f"measured by {counter.source}" if counter.meter else f"not measured: {counter.reason}"
+    print(f"{here}\nid {here.id}\nenergy {measured}\n")
+    for gpu in gpus:
+        print(f"{gpu}\nid {gpu.id}, {gpu.uuid or 'UUID not told'}\n")
+    if no_gpu:
+        print(f"no GPU: {no_gpu}\n")
+    rows = [
+        (b.name, ", ".join(b.versions.values()), ", ".join(b.bases), "yes" if b.available else b.reason)
+        for b in found
+    ]
+    show.columns(("backend", "version", "base precisions", "available"), rows)
+
+
+def doctor(
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Runtime to examine; by default every one that is installed."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="JSON to attach to a bug report; without paths and user names.",
+        ),
+    ] = None,
+    lock_clocks: Annotated[
+        bool,
+        typer.Option("--lock-clocks", help="Also try whether a GPU's clocks can be locked, for a moment."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Examine what works on this machine. Driver, runtimes, permissions, small engines, the backend contract.
+
+    Exit 1 where something that should work does not.
+    """
+    from hwsearch.doctor import examine
+    from hwsearch.errors import BackendUnavailable
+    from hwsearch.progress import Progress
+
+    with Progress() as progress:
+        found = examine(backend, lock_clocks=lock_clocks, progress=progress)
+    if report is not None:
+        found.save(report)
+    if as_json:
+        show.as_json(found.to_json())
+    if backend is not None and not found.backends[0].available:
+        raise BackendUnavailable(found.backends[0].reason)
+    if not as_json:
+        print(found)
+    if not found.healthy:
+        raise typer.Exit(1)

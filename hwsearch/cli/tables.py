@@ -1,0 +1,93 @@
+"""`hwsearch table ...`: looking into a latency table."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from hwsearch import show
+from hwsearch.cli.arguments import AnyTable, AsJson, LockClocks, Plot
+from hwsearch.section_options import choosing
+
+app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.")
+
+
+@app.command("show")
+@choosing
+def table_show(
+    file: AnyTable,
+    section: dict[str, Any],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a latency table holds. Also where it is from, and how well it predicts; of several, which there are."""
+    import hwsearch as hs
+
+    tables = hs.LatencyTable.sections(file, **section)
+    if len(tables) == 1:
+        show.table(tables[0], as_json)
+    else:
+        show.sections(tables, as_json)
+
+
+@app.command("staircase")
+@choosing
+def table_staircase(
+    file: AnyTable,
+    section: dict[str, Any],
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each channel group costs at each width. Kept are those faster than every wider one kept."""
+    import hwsearch as hs
+
+    table = hs.LatencyTable.load(file, **section)
+    if plot is not None:
+        hs.plot_staircase(table, plot)
+    show.staircase(table, as_json)
+
+
+@app.command("diagnose")
+@choosing
+def table_diagnose(
+    file: AnyTable,
+    section: dict[str, Any],
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the latency model gets wrong. Each build predicted without itself, and what the errors go with."""
+    import hwsearch as hs
+    from hwsearch.diagnosis import diagnose
+    from hwsearch.latency import fit
+
+    model = fit(hs.LatencyTable.load(file, **section))
+    if plot is not None:
+        hs.plot_diagnosis(model, plot)
+    show.diagnosis(diagnose(model), as_json)
+
+
+@app.command("check")
+@choosing
+def table_check(
+    file: AnyTable,
+    section: dict[str, Any],
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="The task that was profiled; a table of the zoo finds its own."),
+    ] = None,
+    builds: Annotated[int, typer.Option(min=1, help="How many builds to measure again.")] = 5,
+    lock_clocks: LockClocks = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
+    import hwsearch as hs
+    from hwsearch.api import table_of_task
+    from hwsearch.progress import Progress
+
+    own = None if task is None else hs.load(task)
+    table = hs.LatencyTable.load(file, **section) if own is None else table_of_task(file, own, **section)
+    with Progress() as progress:
+        found = hs.check(table, own, builds=builds, lock_clocks=lock_clocks, progress=progress)
+    show.check(found, as_json)
+    if not found.holds:
+        raise typer.Exit(1)

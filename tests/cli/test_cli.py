@@ -1,0 +1,104 @@
+"""The whole command line: its help, quickly, and every step from the files of those before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from invoking import invoke
+
+import hwsearch as hs
+
+
+def test_help_needs_no_heavy_module_and_no_patience() -> None:
+    code = (
+        "import sys; from hwsearch import cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'pandas', 'numpy', 'scipy', 'onnx', 'openvino', 'onnxruntime', 'matplotlib', 'pyarrow'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
+    assert "loaded: []" in done.stdout
+    assert "profile" in done.stdout
+    # Processor time, not the clock on the wall: it takes 0.25 s, and half a second is promised on an idle machine.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "devices",
+        "doctor",
+        "profile",
+        "table",
+        "table show",
+        "table staircase",
+        "sensitivity",
+        "search",
+        "front",
+        "deploy",
+        "verify",
+        "run",
+    ],
+)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage: hwsearch " + command in result.stdout
+
+
+def test_without_words_it_shows_the_help() -> None:
+    result = invoke()
+    assert result.exit_code == 0
+    assert "Usage: hwsearch" in result.stdout
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"hwsearch {hs.__version__}\n"
+
+
+@pytest.mark.usefixtures("own_locks")
+def test_every_step_on_a_real_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profile, score, search, deploy and verify a tiny network with widths, each from the files of those before."""
+    monkeypatch.undo()  # the overview
+    monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "cache"))
+    spec = f"{Path(tiny.__file__)}:cnn"
+    table, scores, alloc, model, report = (
+        str(tmp_path / name) for name in ("t.parquet", "s.parquet", "a.json", "m.onnx", "r.json")
+    )
+    weights = str(tmp_path / "weights")
+
+    def ok(*words: str) -> Any:
+        result = invoke(*words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    made = ok("profile", spec, "-o", table, "--backend", "onnxruntime", "--time-limit", "4s")
+    assert set(made["grid"]) == {"stem", "conv1", "conv3"}
+    steps = ok("table", "staircase", table)
+    lost = ok(
+        "sensitivity", spec, "-o", scores, "--backend", "onnxruntime", "--table", table, "--weights", weights
+    )
+    assert set(lost["width_loss"]) <= {s["group"] for s in steps}
+    files = ("--table", table, "--sensitivity", scores)
+    found = ok("search", *files, "--budget", "size=70%", "--keep", "stem", "-o", alloc)
+    assert found["widths"]["stem"] == 24
+    assert found["predicted"]["size_bytes"] <= found["budgets"][0]["limit"]
+    swept = ok("front", *files, "--points", "4", "-o", str(tmp_path / "f.parquet"))
+    assert swept["groups"] == ["stem", "conv1", "conv3"]
+    deployed = ok("deploy", spec, alloc, "-o", model, "--weights", weights)
+    assert deployed["size_bytes"] == Path(model).stat().st_size
+    verified = ok("verify", spec, alloc, "-o", report, "--table", table, "--weights", weights)
+    assert verified["met"]
+    assert verified["widths"] == {
+        g: [w, n] for (g, w), n in zip(found["widths"].items(), (24, 20, 16), strict=True)
+    }

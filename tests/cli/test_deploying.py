@@ -1,0 +1,101 @@
+"""`hwsearch deploy`, `verify` and `run`: what they pass on, what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from invoking import Install, Report, Scores, Table, invoke, raising
+
+from hwsearch.allocation import Allocation
+from hwsearch.errors import BudgetMissed
+
+
+def test_deploy(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
+    seen: list[Any] = []
+
+    def deploy(task: str, chosen: Any, out: Path, *, backend: str | None, weights: Path | None) -> Any:
+        seen.append((backend, weights))
+        return SimpleNamespace(path=out, size_bytes=1_250_000)
+
+    api(deploy=deploy)
+    assert invoke("deploy", "zoo:x", "a.json", "-o", "m.onnx").stdout == "m.onnx: 1.25 MB\n"
+    result = invoke(*"deploy zoo:x a.json -o m.onnx --backend openvino --weights w --json".split())
+    assert json.loads(result.stdout) == {"path": "m.onnx", "size_bytes": 1_250_000}
+    assert seen == [(None, None), ("openvino", Path("w"))]
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
+def test_verify_ends_with_whether_the_budget_is_met(
+    api: Install, monkeypatch: pytest.MonkeyPatch, met: bool, code: int
+) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: Scores(f"allocation {path}"))
+    report = Report(met)
+    seen: dict[str, Any] = {}
+    api(
+        verify=lambda task, chosen, **options: seen.update(options, chosen=chosen) or report,
+        LatencyTable=Table,
+    )
+    words = "verify zoo:x a.json -o r.json --threads 2 --table t.parquet --lock-clocks"
+    result = invoke(*words.split())
+    assert result.exit_code == code
+    assert result.stdout == f"the report, met: {met}\n"
+    assert ("missed" in result.stderr) is (not met)
+    assert report.saved == Path("r.json")
+    assert seen == {
+        "chosen": "allocation a.json", "backend": None, "threads": 2, "table": "table t.parquet", "weights": None,
+        "lock_clocks": True,
+    }  # fmt: skip
+    assert json.loads(invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--json").stdout) == {"met": met}
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
+def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(task: str, budgets: list[str], out: Path, **options: Any) -> Report:
+        seen.update(options, task=task, budgets=budgets, out=out)
+        (out / "front.png").write_bytes(b"")
+        return Report(met)
+
+    api(run=run)
+    words = (
+        "run",
+        "zoo:x",
+        "--budget",
+        "latency=40%",
+        "--budget",
+        "size=2MB",
+        "--out",
+        str(tmp_path),
+        "--time-limit",
+        "90s",
+    )
+    result = invoke(*words)
+    assert result.exit_code == code
+    assert result.stdout.startswith(f"the report, met: {met}\n")
+    assert result.stdout.endswith(f"plot: {tmp_path / 'front.png'}\n")
+    assert "latency table" not in result.stdout, "only what is there"
+    del seen["progress"]
+    assert seen == {
+        "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
+        "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0, "axes": ["width", "precision"],
+        "keep": (), "load": 0,
+    }  # fmt: skip
+    assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
+    invoke(*words, *"--axes width --keep classifier*".split())
+    assert (seen["axes"], seen["keep"]) == (["width"], ["classifier*"])
+
+
+def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None:
+    api(run=raising(BudgetMissed("nearest 6 ms", Report(False))))
+    result = invoke("run", "zoo:x", "--budget", "latency=5ms", "--out", str(tmp_path))
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        3,
+        "the report, met: False\n",
+        "error: nearest 6 ms\n",
+    )
