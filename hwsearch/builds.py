@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.errors import InvalidInput
+from hwsearch.measure import quietest
 from hwsearch.network import Network
 from hwsearch.nvidia import State
 from hwsearch.variants import Variant
@@ -95,7 +96,7 @@ class Build:
     @cached_property
     def quiet_ns(self) -> float:
         """Time of the reference while this build was measured, in the quietest moments of it."""
-        return float(np.quantile(self.reference_ns, 0.1))
+        return quietest(self.reference_ns)
 
     @property
     def partial(self) -> bool:

@@ -114,8 +114,7 @@ def diagnose(model: LatencyModel) -> Diagnosis:
             points.append((build, p.time_ns, p.sigma_ns))
     for build in table.builds:
         if build.role == "heldout" and build.as_asked():
-            candidate = table.candidate(build)
-            found = model.predict(candidate.variants, candidate.widths)
+            found = model.predict_build(build)
             points.append((build, found.time_ns, found.sigma_ns))
     made = tuple(
         Point(

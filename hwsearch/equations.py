@@ -2,10 +2,11 @@
 
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
-Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes. A machine whose other
-load comes and goes does not slow every network alike: a slow change of all times against the reference, over a profile, is one
-more parameter, and predictions are for the middle of it. Cells that were built once or twice lean on those of the same unit at
-other widths (`pooling`).
+Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
+beside those (`dispatch`) is the rest's. A machine whose other load comes and goes does not slow every network alike: a slow change
+of all times against the reference, over a profile, is one more parameter, and predictions are for the middle of it; and how much
+of a slowdown is the same time for every network, and not the same share, is another, and predictions are for the quiet machine.
+Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from scipy.sparse import csr_array
 
 from hwsearch.builds import Build
 from hwsearch.design import Candidate
+from hwsearch.dispatch import dispatch_ns
 from hwsearch.header import Evidence
 from hwsearch.network import Edge, Network
 from hwsearch.pooling import Cell, foretell
@@ -84,16 +86,34 @@ class Row:
         """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
         return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
+    def slowed(self, leverage: float) -> Row:
+        """The same as measured on a slower machine: see `leverage`."""
+        return replace(self, features=[*self.features, (SHARED, leverage * self.value)]) if leverage else self
+
+
+MOODS = 0.05
+"""By how much a machine may be slower or faster with all ratios as they were."""
+SHARED = ("shared slowdown",)
+"""The parameter of how much of a slowdown is the same time for every network (1), and not the same share of its time (0)."""
+
+
+def leverage(slowdown: float, ratio: float) -> float:
+    """By how much of its time a network is off what it takes on the quiet machine, for each unit of `SHARED`.
+
+    slowdown: of the reference, relative; up to `MOODS` it tells nothing. ratio: the network's time / the reference's, measured
+    together. Where the machine takes d longer for every network, the ratio is r = (T + d) / (R + d), and that of the quiet times
+    T / R = r - (1 - r) d / R.
+    """
+    return slowdown * (1.0 / ratio - 1.0) if abs(slowdown) > MOODS else 0.0
+
 
 DISTURBANCE = 0.5
 """Standard error of a ratio that was measured on a disturbed machine, for each unit by which the reference was slower."""
-MOODS = 0.05
-"""By how much a machine may be slower as a whole, with all ratios as they were."""
 
 
 def error_share(table: LatencyTable, build: Build) -> float:
     """Relative standard error of a build's measured time: from its interval, and where something else took the machine."""
-    disturbed = DISTURBANCE * max(table.disturbance(build) - MOODS, 0.0)
+    disturbed = DISTURBANCE * max(table.slowdown(build) - MOODS, 0.0)
     return float(np.hypot(max((build.high - build.low) / 3.92 / build.ratio, 0.002), disturbed))
 
 
@@ -102,8 +122,19 @@ def error_ns(table: LatencyTable, build: Build) -> float:
     return error_share(table, build) * build.ratio * table.header.reference_ns
 
 
-def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
-    """One equation for the whole build, then one for each unit (fused ones together) and the rest."""
+def beside_nodes(table: LatencyTable, builds: Sequence[Build]) -> float:
+    """What an inference takes beside its executed nodes, in ns on the table's scale."""
+    scale = table.header.reference_ns
+    pairs = [
+        (table.time_ns(b), counted * scale / float(np.median(b.reference_ns)))
+        for b in builds
+        if (counted := sum(n.time_ns for n in b.nodes)) > 0
+    ]
+    return dispatch_ns(*np.array(pairs).T) if pairs else 0.0
+
+
+def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: float) -> list[Row]:
+    """One equation for the whole build, then one for each unit (fused ones together) and the rest, which has `beside_ns`."""
     reference = table.header.reference_ns
     total = build.ratio * reference
     candidate = table.candidate(build)
@@ -117,11 +148,12 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool) -> list[Row]:
     counted = sum(n.time_ns for n in build.nodes)
     if counted <= 0:
         return rows
-    scale = total / counted
+    beside_ns = min(beside_ns, total)
+    scale = (total - beside_ns) / counted
     # scaled by a total that is as uncertain
     spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
     group_of = _fused_groups(build)
-    times: dict[str, float] = {"": 0.0}
+    times: dict[str, float] = {"": beside_ns}
     for node in build.nodes:
         unit = node.units[0] if node.units else ""
         key = group_of.get(unit, unit)
@@ -184,14 +216,18 @@ class Equations:
 
     def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool = True) -> None:
         self.network = table.network
-        rows = [(k, row) for k, build in enumerate(builds) for row in rows_of(table, build, boundaries)]
+        beside = beside_nodes(table, builds)
+        rows = [
+            (k, row) for k, build in enumerate(builds) for row in rows_of(table, build, boundaries, beside)
+        ]
         self.builds = len(builds)
         self.told = {e.feature for e in table.header.prior}
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
         told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
         when = _when(builds)
-        rows = [(k, row.drifting(when[k])) for k, row in rows] + told
+        slower = [leverage(table.slowdown(b), b.ratio) for b in builds]
+        rows = [(k, row.drifting(when[k]).slowed(slower[k])) for k, row in rows] + told
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
         self.index = {f: i for i, f in enumerate(self.features)}
         self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
@@ -204,7 +240,7 @@ class Equations:
         self._weigh(design, value, error + share * value)
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
-        """Features of the whole builds, as at the middle of the profile."""
+        """Features of the whole builds, as at the middle of the profile, on the machine as it was just then."""
         self.totals[:, [i for f, i in self.index.items() if f == ("drift",)]] = 0.0
         self.measured = value[first]
         self.errors = error[first]
@@ -224,7 +260,7 @@ class Equations:
         """Prior standard deviation of a parameter, in ns."""
         deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
                      "edge": scales.own / np.sqrt(len(self.network.units)),
-                     "drift": DRIFT / self.typical}[feature[0]]  # fmt: skip
+                     "drift": DRIFT / self.typical, SHARED[0]: 1.0 / self.typical}[feature[0]]  # fmt: skip
         # what other tables tell is not shrunk away
         return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
 

@@ -25,6 +25,7 @@ from hwsearch.equations import (
     MIDDLE,
     PAIRS,
     SCALES,
+    SHARED,
     Equations,
     Feature,
     Floats,
@@ -32,6 +33,7 @@ from hwsearch.equations import (
     edge_features,
     error_ns,
     informed,
+    leverage,
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.header import LAYERED
@@ -86,6 +88,30 @@ class LatencyModel:
                     continue
                 row[self._index[feature]] += value
         return row
+
+    def predict_build(self, build: Build) -> Prediction:
+        """What a build of the table should have been measured to take, on the machine as it was just then.
+
+        Raises InvalidInput where it holds what no build of the fit does.
+        """
+        at = self.table.candidate(build)
+        found = self.predict(at.variants, at.widths)
+        return replace(
+            found, time_ns=found.time_ns + self._shared_ns(self.table.slowdown(build), build.ratio)
+        )
+
+    def quiet_ns(self, ratio: float, slowdown: float) -> float:
+        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower."""
+        return ratio * self.table.header.reference_ns - self._shared_ns(slowdown, ratio)
+
+    def _shared_ns(self, slowdown: float, ratio: float) -> float:
+        """By how much longer it takes than if the machine were slower by the same share for every network."""
+        return self.shared * leverage(slowdown, ratio) * ratio * self.table.header.reference_ns
+
+    @cached_property
+    def shared(self) -> float:
+        """How much of a slowdown is the same time for every network: 0 none of it, 1 all."""
+        return float(np.clip(self._mean[self._index[SHARED]], 0.0, 1.0)) if SHARED in self._index else 0.0
 
     @cached_property
     def drift(self) -> float:
@@ -185,8 +211,7 @@ def fit(
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:
     """(predicted, measured, standard error of their difference) of builds, in ns."""
     table = model.table
-    candidates = [table.candidate(b) for b in builds]
-    predicted = [model.predict(c.variants, c.widths) for c in candidates]
+    predicted = [model.predict_build(b) for b in builds]
     sigma = np.hypot([p.sigma_ns for p in predicted], [error_ns(table, b) for b in builds])
     return (
         np.array([p.time_ns for p in predicted]),

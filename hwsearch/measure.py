@@ -31,6 +31,11 @@ PATIENCE = 1.5
 """How much longer than its limit a measurement waits for quiet rounds."""
 
 
+def quietest(reference_ns: NDArray[np.int64]) -> float:
+    """Of the times of the reference in one measurement, that of its quietest moments."""
+    return float(np.quantile(reference_ns, 0.1))
+
+
 @dataclass(frozen=True)
 class Energy:
     """Joules of one inference of a candidate and of the reference, and the relative standard error of their ratio."""
@@ -91,6 +96,11 @@ class Timing:
     def median_ns(self) -> float:
         """Median of the candidate's own samples, as the machine was just then."""
         return float(np.median(self.samples_ns))
+
+    @property
+    def quiet_ns(self) -> float:
+        """Time of the reference in the quietest moments."""
+        return quietest(self.reference_ns)
 
     @property
     def reference_median_ns(self) -> float:

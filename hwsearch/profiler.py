@@ -302,8 +302,7 @@ class _Run:
         errors = []
         for build in usable(self.table):
             if build.role == "heldout" and not self.table.disturbed(build) and model.foretells(build):
-                candidate = self.table.candidate(build)
-                time = model.predict(candidate.variants, candidate.widths).time_ns
+                time = model.predict_build(build).time_ns
                 errors.append(abs(time / self.table.time_ns(build) - 1.0))
         return float(np.percentile(errors, 75)) if len(errors) >= LEAST_HELDOUT else None
 

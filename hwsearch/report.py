@@ -24,8 +24,9 @@ class Report:
     allocation that meets the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how
     many there were. not_as_asked: units that the engine executed in another precision. output_error: relative error of the
     engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding:
-    then nothing is met. table_check: where prediction and measurement part by more than three sigma, builds of the table
-    measured again.
+    then nothing is met. slowdown: by how much slower than when the table was made the machine was, 0 where it is too little to
+    count; times are those of the quiet machine, and `measured_unconverted` is what was measured, on the table's scale.
+    table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Report:
     output_error: float = 0.0
     wrong_outputs: bool = False
     table_check: dict[str, Any] | None = None
+    slowdown: float = 0.0
 
     def _memory(self) -> list[str]:
         if not self.memory:
@@ -125,6 +127,11 @@ class Report:
             lines.append(
                 f"warning  prediction and measurement part; {len(self.table_check['builds'])} builds of the table measured "
                 f"again changed by {self.table_check['median']:+.1%} (median): {state}"
+            )
+        if self.slowdown:
+            lines.append(
+                f"warning  the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
+                f"table was made: {latency['measured_unconverted']:.4g} ms, converted to what it takes on the quiet machine"
             )
         if self.unstable:
             lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")

@@ -17,10 +17,12 @@ from hwsearch.budget import TAILS, Budget
 from hwsearch.builds import Build
 from hwsearch.calling import evaluating
 from hwsearch.checking import Check, measure_again, spread
+from hwsearch.equations import MOODS
 from hwsearch.errors import InvalidInput
 from hwsearch.evaluation import predictor, score
 from hwsearch.header import SANDWICHED
 from hwsearch.isolated import reference_engine
+from hwsearch.latency import LatencyModel, fit
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
 from hwsearch.regime import Regime, record
@@ -57,7 +59,8 @@ class Measured:
 class Session:
     """Engines of one task, timed together: the deployed one, the dense one and uniform ones, on one scale.
 
-    table: gives the scale (its reference time); without one the session's own reference time is the scale.
+    table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
+    slower than the table's was, times are those of the quiet machine, by what the table tells of slowdowns (`LatencyModel.shared`).
     """
 
     def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
@@ -68,6 +71,8 @@ class Session:
             self.reference, _ = at.build(uniform(at.network, at.options.base))
         self.scale_ns = table.header.reference_ns if table is not None else 0.0
         self.reference_now_ns = 0.0
+        self.slowdown = 0.0
+        """Of the machine against the table's quiet one, in the last measurement, as far as it counts."""
         self._uniforms: dict[str, Measured] = {}
         self._scores: dict[str, float] = {}
         self._check: Check | None = None
@@ -118,6 +123,7 @@ class Session:
             sample=self.at.sample,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
+        self.slowdown = self._slowdown(next(iter(timings.values())))
         if not self.scale_ns:
             self.scale_ns = self.reference_now_ns
         return {
@@ -144,11 +150,28 @@ class Session:
 
     def ms(self, measured: Measured) -> float:
         """Time on the session's scale, in ms."""
-        return measured.timing.ratio * self.scale_ns / 1e6
+        return self.time_ns(measured) / 1e6
+
+    def time_ns(self, measured: Measured) -> float:
+        """Time on the session's scale, on the quiet machine."""
+        ratio, slowdown = measured.timing.ratio, self._slowdown(measured.timing)
+        return self._model.quiet_ns(ratio, slowdown) if slowdown else ratio * self.scale_ns
+
+    def _slowdown(self, timing: Timing) -> float:
+        """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
+        if self.table is None or self.table.header.mode != "context":
+            return 0.0
+        slowdown = timing.quiet_ns / self.table.quiet_ns - 1.0
+        return slowdown if abs(slowdown) > MOODS else 0.0
+
+    @cached_property
+    def _model(self) -> LatencyModel:
+        assert self.table is not None
+        return fit(self.table)
 
     def costs(self, measured: Measured) -> dict[str, float]:
         """Everything that a budget may bound, in ns, bytes and MACs."""
-        time_ns = measured.timing.ratio * self.scale_ns
+        time_ns = self.time_ns(measured)
         tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
         size, macs = float(measured.file_bytes), float(measured.at.network.macs)
         return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured),

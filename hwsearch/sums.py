@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from hwsearch.builds import Build
+from hwsearch.dispatch import dispatch_ns
 from hwsearch.equations import Feature, edge_features
 from hwsearch.errors import InvalidInput
 from hwsearch.header import SANDWICHED
@@ -30,8 +30,6 @@ WHOLE = 0.15
 next: on CPUs sums came out up to a fifth below the whole network's time, more so in fp32."""
 CORRECTED = 0.03
 """The least that it is where whole networks were measured."""
-DISPATCH = 0.1
-"""Standard deviation of what an inference takes beside its nodes, relative to the shortest sandwich."""
 BOUNDARY = 0.3
 """Standard deviation of what one boundary between precisions costs, relative to a typical unit."""
 
@@ -123,7 +121,7 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
     """
     builds = [b for b in builds if sum(n.time_ns for n in b.nodes) > 0]
     node_ns = np.array([sum(n.time_ns for n in b.nodes) for b in builds])
-    dispatch = _dispatch(np.array([table.time_ns(b) for b in builds]), node_ns)
+    dispatch = dispatch_ns(np.array([table.time_ns(b) for b in builds]), node_ns)
     network, context = table.network, contexts(table.network)
     found: dict[tuple[Context, str], list[float]] = {}
     first: list[float] = []
@@ -146,22 +144,6 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
             )
     rest = dispatch + (float(np.median(first)) if first else 0.0)
     return rest, {cell: float(np.mean(own)) for cell, own in cells.items()}
-
-
-def _dispatch(times: NDArray[np.float64], counted: NDArray[np.float64]) -> float:
-    """What an inference takes beside its nodes, whatever it is of, in ns: times = dispatch + slope x counted.
-
-    Least squares of relative errors, neither below zero. What sandwiches scatter around the line says how far to trust it:
-    the dispatch is shrunk towards zero, from which it is expected within a tenth of the shortest time.
-    """
-    if len(set(counted.tolist())) < 3:
-        return 0.0
-    shortest = float(times.min())
-    rows = np.stack([np.full(len(times), shortest), counted], axis=1) / times[:, None]
-    plain, *_ = np.linalg.lstsq(rows, np.ones(len(times)))
-    scatter = float(np.linalg.norm(rows @ plain - 1.0)) / np.sqrt(max(len(times) - 2, 1))
-    (share, _), _ = nnls(np.vstack([rows, [scatter / DISPATCH, 0.0]]), np.append(np.ones(len(times)), 0.0))
-    return float(share) * shortest
 
 
 def _edges(table: LatencyTable) -> list[Feature]:

@@ -99,16 +99,13 @@ class LatencyTable:
         times = [b.quiet_ns for b in self.builds if b.role != "deployed"] or [b.quiet_ns for b in self.builds]
         return float(np.quantile(times, QUIET))
 
-    def disturbance(self, build: Build) -> float:
-        """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively.
-
-        0 of deployed builds, whose sessions may have been slower as a whole.
-        """
-        return 0.0 if build.role == "deployed" else max(build.quiet_ns / self.quiet_ns - 1.0, 0.0)
+    def slowdown(self, build: Build) -> float:
+        """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively."""
+        return build.quiet_ns / self.quiet_ns - 1.0
 
     def disturbed(self, build: Build) -> bool:
         """Whether something else slowed the machine down all the while a build was measured: it counts for less in a fit."""
-        return 1.0 + self.disturbance(build) > DISTURBED
+        return 1.0 + self.slowdown(build) > DISTURBED
 
     def tail(self, quantile: float) -> float:
         """That quantile of the times of single inferences, relative to their median.

@@ -108,8 +108,9 @@ def verify_with_build(
             "predicted": allocation.predicted["latency_ns"] / 1e6,
             "sigma": allocation.predicted["sigma_ns"] / 1e6,
             "measured": session.ms(deployed),
-            "measured_low": deployed.timing.low * session.scale_ns / 1e6,
-            "measured_high": deployed.timing.high * session.scale_ns / 1e6,
+            "measured_low": deployed.timing.low / deployed.timing.ratio * session.ms(deployed),
+            "measured_high": deployed.timing.high / deployed.timing.ratio * session.ms(deployed),
+            "measured_unconverted": deployed.timing.ratio * session.scale_ns / 1e6,
             "measured_now": deployed.timing.median_ns / 1e6,
             "reference": session.scale_ns / 1e6,
             "reference_now": session.reference_now_ns / 1e6,
@@ -159,6 +160,7 @@ def verify_with_build(
         output_error=deployed.build.output_error,
         wrong_outputs=deployed.build.wrong,
         table_check=drift,
+        slowdown=session.slowdown,
     )  # fmt: skip
     return report, deployed.build
 
