@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.stats import theilslopes
 
 Floats = NDArray[np.float64]
 
@@ -33,11 +34,11 @@ def dispatch_ns(times: Floats, counted: Floats) -> float:
         return 0.0
     shortest = float(times.min())
     rows = np.stack([np.full(len(times), shortest), counted], axis=1) / times[:, None]
-    ones, weight = np.ones(len(times)), np.ones(len(times))
-    fitted, *_ = np.linalg.lstsq(rows, ones)
+    slope, intercept, *_ = theilslopes(times, counted)
+    fitted = np.array([intercept / shortest, slope])
     for _ in range(_ROUNDS):
         off = rows @ fitted - 1.0
-        scatter = max(float(np.sqrt(np.sum(weight * off**2) / max(len(times) - 2, 1))), 1e-6)
+        scatter = max(1.48 * float(np.median(np.abs(off))), 1e-6)
         weight = (_FREEDOM + 1.0) / (_FREEDOM + np.square(off / scatter))
         root = np.sqrt(weight)
         shrunk = np.vstack([rows * root[:, None], [scatter / EXPECTED, 0.0]])

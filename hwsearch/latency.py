@@ -100,9 +100,16 @@ class LatencyModel:
             found, time_ns=found.time_ns + self._shared_ns(self.table.slowdown(build), build.ratio)
         )
 
-    def quiet_ns(self, ratio: float, slowdown: float) -> float:
-        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower."""
-        return ratio * self.table.header.reference_ns - self._shared_ns(slowdown, ratio)
+    def quiet(self, ratio: float, slowdown: float) -> Prediction:
+        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
+
+        sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
+        """
+        time_ns = ratio * self.table.header.reference_ns
+        _, error = self.terms().get(SHARED, (0.0, 0.0))
+        return Prediction(
+            time_ns - self._shared_ns(slowdown, ratio), error * abs(leverage(slowdown, ratio)) * time_ns
+        )
 
     def _shared_ns(self, slowdown: float, ratio: float) -> float:
         """By how much longer it takes than if the machine were slower by the same share for every network."""
@@ -110,7 +117,8 @@ class LatencyModel:
 
     @cached_property
     def shared(self) -> float:
-        """How much of a slowdown is the same time for every network: 0 none of it, 1 all."""
+        """How much of a slowdown is the same time for every network: 0 none of it, 1 all. 0 where no build of the fit was measured
+        on a slower machine: then the table does not tell."""
         return float(np.clip(self._mean[self._index[SHARED]], 0.0, 1.0)) if SHARED in self._index else 0.0
 
     @cached_property

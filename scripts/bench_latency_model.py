@@ -94,7 +94,7 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     slower = [k.get("slowdown", 0.0) for k in kept]
     # as `verify` does on a machine that is slower than the table's
     measured = np.array(
-        [model.quiet_ns(t / table.header.reference_ns, s) for t, s in zip(raw, slower, strict=True)]
+        [model.quiet(t / table.header.reference_ns, s).time_ns for t, s in zip(raw, slower, strict=True)]
     )
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
     noise = np.array([k["error_ns"] for k in kept])
