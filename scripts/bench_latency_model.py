@@ -100,8 +100,9 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     noise = np.array([k["error_ns"] for k in kept])
     show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
     if (moved := measured != raw).any():
-        print(f"  {moved.sum()} of {len(kept)} were timed on a machine that was {np.median(np.array(slower)[moved]):+.0%} (median) slower "
-              f"than the table's, and converted ({model.shared:.2f} of a slowdown is the same time for every network); as measured:")  # fmt: skip
+        by = float(np.median(np.array(slower)[moved]))
+        print(f"  {moved.sum()} of {len(kept)} were timed on a machine slower by {by:.0%} (median) than the table's, and converted "
+              f"({model.shared:.2f} of a slowdown is the same time for every network); as measured:")  # fmt: skip
         errors(
             "latency model", np.array([model.predict(c.variants, c.widths).time_ns for _, c in heldout]), raw
         )
