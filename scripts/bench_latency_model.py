@@ -99,7 +99,7 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
     noise = np.array([k["error_ns"] for k in kept])
     show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
-    if (moved := measured != raw).any():
+    if (moved := ~np.isclose(measured, raw, rtol=1e-9)).any():
         by = float(np.median(np.array(slower)[moved]))
         print(f"  {moved.sum()} of {len(kept)} were timed on a machine slower by {by:.0%} (median) than the table's, and converted "
               f"({model.shared:.2f} of a slowdown is the same time for every network); as measured:")  # fmt: skip
