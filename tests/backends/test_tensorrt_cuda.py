@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from hwsearch import backends
-from hwsearch.backends.tensorrt import TensorRTBackend, cuda
-from hwsearch.backends.tensorrt.cuda import Cuda, NotCaptured, driver
+from hwsearch.backends import cuda
+from hwsearch.backends.tensorrt import TensorRTBackend
+from hwsearch.backends.cuda import Cuda, NotCaptured, driver
 from hwsearch.errors import BackendUnavailable
 
 # ---- the driver
