@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hwsearch.backends.base import Backend
 
 GROUP = "hwsearch.backends"
-_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt"}
+_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "torch": "cuda"}
 
 
 def names() -> tuple[str, ...]:

@@ -170,7 +170,7 @@ class Mark:
     def until(self, other: Mark) -> float:
         """Nanoseconds between two moments that have passed."""
         with _told("the GPU tells no times"):
-            return self._event.elapsed_time(other._event) * 1e6
+            return float(self._event.elapsed_time(other._event)) * 1e6
 
 
 class Buffer:

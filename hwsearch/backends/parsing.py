@@ -17,9 +17,7 @@ def parsed(onnx: bytes, runtime: str) -> tuple[ModelProto, list[str], list[str]]
     try:
         model = load_model_from_string(onnx)
     except Exception as error:
-        raise BackendUnavailable(
-            f"{runtime} cannot be given this network, it is no ONNX: {error}"
-        ) from error
+        raise BackendUnavailable(f"{runtime} cannot be given this network, it is no ONNX: {error}") from error
     graph = model.graph
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in stored]

@@ -1,4 +1,4 @@
-"""An imitation of a GPU for backend `torch`: what `hwsearch.backends.cuda.Cuda` offers, on host memory, and kernels with CUDA's rules.
+"""An imitation of a GPU for backend `torch`: what `Cuda` offers, on host memory, and kernels with the rules that CUDA's have.
 
 Numbers are right, as torch computes them on the CPU; times mean nothing. A captured graph is run anew at each launch and writes the
 tensors of its capture. The products refuse what torch's own checks refuse on CUDA; the one of 2:4 weights, which the CPU has not,
@@ -50,7 +50,9 @@ class FakeCuda:
         if "memory" in self.faults:
             raise BackendUnavailable("no device memory for inputs and outputs: CUDA out of memory")
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype))
-        made = FakeBuffer(self, tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor)
+        made = FakeBuffer(
+            self, tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+        )
         counted(made, self.live, "buffer")
         return made
 
@@ -146,7 +148,9 @@ class Products:
             raise RuntimeError("mat2 shape must be divisible by 16")
         for scale in (options["scale_a"], options["scale_b"]):
             if scale.numel() != 1 or scale.dtype != torch.float32:
-                raise RuntimeError("for tensorwise scaling, both scales must be float (fp32) tensors of one number")
+                raise RuntimeError(
+                    "for tensorwise scaling, both scales must be float (fp32) tensors of one number"
+                )
         return SCALED_MM(a, b, **options)
 
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
@@ -157,7 +161,9 @@ class Products:
             raise RuntimeError(f"Both dimensions must be multiples of {rule}")
         assert weight.is_contiguous()
         assert int((weight.float() != 0).reshape(rows, -1, 4).sum(-1).max()) <= 2, "more than 2 of 4 weights"
-        packed = torch.zeros(weight.numel() * (10 if weight.dtype == torch.int8 else 9) // 16, dtype=weight.dtype)
+        packed = torch.zeros(
+            weight.numel() * (10 if weight.dtype == torch.int8 else 9) // 16, dtype=weight.dtype
+        )
         self.dense[packed.data_ptr()] = packed, weight.clone()
         return packed
 

@@ -28,7 +28,9 @@ def program(model: onnx.ModelProto, there: Kernels = FLOATS, base: str = "fp32")
 
 def run(made: Program, arrays: Arrays) -> Arrays:
     inputs = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-    return [value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy() for value in made(inputs)]
+    return [
+        value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy() for value in made(inputs)
+    ]
 
 
 def by_onnxruntime(model: onnx.ModelProto, arrays: Arrays, *, optimized: bool = False) -> Arrays:

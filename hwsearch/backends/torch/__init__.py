@@ -36,7 +36,7 @@ class TorchBackend:
 
     @property
     def cuda(self) -> Cuda:
-        """Raises BackendUnavailable where there is no driver, or a torch without CUDA; torch is imported only where there is one."""
+        """Raises BackendUnavailable without a driver, before torch is imported, and where torch was built without CUDA."""
         if self._cuda is None:
             try:
                 driver()
@@ -58,11 +58,14 @@ class TorchBackend:
         gpu = self.cuda.gpu
         import torch
 
-        cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        there = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
         found = {
-            "torch": str(torch.__version__), "cuda": torch.version.cuda, "cudnn": cudnn, "driver": gpu.driver,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if there else None,  # type: ignore[no-untyped-call]
+            "driver": gpu.driver,
             "gpu": f"{gpu.name} ({gpu.sm})",
-        }  # fmt: skip
+        }
         return {key: str(value) for key, value in found.items() if value}
 
     def bases(self) -> tuple[str, ...]:
@@ -77,9 +80,7 @@ class TorchBackend:
                 f"torch does not execute {options.base} on this GPU; it offers {', '.join(self.bases())}"
             )
         if options.threads != 1:
-            raise InvalidInput(
-                f"backend torch runs on the GPU; leave --threads at 1, got {options.threads}"
-            )
+            raise InvalidInput(f"backend torch runs on the GPU; leave --threads at 1, got {options.threads}")
         from hwsearch.backends.torch.arithmetic import arithmetic
         from hwsearch.backends.torch.compiling import compiled
         from hwsearch.backends.torch.engine import TorchEngine

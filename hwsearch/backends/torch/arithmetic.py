@@ -15,12 +15,12 @@ import torch
 
 @contextmanager
 def arithmetic(base: str) -> Iterator[None]:
-    """fp32 products and convolutions in tf32 for that base and in full else; convolutions by the fastest algorithm, found by timing.
+    """fp32 products in tf32 for that base and in full else; convolutions by the fastest algorithm, which cuDNN finds by timing.
 
     The flags are the process's own: other threads would see them.
     """
-    backends = torch.backends
-    multiplied: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    backends: Any = torch.backends
+    multiplied = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     before = [flag.fp32_precision for flag in multiplied]
     timed = backends.cudnn.benchmark
     try:

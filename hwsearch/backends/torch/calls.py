@@ -41,6 +41,11 @@ def refused(node: Node, why: str) -> BackendUnavailable:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What torch says, without the stack that it adds."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Call:
     """One node at build time. shapes, dtypes: of its inputs, None for those left out.
 
@@ -129,7 +134,9 @@ def made(call: Call) -> Run:
     return make(call)
 
 
-def paddings(call: Call, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def paddings(
+    call: Call, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
     """`pads` of a window operator [begins, ends], worked out of `auto_pad` where that is given."""
     spatial = len(kernel)
     auto = call.attr("auto_pad", "NOTSET")

@@ -8,25 +8,27 @@ what ONNX says, in float. Every call is made once while the program is built: th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from hwsearch.backends.torch import elementwise, layers, moves, recurrent  # noqa: F401  they fill the table
-from hwsearch.backends.torch.calls import KNOWN_BY_SHAPE, Call, Run, made, refused
+from hwsearch.backends.torch.calls import KNOWN_BY_SHAPE, Call, Run, first_line, made, refused
 from hwsearch.backends.torch.graph import Graph, Node
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.products import (
     PRODUCTS,
     Weight,
     as_matrix,
-    kernel_for,
+    kernels_for,
     linear,
     out_axis,
     product,
 )
 from hwsearch.backends.torch.program import Program, Step, with_frees
+from hwsearch.errors import BackendUnavailable
 
 Tensor = torch.Tensor
 
@@ -101,6 +103,7 @@ class _Compiler:
     stored: dict[int, Tensor] = field(default_factory=dict)
     bound: list[Tensor] = field(default_factory=list)
     """Constants that belong to a call."""
+    declined: dict[str, str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
     def run(self) -> Program:
@@ -123,7 +126,7 @@ class _Compiler:
         places = tuple(self.stored.get(i) for i in range(len(self.live)))
         constants = {id(t): t for t in (*self.stored.values(), *self.bound)}
         size = sum(t.nbytes for t in constants.values())
-        return Program(steps, places, tuple(inputs), tuple(outputs), size, self.channels_last)
+        return Program(steps, places, tuple(inputs), tuple(outputs), size, self.channels_last, self.declined)
 
     # ---- tensors
 
@@ -208,7 +211,7 @@ class _Compiler:
         except torch.OutOfMemoryError:
             raise
         except _FAILS as error:
-            raise refused(node, (str(error).splitlines() or [type(error).__name__])[0]) from error
+            raise refused(node, first_line(error)) from error
         return result if isinstance(result, tuple) else (result,)
 
     # ---- quantized operands and products
@@ -234,50 +237,58 @@ class _Compiler:
         """Whether a product with a constant weight became one call, with its bias and perhaps on quantized operands."""
         if node.op not in PRODUCTS or node.domain:
             return False
-        operands = self._quantized(node) or self._floats(node)
-        found = None if operands is None else self._bias(node, operands.weight.shape[0])
-        if operands is None or found is None:
+        return any(self._called(node, way) for way in chain(self._quantized(node), self._floats(node)))
+
+    def _called(self, node: Node, operands: _Operands) -> bool:
+        """Whether a product was put into the program; a kernel that torch declines is told in `declined`, and is not."""
+        found = self._bias(node, operands.weight.shape[0])
+        if found is None:
             return False
         bias, last = found
-        if operands.kernel:
-            rows = math.prod(operands.activations.shape) // operands.weight.shape[1]
-            weight = Weight(operands.weight, conv=node.op == "Conv")
-            try:
+        try:
+            if operands.kernel:
+                rows = math.prod(operands.activations.shape) // operands.weight.shape[1]
+                weight = Weight(operands.weight, conv=node.op == "Conv")
                 run, constants = product(
                     operands.kernel, weight, operands.scales, bias, operands.to, rows, self.device
                 )
-            except RuntimeError as error:
-                raise refused(node, (str(error).splitlines() or ["no reason given"])[0]) from error
-        else:
-            run, constants = linear(operands.weight, bias, self.device)
+            else:
+                run, constants = linear(operands.weight, bias, self.device)
+            sources = [*operands.dequantized, node.name, *([last.name] if last is not node else [])]
+            place = self._place(operands.activations)
+            self._emit(node, sources, run, [place], last.outputs, operands.kernel)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, BackendUnavailable) as error:
+            if not operands.kernel:
+                raise
+            why = f"{operands.kernel}: {first_line(error.__cause__ or error)}"
+            self.declined[node.name] = "; ".join(filter(None, (self.declined.get(node.name), why)))
+            return False
         self.bound += constants
-        sources = [*operands.dequantized, node.name, *([last.name] if last is not node else [])]
-        self._emit(node, sources, run, [self._place(operands.activations)], last.outputs, operands.kernel)
         self.done.add(last.outputs[0])
         return True
 
-    def _quantized(self, node: Node) -> _Operands | None:
-        """The operands of a product whose quantized numbers a kernel multiplies as they are."""
+    def _quantized(self, node: Node) -> Iterator[_Operands]:
+        """Ways to run a product whose quantized numbers a kernel multiplies as they are."""
         x, w = (self.coded.get(name) for name in node.inputs[:2])
         if x is None or w is None or x.values.constant is not None or w.values.constant is None:
-            return None
+            return
         if x.scales.numel() > 1 or (w.scales.numel() > 1 and w.axis != out_axis(node)):
-            return None
+            return
         matrix = as_matrix(node, w.values.constant)
-        kernel = "" if matrix is None else kernel_for(self.there, x.values.dtype, matrix)
-        if matrix is None or not kernel:
-            return None
-        scales = x.scales.float().reshape([]) * w.scales.float().reshape(-1)
-        return _Operands(x.values, matrix, kernel, scales, x.scales.dtype, (x.node.name, w.node.name))
+        if matrix is not None:
+            scales = x.scales.float().reshape([]) * w.scales.float().reshape(-1)
+            for kernel in kernels_for(self.there, x.values.dtype, matrix):
+                yield _Operands(x.values, matrix, kernel, scales, x.scales.dtype, (x.node.name, w.node.name))
 
-    def _floats(self, node: Node) -> _Operands | None:
-        """The operands of a product in floats; of a convolution only where its weight is one for a sparse kernel."""
+    def _floats(self, node: Node) -> Iterator[_Operands]:
+        """Ways to run a product in floats; a convolution only where its weight is one for a sparse kernel."""
         x, w = (self._value(name) for name in node.inputs[:2])
         matrix = None if x.constant is not None or w.constant is None else as_matrix(node, w.constant)
-        if matrix is None:
-            return None
-        kernel = kernel_for(self.there, x.dtype, matrix)
-        return _Operands(x, matrix, kernel, None, x.dtype) if kernel or node.op != "Conv" else None
+        if matrix is not None:
+            for kernel in (*kernels_for(self.there, x.dtype, matrix), *([""] if node.op != "Conv" else [])):
+                yield _Operands(x, matrix, kernel, None, x.dtype)
 
     def _bias(self, node: Node, out: int) -> tuple[Tensor | None, Node] | None:
         """(a product's bias [out], the node whose output has it): its own, or of the addition behind a MatMul; None: not one."""

@@ -37,9 +37,7 @@ def _plain(run: Run) -> Callable[[Call], Run]:
 
 
 TABLE.update({name: _plain(run) for name, run in (_UNARY | _BINARY).items()})
-TABLE.update(
-    {name: _plain(lambda *x, run=run: reduce(run, x)) for name, run in _VARIADIC.items()}  # type: ignore[misc]
-)
+TABLE.update({name: _plain(lambda *x, run=run: reduce(run, x)) for name, run in _VARIADIC.items()})
 
 
 @op("Identity", "Dropout")
@@ -258,7 +256,9 @@ def dequantize(call: Call) -> Run:
 
     def spread(values: Tensor) -> Tensor:
         if block:
-            return values.repeat_interleave(block, axis % rank).narrow(axis % rank, 0, call.shape()[axis % rank])
+            return values.repeat_interleave(block, axis % rank).narrow(
+                axis % rank, 0, call.shape()[axis % rank]
+            )
         if len(scales) == 1 and scales[0] > 1:
             return values.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
         return values.reshape([])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -26,27 +28,25 @@ class TorchEngine:
     """Inputs stay in device memory of fixed addresses, outputs in memory of the graph's, so that one graph serves all inferences.
 
     launches: `CUDA graph`, or `plain launches` with the reason why there is no graph. size_bytes: of the constants on the device.
+    declined: see `Program`.
     """
 
     def __init__(self, cuda: Cuda, program: Program, network: Network, base: str) -> None:
         """base: the precision that the program was compiled for. Raises BackendUnavailable with CUDA's own reason."""
-        self._cuda, self._program, self._base = cuda, program, base
-        self.size_bytes = program.size_bytes
+        self._cuda, self._program = cuda, program
+        self.size_bytes, self.declined = program.size_bytes, program.declined
         self.inputs = [TensorSpec(n, shape, _name(dtype)) for n, shape, dtype in network.inputs]
         self._buffers = [
             cuda.buffer(s.shape, s.dtype, channels_last=program.channels_last and len(s.shape) == 4)
             for s in self.inputs
         ]
+        # a function of its own: a graph that held the engine would keep its memory until the garbage is collected
+        self._launch = partial(_launched, cuda, program, [b.tensor for b in self._buffers], base)
         for _ in range(_WARM_UP):
             self._results = self._launch()
         cuda.synchronize()
         self.outputs = [_output(n, value) for n, value in zip(network.outputs, self._results, strict=True)]
         self._graph, self.launches = self._captured()
-
-    def _launch(self) -> list[torch.Tensor]:
-        """One inference, call by call; returns before it has run."""
-        with self._cuda.work("the GPU does not run the network"), arithmetic(self._base):
-            return self._program([buffer.tensor for buffer in self._buffers])
 
     def _captured(self) -> tuple[Graph | None, str]:
         """A graph of one inference, and how inferences are launched from now on."""
@@ -112,8 +112,7 @@ class TorchEngine:
         share = min(1.0, _AT_ONCE / max(len(self._program.steps), 1))
         watch = _Stopwatch(self._cuda, self._program, hold_ns=3.0 * launching * share)
         for _ in range(runs):
-            with self._cuda.work("the GPU does not run the network"), arithmetic(self._base):
-                self._program([buffer.tensor for buffer in self._buffers], watch.before)
+            self._launch(watch.before)
             watch.end()
             self._cuda.synchronize()
         times = watch.times_ns()
@@ -122,6 +121,14 @@ class TorchEngine:
             for index, step in enumerate(self._program.steps)
             if not step.views
         ]
+
+
+def _launched(
+    cuda: Cuda, program: Program, inputs: list[torch.Tensor], base: str, before: Callable[[int], None] | None = None
+) -> list[torch.Tensor]:  # fmt: skip
+    """Outputs of one inference, launched call by call; they are there once the stream has come so far."""
+    with cuda.work("the GPU does not run the network"), arithmetic(base):
+        return program(inputs, before)
 
 
 class _Stopwatch:
@@ -170,4 +177,3 @@ def _output(name: str, value: torch.Tensor) -> TensorSpec:
     if kind not in _ARRAYS:
         raise BackendUnavailable(f"output {name} is of torch's type {kind}, which arrays cannot hold")
     return TensorSpec(name, tuple(value.shape), kind)
-

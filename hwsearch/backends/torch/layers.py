@@ -146,7 +146,11 @@ def group_norm(call: Call) -> Run:
     groups, epsilon = call.attr("num_groups"), call.attr("epsilon", 1e-5)
     each = call.shape()[1] // call.shape(1)[0]
     return lambda x, w, b: F.group_norm(
-        x, groups, w.repeat_interleave(each) if each > 1 else w, b.repeat_interleave(each) if each > 1 else b, epsilon
+        x,
+        groups,
+        w.repeat_interleave(each) if each > 1 else w,
+        b.repeat_interleave(each) if each > 1 else b,
+        epsilon,
     )
 
 
@@ -159,7 +163,9 @@ def layer_norm(call: Call) -> Run:
 
     def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         if rms:
-            return F.rms_norm(x, normalised, w, epsilon) if own else F.rms_norm(x, normalised, None, epsilon) * w
+            return (
+                F.rms_norm(x, normalised, w, epsilon) if own else F.rms_norm(x, normalised, None, epsilon) * w
+            )
         if own:
             return F.layer_norm(x, normalised, w, b, epsilon)
         y = F.layer_norm(x, normalised, None, None, epsilon) * w
@@ -170,7 +176,9 @@ def layer_norm(call: Call) -> Run:
 
 @op("GridSample")
 def grid_sample(call: Call) -> Run:
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(call.attr("mode", "bilinear"), call.attr("mode", "bilinear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(
+        call.attr("mode", "bilinear"), call.attr("mode", "bilinear")
+    )
     return partial(
         F.grid_sample, mode=mode, padding_mode=call.attr("padding_mode", "zeros"),
         align_corners=bool(call.attr("align_corners", 0)),

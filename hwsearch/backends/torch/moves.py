@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from hwsearch.backends.torch.calls import Call, Run, op, torch_pads
 
 Tensor = torch.Tensor
+
+_ROUNDED: dict[str, Run] = {
+    "floor": torch.floor, "ceil": torch.ceil, "round_prefer_ceil": lambda v: torch.floor(v + 0.5),
+    "round_prefer_floor": lambda v: torch.ceil(v - 0.5),
+}  # fmt: skip
+"""`nearest_mode` of Resize."""
 
 
 @op("Shape")
@@ -61,7 +68,7 @@ def unsqueeze(call: Call) -> Run:
 
 @op("Expand")
 def expand(call: Call) -> Run:
-    wanted = torch.broadcast_shapes(call.shape(), tuple(call.ints(1)))
+    wanted = np.broadcast_shapes(call.shape(), tuple(call.ints(1)))
     return lambda x: x.expand(wanted)
 
 
@@ -103,7 +110,7 @@ def slice_(call: Call) -> Run:
     if backwards:
         forwards = tuple(cuts)
         return _picked(call, backwards, lambda x: x[forwards])
-    return lambda x, cuts=tuple(cuts): x[cuts]  # type: ignore[misc]
+    return lambda x, cuts=tuple(cuts): x[cuts]
 
 
 def _picked(call: Call, indices: dict[int, Tensor], first: Run = lambda x: x) -> Run:
@@ -123,7 +130,7 @@ def _picked(call: Call, indices: dict[int, Tensor], first: Run = lambda x: x) ->
 def gather(call: Call) -> Run:
     axis, own, index = call.axis(0), call.shape(), call.maybe(1)
     if index is not None and index.dim() == 0:
-        return lambda x, at=int(index) % own[axis]: x.select(axis, at)  # type: ignore[misc]
+        return lambda x, at=int(index) % own[axis]: x.select(axis, at)
     if index is not None:
         flat = index.reshape(-1).long() % max(own[axis], 1)
         wanted = (*own[:axis], *index.shape, *own[axis + 1 :])
@@ -155,7 +162,11 @@ def scatter_elements(call: Call) -> Run:
 
     def run(x: Tensor, i: Tensor, values: Tensor) -> Tensor:
         index = torch.remainder(i, own[axis]).long()
-        return x.scatter(axis, index, values) if reduce is None else x.scatter_reduce(axis, index, values, reduce)
+        return (
+            x.scatter(axis, index, values)
+            if reduce is None
+            else x.scatter_reduce(axis, index, values, reduce)
+        )
 
     return run
 
@@ -237,16 +248,18 @@ def depth_to_space(call: Call) -> Run:
     b, (n, c, h, w) = call.attr("blocksize"), call.shape()
     if call.attr("mode", "DCR") == "CRD":
         return lambda x: F.pixel_shuffle(x, b)
-    return lambda x: x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2).reshape(
-        n, c // (b * b), h * b, w * b
+    return lambda x: (
+        x.reshape(n, b, b, c // (b * b), h, w)
+        .permute(0, 3, 4, 1, 5, 2)
+        .reshape(n, c // (b * b), h * b, w * b)
     )
 
 
 @op("SpaceToDepth")
 def space_to_depth(call: Call) -> Run:
     b, (n, c, h, w) = call.attr("blocksize"), call.shape()
-    return lambda x: x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(
-        n, c * b * b, h // b, w // b
+    return lambda x: (
+        x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h // b, w // b)
     )
 
 
@@ -279,10 +292,19 @@ def resize(call: Call) -> Run:
             wanted = [sizes[a] for a in range(2, len(own))]
             return lambda x: F.interpolate(x, wanted)
         return _picked(call, {a: _nearest(own[a], sizes[a], scales[a], where, how) for a in changed})
-    kinds = {("linear", 3): "linear", ("linear", 4): "bilinear", ("linear", 5): "trilinear", ("cubic", 4): "bicubic"}
+    kinds = {
+        ("linear", 3): "linear",
+        ("linear", 4): "bilinear",
+        ("linear", 5): "trilinear",
+        ("cubic", 4): "bicubic",
+    }
     kind = kinds.get((mode, len(own)))
     aligned = where == "align_corners"
-    same = aligned or where == "half_pixel" or (where == "pytorch_half_pixel" and min(sizes[a] for a in changed) > 1)
+    same = (
+        aligned
+        or where == "half_pixel"
+        or (where == "pytorch_half_pixel" and min(sizes[a] for a in changed) > 1)
+    )
     if kind is None or not same or min(changed) < 2 or call.attr("exclude_outside", 0):
         raise call.refuse(f"torch has no {mode} interpolation of {len(own)} axes with {where} coordinates")
     if mode == "cubic" and abs(call.attr("cubic_coeff_a", -0.75) + 0.75) > 1e-6:
@@ -307,9 +329,5 @@ def _nearest(count: int, size: int, scale: float, where: str, how: str) -> Tenso
         x = (place + 0.5) / scale - 0.5
     else:
         x = place * 0.0
-    rounded = {
-        "floor": torch.floor, "ceil": torch.ceil, "round_prefer_ceil": lambda v: torch.floor(v + 0.5),
-        "round_prefer_floor": lambda v: torch.ceil(v - 0.5),
-    }[how](x)  # fmt: skip
-    return rounded.long().clamp(0, count - 1)
-
+    index: Tensor = _ROUNDED[how](x).long()
+    return index.clamp(0, count - 1)

@@ -88,10 +88,10 @@ def is_2_4(weight: Tensor) -> bool:
     return bool((kept <= 2).all())
 
 
-def kernel_for(there: Kernels, activations: torch.dtype, weight: Tensor) -> str:
-    """What a product executes in, beside its float type: a key of RULES, or nothing. weight: [out, in], as it is stored."""
+def kernels_for(there: Kernels, activations: torch.dtype, weight: Tensor) -> list[str]:
+    """What a product may execute in, beside its float type: keys of RULES, best first. weight: [out, in], as it is stored."""
     if activations != weight.dtype:
-        return ""
+        return []
     half = _HALVES.get(activations, "")
     wanted = []
     if there.sparse and (activations == torch.int8 or half) and is_2_4(weight):
@@ -101,7 +101,7 @@ def kernel_for(there: Kernels, activations: torch.dtype, weight: Tensor) -> str:
     if there.fp8 and activations == torch.float8_e4m3fn:
         wanted.append("fp8")
     out, features = weight.shape
-    return next((k for k in wanted if out % RULES[k].out == 0 and features % RULES[k].features == 0), "")
+    return [k for k in wanted if out % RULES[k].out == 0 and features % RULES[k].features == 0]
 
 
 def linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> tuple[Run, list[Tensor]]:
@@ -141,7 +141,7 @@ def product(
     def run(x: Tensor) -> Tensor:
         spatial = x.movedim(1, -1) if weight.conv else x
         lead = spatial.shape[:-1]
-        matrix = spatial.reshape(-1, features)
+        matrix = spatial.reshape(-1, features).contiguous()
         if padded != rows:
             matrix = F.pad(matrix, (0, 0, 0, padded - rows))
         y = multiply(matrix)[:rows] if padded != rows else multiply(matrix)
@@ -161,7 +161,9 @@ def _accumulated(kernel: str, values: Tensor) -> tuple[Run, Sequence[Tensor]]:
             x, values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True
         ), [values, one]
     packed = torch._cslt_compress(values)
-    return lambda x: torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.int32, transpose_result=True), [packed]
+    return lambda x: torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.int32, transpose_result=True), [
+        packed
+    ]
 
 
 def _rescaled(
@@ -172,6 +174,7 @@ def _rescaled(
     if bias is None:
         return lambda y: torch.mul(y, factor, out=torch.empty(y.shape, dtype=to, device=y.device)), [factor]
     added = bias.reshape(-1).to(device, torch.float32)
-    return lambda y: torch.addcmul(
-        added, y, factor, out=torch.empty(y.shape, dtype=to, device=y.device)
-    ), [factor, added]
+    return lambda y: torch.addcmul(added, y, factor, out=torch.empty(y.shape, dtype=to, device=y.device)), [
+        factor,
+        added,
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,8 @@ class Step:
 class Program:
     """Calls in order. places: the constants where they stand, None for what is made. size_bytes: of all constants.
 
-    channels_last: inputs of four axes are to lie so in memory.
+    channels_last: inputs of four axes are to lie so in memory. declined: for each product that no kernel of the ones offered
+    took, against their rules, which it was and torch's reason; it is computed in floats.
     """
 
     steps: tuple[Step, ...]
@@ -43,11 +44,10 @@ class Program:
     outputs: tuple[int, ...]
     size_bytes: int
     channels_last: bool
+    declined: Mapping[str, str]
 
     @torch.no_grad()
-    def __call__(
-        self, inputs: Sequence[Tensor], before: Callable[[int], None] | None = None
-    ) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[Tensor], before: Callable[[int], None] | None = None) -> list[Tensor]:
         """Outputs, on the inputs' device. before: called with the index of each step that is about to be run."""
         places = list(self.places)
         for place, value in zip(self.inputs, inputs, strict=True):

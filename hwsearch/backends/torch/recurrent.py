@@ -27,7 +27,9 @@ def recurrent(call: Call) -> Run:
         raise call.refuse("torch has no layer that runs backwards only")
     strange = [n for n in ("activations", "clip", "layout", "input_forget") if call.attr(n)]
     strange += ["peepholes"] if call.has(7) else []
-    strange += ["linear_before_reset = 0"] if kind == "GRU" and not call.attr("linear_before_reset", 0) else []
+    strange += (
+        ["linear_before_reset = 0"] if kind == "GRU" and not call.attr("linear_before_reset", 0) else []
+    )
     if strange:
         raise call.refuse(f"torch has no {kind} with {', '.join(strange)}")
     if call.has(4):
@@ -59,7 +61,9 @@ def _weights(call: Call, directions: int) -> list[Tensor]:
     order = _GATES[call.node.op]
     of_input, of_hidden = call.const(1), call.const(2)
     gates = len(order)
-    bias = call.const(3) if call.has(3) else torch.zeros(directions, 2 * of_input.shape[1], dtype=of_input.dtype)
+    bias = (
+        call.const(3) if call.has(3) else torch.zeros(directions, 2 * of_input.shape[1], dtype=of_input.dtype)
+    )
 
     def sorted_gates(rows: Tensor) -> Tensor:
         parts = rows.chunk(gates)
