@@ -266,7 +266,7 @@ def test_torch_s_own_work_is_put_on_the_side_stream(world: FakeTorch) -> None:
         assert world.current is made._stream
     assert world.current is None
     with (
-        pytest.raises(BackendUnavailable, match="^it fails: CUDA error: misaligned address$"),
+        pytest.raises(BackendUnavailable, match=r"^it fails: CUDA error: misaligned address$"),
         made.work("it fails"),
     ):
         raise RuntimeError("CUDA error: misaligned address\nmore")
