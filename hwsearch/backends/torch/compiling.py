@@ -241,7 +241,7 @@ class _Compiler:
 
     def _called(self, node: Node, operands: _Operands) -> bool:
         """Whether a product was put into the program; a kernel that torch declines is told in `declined`, and is not."""
-        found = self._bias(node, operands.weight.shape[0])
+        found = self._bias(node, operands.weight.shape[0], len(operands.activations.shape))
         if found is None:
             return False
         bias, last = found
@@ -290,8 +290,11 @@ class _Compiler:
             for kernel in (*kernels_for(self.there, x.dtype, matrix), *([""] if node.op != "Conv" else [])):
                 yield _Operands(x, matrix, kernel, None, x.dtype)
 
-    def _bias(self, node: Node, out: int) -> tuple[Tensor | None, Node] | None:
-        """(a product's bias [out], the node whose output has it): its own, or of the addition behind a MatMul; None: not one."""
+    def _bias(self, node: Node, out: int, rank: int) -> tuple[Tensor | None, Node] | None:
+        """(a product's bias [out], the node whose output has it): its own, or of the addition behind a MatMul; None: not one.
+
+        rank: of what the product returns, which an addition may raise.
+        """
         if node.op != "MatMul":
             if len(node.inputs) < 3 or not node.inputs[2]:
                 return None, node
@@ -303,6 +306,6 @@ class _Compiler:
             return None, node
         other = self.values.get(behind.inputs[1 - behind.inputs.index(name)])
         bias = None if other is None else other.constant
-        if bias is None or bias.numel() != out or bias.shape[-1:] != (out,) or bias.dim() > 2:
+        if bias is None or bias.numel() != out or bias.shape[-1:] != (out,) or bias.dim() > rank:
             return None, node
         return bias, behind

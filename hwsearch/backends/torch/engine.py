@@ -63,12 +63,12 @@ class TorchEngine:
 
     def _same_outputs(self, graph: Graph) -> bool:
         """Whether a graph writes the outputs: an empty one would be timed as a very fast engine."""
-        given = {b.tensor.data_ptr() for b in self._buffers}
-        given |= {t.data_ptr() for t in self._program.places if t is not None}
+        constants = [t for t in self._program.places if t is not None]
+        given = {t.untyped_storage().data_ptr() for t in (*constants, *(b.tensor for b in self._buffers))}
         plain = [self._cuda.holding(value).read() for value in self._results]
         made = [self._cuda.holding(value) for value in graph.result]
         for buffer in made:
-            if buffer.tensor.data_ptr() not in given:
+            if buffer.tensor.untyped_storage().data_ptr() not in given:
                 buffer.clear()
         graph.launch()
         self._cuda.synchronize()

@@ -51,7 +51,7 @@ RULES = {
     "2:4.fp16": Rule(16, 16, 8, 8),
     "2:4.bf16": Rule(16, 16, 8, 8),
 }
-"""`_int_mm` refuses 16 rows and fewer; cuBLAS has no bad number of them from 32 on."""
+"""`_int_mm` refuses 16 rows and fewer; 32 is what later versions of torch make them up to themselves."""
 
 
 def out_axis(node: Node) -> int:
@@ -161,9 +161,11 @@ def _accumulated(kernel: str, values: Tensor) -> tuple[Run, Sequence[Tensor]]:
             x, values.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True
         ), [values, one]
     packed = torch._cslt_compress(values)
-    return lambda x: torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.int32, transpose_result=True), [
-        packed
-    ]
+
+    def multiply(x: Tensor) -> Tensor:
+        return torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.int32, transpose_result=True)
+
+    return multiply, [packed]
 
 
 def _rescaled(
@@ -171,10 +173,11 @@ def _rescaled(
 ) -> tuple[Run, list[Tensor]]:
     """(accumulators -> scales * accumulators + bias in another type, constants), in one call."""
     factor = scales.to(device, torch.float32)
+
+    def space(y: Tensor) -> Tensor:
+        return torch.empty(y.shape, dtype=to, device=y.device)
+
     if bias is None:
-        return lambda y: torch.mul(y, factor, out=torch.empty(y.shape, dtype=to, device=y.device)), [factor]
+        return lambda y: torch.mul(y, factor, out=space(y)), [factor]
     added = bias.reshape(-1).to(device, torch.float32)
-    return lambda y: torch.addcmul(added, y, factor, out=torch.empty(y.shape, dtype=to, device=y.device)), [
-        factor,
-        added,
-    ]
+    return lambda y: torch.addcmul(added, y, factor, out=space(y)), [factor, added]

@@ -34,8 +34,8 @@ class Step:
 class Program:
     """Calls in order. places: the constants where they stand, None for what is made. size_bytes: of all constants.
 
-    channels_last: inputs of four axes are to lie so in memory. declined: for each product that no kernel of the ones offered
-    took, against their rules, which it was and torch's reason; it is computed in floats.
+    channels_last: inputs of four axes are to lie so in memory. declined: for each product that a kernel did not take, against
+    its rules, which it was and torch's reason; what the product runs in instead is its step's precision.
     """
 
     steps: tuple[Step, ...]
