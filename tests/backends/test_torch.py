@@ -345,6 +345,7 @@ def legacy() -> tuple[bool, bool]:
 def test_flags_of_the_process_are_set_for_launches_only(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before, older = flags(), legacy()
     seen: set[tuple[Any, ...]] = set()
     real = Program.__call__

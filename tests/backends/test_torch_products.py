@@ -32,7 +32,7 @@ class Case:
     def __init__(
         self, op: str, rows: int = 20, features: int = 64, out: int = 32, *, precision: str = "int8", sparse: bool = False,
         bias: bool = True, per_channel: bool = True, zero: int = 0, base: type = np.float32, turned: bool = False,
-        extra_reader: bool = False, **attributes: Any,
+        by_input: bool = False, extra_reader: bool = False, **attributes: Any,
     ) -> None:  # fmt: skip
         rng = np.random.default_rng(rows + features + out)
         matrix = rng.standard_normal((out, features)).astype(np.float32)
@@ -49,11 +49,12 @@ class Case:
         ]
         if op == "Gemm" and turned:
             weight, axis = matrix.T, 1
+        axis = 1 - axis if by_input else axis
         read, kept = "x", "w"
         if precision in ("int8", "fp8"):
             top = 127 if precision == "int8" else 448
             self.qdq(np.array(np.abs(self.x.astype(np.float32)).max() / top, base), precision, zero)
-            scales = np.maximum(np.abs(matrix).max(1), 1e-3) / top
+            scales = np.maximum(np.abs(matrix).max(0 if by_input else 1), 1e-3) / top
             scales = scales if per_channel else scales.max(keepdims=True).reshape(())
             spread = (
                 scales.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
@@ -182,7 +183,9 @@ def test_rows_that_a_kernel_does_not_take_are_made_up(
     rows: int, precision: str, sparse: bool, products: Products
 ) -> None:  # fmt: skip
     for op in ("Gemm", "MatMul"):
-        assert "." in executed(Case(op, rows, precision=precision, sparse=sparse).checked()) or not sparse
+        made = Case(op, rows, precision=precision, sparse=sparse).checked()
+        assert executed(made) == (f"2:4.{precision}" if sparse else precision)
+        assert not made.declined
 
 
 @pytest.mark.parametrize(("case", "wanted"), [
@@ -195,6 +198,8 @@ def test_rows_that_a_kernel_does_not_take_are_made_up(
     (Case("Gemm", alpha=0.5), "fp32"),
     (Case("Gemm", turned=True), "int8"),
     (Case("Gemm", per_channel=False), "int8"),
+    (Case("Gemm", features=32, by_input=True), "fp32"),
+    (Case("MatMul", features=32, by_input=True), "fp32"),
     (Case("MatMul", extra_reader=True), "int8"),
     (Case("Conv", strides=[2, 2]), "fp32"),
     (Case("Conv", pads=[1, 1, 1, 1]), "fp32"),
@@ -204,6 +209,7 @@ def test_what_shapes_rule_out_is_computed_in_float_and_says_so(
 ) -> None:  # fmt: skip
     made = case.checked()
     assert executed(made) == wanted
+    assert not made.declined, "no kernel was asked for what it does not take"
     assert (wanted == "fp32") == ("DequantizeLinear" in {s.op for s in made.steps})
 
 
