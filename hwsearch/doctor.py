@@ -29,6 +29,7 @@ NETWORKS = ("residual", "attention", "two_inputs")
 """Small networks of the backend contract, built and timed here."""
 PACKAGES = (
     *("numpy", "scipy", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-ml-py"),
+    *(f"nvidia-{part}-cu{major}" for part in ("cublas", "cudnn", "cusparselt") for major in (12, 13)),
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-rtx", "tensorrt-rtx-cu12"),
 )
 """Whose versions a report gives, where they are installed."""

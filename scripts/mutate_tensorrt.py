@@ -75,7 +75,7 @@ MUTATIONS = (
         "a runtime around nothing is used", "log.py", "if made is not None and not reasons(log.lines):", "if made is not None:",
     ),
     Mutation(
-        "a graph is launched on whatever stream is current", "cuda.py",
+        "a graph is launched on whatever stream is current", "../cuda.py",
         'with _told("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):',
         'with _told("the CUDA graph cannot be launched"):',
     ),

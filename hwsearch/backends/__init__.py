@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from hwsearch.backends.base import Backend
 
 GROUP = "hwsearch.backends"
-_EXTRAS = {"openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+_EXTRAS = {
+    "openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx", "torch": "cuda",
+}  # fmt: skip
 
 
 def names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The contract between hwsearch and a runtime. Backends see ONNX and arrays; no torch, nothing of search."""
+"""The contract between hwsearch and a runtime. Backends see ONNX and arrays, nothing of search or of the user's model."""
 
 from __future__ import annotations
 

@@ -253,7 +253,9 @@ class BackendContract:
             )
             # A runtime may fuse a unit into one that was asked in int8; apart from that nothing coarse is made up.
             fused = [u for r in rows if r.kind == "unit" and unit.name in r.units for u in r.units]
-            coarse = {variants[name].executed for name in fused if not variants[name].plain}
+            # 2:4 weights may be multiplied as if they were dense.
+            of = [variants[name] for name in fused if not variants[name].plain]
+            coarse = {v.executed for v in of} | {v.precision for v in of}
             made_up = precision in _COARSE and precision not in coarse
             assert not made_up, f"{what}: {unit.name} was asked in {asked} and reads {precision}"
         self._check_sum(at, engine, what)

@@ -23,7 +23,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto
 
-from hwsearch.backends.tensorrt.cuda import Gpu, NotCaptured
+from hwsearch.backends.cuda import Gpu, NotCaptured
 from hwsearch.nodenames import unit_of
 from hwsearch.testing.simulated import asked_precisions
 
@@ -47,7 +47,7 @@ _WORDS = {
 
 
 class FakeCuda:
-    """What `hwsearch.backends.tensorrt.cuda.Cuda` offers, on host memory. faults: what goes wrong, see its uses."""
+    """What `hwsearch.backends.cuda.Cuda` offers, on host memory. faults: what goes wrong, see its uses."""
 
     def __init__(self, capability: tuple[int, int] = (7, 5)) -> None:
         self.gpu = Gpu("Simulated GPU", capability, "550.54.15", "12.4")

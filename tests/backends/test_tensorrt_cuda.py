@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from hwsearch import backends
-from hwsearch.backends.tensorrt import TensorRTBackend, cuda
-from hwsearch.backends.tensorrt.cuda import Cuda, NotCaptured, driver
+from hwsearch.backends import cuda
+from hwsearch.backends.cuda import Cuda, NotCaptured, driver
+from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.errors import BackendUnavailable
 
 # ---- the driver
@@ -170,6 +171,23 @@ class FakeGraph:
         self.replayed_on.append(self.world.current)
 
 
+class FakeEvent:
+    """Milliseconds: the n-th event is at n squared."""
+
+    count = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.recorded_on: Any = None
+
+    def record(self, stream: Any) -> None:
+        FakeEvent.count += 1
+        self.at, self.recorded_on = float(FakeEvent.count**2), stream
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
 class FakeTorch:
     """torch on host memory, with as much of torch.cuda as `Cuda` uses; `current` is the stream that work is put on."""
 
@@ -178,6 +196,8 @@ class FakeTorch:
         self.copies: list[FakeStream | None] = []
         self.capturing: dict[str, Any] = {}
         self.fails: str | None = None
+        self.slept: list[tuple[FakeStream | None, int]] = []
+        self.channels_last = torch.channels_last
         self.version = SimpleNamespace(cuda="12.4")
         self.float32, self.int64, self.bool = torch.float32, torch.int64, torch.bool
         self.device = lambda kind, index: (kind, index)
@@ -185,7 +205,8 @@ class FakeTorch:
         properties = SimpleNamespace(name="NVIDIA A10", major=8, minor=6)
         self.cuda = SimpleNamespace(
             current_device=lambda: 0, Stream=FakeStream, stream=self._on, CUDAGraph=lambda: FakeGraph(self),
-            graph=self._graph, get_device_properties=lambda device: properties,
+            graph=self._graph, get_device_properties=lambda device: properties, Event=FakeEvent,
+            _sleep=lambda cycles: self.slept.append((self.current, cycles)),
         )  # fmt: skip
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
@@ -248,6 +269,41 @@ def test_graphs_are_captured_and_launched_on_the_side_stream(world: FakeTorch) -
     assert graph._graph.replayed_on == [made._stream]  # type: ignore[attr-defined]
 
 
+def test_a_graph_has_what_its_launch_returned(world: FakeTorch) -> None:
+    assert Cuda().capture(lambda: ["outputs"]).result == ["outputs"]
+
+
+def test_torch_s_own_work_is_put_on_the_side_stream(world: FakeTorch) -> None:
+    made = Cuda()
+    with made.work("it fails"):
+        assert world.current is made._stream
+    assert world.current is None
+    with (
+        pytest.raises(BackendUnavailable, match=r"^it fails: CUDA error: misaligned address$"),
+        made.work("it fails"),
+    ):
+        raise RuntimeError("CUDA error: misaligned address\nmore")
+
+
+def test_images_may_lie_channels_last(world: FakeTorch) -> None:
+    buffer = Cuda().buffer((1, 3, 4, 5), "float32", channels_last=True)
+    assert buffer.tensor.is_contiguous(memory_format=torch.channels_last)
+    values = np.arange(60, dtype=np.float32).reshape(1, 3, 4, 5)
+    buffer.write(values)
+    assert np.array_equal(buffer.read(), values)
+    assert np.array_equal(Cuda().holding(buffer.tensor).read(), values)
+
+
+def test_marks_and_holding_are_on_the_side_stream(world: FakeTorch) -> None:
+    made = Cuda()
+    FakeEvent.count = 0
+    one, two, three = (made.mark() for _ in range(3))
+    assert (one.until(two), two.until(three)) == (3e6, 5e6)
+    assert one._event.recorded_on is made._stream  # type: ignore[attr-defined]
+    made.hold(500.0)
+    assert world.slept == [(made._stream, 1000)], "two cycles a nanosecond"
+
+
 def test_what_cannot_be_captured_is_told(world: FakeTorch) -> None:
     world.fails = "CUDA error: operation not permitted when stream is capturing\nmore"
     with pytest.raises(NotCaptured, match=r"^CUDA error: operation not permitted when stream is capturing$"):
@@ -278,10 +334,21 @@ def test_errors_of_cuda_are_ours(world: FakeTorch, monkeypatch: pytest.MonkeyPat
 def test_the_imitation_is_called_as_the_real_torch_is() -> None:
     """Names and parameters that `cuda.py` uses exist in the torch that is installed, if only as stubs of a CPU build."""
     assert {"stream", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
-    for name in ("current_device", "get_device_properties", "Stream", "stream", "CUDAGraph", "graph"):
+    for name in (
+        "current_device",
+        "get_device_properties",
+        "Stream",
+        "stream",
+        "CUDAGraph",
+        "graph",
+        "Event",
+        "_sleep",
+    ):
         assert callable(getattr(torch.cuda, name))
     assert callable(torch.cuda.CUDAGraph.replay)
     assert callable(torch.cuda.Stream.synchronize)
+    assert callable(torch.cuda.Event.record)
+    assert callable(torch.cuda.Event.elapsed_time)
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
     assert all(
         hasattr(torch, name) for name in ("float32", "float16", "int8", "uint8", "int32", "int64", "bool")

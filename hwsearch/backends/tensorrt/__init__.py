@@ -13,19 +13,17 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hwsearch import files
 from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.cuda import Cuda, driver
+from hwsearch.backends.parsing import parsed
 from hwsearch.backends.tensorrt import offering
-from hwsearch.backends.tensorrt.cuda import Cuda, driver
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
 from hwsearch.device import cache_dir
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.variants import Variant
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 _COMPARED_RUNS = 25
 """Inferences by which builds of one network are compared."""
@@ -107,7 +105,7 @@ class TensorRTBackend:
         from hwsearch.backends.tensorrt.buildlog import sparsity
         from hwsearch.typed import strongly_typed
 
-        model, inputs, outputs = _parsed(onnx)
+        model, inputs, outputs = parsed(onnx, "TensorRT")
         typed = strongly_typed(model, options.base).SerializeToString()
         cache = self.timing_cache()
         found = cache.read_bytes() if cache.exists() else None
@@ -137,25 +135,6 @@ class TensorRTBackend:
 def rtx() -> TensorRTBackend:
     """TensorRT for RTX: a small package with kernels of its own, which it finishes compiling on the GPU."""
     return TensorRTBackend(package="tensorrt_rtx")
-
-
-def _parsed(onnx: bytes) -> tuple[ModelProto, list[str], list[str]]:
-    """The model, with the names of its inputs and outputs. Raises BackendUnavailable on what is no ONNX."""
-    from onnx import load_model_from_string
-
-    try:
-        model = load_model_from_string(onnx)
-    except Exception as error:
-        raise BackendUnavailable(f"TensorRT cannot be given this network, it is no ONNX: {error}") from error
-    graph = model.graph
-    stored = {tensor.name for tensor in graph.initializer}
-    inputs = [value.name for value in graph.input if value.name not in stored]
-    outputs = [value.name for value in graph.output]
-    if not inputs or not outputs:
-        raise BackendUnavailable(
-            "TensorRT cannot be given this network, its ONNX has no inputs or no outputs"
-        )
-    return model, inputs, outputs
 
 
 def _fastest(engines: list[TensorRTEngine]) -> TensorRTEngine:

@@ -1,8 +1,8 @@
-"""CUDA as far as running an engine needs it: buffers, one side stream, and graphs of what was launched on it.
+"""CUDA as far as running an engine needs it: buffers, one side stream, graphs of what was launched on it, and times on it.
 
-torch is imported here and in no other backend: its tensors are the device memory whose addresses TensorRT is given, so that
+Backends `tensorrt` and `torch` run on it. torch's tensors are the device memory whose addresses TensorRT is given, so that
 no second CUDA binding has to be installed. Another object with these methods may stand in for `Cuda`, as the tests' does.
-Sources: CUDA driver API (cuInit, cuDeviceGetCount, cuDriverGetVersion); torch.cuda ("CUDA Graphs").
+Sources: CUDA driver API (cuInit, cuDeviceGetCount, cuDriverGetVersion); torch.cuda ("CUDA Graphs", `Event`, `_sleep`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Gpu:
     def sm(self) -> str:
         """`sm86` for compute capability 8.6."""
         return "sm{}{}".format(*self.capability)
+
+
+_CYCLES_A_NS = 2.0
+"""GPUs run at 2 GHz at most, or little above: so many cycles take a nanosecond at least."""
 
 
 class NotCaptured(Exception):
@@ -103,10 +107,31 @@ class Cuda:
         """Handle (`cudaStream_t`) of the side stream; the default one would make TensorRT synchronise more often."""
         return int(self._stream.cuda_stream)
 
-    def buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
-        """Zeroed device memory for an array of that shape and numpy dtype. Raises BackendUnavailable where memory ends."""
-        with _told("no device memory for inputs and outputs"), self._torch.cuda.stream(self._stream):
+    @property
+    def device(self) -> torch.device:
+        """Where torch puts tensors."""
+        found: torch.device = self._device
+        return found
+
+    @contextmanager
+    def work(self, what: str) -> Iterator[None]:
+        """What torch does inside goes on the side stream; `what` says so where CUDA fails. Raises BackendUnavailable then."""
+        with _told(what), self._torch.cuda.stream(self._stream):
+            yield
+
+    def buffer(self, shape: Sequence[int], dtype: str, *, channels_last: bool = False) -> Buffer:
+        """Zeroed device memory for an array of that shape and numpy dtype. Raises BackendUnavailable where memory ends.
+
+        channels_last: an image's channels stand next to one another in memory, whatever its shape says.
+        """
+        with self.work("no device memory for inputs and outputs"):
             tensor = self._torch.zeros(tuple(shape), dtype=getattr(self._torch, dtype), device=self._device)
+            if channels_last:
+                tensor = tensor.contiguous(memory_format=self._torch.channels_last)
+        return Buffer(self, tensor)
+
+    def holding(self, tensor: torch.Tensor) -> Buffer:
+        """A tensor on the device as a buffer."""
         return Buffer(self, tensor)
 
     def synchronize(self) -> None:
@@ -114,22 +139,49 @@ class Cuda:
         with _told("the GPU failed"):
             self._stream.synchronize()
 
-    def capture(self, launch: Callable[[], None]) -> Graph:
+    def capture(self, launch: Callable[[], Any]) -> Graph:
         """What `launch` puts on the side stream, as a graph, without running it. Raises NotCaptured."""
         graph = self._torch.cuda.CUDAGraph()
         try:
             with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                launch()
+                result = launch()
         except (RuntimeError, BackendUnavailable) as error:
             raise NotCaptured(_line(error)) from error
-        return Graph(self, graph)
+        return Graph(self, graph, result)
+
+    def mark(self) -> Mark:
+        """The moment at which the side stream comes to where it is now."""
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return Mark(event)
+
+    def hold(self, ns: float) -> None:
+        """Keep the side stream busy for that long at least, so that what is launched meanwhile then runs without gaps."""
+        with self.work("the GPU failed"):
+            self._torch.cuda._sleep(int(ns * _CYCLES_A_NS))
+
+
+class Mark:
+    """A moment on the side stream."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def until(self, other: Mark) -> float:
+        """Nanoseconds between two moments that have passed."""
+        with _told("the GPU tells no times"):
+            return float(self._event.elapsed_time(other._event)) * 1e6
 
 
 class Buffer:
-    """Device memory of one input or output."""
+    """Device memory of one input or output; `tensor` is torch's name for it."""
 
     def __init__(self, cuda: Cuda, tensor: torch.Tensor) -> None:
         self._cuda, self._tensor = cuda, tensor
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self._tensor
 
     @property
     def address(self) -> int:
@@ -155,10 +207,13 @@ class Buffer:
 
 
 class Graph:
-    """Launches that were captured, to be put on the side stream at once."""
+    """Launches that were captured, to be put on the side stream at once.
 
-    def __init__(self, cuda: Cuda, graph: torch.cuda.CUDAGraph) -> None:
-        self._cuda, self._graph = cuda, graph
+    result: what `capture` was returned: tensors that each launch fills anew.
+    """
+
+    def __init__(self, cuda: Cuda, graph: torch.cuda.CUDAGraph, result: Any = None) -> None:
+        self._cuda, self._graph, self.result = cuda, graph, result
 
     def launch(self) -> None:
         with _told("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):

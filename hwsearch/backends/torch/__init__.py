@@ -1,0 +1,94 @@
+"""torch on an NVIDIA GPU: the network's ONNX as torch calls under one CUDA graph, quantized where torch has kernels for it.
+
+It makes tables of a GPU without TensorRT; its rows say `torch`. Each call is a kernel (or several) of torch's own libraries, and
+beside the bias of a product nothing is fused, so that a dense network is slower here than in TensorRT. `products` says which
+layers run in int8, fp8 and 2:4: matrix products with a constant weight and convolutions of 1x1. All other quantized layers compute
+in float what Q/DQ says, and are recorded as executed so. Nothing of this has run on a GPU yet: the calls ran on the CPU and were
+compared with ONNX Runtime, the kernels that only a GPU has and CUDA itself were imitated (tests/backends/test_torch*.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.cuda import Cuda, driver
+from hwsearch.backends.parsing import parsed
+from hwsearch.backends.torch import offering
+from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.variants import Variant
+
+if TYPE_CHECKING:
+    from hwsearch.backends.torch.engine import TorchEngine
+    from hwsearch.backends.torch.offering import Kernels
+
+
+class TorchBackend:
+    """cuda: how the GPU is reached, torch's own way unless told."""
+
+    name = "torch"
+    quantize_outputs = False
+    gpu = True
+
+    def __init__(self, cuda: Cuda | None = None) -> None:
+        self._cuda = cuda
+
+    @property
+    def cuda(self) -> Cuda:
+        """Raises BackendUnavailable without a driver, before torch is imported, and where torch was built without CUDA."""
+        if self._cuda is None:
+            try:
+                driver()
+                self._cuda = Cuda()
+            except BackendUnavailable as error:
+                raise BackendUnavailable(f"torch cannot run on a GPU here: {error}") from error
+        return self._cuda
+
+    @property
+    def kernels(self) -> Kernels:
+        """What this GPU and this torch multiply beside floats."""
+        capability = self.cuda.gpu.capability
+        from torch.backends import cusparselt
+
+        return offering.kernels(capability, cusparselt=cusparselt.is_available())
+
+    def versions(self) -> Mapping[str, str]:
+        """Of torch, the CUDA that it was built with, its cuDNN and the driver, with the GPU: times hold for that GPU only."""
+        gpu = self.cuda.gpu
+        import torch
+
+        there = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+        found = {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if there else None,  # type: ignore[no-untyped-call]
+            "driver": gpu.driver,
+            "gpu": f"{gpu.name} ({gpu.sm})",
+        }
+        return {key: str(value) for key, value in found.items() if value}
+
+    def bases(self) -> tuple[str, ...]:
+        return offering.bases(self.cuda.gpu.capability)
+
+    def variants(self, base: str) -> tuple[Variant, ...]:
+        return offering.variants(self.kernels, base)
+
+    def build(self, onnx: bytes, options: BuildOptions) -> TorchEngine:
+        if options.base not in self.bases():
+            raise BackendUnavailable(
+                f"torch does not execute {options.base} on this GPU; it offers {', '.join(self.bases())}"
+            )
+        if options.threads != 1:
+            raise InvalidInput(f"backend torch runs on the GPU; leave --threads at 1, got {options.threads}")
+        from hwsearch.backends.torch.arithmetic import arithmetic
+        from hwsearch.backends.torch.compiling import compiled
+        from hwsearch.backends.torch.engine import TorchEngine
+        from hwsearch.backends.torch.graph import read
+        from hwsearch.typed import strongly_typed
+
+        model, _, _ = parsed(onnx, "torch")
+        network = read(strongly_typed(model, options.base))
+        with self.cuda.work("the network does not fit on the GPU"), arithmetic(options.base):
+            program = compiled(network, self.cuda.device, self.kernels, options.base)
+        return TorchEngine(self.cuda, program, network, options.base)

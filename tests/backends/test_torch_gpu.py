@@ -1,0 +1,119 @@
+"""Backend `torch` on a GPU. Nobody has run it yet: `pytest -m gpu tests/backends/test_torch_gpu.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.torch import TorchBackend
+from hwsearch.backends.torch.engine import TorchEngine
+from hwsearch.errors import BackendUnavailable
+from hwsearch.measure import Protocol, paired
+from hwsearch.regime import Regime
+from hwsearch.testing import BackendContract
+from hwsearch.testing.contract import TOLERANCE, assert_close, expected, readback, small_network, wherever
+from hwsearch.variants import Variant, uniform
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def gpu() -> TorchBackend:
+    backend = TorchBackend()
+    try:
+        backend.versions()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    return backend
+
+
+class TestTorch(BackendContract):
+    @pytest.fixture
+    def backend(self, gpu: TorchBackend) -> TorchBackend:
+        return gpu
+
+
+def built(backend: TorchBackend, network: str = "residual", base: str | None = None) -> TorchEngine:
+    base = base or backend.bases()[0]
+    lowering = small_network(network)
+    model: Any = lowering.onnx(uniform(lowering.network, base))
+    engine = backend.build(model.SerializeToString(), BuildOptions(1, base))
+    engine.prepare(*lowering.arrays())
+    return engine
+
+
+def test_a_cuda_graph_is_captured(gpu: TorchBackend) -> None:
+    for network in ("residual", "attention", "two_inputs"):
+        assert built(gpu, network).launches == "CUDA graph"
+
+
+def test_a_graph_computes_what_plain_launches_compute(gpu: TorchBackend) -> None:
+    engine = built(gpu)
+    inputs = small_network("residual").arrays()
+    by_graph = engine(*inputs)
+    engine._graph = None
+    for a, b in zip(engine(*inputs), by_graph, strict=True):
+        assert np.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16", "fp32", "tf32"])
+def test_linear_layers_execute_as_asked(gpu: TorchBackend, base: str) -> None:
+    """Every kernel that is offered runs, in a graph, and its library takes what torch's rules allow."""
+    if base not in gpu.bases():
+        pytest.skip(f"{base} is not offered on this GPU")
+    at = Regime(small_network("attention"), gpu, BuildOptions(1, base))
+    for variant in gpu.variants(base)[1:]:
+        variants = wherever(at.lowering, base, variant)
+        engine, model = at.build(variants)
+        assert isinstance(engine, TorchEngine)
+        assert not engine.declined
+        assert engine.launches == "CUDA graph"
+        tolerance = max(TOLERANCE[base], TOLERANCE[variant.precision])
+        assert_close(
+            engine(*at.lowering.arrays()), expected(at.lowering, variants, gpu), tolerance, str(variant)
+        )
+        _, executed = readback(engine, at, model)
+        told = dict(zip((u.name for u in at.network.units), executed, strict=True))
+        assert {told[u] for u in ("qkv", "out", "up", "down")} == {variant.executed}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33])
+def test_any_number_of_rows_is_multiplied(gpu: TorchBackend, rows: int) -> None:
+    """cuBLAS refuses few rows of int8, which are made up with zeros."""
+    from tests.backends.test_torch_products import Case
+    from tests.backends.torch_programs import FLOATS, error, program, run
+
+    for precision in [p for p in ("int8", "fp8") if Variant(p) in gpu.variants("fp32")]:
+        case = Case("Gemm", rows, precision=precision)
+        engine = gpu.build(case.model.SerializeToString(), BuildOptions(1, "fp32"))
+        assert {n.precision for n in engine.nodes(1) if n.op == "Gemm"} == {precision}
+        assert error(engine(case.x), run(program(case.model, FLOATS), [case.x])) <= 1e-4
+
+
+def test_tf32_is_not_fp32(gpu: TorchBackend) -> None:
+    """The flags reach the kernels: tf32 rounds operands to 10 bits, and fp32 does not."""
+    if "tf32" not in gpu.bases():
+        pytest.skip("tf32 is not offered on this GPU")
+    arrays = small_network("attention").arrays()
+    exact, rounded = (built(gpu, "attention", base)(*arrays)[0] for base in ("fp32", "tf32"))
+    assert 1e-6 < np.abs(exact - rounded).max() / np.abs(exact).max() < TOLERANCE["tf32"]
+
+
+def test_times_of_calls_come_to_about_the_time_of_a_run(gpu: TorchBackend) -> None:
+    """Small networks are mostly launches, which calls do not count, so the band is wide."""
+    engine = built(gpu, "attention")
+    timing = paired(engine.run, {"same": engine.run}, Protocol(limit_s=1.0))["same"]
+    assert 0.1 < sum(n.time_ns for n in engine.nodes(50)) / timing.median_ns < 2.0
+
+
+def test_a_hundred_engines_leave_no_memory_behind(gpu: TorchBackend) -> None:
+    import torch
+
+    built(gpu)
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(100):
+        built(gpu).nodes(1)
+    assert free - torch.cuda.mem_get_info()[0] < 64 << 20
