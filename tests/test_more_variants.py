@@ -112,7 +112,9 @@ def test_a_pattern_that_the_runtime_did_not_pick_is_recorded_and_not_offered(tmp
     table = hs.profile(
         old, out=tmp_path / "t.parquet", backend=backend(refused=(SPARSE,)), axes=["precision"]
     )
-    assert table.header.unsupported[SPARSE]["2:4.fp16"] == "eligible, but simulated did not pick a sparse kernel"
+    assert (
+        table.header.unsupported[SPARSE]["2:4.fp16"] == "eligible, but simulated did not pick a sparse kernel"
+    )
     assert table.offered()[SPARSE] == ("dense.fp16",)
 
 
