@@ -305,7 +305,8 @@ class Equations:
         mean, factor: as `solve` returns them. With C the covariance, A the equations of a build and r their residuals, the mean
         without them is m - C A^T (I - A C A^T)^-1 r (Rasmussen & Williams, Gaussian Processes, 5.4.2).
         """
-        covariance = cho_solve((factor, True), np.eye(len(mean)))
+        # transposed it is the same, and in the order in which sparse products read it without a copy
+        covariance = cho_solve((factor, True), np.eye(len(mean))).T
         covaried = self.totals @ covariance
         guess = self.totals @ mean
         variance = np.einsum("ij,ij->i", covaried, self.totals)
@@ -410,5 +411,5 @@ def _non_negative(precision: Floats, target: Floats, mean: Floats, physical: NDA
             break
         free = (free & ~below) | freed
         mean = np.zeros(len(free))
-        mean[free] = np.linalg.solve(precision[np.ix_(free, free)], target[free])
+        mean[free] = cho_solve((cholesky(precision[np.ix_(free, free)], lower=True), True), target[free])
     return np.where(physical, np.maximum(mean, 0.0), mean)
