@@ -402,6 +402,9 @@ from hwsearch.clocks import lock_clocks
 from hwsearch.nvidia import find
 if sys.argv[2] == "ignored":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:  # whoever runs the tests in the background has them ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 with lock_clocks(find(Nvml(log=Path(sys.argv[1])), {}), 1410):
     print("locked", flush=True)
     time.sleep(float(sys.argv[3]))
