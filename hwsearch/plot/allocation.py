@@ -230,8 +230,9 @@ def _allocation_text(
         f"predicted {p['latency_ns'] / 1e6:.4g} ± {p['sigma_ns'] / 1e6:.2g} ms "
         f"({p['latency_ns'] / dense['latency_ns']:.0%} of dense), {p['size_bytes'] / 1e6:.3g} MB, loss {p['loss']:.3g}"
         + (f", {p['memory_bytes'] / 1e6:.3g} MB of activations (estimated)" if "memory_bytes" in p else "")
-        + (f"; budget {', '.join(str(b['text']) for b in allocation.budgets)}" if allocation.budgets else "")
     ]
+    if allocation.budgets:
+        lines.insert(0, f"budget {', '.join(str(b['text']) for b in allocation.budgets)}")
     try:
         if model:
             units = sum(model.unit_ns(u, v, allocation.widths) for u, v in chosen.items()) / 1e6
