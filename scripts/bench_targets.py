@@ -43,6 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tasks", nargs="*", default=[f"zoo:{name}" for name in NAMES])
+    parser.add_argument("--only", choices=("uniform", "mixed"), help="one of the two parts; both take long")
     parser.add_argument("--allocations", type=int, default=10)
     parser.add_argument(
         "--scored", type=int, default=10, help="score only so many of the allocations in both runtimes"
@@ -56,10 +57,11 @@ def main() -> None:
     for spec in args.tasks:
         low = Lowering(hs.load(spec))
         print(f"\n{spec}: {len(low.network.units)} units")
-        for base in args.bases:
+        for base in args.bases if args.only != "mixed" else ():
             unexplained += uniform(trt, low, args.targets, base)
-        off, worst = mixed(trt, low, args)
-        unexplained, apart = unexplained + off, max(apart, worst)
+        if args.only != "uniform":
+            off, worst = mixed(trt, low, args)
+            unexplained, apart = unexplained + off, max(apart, worst)
     print(
         f"\nunexplained: {unexplained} (bar 0); scores of one file in two runtimes at most {100 * apart:.2f} points apart"
     )
