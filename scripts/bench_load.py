@@ -23,6 +23,7 @@ from hwsearch.background import background
 from hwsearch.design import random_allocation
 from hwsearch.latency import fit
 from hwsearch.measure import paired
+from hwsearch.overview import disturbed
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.regime import regime
@@ -70,8 +71,17 @@ def main() -> None:
         sigma = np.array([p.sigma_ns for p in found]) / measured
         width = [(b.high - b.low) / b.ratio for b in table.builds]
         print(f"  {name:10s} {len(table.builds)} builds, {np.mean([b.unstable for b in table.builds]):.0%} flagged unstable, "
+              f"{disturbed(table)} measured on a disturbed machine all the while, reference {spread_of(table):.0%} slower at its "
+              f"slowest tenth; "
               f"interval {np.median(width):.1%}; error on {len(drawn)} allocations timed quietly: median {np.median(error):.1%}, "
               f"90th percentile {np.percentile(error, 90):.1%}; foretold sigma {np.median(sigma):.1%}")  # fmt: skip
+
+
+def spread_of(table: LatencyTable) -> float:
+    """How much slower than on the quiet machine the slowest tenth of the reference's inferences was."""
+    return float(
+        np.quantile(np.concatenate([b.reference_ns for b in table.builds]), 0.9) / table.quiet_ns - 1
+    )
 
 
 def disturb(over: threading.Event, workers: int, period: float) -> None:
