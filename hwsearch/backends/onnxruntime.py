@@ -77,8 +77,8 @@ class ONNXRuntimeBackend:
 _TYPED_Q = 21
 """The opset from which on QuantizeLinear has its output's type as an attribute (networks with int4 weights are of it)."""
 _MISTAKEN = ["QDQS8ToU8Transformer"]
-"""What ONNX Runtime (1.32) must not do to those: it turns zero points of int8 to uint8, leaves that attribute, and refuses its own graph
-(microsoft/onnxruntime issue 25526)."""
+"""What ONNX Runtime (1.32) must not do to those: it turns zero points of int8 to uint8, leaves that attribute as it was, and
+refuses its own graph (microsoft/onnxruntime issue 25526)."""
 
 
 class ONNXRuntimeEngine:
