@@ -129,9 +129,15 @@ class Report:
                 f"again changed by {self.table_check['median']:+.1%} (median): {state}"
             )
         if self.slowdown:
+            raw = latency["measured_unconverted"]
+            known = (
+                "the table does not tell what that does, and times are as they were measured"
+                if raw == latency["measured"]
+                else f"{raw:.4g} ms, converted to what it takes on the quiet machine"
+            )
             lines.append(
                 f"warning  the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
-                f"table was made: {latency['measured_unconverted']:.4g} ms, converted to what it takes on the quiet machine"
+                f"table was made: {known}"
             )
         if self.unstable:
             lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")

@@ -155,7 +155,9 @@ class Session:
     def time_ns(self, measured: Measured) -> float:
         """Time on the session's scale, on the quiet machine."""
         ratio, slowdown = measured.timing.ratio, self._slowdown(measured.timing)
-        return self._model.quiet(ratio, slowdown).time_ns if slowdown else ratio * self.scale_ns
+        if not slowdown or not self._model.shared:
+            return ratio * self.scale_ns
+        return self._model.quiet(ratio, slowdown).time_ns
 
     def _slowdown(self, timing: Timing) -> float:
         """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
