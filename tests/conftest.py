@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hwsearch.backends.cuda import driver
 from hwsearch.device import cache_dir
+from hwsearch.errors import BackendUnavailable
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -18,6 +20,17 @@ if (
     os.environ["HWSEARCH_CACHE"] = str(_own)
 
 pytest.register_assert_rewrite("hwsearch.testing.contract")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU run where there is one, and are listed as not run where there is none."""
+    try:
+        driver()
+    except BackendUnavailable as error:
+        not_run = pytest.mark.skip(reason=f"not run, it needs an NVIDIA GPU: {error}")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(not_run)
 
 
 @pytest.fixture
