@@ -96,7 +96,7 @@ MOODS = 0.05
 SHARED = ("shared slowdown",)
 """The parameter of how much of a slowdown is the same time for every network (1), and not the same share of its time (0)."""
 USUAL = (0.7, 0.2)
-"""What it is before a table tells, and its standard deviation: tables made here on two threads told 0.6 to 1.0."""
+"""What it is before a table tells, and its standard deviation: tables made here told 0.2 to 1.0, most of them more than 0.5."""
 
 
 def leverage(slowdown: float, ratio: float) -> float:
