@@ -92,7 +92,10 @@ class Backend(Protocol):
     """Whether int8 layers must have their outputs quantized as well to be executed in int8."""
 
     def versions(self) -> Mapping[str, str]:
-        """Versions of the runtime's packages. Raises BackendUnavailable where it is not installed or dead."""
+        """Versions of the runtime's packages, and how it is called where times depend on that: tables of others are refused.
+
+        Raises BackendUnavailable where it is not installed or dead.
+        """
 
     def bases(self) -> tuple[str, ...]:
         """Base precisions that this device executes, the one to prefer first."""
