@@ -14,7 +14,8 @@ import pytest
 from simulation import OFFERED, grouped, scores, simulated_table
 from typer.testing import CliRunner
 
-from hwsearch.allocate.search import front, search, space
+from hwsearch.allocate.search import front, search
+from hwsearch.allocate.space import space
 from hwsearch.allocation import Allocation
 from hwsearch.cli import app
 from hwsearch.design import Candidate
