@@ -161,7 +161,7 @@ def ineligible(unit: Unit, variant: Variant) -> str:
 def legal(unit: Unit, variants: Iterable[Variant]) -> tuple[Variant, ...]:
     """Those of a backend's variants that a unit can become.
 
-    Whether the backend then *executes* them is read back from each engine (`hwsearch.profiler`).
+    Whether the backend then *executes* them is read back from each engine (`hwsearch.recording`).
     """
     return tuple(v for v in variants if not ineligible(unit, v))
 

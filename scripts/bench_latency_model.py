@@ -25,7 +25,7 @@ from scipy.stats import kendalltau
 import hwsearch as hs
 from hwsearch import backends, device
 from hwsearch.allocate.milp import minimise
-from hwsearch.allocate.search import space
+from hwsearch.allocate.space import space
 from hwsearch.budget import parse_budgets
 from hwsearch.builds import Build
 from hwsearch.design import Candidate, random_allocation

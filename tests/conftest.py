@@ -11,6 +11,7 @@ import pytest
 from hwsearch.backends.cuda import driver
 from hwsearch.device import cache_dir
 from hwsearch.errors import BackendUnavailable
+from hwsearch.table import LatencyTable
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -37,3 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks of this test alone: another profile on this machine must not make it fail."""
     monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def widths_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LatencyTable]:
+    """A profile over widths and precisions of the simulated device of `profiling.narrow_law`, and its file."""
+    from profiling import narrow_regime, run_widths
+
+    out = tmp_path_factory.mktemp("widths") / "t.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return out, run_widths(narrow_regime(noise=0.002), out)

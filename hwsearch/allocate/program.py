@@ -15,10 +15,8 @@ of the cheapest columns, which grows until the answer is below whatever was left
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +28,7 @@ from scipy.sparse import csr_array, vstack
 from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
 from hwsearch.allocate.problem import Choice, Cost, Problem
 from hwsearch.errors import HwsearchError
+from hwsearch.stdout import stdout_kept
 
 TOP = 15
 """Bits of the largest coefficients of a budget row; larger ones are split into digits."""
@@ -305,7 +304,7 @@ class Program:
         integral = np.zeros(p.count + extra, np.int8)
         integral[: p.units] = integral[p.count :] = 1
         for presolve in (True, False):  # presolve may stop at "infeasible or unbounded", which says neither
-            with _off_stdout():
+            with stdout_kept():  # HiGHS now and then prints a line of its own debugging
                 result = milp(
                     np.concatenate([objective, np.zeros(extra)]),
                     integrality=integral,
@@ -323,25 +322,6 @@ class Program:
             if result.status != _OTHER:
                 break
         return result
-
-
-@contextmanager
-def _off_stdout() -> Iterator[None]:
-    """HiGHS now and then prints a line of its own debugging, past Python's streams: it goes to standard error.
-
-    Standard output may be JSON for a program.
-    """
-    try:
-        saved = os.dup(1)
-    except OSError:  # closed: nothing can get there
-        yield
-        return
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
 
 
 def _span(objective: Linear, allowed: NDArray[np.bool_]) -> float:

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from simulation import OFFERED, grouped, scores, simulated_table
+from three_groups import ADDITIVE, LAW, NETWORK, SCORES, chosen, everything, memory, model, narrow, table
 from typer.testing import CliRunner
 
-from hwsearch.allocate.search import front, search, space
+from hwsearch.allocate.search import front, search
 from hwsearch.allocation import Allocation
 from hwsearch.cli import app
 from hwsearch.design import Candidate
-from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.memory import peak_bytes
-from hwsearch.network import Network
-from hwsearch.table import LatencyTable
+from hwsearch.errors import Infeasible
 from hwsearch.testing import LatencyLaw, sizes_of
 from hwsearch.variants import Variant, network_bytes, uniform
-
-NETWORK = grouped()
-GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16, 8], "conv2": [16, 8]}
-LAW = LatencyLaw.random(NETWORK, 3)
-ADDITIVE = LatencyLaw(LAW.units, rest_ns=LAW.rest_ns, whole=LAW.whole)
-SCORES = scores(NETWORK, GRID)
-
-
-@cache
-def table(additive: bool = False) -> LatencyTable:
-    return simulated_table(NETWORK, ADDITIVE if additive else LAW, design=8, grid=GRID)
-
-
-@cache
-def model(additive: bool = False) -> LatencyModel:
-    return fit(table(additive))
-
-
-def everything(grid: dict[str, list[int]] = GRID) -> Iterator[Candidate]:
-    units, groups = list(NETWORK.by_name), list(grid)
-    for widths in product(*grid.values()):
-        for variants in product(OFFERED, repeat=len(units)):
-            yield Candidate(dict(zip(units, variants, strict=True)), dict(zip(groups, widths, strict=True)))
-
-
-def chosen(found: Allocation) -> Candidate:
-    return Candidate({u: Variant.parse(v) for u, v in found.variants.items()}, found.widths)
 
 
 def law_ns(of: Candidate, law: LatencyLaw) -> float:
@@ -155,49 +122,6 @@ def test_the_command_line_bounds_and_sweeps_memory(tmp_path: Path) -> None:
     assert (tmp_path / "f.png").stat().st_size > 0
 
 
-def test_memory_is_told_where_it_is_not_bounded() -> None:
-    found = search(table(), SCORES, ["macs=50%"], model=model())
-    assert found.predicted["memory_bytes"] == memory(chosen(found))
-
-
-def memory(of: Candidate, quantize_outputs: bool = False) -> int:
-    return peak_bytes(NETWORK, of.variants, of.widths, base="fp32", quantize_outputs=quantize_outputs)
-
-
-def narrow(of: Candidate) -> Network:
-    return NETWORK.narrow(of.widths)
-
-
-@pytest.mark.parametrize("budget", ["latency=60%", "size=20%", "macs=2x", "macs=20%"])
-def test_predicted_costs_are_those_of_the_narrow_network(budget: str) -> None:
-    found = search(table(), SCORES, [budget], model=model())
-    of = chosen(found)
-    prediction = model().predict(of.variants, of.widths)
-    assert found.predicted["latency_ns"] == prediction.time_ns
-    assert found.predicted["sigma_ns"] == prediction.sigma_ns
-    assert found.predicted["macs"] == narrow(of).macs
-    assert (
-        found.predicted["size_bytes"] == network_bytes(narrow(of), of.variants) + table().header.graph_bytes
-    )
-    for what in found.budgets:
-        column = {"latency": "latency_ns", "size": "size_bytes", "macs": "macs"}[what["column"]]
-        assert found.predicted[column] <= what["limit"]
-    assert found.narrow
-    assert {g: len(s) for g, s in found.slots.items()} == NETWORK.channels
-
-
-def test_every_choice_costs_what_the_model_says_within_rounding() -> None:
-    at = space(table(), SCORES, model())
-    count = 0
-    for choice in product(*map(range, at.problem.sizes)):
-        if count < 40 and at.problem.consistent(choice):
-            count += 1
-            of = Candidate(at.variants(choice), at.widths(choice))
-            assert at.problem.cost("latency", choice) == pytest.approx(at.predict(choice).time_ns, abs=20)
-            assert at.problem.cost("macs", choice) == narrow(of).macs
-    assert count == 40
-
-
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.7])
 def test_the_optimum_of_a_fitted_table_is_the_optimum_of_the_law(share: float) -> None:
     """Where nothing but the fit stands between: its small error may only exclude what is just within the budget."""
@@ -216,52 +140,6 @@ def test_boundaries_do_not_lead_it_far_from_the_optimum_of_the_law(share: float)
     found = search(table(), SCORES, [f"latency={limit / 1e6:.6f}ms"], kappa=0.0, model=model())
     assert law_ns(chosen(found), LAW) <= 1.05 * limit
     assert found.predicted["loss"] <= min(loss for loss, time in truth if time <= 0.95 * limit) + 1e-12
-
-
-def test_channels_that_are_kept_all_stay() -> None:
-    free = search(table(), SCORES, ["macs=80%"], model=model())
-    assert (free.widths["conv0"], free.widths["conv1"]) != (24, 40)
-    for pattern in ("conv1", "*1"):  # it reads the group of conv0 and puts out its own
-        kept = search(table(), SCORES, ["macs=88%"], model=model(), keep=[pattern])
-        assert kept.widths == {"conv0": 24, "conv1": 40, "conv2": 8}
-        with pytest.raises(Infeasible):
-            search(table(), SCORES, ["macs=80%"], model=model(), keep=[pattern])
-    with pytest.raises(Infeasible):
-        search(table(), SCORES, ["macs=99%"], model=model(), keep=["*"])
-
-
-def test_a_pattern_that_names_no_layer_is_an_error() -> None:
-    with pytest.raises(InvalidInput, match=r"no layer is named like 'fc\*'; layers are conv0"):
-        search(table(), SCORES, ["latency=50%"], model=model(), keep=["fc*"])
-
-
-def test_axes_limit_what_is_chosen() -> None:
-    budget = ["latency=85%"]
-    precision = search(table(), SCORES, budget, model=model(), axes=["precision"])
-    assert precision.widths == NETWORK.channels
-    assert not precision.narrow
-    assert not precision.order
-    assert set(precision.variants.values()) == {"dense.fp32", "dense.int8"}
-    width = search(table(), SCORES, budget, model=model(), axes=["width"])
-    assert set(width.variants.values()) == {"dense.fp32"}
-    assert width.narrow
-    both = search(table(), SCORES, budget, model=model())
-    assert both.predicted["loss"] <= min(precision.predicted["loss"], width.predicted["loss"])
-    with pytest.raises(InvalidInput, match="unknown axes depth"):
-        search(table(), SCORES, budget, axes=["depth"])
-
-
-def test_widths_whose_loss_is_unknown_are_not_offered() -> None:
-    bare = scores(NETWORK, {})
-    assert search(table(), bare, ["latency=90%"], model=model()).widths == NETWORK.channels
-
-
-def test_a_table_without_widths_offers_the_whole_ones() -> None:
-    plain = simulated_table(NETWORK, LAW, design=8)
-    found = search(plain, SCORES, ["latency=90%"])
-    assert found.widths == NETWORK.channels
-    with pytest.raises(IncompatibleTables, match="network"):
-        search(plain, scores(grouped((24, 40, 8)), {}), ["latency=90%"])
 
 
 def test_what_no_width_meets_is_infeasible_and_names_the_least() -> None:

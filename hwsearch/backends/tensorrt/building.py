@@ -7,17 +7,13 @@ them that these calls were tried with.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.stdout import stdout_kept
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
     lines: list[str] = log.lines
     network = _parsed(trt, builder, log, request.onnx)
     config, cache_in = _config(trt, builder, request)
-    with _standard_output_kept():
+    with stdout_kept():  # tensorrt_rtx 1.7 prints warnings there
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BackendUnavailable(
@@ -74,20 +70,6 @@ def serialise(trt: Any, request: BuildRequest) -> Built:
         )
     cache_out = bytes(config.get_timing_cache().serialize()) if cache_in is not None else None
     return Built(bytes(plan), tuple(lines), cache_out, time.perf_counter() - began)
-
-
-@contextmanager
-def _standard_output_kept() -> Iterator[None]:
-    """What the library prints goes to standard error: tensorrt_rtx 1.7 warns on standard output, where results are printed."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _parsed(trt: Any, builder: Any, log: Any, onnx: bytes) -> Any:

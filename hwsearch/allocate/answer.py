@@ -1,0 +1,100 @@
+"""A choice of the solver -> an Allocation: predicted costs, proof and provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from hwsearch.allocate.problem import Solution
+from hwsearch.allocate.space import Space
+from hwsearch.allocation import Allocation
+from hwsearch.budget import Budget
+from hwsearch.sums import dense_ns
+from hwsearch.variants import uniform
+
+
+def as_allocation(
+    at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
+) -> Allocation:
+    """A solution with its predicted costs, proof and provenance."""
+    variants, widths = at.variants(solution.choice), at.widths(solution.choice)
+    prediction, energy = at.predict(solution.choice), at.predict_energy(solution.choice)
+    return _allocation(
+        at,
+        {u: str(v) for u, v in variants.items()},
+        widths,
+        {
+            "latency_ns": prediction.time_ns,
+            "sigma_ns": prediction.sigma_ns,
+            "size_bytes": solution.costs["size"],
+            "memory_bytes": at.memory(solution.choice),
+            "macs": solution.costs["macs"],
+            "loss": solution.loss,
+            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
+            **({"energy_nj": energy.time_ns, "energy_sigma_nj": energy.sigma_ns} if energy else {}),
+        },
+        budgets,
+        wanted,
+        {"status": solution.status, "gap": solution.gap, "bound": solution.bound},
+        str(at.table.header.options["base"]),
+    )
+
+
+def dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
+    """The dense fp32 network, which loses nothing."""
+    predicted = {
+        "latency_ns": at.dense["latency"],
+        "sigma_ns": dense_ns(at.table)[1],
+        "size_bytes": round(at.dense["size"]),
+        "memory_bytes": round(at.dense["memory"]),
+        "macs": at.table.network.macs,
+        "loss": 0.0,
+        **{f"{column}_ns": at.dense[column] for column in at.tails},
+        **({"energy_nj": at.dense["energy"]} if at.energy else {}),
+    }
+    variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
+    proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
+    return _allocation(at, variants, at.table.network.channels, predicted, budgets, wanted, proof, "fp32")
+
+
+def _allocation(
+    at: Space,
+    variants: dict[str, str],
+    widths: Mapping[str, int],
+    predicted: dict[str, Any],
+    budgets: Sequence[Budget],
+    wanted: Mapping[str, int],
+    proof: dict[str, Any],
+    base: str,
+) -> Allocation:
+    header = at.table.header
+    network = at.table.network
+    return Allocation(
+        variants=variants,
+        widths=dict(widths),
+        order=_order(at, widths),
+        predicted=predicted,
+        dense={
+            "latency_ns": at.dense["latency"],
+            "size_bytes": round(at.dense["size"]),
+            "memory_bytes": round(at.dense["memory"]),
+            **({"energy_nj": at.dense["energy"]} if at.energy else {}),
+            **({"estimated": 1} if dense_ns(at.table)[2] else {}),
+        },
+        budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
+        solver=proof,
+        network_name=network.name,
+        network=network.fingerprint,
+        weights_digest=network.weights_digest,
+        device={"id": header.device.get("id"), "chip": header.device.get("chip")},
+        backend=header.backend,
+        options={**header.options, "base": base},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _order(at: Space, widths: Mapping[str, int]) -> dict[str, str]:
+    if all(w == at.table.network.channels[g] for g, w in widths.items()):
+        return {}
+    return {g: " ".join(map(str, at.sensitivity.order[g])) for g in widths}

@@ -1,0 +1,50 @@
+"""Profiles of two small networks on simulated devices with known laws."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from hwsearch.backends.base import BuildOptions
+from hwsearch.lower import Lowering
+from hwsearch.measure import Protocol
+from hwsearch.profiler import profile
+from hwsearch.regime import Regime
+from hwsearch.table import LatencyTable
+from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.testing.contract import small_network
+
+FAST = Protocol(width=0.05, block_ns=1, warmup_ns=1, limit_s=0.5)
+DESIGN = 6
+
+
+@cache
+def lowering() -> Lowering:
+    return small_network("residual")
+
+
+def law() -> LatencyLaw:
+    return LatencyLaw.random(lowering().network)
+
+
+def regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
+    return Regime(lowering(), backend or SimulatedBackend(law(), **options), BuildOptions(1, "fp32"))
+
+
+def run(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(at, out, **{"builds": DESIGN, "protocol": FAST, "axes": ["precision"], **options})
+
+
+def narrow_law() -> LatencyLaw:
+    return LatencyLaw.random(tiny.lowering("cnn").network, 2)
+
+
+def narrow_regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
+    return Regime(tiny.lowering("cnn"), backend or SimulatedBackend(narrow_law(), **options), BuildOptions())
+
+
+def run_widths(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(at, out, **{"protocol": FAST, **options})

@@ -1,0 +1,57 @@
+"""How many builds a profile makes, which, and what ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from profiling import DESIGN, law, lowering, regime, run
+
+from hwsearch.design import all_cells
+from hwsearch.latency import fit, validate
+from hwsearch.overview import summary
+from hwsearch.table import LatencyTable
+from hwsearch.testing import SimulatedBackend
+from hwsearch.variants import Variant
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+
+
+def test_a_backend_without_int8_has_nothing_to_choose(tmp_path: Path) -> None:
+    table = run(regime(int8=False), tmp_path / "t.parquet")
+    assert [b.role for b in table.builds] == ["reference", "dense"]
+    assert set(table.offered().values()) == {("dense.fp32",)}
+
+
+def test_the_time_limit_ends_the_design_and_keeps_the_anchors(tmp_path: Path) -> None:
+    backend = SimulatedBackend(law(), build_ns=1_000_000_000)
+    table = run(regime(backend), tmp_path / "t.parquet", time_limit_s=5.5)
+    assert 3 <= len(table.builds) < 3 + DESIGN
+    more = run(regime(backend), tmp_path / "t.parquet", time_limit_s=100.0)
+    assert len(more.builds) == 3 + DESIGN
+
+
+def test_a_network_with_fewer_allocations_than_builds_ends() -> None:
+    network = lowering().network
+    table = run(regime(refused=tuple(u.name for u in network.units[1:])), None)
+    assert len(table.builds) == 3 + DESIGN
+    assert {b.role for b in table.builds[3:]} == {"design"}
+
+
+def test_the_design_over_widths_knows_most_cells_and_says_why_it_ended(
+    widths_table: tuple[Path, LatencyTable],
+) -> None:
+    _, table = widths_table
+    offered = {u: [Variant.parse(v) for v in own] for u, own in table.offered().items()}
+    built = [table.candidate(b).cells(table.network) for b in table.builds if b.role != "heldout"]
+    cells = all_cells(table.network, offered, table.grid())
+    assert len(cells & set().union(*built)) > 0.9 * len(cells)
+    heldout = [b for b in table.builds if b.role == "heldout"]
+    assert len(heldout) >= 4
+    assert not {b.key for b in heldout} & {b.key for b in table.builds if b.role != "heldout"}
+    assert validate(fit(table), heldout).median_error < 0.03
+    said = table.header.design
+    assert said["stopped"].startswith("likely allocations are known to")
+    assert said["builds"] == sum(b.role in ("design", "heldout") for b in table.builds)
+    assert 0 < said["error"] <= 0.01
+    assert f"ended by: {said['stopped']}" in summary(table)

@@ -1,0 +1,56 @@
+"""Builds that are kept from the fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from profiling import FAST, narrow_regime
+
+from hwsearch.heldout import LEAST, HeldOut
+from hwsearch.latency import fit, validate
+from hwsearch.progress import Progress
+from hwsearch.recording import Recorder
+from hwsearch.table import LatencyTable
+from hwsearch.timelimit import TimeLimit
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+
+
+def test_held_out_builds_are_spread_over_the_profile(widths_table: tuple[Path, LatencyTable]) -> None:
+    """They show what the fit gets wrong, and not how the machine changed since."""
+    _, table = widths_table
+    later = [b.role for b in table.builds if b.role in ("design", "heldout")]
+    assert "heldout" in later[: len(later) // 2]
+    assert "design" in later[later.index("heldout") :]
+
+
+def recorder(table: LatencyTable) -> Recorder:
+    """On with a profile as if nothing had been held out of it."""
+    bare = LatencyTable(table.header, tuple(b for b in table.builds if b.role != "heldout"))
+    return Recorder(narrow_regime(noise=0.002), bare, None, FAST, Progress.silent())
+
+
+def test_as_many_as_tell_anything(widths_table: tuple[Path, LatencyTable]) -> None:
+    """Allocations that were not built, of cells that were."""
+    own = recorder(widths_table[1])
+    network, before = own.at.network, own.candidates()
+    held = HeldOut(own, TimeLimit(1e9, own.at.clock, str))
+    assert held.error() is None
+    held.complete()
+    assert held.number == LEAST
+    builds = [b for b in own.table.builds if b.role == "heldout"]
+    error = held.error()
+    assert error is not None
+    assert validate(fit(own.table), builds).median_error <= error < 0.1
+    built = {cell for candidate in before for cell in candidate.cells(network)}
+    for candidate in own.candidates()[len(before) :]:
+        assert candidate not in before
+        assert built.issuperset(candidate.cells(network))
+
+
+def test_none_once_the_time_is_over(widths_table: tuple[Path, LatencyTable]) -> None:
+    own = recorder(widths_table[1])
+    held = HeldOut(own, TimeLimit(0.0, own.at.clock, str))
+    held.complete()
+    assert held.number == 1, "begun in time, and the last"

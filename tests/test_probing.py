@@ -1,0 +1,53 @@
+"""Which widths are worth knowing, on a device whose time goes in steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from profiling import narrow_law, narrow_regime, run_widths
+
+from hwsearch.latency import fit
+from hwsearch.staircase import staircase
+from hwsearch.table import LatencyTable
+from hwsearch.testing import SimulatedBackend
+from hwsearch.variants import uniform
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+
+
+def test_the_grid_holds_the_edges_of_the_steps(widths_table: tuple[Path, LatencyTable]) -> None:
+    """20 channels take as long as 24 would: 16 and 8 are the next steps down, 12 costs what 16 does."""
+    _, table = widths_table
+    assert table.network.channels == {"stem": 24, "conv1": 20, "conv3": 16}
+    assert table.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
+    assert [b.role for b in table.builds].count("probe") == 2 * (4 + 3 + 3) - 2 * 3
+    assert {s.width for s in staircase(table) if s.group == "conv1"} == {20, 16, 12, 8}
+
+
+def test_a_backend_without_int8_has_widths_to_choose() -> None:
+    table = run_widths(narrow_regime(int8=False), None)
+    assert len(table.grid()["stem"]) == 3
+    assert {b.variants for b in table.builds} == {("dense.fp32",) * 5}
+
+
+def test_the_time_limit_ends_the_search_for_a_grid() -> None:
+    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+    table = run_widths(narrow_regime(backend), None, time_limit_s=20.0)
+    assert backend.clock() < 30e9
+    assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
+
+
+def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    first = run_widths(
+        narrow_regime(SimulatedBackend(narrow_law(), noise=0.002, build_ns=1_000_000_000)),
+        out,
+        time_limit_s=30.0,
+    )
+    probed = [b.key for b in first.builds if b.role == "probe"]
+    assert 3 <= len(probed) < 14
+    assert all(len(steps) > 1 for steps in first.grid().values()), "every group has a step before any has all"
+    whole = run_widths(narrow_regime(noise=0.002), out)
+    assert [b.key for b in whole.builds if b.role == "probe"][: len(probed)] == probed
+    assert whole.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
