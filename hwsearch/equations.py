@@ -3,9 +3,8 @@
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
-beside those (`dispatch`) is the rest's. A machine whose other load comes and goes does not slow every network alike: a slow change
-of all times against the reference, over a profile, is one more parameter, and predictions are for the middle of it; and how much
-of a slowdown is the same time for every network, and not the same share, is another, and predictions are for the quiet machine.
+beside those (`dispatch`) is the rest's. A slow change of all times against the reference, over a profile, is one more parameter,
+and predictions are for the middle of it; what was measured on a disturbed machine counts for less.
 Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).
 """
 
@@ -86,29 +85,9 @@ class Row:
         """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
         return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
 
-    def slowed(self, leverage: float) -> Row:
-        """The same as measured on a slower machine: see `leverage`."""
-        return replace(self, features=[*self.features, (SHARED, leverage * self.value)]) if leverage else self
-
 
 MOODS = 0.05
 """By how much a machine may be slower or faster with all ratios as they were."""
-SHARED = ("shared slowdown",)
-"""The parameter of how much of a slowdown is the same time for every network (1), and not the same share of its time (0)."""
-USUAL = (0.7, 0.2)
-"""What it is before a table tells, and its standard deviation: tables made here told 0.2 to 1.0, most of them more than 0.5."""
-
-
-def leverage(slowdown: float, ratio: float) -> float:
-    """By how much of its time a network is off what it takes on the quiet machine, for each unit of `SHARED`.
-
-    slowdown: of the reference, relative; up to `MOODS` it tells nothing. ratio: the network's time / the reference's, measured
-    together. Where the machine takes d longer for every network, the ratio is r = (T + d) / (R + d), and that of the quiet times
-    T / R = r - (1 - r) d / R.
-    """
-    return slowdown * (1.0 / ratio - 1.0) if abs(slowdown) > MOODS else 0.0
-
-
 DISTURBANCE = 0.2
 """Standard error of a ratio that was measured on a disturbed machine, for each unit by which the reference was slower."""
 
@@ -154,8 +133,6 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: floa
     scale = (total - beside_ns) / counted
     # scaled by a total that is as uncertain
     spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
-    # in which nodes a slower machine spends its time is not known
-    spread = float(np.hypot(spread, leverage(table.slowdown(build), build.ratio)))
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": beside_ns}
     for node in build.nodes:
@@ -230,8 +207,7 @@ class Equations:
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
         told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
         when = _when(builds)
-        slower = [leverage(table.slowdown(b), b.ratio) for b in builds]
-        rows = [(k, row.drifting(when[k]).slowed(slower[k])) for k, row in rows] + told
+        rows = [(k, row.drifting(when[k])) for k, row in rows] + told
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
         self.index = {f: i for i, f in enumerate(self.features)}
         self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
@@ -258,14 +234,14 @@ class Equations:
 
     def vague(self, scales: Scales) -> Prior:
         """The prior of somebody who knows no more than how large times are."""
-        mean = np.array([USUAL[0] if f == SHARED else 0.0 for f in self.features])
-        return Prior(mean, np.array([self.scale(f, scales) for f in self.features]))
+        deviation = np.array([self.scale(f, scales) for f in self.features])
+        return Prior(np.zeros(len(deviation)), deviation)
 
     def scale(self, feature: Feature, scales: Scales = MIDDLE) -> float:
         """Prior standard deviation of a parameter, in ns."""
         deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
                      "edge": scales.own / np.sqrt(len(self.network.units)),
-                     "drift": DRIFT / self.typical, SHARED[0]: USUAL[1] / self.typical}[feature[0]]  # fmt: skip
+                     "drift": DRIFT / self.typical}[feature[0]]  # fmt: skip
         # what other tables tell is not shrunk away
         return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
 

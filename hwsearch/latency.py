@@ -25,7 +25,6 @@ from hwsearch.equations import (
     MIDDLE,
     PAIRS,
     SCALES,
-    SHARED,
     Equations,
     Feature,
     Floats,
@@ -33,7 +32,6 @@ from hwsearch.equations import (
     edge_features,
     error_ns,
     informed,
-    leverage,
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.header import LAYERED
@@ -90,36 +88,9 @@ class LatencyModel:
         return row
 
     def predict_build(self, build: Build) -> Prediction:
-        """What a build of the table should have been measured to take, on the machine as it was just then.
-
-        Raises InvalidInput where it holds what no build of the fit does.
-        """
+        """Time of what a build of the table holds. Raises InvalidInput where no build of the fit holds it."""
         at = self.table.candidate(build)
-        found = self.predict(at.variants, at.widths)
-        return replace(
-            found, time_ns=found.time_ns + self._shared_ns(self.table.slowdown(build), build.ratio)
-        )
-
-    def quiet(self, ratio: float, slowdown: float) -> Prediction:
-        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
-
-        sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
-        """
-        time_ns = ratio * self.table.header.reference_ns
-        _, error = self.terms().get(SHARED, (0.0, 0.0))
-        return Prediction(
-            time_ns - self._shared_ns(slowdown, ratio), error * abs(leverage(slowdown, ratio)) * time_ns
-        )
-
-    def _shared_ns(self, slowdown: float, ratio: float) -> float:
-        """By how much longer it takes than if the machine were slower by the same share for every network."""
-        return self.shared * leverage(slowdown, ratio) * ratio * self.table.header.reference_ns
-
-    @cached_property
-    def shared(self) -> float:
-        """How much of a slowdown is the same time for every network: 0 none of it, 1 all. 0 where no build of the fit was measured
-        on a slower machine: then the table does not tell."""
-        return float(np.clip(self._mean[self._index[SHARED]], 0.0, 1.0)) if SHARED in self._index else 0.0
+        return self.predict(at.variants, at.widths)
 
     @cached_property
     def drift(self) -> float:

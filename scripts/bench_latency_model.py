@@ -90,22 +90,10 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
         (k["kind"], Candidate({u: Variant.parse(v) for u, v in k["variants"].items()}, k["widths"]))
         for k in kept
     ]
-    raw = np.array([k["measured_ns"] for k in kept])
-    slower = [k.get("slowdown", 0.0) for k in kept]
-    # as `verify` does on a machine that is slower than the table's
-    measured = np.array(
-        [model.quiet(t / table.header.reference_ns, s).time_ns for t, s in zip(raw, slower, strict=True)]
-    )
+    measured = np.array([k["measured_ns"] for k in kept])
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
     noise = np.array([k["error_ns"] for k in kept])
     show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
-    if (moved := ~np.isclose(measured, raw, rtol=1e-9)).any():
-        by = float(np.median(np.array(slower)[moved]))
-        print(f"  {moved.sum()} of {len(kept)} were timed on a machine slower by {by:.0%} (median) than the table's, and converted "
-              f"({model.shared:.2f} of a slowdown is the same time for every network); as measured:")  # fmt: skip
-        errors(
-            "latency model", np.array([model.predict(c.variants, c.widths).time_ns for _, c in heldout]), raw
-        )
     if hit := sum(k["disturbed"] for k in kept):
         print(f"  {hit} of {len(kept)} held-out allocations were never timed on a quiet machine")
     if args.budgets:
@@ -134,7 +122,6 @@ def measure(
                 "measured_ns": found.ratio * scale,
                 "error_ns": found.width / 3.92 * found.ratio * scale,
                 "disturbed": found.disturbed,
-                "slowdown": found.quiet_ns / table.quiet_ns - 1.0,
             }
             if index % max(args.heldout // args.twice, 1) == 0:
                 again = timed(at, reference.run, candidate, table.quiet_ns)

@@ -36,13 +36,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", nargs="?", default="zoo:fashion_resnet")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--period", type=float, default=4.0, help="seconds that it runs, and that it rests")
     parser.add_argument("--time-limit", type=float, default=120.0)
     parser.add_argument("--heldout", type=int, default=15)
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
-    at = regime(hs.load(args.task), backends.get("openvino"))
+    print(f"machine: {device.fingerprint()}; {args.threads} thread(s)")
+    at = regime(hs.load(args.task), backends.get("openvino"), threads=args.threads)
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, LatencyTable] = {}
         for name in ("quiet", "disturbed"):
