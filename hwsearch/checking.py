@@ -16,6 +16,7 @@ from hwsearch.background import background
 from hwsearch.builds import Build
 from hwsearch.design import RESIDUAL
 from hwsearch.errors import InvalidInput
+from hwsearch.latency import fit
 from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
 from hwsearch.regime import Regime, regime
@@ -38,7 +39,8 @@ SIGMAS = 4.0
 
 @dataclass(frozen=True)
 class Again:
-    """One build then and now: ratios to the reference engine, and the standard error of their relative difference."""
+    """One build then and now: ratios to the reference engine on the quiet machine, by what the table tells of slowdowns, and the
+    standard error of their relative difference."""
 
     role: str
     then: float
@@ -177,9 +179,20 @@ def measure_again(
         progress.step("timed")
     finally:
         progress.stop()
-    again = []
+    again, model = [], fit(table)
     for number, build in enumerate(builds):
-        now = timings[str(number)]
+        now, nodes = timings[str(number)], table.nodes(build)
         widths = np.hypot((build.high - build.low) / build.ratio, now.width) / 3.92
-        again.append(Again(build.role, build.ratio, now.ratio, float(np.hypot(NOISE, widths))))
+        before = model.quiet(build.ratio, nodes, table.slowdown(build))
+        after = model.quiet(now.ratio, nodes, now.quiet_ns / table.quiet_ns - 1.0)
+        converted = [p.sigma_ns / p.time_ns for p in (before, after)]
+        scale = table.header.reference_ns
+        again.append(
+            Again(
+                build.role,
+                before.time_ns / scale,
+                after.time_ns / scale,
+                float(np.linalg.norm([NOISE, widths, *converted])),
+            )
+        )
     return Check(tuple(again), table.header.reference_ns, timings["0"].reference_median_ns)

@@ -23,7 +23,7 @@ DESIGN_SHARE = 0.9
 """Of the time limit, after which no build of the design begins; the rest is for held-out ones."""
 HELDOUT_EVERY = 5
 """Every so many builds one is kept from the fit, to report its error on."""
-GOAL, GAIN, HELD_GOAL, DOUBT = 0.0075, 0.01, 0.01, 0.025
+GOAL, GAIN, HELD_GOAL, DOUBT = 0.01, 0.01, 0.015, 0.03
 """A design ends where the standard error of likely allocations is below the first, where another build lowers it by less than
 the second, or where it is near the first and three of four held-out builds are predicted to within the third; but not while
 one in four of those is further off than the fourth."""

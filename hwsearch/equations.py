@@ -3,8 +3,9 @@
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
-beside those (`dispatch`) is the rest's. A slow change of all times against the reference, over a profile, is one more parameter,
-and predictions are for the middle of it; what was measured on a disturbed machine counts for less.
+beside those (`dispatch`) is the rest's. A machine does not slow every network alike: a slow change of all times against the
+reference, over a profile, is one more parameter, and predictions are for the middle of it; and how much of a slowdown is the same
+time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
 Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).
 """
 
@@ -88,13 +89,32 @@ class Row:
 
 MOODS = 0.05
 """By how much a machine may be slower or faster with all ratios as they were."""
-DISTURBANCE = 0.2
-"""Standard error of a ratio that was measured on a disturbed machine, for each unit by which the reference was slower."""
+PER_NODE = ("slowdown per node",)
+"""The parameter of how much of a slowdown is the same time for every executed node (1), and not the same share of its time (0)."""
+USUAL = (0.7, 0.2)
+"""What it is before a table tells, and its standard deviation: tables made here told 0.2 to 1.0, most of them more than 0.5."""
+
+
+def slowed(slowdown: float, nodes: float, ratio: float) -> float:
+    """By how much what was measured is off the quiet machine's ratio, for each unit of `PER_NODE`.
+
+    slowdown: of the reference, relative; up to `MOODS` it tells nothing. nodes: executed nodes / the reference's. ratio: time / the
+    reference's, measured together. Where every node takes d longer (threads that wait for each other after each, on virtual
+    cores that lie further apart), times are T + n d and R + m d, of n and m nodes, and their ratio r tells that of the quiet
+    times: T / R = r - s (n / m - r), with s = m d / R.
+    """
+    return slowdown * (nodes - ratio) if abs(slowdown) > MOODS else 0.0
+
+
+DISTURBANCE, TAKEN, INTRUSION = 0.05, 0.25, 0.3
+"""Standard error of a ratio that was measured on a slower machine, for each unit by which the reference was: the first up to the
+second, where a slowdown follows a law, and the third beyond, where a program that takes a core away hits one more than another."""
 
 
 def error_share(table: LatencyTable, build: Build) -> float:
     """Relative standard error of a build's measured time: from its interval, and where something else took the machine."""
-    disturbed = DISTURBANCE * max(table.slowdown(build) - MOODS, 0.0)
+    slower = max(table.slowdown(build) - MOODS, 0.0)
+    disturbed = DISTURBANCE * slower + INTRUSION * max(slower - TAKEN, 0.0)
     return float(np.hypot(max((build.high - build.low) / 3.92 / build.ratio, 0.002), disturbed))
 
 
@@ -124,8 +144,14 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: floa
         features = {
             name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
         }
+    slowdown, executed = table.slowdown(build), table.reference_nodes
+
+    def row(terms: list[tuple[Feature, float]], value: float, error: float, share: float, nodes: int) -> Row:
+        off = slowed(slowdown, nodes / executed, value / reference) * reference
+        return Row([*terms, (PER_NODE, off)] if off else terms, value, error, share)
+
     everything = [f for group in features.values() for f in group]
-    rows = [Row(everything, total, error_ns(table, build))]
+    rows = [row(everything, total, error_ns(table, build), 0.0, len(build.nodes))]
     counted = sum(n.time_ns for n in build.nodes)
     if counted <= 0:
         return rows
@@ -135,16 +161,19 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: floa
     spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
     group_of = _fused_groups(build)
     times: dict[str, float] = {"": beside_ns}
+    nodes: dict[str, int] = {}
     for node in build.nodes:
         unit = node.units[0] if node.units else ""
         key = group_of.get(unit, unit)
         times[key] = times.get(key, 0.0) + node.time_ns * scale
+        nodes[key] = nodes.get(key, 0) + 1
     members: dict[str, list[str]] = {}
     for name in features:
         members.setdefault(group_of.get(name, name), []).append(name)
     for key, names in members.items():
         value = times.get(key, 0.0)
-        rows.append(Row([f for n in names for f in features[n]], value, NODE_SHARE * total, spread))
+        terms = [f for n in names for f in features[n]]
+        rows.append(row(terms, value, NODE_SHARE * total, spread, nodes.get(key, 0)))
     return rows
 
 
@@ -234,14 +263,14 @@ class Equations:
 
     def vague(self, scales: Scales) -> Prior:
         """The prior of somebody who knows no more than how large times are."""
-        deviation = np.array([self.scale(f, scales) for f in self.features])
-        return Prior(np.zeros(len(deviation)), deviation)
+        mean = np.array([USUAL[0] if f == PER_NODE else 0.0 for f in self.features])
+        return Prior(mean, np.array([self.scale(f, scales) for f in self.features]))
 
     def scale(self, feature: Feature, scales: Scales = MIDDLE) -> float:
         """Prior standard deviation of a parameter, in ns."""
         deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
                      "edge": scales.own / np.sqrt(len(self.network.units)),
-                     "drift": DRIFT / self.typical}[feature[0]]  # fmt: skip
+                     "drift": DRIFT / self.typical, PER_NODE[0]: USUAL[1] / self.typical}[feature[0]]  # fmt: skip
         # what other tables tell is not shrunk away
         return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
 

@@ -24,6 +24,7 @@ from hwsearch.equations import (
     MANY,
     MIDDLE,
     PAIRS,
+    PER_NODE,
     SCALES,
     Equations,
     Feature,
@@ -32,6 +33,7 @@ from hwsearch.equations import (
     edge_features,
     error_ns,
     informed,
+    slowed,
 )
 from hwsearch.errors import InvalidInput
 from hwsearch.header import LAYERED
@@ -88,9 +90,30 @@ class LatencyModel:
         return row
 
     def predict_build(self, build: Build) -> Prediction:
-        """Time of what a build of the table holds. Raises InvalidInput where no build of the fit holds it."""
+        """What a build of the table should have been measured to take, on the machine as it was just then.
+
+        Raises InvalidInput where it holds what no build of the fit does.
+        """
         at = self.table.candidate(build)
-        return self.predict(at.variants, at.widths)
+        found = self.predict(at.variants, at.widths)
+        off = slowed(self.table.slowdown(build), self.table.nodes(build), build.ratio)
+        return replace(found, time_ns=found.time_ns + self.per_node * off * self.table.header.reference_ns)
+
+    def quiet(self, ratio: float, nodes: float, slowdown: float) -> Prediction:
+        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
+
+        nodes: executed nodes / the reference's. sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
+        """
+        reference = self.table.header.reference_ns
+        off = slowed(slowdown, nodes, ratio) * reference
+        _, error = self.terms().get(PER_NODE, (0.0, 0.0))
+        return Prediction(ratio * reference - self.per_node * off, error * abs(off))
+
+    @cached_property
+    def per_node(self) -> float:
+        """How much of a slowdown is the same time for every executed node: 0 none of it, 1 all. 0 where no build of the fit was
+        measured on a slower machine: then the table does not tell."""
+        return float(np.clip(self._mean[self._index[PER_NODE]], 0.0, 1.0)) if PER_NODE in self._index else 0.0
 
     @cached_property
     def drift(self) -> float:

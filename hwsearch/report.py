@@ -25,7 +25,7 @@ class Report:
     many there were. not_as_asked: units that the engine executed in another precision. output_error: relative error of the
     engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding:
     then nothing is met. slowdown: by how much slower than when the table was made the machine was, 0 where it is too little to
-    count; times are ratios to the reference in the same session, and do not move with it as long as it slows every network alike.
+    count; times are those of the quiet machine, and `measured_unconverted` is what was measured, on the table's scale.
     table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
     """
 
@@ -129,9 +129,15 @@ class Report:
                 f"again changed by {self.table_check['median']:+.1%} (median): {state}"
             )
         if self.slowdown:
+            raw = latency["measured_unconverted"]
+            known = (
+                "the table does not tell what that does, and times are as they were measured"
+                if raw == latency["measured"]
+                else f"{raw:.4g} ms, converted to what it takes on the quiet machine"
+            )
             lines.append(
                 f"warning  the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
-                "table was made: times are on the table's scale, as if every network were so alike"
+                f"table was made: {known}"
             )
         if self.unstable:
             lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")

@@ -22,6 +22,7 @@ from hwsearch.errors import InvalidInput
 from hwsearch.evaluation import predictor, score
 from hwsearch.header import SANDWICHED
 from hwsearch.isolated import reference_engine
+from hwsearch.latency import LatencyModel, fit
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
 from hwsearch.regime import Regime, record
@@ -58,7 +59,8 @@ class Measured:
 class Session:
     """Engines of one task, timed together: the deployed one, the dense one and uniform ones, on one scale.
 
-    table: gives the scale (its reference time); without one the session's own reference time is the scale.
+    table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
+    slower than the table's was, times are those of the quiet machine, by what the table tells of slowdowns (`LatencyModel.quiet`).
     """
 
     def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
@@ -151,8 +153,11 @@ class Session:
         return self.time_ns(measured) / 1e6
 
     def time_ns(self, measured: Measured) -> float:
-        """Time on the session's scale."""
-        return measured.timing.ratio * self.scale_ns
+        """Time on the session's scale, on the quiet machine."""
+        ratio, slowdown = measured.timing.ratio, self._slowdown(measured.timing)
+        if self.table is None or not slowdown:
+            return ratio * self.scale_ns
+        return self._model.quiet(ratio, self.table.nodes(measured.build), slowdown).time_ns
 
     def _slowdown(self, timing: Timing) -> float:
         """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
@@ -160,6 +165,11 @@ class Session:
             return 0.0
         slowdown = timing.quiet_ns / self.table.quiet_ns - 1.0
         return slowdown if abs(slowdown) > MOODS else 0.0
+
+    @cached_property
+    def _model(self) -> LatencyModel:
+        assert self.table is not None
+        return fit(self.table)
 
     def costs(self, measured: Measured) -> dict[str, float]:
         """Everything that a budget may bound, in ns, bytes and MACs."""

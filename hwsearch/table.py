@@ -103,6 +103,16 @@ class LatencyTable:
         """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively."""
         return build.quiet_ns / self.quiet_ns - 1.0
 
+    @cached_property
+    def reference_nodes(self) -> int:
+        """Nodes that the reference executes, or, in a table without it, the first build that was read back."""
+        counts = [len(b.nodes) for b in sorted(self.builds, key=lambda b: b.role != "reference") if b.nodes]
+        return counts[0] if counts else 1
+
+    def nodes(self, build: Build) -> float:
+        """Executed nodes of a build / those of the reference; 1 where they were not read back."""
+        return len(build.nodes) / self.reference_nodes if build.nodes else 1.0
+
     def disturbed(self, build: Build) -> bool:
         """Whether something else slowed the machine down all the while a build was measured: it counts for less in a fit."""
         return 1.0 + self.slowdown(build) > DISTURBED

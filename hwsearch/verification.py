@@ -110,6 +110,7 @@ def verify_with_build(
             "measured": session.ms(deployed),
             "measured_low": deployed.timing.low / deployed.timing.ratio * session.ms(deployed),
             "measured_high": deployed.timing.high / deployed.timing.ratio * session.ms(deployed),
+            "measured_unconverted": deployed.timing.ratio * session.scale_ns / 1e6,
             "measured_now": deployed.timing.median_ns / 1e6,
             "reference": session.scale_ns / 1e6,
             "reference_now": session.reference_now_ns / 1e6,

@@ -90,10 +90,25 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
         (k["kind"], Candidate({u: Variant.parse(v) for u, v in k["variants"].items()}, k["widths"]))
         for k in kept
     ]
-    measured = np.array([k["measured_ns"] for k in kept])
+    raw = np.array([k["measured_ns"] for k in kept])
+    slower = [k.get("slowdown", 0.0) for k in kept]
+    # as `verify` does on a machine that is slower than the table's
+    measured = np.array(
+        [
+            model.quiet(t / table.header.reference_ns, k.get("nodes", 1.0), s).time_ns
+            for t, s, k in zip(raw, slower, kept, strict=True)
+        ]
+    )
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
     noise = np.array([k["error_ns"] for k in kept])
     show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
+    if (moved := ~np.isclose(measured, raw, rtol=1e-9)).any():
+        by = float(np.median(np.array(slower)[moved]))
+        print(f"  {moved.sum()} of {len(kept)} were timed on a machine slower by {by:.0%} (median) than the table's, and converted "
+              f"({model.per_node:.2f} of a slowdown is the same time for every executed node); as measured:")  # fmt: skip
+        errors(
+            "latency model", np.array([model.predict(c.variants, c.widths).time_ns for _, c in heldout]), raw
+        )
     if hit := sum(k["disturbed"] for k in kept):
         print(f"  {hit} of {len(kept)} held-out allocations were never timed on a quiet machine")
     if args.budgets:
@@ -114,7 +129,7 @@ def measure(
     for _ in range(ATTEMPTS):
         for index in left:
             kind, candidate = drawn[index]
-            found = timed(at, reference.run, candidate, table.quiet_ns)
+            found, nodes = timed(at, reference.run, candidate, table.quiet_ns)
             kept[index] = {
                 "kind": kind,
                 "variants": {u: str(v) for u, v in candidate.variants.items()},
@@ -122,9 +137,11 @@ def measure(
                 "measured_ns": found.ratio * scale,
                 "error_ns": found.width / 3.92 * found.ratio * scale,
                 "disturbed": found.disturbed,
+                "slowdown": found.quiet_ns / table.quiet_ns - 1.0,
+                "nodes": nodes / table.reference_nodes,
             }
             if index % max(args.heldout // args.twice, 1) == 0:
-                again = timed(at, reference.run, candidate, table.quiet_ns)
+                again, _ = timed(at, reference.run, candidate, table.quiet_ns)
                 kept[index]["again_ns"] = again.ratio * scale
         left = [i for i in left if kept[i]["disturbed"]]
     path.write_text(json.dumps([kept[i] for i in range(len(drawn))]))
@@ -187,9 +204,12 @@ def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -
     return Candidate({u: Variant.parse(v) for u, v in allocation.variants.items()}, dict(allocation.widths))
 
 
-def timed(at: Regime, reference: Callable[[], None], candidate: Candidate, quiet_ns: float) -> Timing:
+def timed(
+    at: Regime, reference: Callable[[], None], candidate: Candidate, quiet_ns: float
+) -> tuple[Timing, int]:
+    """(time, executed nodes)."""
     engine, _ = at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
-    return paired(reference, {"candidate": engine.run}, quiet_ns=quiet_ns)["candidate"]
+    return paired(reference, {"candidate": engine.run}, quiet_ns=quiet_ns)["candidate"], len(engine.nodes())
 
 
 def show(

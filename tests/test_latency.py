@@ -18,7 +18,7 @@ from simulation import (
 from hwsearch.design import candidate_widths
 from hwsearch.equations import MIDDLE, Equations
 from hwsearch.errors import InvalidInput
-from hwsearch.latency import LatencyModel, fit, layer_sum, noise_floor, validate
+from hwsearch.latency import LatencyModel, Prediction, fit, layer_sum, noise_floor, validate
 from hwsearch.network import Network
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw
@@ -244,3 +244,48 @@ def test_the_rest_is_what_no_node_accounts_for() -> None:
     assert model.rest_ns == pytest.approx(law.rest_ns + law.dispatch_ns, rel=0.1)
     quality = validate(model, [b for b in table.builds if b.role == "heldout"])
     assert quality.p90_error < 0.02
+
+
+def slowed(table: LatencyTable, by: float, per_node: bool) -> LatencyTable:
+    """Every third build of the design measured on a machine slower by that share of the reference's time: for every node by the
+    same time, or by the same share."""
+    builds = []
+    for i, b in enumerate(table.builds):
+        if b.role == "design" and i % 3 == 0:
+            ratio = (b.ratio + by * table.nodes(b)) / (1 + by) if per_node else b.ratio
+            own = by * float(np.median(b.reference_ns)) / table.reference_nodes
+            nodes = (n.time_ns + own if per_node else (1 + by) * n.time_ns for n in b.nodes)
+            b = replace(
+                b, ratio=ratio, low=b.low * ratio / b.ratio, high=b.high * ratio / b.ratio,
+                reference_ns=np.rint((1 + by) * b.reference_ns).astype(np.int64),
+                nodes=tuple(replace(n, time_ns=t) for n, t in zip(b.nodes, nodes, strict=True)),
+            )  # fmt: skip
+        builds.append(b)
+    return LatencyTable(table.header, tuple(builds))
+
+
+@pytest.mark.parametrize("per_node", [True, False])
+def test_how_much_of_a_slowdown_is_the_same_time_for_every_node(per_node: bool) -> None:
+    quiet = simulated_table(NETWORK, LAW, design=36, heldout=30, noise=0.003, node_noise=0.02)
+    table = slowed(quiet, 0.25, per_node)
+    model = fit(table)
+    assert model.per_node == pytest.approx(float(per_node), abs=0.35)
+    # predictions are for the quiet machine, and say what was measured on the slow one
+    unseen = [b for b in table.builds if b.role == "heldout"]
+    assert validate(model, unseen).median_error < 0.01
+    errors = [abs(model.predict_build(b).time_ns / table.time_ns(b) - 1) for b in table.builds]
+    assert np.median(errors) < 0.01
+    assert np.percentile(errors, 90) < 0.03
+    # and so is what is measured on the slow one
+    hit = [i for i, b in enumerate(table.builds) if table.slowdown(b) > 0.2]
+    assert hit
+    for i in hit:
+        b = table.builds[i]
+        converted = model.quiet(b.ratio, table.nodes(b), table.slowdown(b)).time_ns
+        assert converted == pytest.approx(quiet.time_ns(quiet.builds[i]), rel=0.05)
+
+
+def test_small_moods_of_the_machine_tell_nothing() -> None:
+    model = fit(slowed(simulated_table(NETWORK, LAW, design=36, noise=0.003, node_noise=0.02), 0.04, True))
+    assert model.per_node == 0.0
+    assert model.quiet(0.5, 1.0, 0.04) == Prediction(0.5 * model.table.header.reference_ns, 0.0)

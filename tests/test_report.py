@@ -52,8 +52,14 @@ def test_a_person_reads_what_is_narrower() -> None:
         ({"met": False}, "MISSED"),
         ({"wrong_outputs": True, "output_error": 0.7}, "wrong outputs (relative error 0.7)"),
         ({"unstable": True}, "unstable"),
-        ({"slowdown": 0.23}, "the machine was 23% slower than when the table was made"),
-        ({"slowdown": -0.1}, "the machine was 10% faster than when the table was made"),
+        (
+            {"slowdown": 0.23, "latency_ms": {**REPORT.latency_ms, "measured_unconverted": 2.3}},
+            "the machine was 23% slower than when the table was made: 2.3 ms, converted",
+        ),
+        (
+            {"slowdown": -0.1, "latency_ms": {**REPORT.latency_ms, "measured_unconverted": 1.95}},
+            "10% faster than when the table was made: the table does not tell what that does",
+        ),
         ({"not_as_asked": {"a": "asked dense.int8, executed in fp32"}}, "1 unit(s) did not execute as asked"),
     ],
 )

@@ -44,7 +44,7 @@ class LatencyLaw:
     All in ns. units: unit -> {`Variant.executed`: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns
     for each byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
     end_ns: paid by a unit for each of its edges that leads out of a part of the network (layout changes), hidden in its node.
-    dispatch_ns: paid by every inference, in no node.
+    dispatch_ns: paid by every inference, in no node. node_ns: paid by every node, as where threads wait for each other after each.
     whole: of each unit, the size that `units` is the time of. A narrower one takes the share that is left of its input
     channels times that of its output channels, both rounded up to GRAIN: a staircase.
     """
@@ -55,6 +55,7 @@ class LatencyLaw:
     rest_ns: float = 0.0
     end_ns: float = 0.0
     dispatch_ns: float = 0.0
+    node_ns: float = 0.0
     whole: Mapping[str, Size] = field(default_factory=dict)
 
     @staticmethod
@@ -144,7 +145,7 @@ class LatencyLaw:
         ]
         if self.rest_ns and set(precisions) == set(self.units):
             conversions.append(NodeTime("simulated_rest", "Rest", (), "fp32", self.rest_ns))
-        return nodes + conversions
+        return [replace(node, time_ns=node.time_ns + self.node_ns) for node in nodes + conversions]
 
 
 def sizes_of(network: Network, widths: Mapping[str, int] | None = None) -> dict[str, Size]:
