@@ -19,11 +19,11 @@ from hwsearch.errors import InvalidInput
 from hwsearch.latency import fit
 from hwsearch.measure import Protocol, paired
 from hwsearch.progress import Progress
+from hwsearch.reference import reference_engine
 from hwsearch.regime import Regime, regime
 from hwsearch.reshaping import own_shapes, reshaped
 from hwsearch.table import LatencyTable, usable
 from hwsearch.task import load
-from hwsearch.variants import uniform
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
@@ -167,7 +167,7 @@ def measure_again(
     progress = progress or Progress.silent()
     progress.start(len(builds) + 1, "check the table")
     try:
-        reference = reference or at.build(uniform(at.network, at.options.base))[0]
+        reference = reference or reference_engine(at)
         engines: dict[str, Engine] = {}
         for number, build in enumerate(builds):
             candidate = table.candidate(build)

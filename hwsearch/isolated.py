@@ -83,7 +83,7 @@ class Layers:
 
     @cached_property
     def reference(self) -> Engine:
-        return reference_engine(self.at)
+        return sandwich_engine(self.at)
 
     def _timed(self, jobs: Any, time_limit_s: float) -> Any:
         """The jobs while there is time."""
@@ -151,7 +151,7 @@ class Layers:
         self.save(table)
 
 
-def reference_engine(at: Regime) -> Engine:
+def sandwich_engine(at: Regime) -> Engine:
     """What everything in a sandwiched table is timed against: the sandwich of the most work, in the base precision."""
     chosen = largest(at.network, plan(at.network))
     marked = cut(at.lowering.marked, chosen.units, chosen.filling)

@@ -15,9 +15,10 @@ from hwsearch.design import Candidate
 from hwsearch.energy import Meter
 from hwsearch.measure import QUIET, Protocol, paired
 from hwsearch.progress import Progress
+from hwsearch.reference import reference_engine
 from hwsearch.regime import Regime, record, refusals, wrong_variants
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, legal, uniform
+from hwsearch.variants import Variant, legal
 
 SHORT = Protocol(width=0.015, limit_s=1.0)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
@@ -43,7 +44,7 @@ class Recorder:
     @cached_property
     def reference(self) -> Engine:
         """What everything is timed against: the whole network in the base precision."""
-        return self.at.build(uniform(self.at.network, self.at.options.base))[0]
+        return reference_engine(self.at)
 
     @cached_property
     def _meter(self) -> Meter | None:

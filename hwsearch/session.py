@@ -21,10 +21,11 @@ from hwsearch.equations import MOODS
 from hwsearch.errors import InvalidInput
 from hwsearch.evaluation import predictor, score
 from hwsearch.header import SANDWICHED
-from hwsearch.isolated import reference_engine
+from hwsearch.isolated import sandwich_engine
 from hwsearch.latency import LatencyModel, fit
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
+from hwsearch.reference import reference_engine
 from hwsearch.regime import Regime, record
 from hwsearch.scoring import divergence
 from hwsearch.table import LatencyTable
@@ -66,9 +67,9 @@ class Session:
     def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
         self.at, self.table = at, table
         if table is not None and table.header.mode == SANDWICHED:
-            self.reference = reference_engine(at)
+            self.reference = sandwich_engine(at)
         else:
-            self.reference, _ = at.build(uniform(at.network, at.options.base))
+            self.reference = reference_engine(at)
         self.scale_ns = table.header.reference_ns if table is not None else 0.0
         self.reference_now_ns = 0.0
         self.slowdown = 0.0

@@ -36,10 +36,11 @@ from hwsearch.overview import disturbed
 from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
+from hwsearch.reference import reference_engine
 from hwsearch.regime import Regime, regime
 from hwsearch.session import Session
 from hwsearch.table import LatencyTable, usable
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import Variant
 
 ATTEMPTS = 3
 
@@ -122,7 +123,7 @@ def measure(
 
     Those that something else on the machine disturbed are timed again after all others, at most twice.
     """
-    reference, _ = at.build(uniform(at.network, at.options.base))
+    reference = reference_engine(at)
     drawn = candidates(table, model, args.heldout, args.seed)
     scale, kept = table.header.reference_ns, {}
     left = list(range(len(drawn)))

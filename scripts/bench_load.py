@@ -26,9 +26,10 @@ from hwsearch.measure import paired
 from hwsearch.overview import disturbed
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
+from hwsearch.reference import reference_engine
 from hwsearch.regime import regime
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import Variant
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     offered = {u: [Variant.parse(v) for v in vs] for u, vs in tables["quiet"].offered().items()}
     rng = np.random.default_rng(99)
     drawn = [random_allocation(at.network, offered, rng) for _ in range(args.heldout)]
-    reference, _ = at.build(uniform(at.network, at.options.base))
+    reference = reference_engine(at)
     ratios = np.array([paired(reference.run, {"x": at.build(a)[0].run})["x"].ratio for a in drawn])
     for name, table in tables.items():
         model = fit(table)

@@ -28,9 +28,10 @@ from hwsearch.latency import fit
 from hwsearch.measure import paired
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
+from hwsearch.reference import reference_engine
 from hwsearch.regime import Regime, regime
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import Variant
 from hwsearch.zoo.fashion_resnet import WIDTHS, Block, FashionResNet
 
 DEPTHS = (2, 3, 2)
@@ -79,7 +80,7 @@ def main() -> None:
             tables[name], seconds[name] = profiled(at, Path(folder) / f"{name}.parquet", limit, prior)
     models = {name: fit(table) for name, table in tables.items()}
     heldout = candidates(list(tables.values()), args.heldout)
-    reference, _ = at.build(uniform(at.network, at.options.base))
+    reference = reference_engine(at)
     ratios = []
     for candidate in heldout:
         own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
