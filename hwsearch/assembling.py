@@ -168,8 +168,8 @@ class _Builder:
     def _bias(self, node: onnx.NodeProto) -> None:
         """Store the bias of an int8 product on the product's grid.
 
-        In a typed Add after a MatMul it has the shape [1, n]: ONNX Runtime then leaves the two as they are, instead of putting
-        a Gemm between two Reshapes, and Q/DQ past these.
+        From opset 21 on, in an Add after a MatMul of more than two dimensions, it has the shape [1, n]: ONNX Runtime then leaves
+        the two as they are, instead of putting a Gemm between two Reshapes, and Q/DQ past these.
         """
         if node.op_type == "Add":
             step = next((self.steps[n] for n in node.input if n in self.steps), None)
@@ -186,7 +186,8 @@ class _Builder:
             bias = numpy_helper.to_array(self.initializers[name])
             if bias.shape != step.shape:
                 continue
-            on_grid = np.asarray(np.round(bias / step) * step, np.float32)
+            whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
+            on_grid = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
             deep = node.op_type == "Add" and self._rank(node.output[0]) > 2
             if deep and self.opset >= _TYPED_Q:
                 on_grid = on_grid[None]
