@@ -116,6 +116,7 @@ class _Builder:
         self.shapes: list[onnx.ValueInfoProto] = []
         self.grids: dict[str, tuple[str, str]] = {}
         self.steps: dict[str, NDArray[np.float32]] = {}
+        self.fed: set[str] = set()
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in marked.graph.node:
             for name in node.input:
@@ -168,30 +169,31 @@ class _Builder:
     def _bias(self, node: onnx.NodeProto) -> None:
         """Store the bias of an int8 product on the product's grid.
 
-        From opset 21 on, in an Add after a MatMul of more than two dimensions, it has the shape [1, n]: ONNX Runtime then leaves
-        the two as they are, instead of putting a Gemm between two Reshapes, and Q/DQ past these.
+        From opset 21 on, in an Add after a MatMul of more than two dimensions that reads what was quantized, it has the shape
+        [1, n]: ONNX Runtime then leaves the two as they are, instead of putting a Gemm between two Reshapes, and Q/DQ past these.
         """
-        if node.op_type == "Add":
-            step = next((self.steps[n] for n in node.input if n in self.steps), None)
-            places = range(2)
-        else:
-            step = self.steps.get(node.output[0])
-            places = range(2, len(node.input))
-        if step is None:
-            return
-        for i in places:
-            name = node.input[i]
-            if name not in self.initializers or self.initializers[name].data_type != TensorProto.FLOAT:
+        if node.op_type == "MatMul" and node.input[0] in self.grids:
+            self.fed.add(node.output[0])
+        added = node.op_type == "Add"
+        product = next((n for n in node.input if n in self.fed), "") if added else node.output[0]
+        step = self.steps.get(product)
+        deep = (
+            added
+            and product in self.fed
+            and self.opset >= _TYPED_Q
+            and max(map(self._rank, (product, node.output[0]))) > 2
+        )
+        for i in range(0 if added else 2, len(node.input)):
+            tensor = self.initializers.get(node.input[i])
+            if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 1:
                 continue
-            bias = numpy_helper.to_array(self.initializers[name])
-            if bias.shape != step.shape:
+            bias = numpy_helper.to_array(tensor)
+            if step is not None and bias.shape == step.shape:
+                whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
+                bias = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
+            elif not deep:
                 continue
-            whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
-            on_grid = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
-            deep = node.op_type == "Add" and self._rank(node.output[0]) > 2
-            if deep and self.opset >= _TYPED_Q:
-                on_grid = on_grid[None]
-            node.input[i] = self._constant(f"{node.output[0]}/bias", on_grid)
+            node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
 
     def _rank(self, name: str) -> int:
         value = self.known.get(name)
