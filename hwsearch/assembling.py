@@ -4,16 +4,23 @@ The Q/DQ form of int8 is the one that OpenVINO, ONNX Runtime and TensorRT all ta
 output channel, activations per tensor. fp8 is the same in E4M3. int4 dequantizes weights in blocks. nvfp4 dequantizes weights
 by scales that are dequantized themselves, and quantizes activations by `trt::TRT_FP4DynamicQuantize`, the operator of
 NVIDIA's ONNX parser. N:M weights are stored with their zeros. Each raises the file's opset only as far as it needs.
+
+Two things are written so that runtimes agree. ONNX Runtime rounds the bias of an int8 product to 32-bit integers of the product's
+own step (and lets it overflow): it is stored as a multiple of that step, of at most 2^24 steps. And from opset 21 on (int4) it
+cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526): there is none
+left to move (`_Builder._moved`, `_Builder._bias`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
@@ -27,6 +34,13 @@ OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
 IR_VERSIONS = {19: 9, 21: 10, 23: 11}
 TRT_DOMAIN = "trt"
+_TYPED_Q = 21
+"""The opset from which on QuantizeLinear may have its output's type as an attribute."""
+_PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+_MOVING = frozenset("MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
+"""What ONNX Runtime moves the Q/DQ of a tensor past."""
+_BIAS_STEPS = 2.0**24
+"""Integers up to this one are exact in fp32."""
 
 _CODES = {
     "int8": TensorProto.INT8,
@@ -100,6 +114,13 @@ class _Builder:
         self.dequantized: dict[tuple[str, str, float], str] = {}
         self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
         self.shapes: list[onnx.ValueInfoProto] = []
+        self.grids: dict[str, tuple[str, str]] = {}
+        self.steps: dict[str, NDArray[np.float32]] = {}
+        self.fed: set[str] = set()
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in marked.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
     def copy(self, node: onnx.NodeProto) -> None:
         new = onnx.NodeProto()
@@ -111,11 +132,84 @@ class _Builder:
             perm = list(helper.get_node_attr_value(node, "perm"))
             self._pend((inputs[0], *perm), node.output[0], unit, stored.transposed(perm))
             return
+        self._step(node, inputs)
         for i, name in enumerate(inputs):
             if name in self.pending:
                 self._store(name)
             new.input[i] = name
+        self._bias(new)
         self.nodes.append(new)
+        if node.op_type in _MOVING and inputs[0] in self.grids and self.opset >= _TYPED_Q:
+            self._moved(new, self.grids[inputs[0]])
+
+    def _step(self, node: onnx.NodeProto, inputs: list[str]) -> None:
+        """Note what one unit of an int8 product is worth, for each output channel, before its weight is stored."""
+        if node.op_type not in _PRODUCTS or inputs[0] not in self.grids or inputs[1] not in self.pending:
+            return
+        unit, stored = self.pending[inputs[1]]
+        if stored.precision != "int8" or stored.scales is None:
+            return
+        step = numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]])
+        bias = self._bias_of(node)
+        if bias is not None and bias.shape == stored.scales.shape and inputs[1] not in self.stored:
+            stored = _at_least(stored, np.asarray(np.abs(bias) / (step * _BIAS_STEPS), np.float32))
+            self.pending[inputs[1]] = unit, stored
+        assert stored.scales is not None
+        self.steps[node.output[0]] = np.asarray(step * stored.scales, np.float32)
+
+    def _bias_of(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
+        """The constant that is added to a product, by itself or by the one Add that reads it."""
+        names = list(node.input[2:])
+        if node.op_type == "MatMul":
+            after = self.readers.get(node.output[0], [])
+            names = list(after[0].input) if len(after) == 1 and after[0].op_type == "Add" else []
+        found = [numpy_helper.to_array(self.initializers[n]) for n in names if n in self.initializers]
+        return found[0] if found and found[0].ndim == 1 else None
+
+    def _bias(self, node: onnx.NodeProto) -> None:
+        """Store the bias of an int8 product on the product's grid.
+
+        From opset 21 on, in an Add after a MatMul of more than two dimensions that reads what was quantized, it has the shape
+        [1, n]: ONNX Runtime then leaves the two as they are, instead of putting a Gemm between two Reshapes, and Q/DQ past these.
+        """
+        if node.op_type == "MatMul" and node.input[0] in self.grids:
+            self.fed.add(node.output[0])
+        added = node.op_type == "Add"
+        product = next((n for n in node.input if n in self.fed), "") if added else node.output[0]
+        step = self.steps.get(product)
+        deep = (
+            added
+            and product in self.fed
+            and self.opset >= _TYPED_Q
+            and max(map(self._rank, (product, node.output[0]))) > 2
+        )
+        for i in range(0 if added else 2, len(node.input)):
+            tensor = self.initializers.get(node.input[i])
+            if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 1:
+                continue
+            bias = numpy_helper.to_array(tensor)
+            if step is not None and bias.shape == step.shape:
+                whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
+                bias = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
+            elif not deep:
+                continue
+            node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
+
+    def _rank(self, name: str) -> int:
+        value = self.known.get(name)
+        return len(value.type.tensor_type.shape.dim) if value is not None else 0
+
+    def _moved(self, node: onnx.NodeProto, grid: tuple[str, str]) -> None:
+        """Q/DQ of an operator's input after it as well, where ONNX Runtime would put it: its values are on that grid."""
+        name, (scale, zero) = node.output[0], grid
+        base = node.name.rpartition("|")[0] or "~|0"
+        raw, quantized = f"{name}/moved", f"{name}/moved/int8"
+        node.output[0] = raw
+        own = unique(f"{base}|QuantizeLinear.moved", self.names)
+        self._add("QuantizeLinear", [raw, scale, zero], quantized, own)
+        own = unique(f"{base}|DequantizeLinear.moved", self.names)
+        self._add("DequantizeLinear", [quantized, scale, zero], name, own)
+        self.grids[name] = grid
 
     def alias(self, node: onnx.NodeProto) -> None:
         source = self.renamed.get(node.input[0], node.input[0])
@@ -221,6 +315,8 @@ class _Builder:
                 unique(f"{base}|DequantizeLinear.{role}{port}", self.names),
             )
             self.dequantized[key] = output
+            if precision == "int8":
+                self.grids[output] = scale, zero
         self.renamed[node.output[0]] = self.dequantized[key]
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
@@ -285,6 +381,15 @@ class _Builder:
                 for i, tensor in enumerate(field):
                     if tensor in rename:
                         field[i] = rename[tensor]
+
+
+def _at_least(weight: StoredWeight, scales: NDArray[np.float32]) -> StoredWeight:
+    """The same int8 weight rounded anew where its scales are below others: of channels next to nothing beside their bias."""
+    assert weight.scales is not None
+    new = np.maximum(weight.scales, scales).astype(np.float32)
+    shape = [-1 if d == weight.axis else 1 for d in range(weight.values.ndim)]
+    values = np.round(weight.values * (weight.scales / new).reshape(shape)).astype(np.int8)
+    return replace(weight, values=values, scales=new)
 
 
 def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:

@@ -3,7 +3,11 @@
 
 Each is built by tensorrt_rtx or refused, and compared with what NVIDIA documents (`legality.py`); the bar is zero unexplained.
 The ONNX file of each mixed allocation that holds only what OpenVINO and ONNX Runtime execute as well (no fp8, no nvfp4) is also run
-by both, and their scores compared. As many again hold everything that some GPU executes, and are only built.
+by both, and their scores compared. Beside them stands on how many of 500 examples both predict the same class, how far their
+outputs are apart (root mean square, relative), and the same of ONNX Runtime against itself without its optimizations, which
+executes the file node by node as ONNX says: sums in float32 in another order put values next to a tie of the rounding to int8
+on its other side, so that two runtimes cannot be closer to each other than one is to itself. As many allocations again hold
+everything that some GPU executes, and are only built.
 
     python scripts/bench_targets.py                            # about an hour on one core, most of it scores of minilm
     python scripts/bench_targets.py zoo:fashion_resnet --allocations 3
@@ -12,14 +16,21 @@ by both, and their scores compared. As many again hold everything that some GPU 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch.utils import _pytree as pytree
 
 import hwsearch as hs
 from hwsearch import backends
-from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.base import Array, BuildOptions, Engine
 from hwsearch.backends.tensorrt.building import serialise
 from hwsearch.backends.tensorrt.buildlog import executed, fused_layers
 from hwsearch.errors import BackendUnavailable
@@ -36,6 +47,9 @@ BASES = ("fp16", "bf16", "fp32", "tf32")
 RUNTIMES = ("openvino", "onnxruntime")
 GPU_ONLY = ("fp8", "nvfp4")
 """Precisions that neither of them takes on a CPU."""
+COMPARED = 500
+"""Examples whose outputs are compared."""
+Outputs = np.ndarray[Any, Any]
 
 
 def main() -> None:
@@ -123,26 +137,81 @@ def mixed(trt: object, low: Lowering, args: argparse.Namespace) -> tuple[int, fl
                 what, right = f"refused: {plainly(str(error).partition(': ')[2])}", bool(documented)
             unexplained += not right
             said.setdefault(what if right else f"UNEXPLAINED {what}", []).append(target)
-        scores = in_runtimes(low, variants) if number < min(args.scored, args.allocations) else {}
+        scores, told = in_runtimes(low, variants) if number < min(args.scored, args.allocations) else ({}, "")
         apart = max(apart, max(scores.values()) - min(scores.values())) if scores else apart
         kinds = Counter(map(str, variants.values()))
         print(
-            f" mixed {number}, base {base}: {dict(kinds)}{f'; scores {scores}' if scores else ''}", flush=True
+            f" mixed {number}, base {base}: {dict(kinds)}{f'; scores {scores}; {told}' if scores else ''}",
+            flush=True,
         )
         for what, where in said.items():
             print(f"  {','.join(where):28} {what}")
     return unexplained, apart
 
 
-def in_runtimes(low: Lowering, variants: dict[str, Variant]) -> dict[str, float]:
-    """The deployed file's score in each runtime, both computing its float units in fp32."""
+class AsWritten:
+    """ONNX Runtime without optimizations: each node by itself, Q/DQ in float32."""
+
+    def __init__(self, data: bytes, like: Engine) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.inputs = like.inputs
+        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, *arrays: Array) -> list[Array]:
+        names = (spec.name for spec in self.inputs)
+        return list(self._session.run(None, dict(zip(names, arrays, strict=True))))
+
+
+class Recorded:
+    """A predictor that keeps its first inputs and outputs."""
+
+    def __init__(self, predict: Callable[..., Any]) -> None:
+        self.predict, self.calls, self.kept = predict, list[tuple[Any, Any]](), list[Outputs]()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.predict(*args, **kwargs)
+        if sum(map(len, self.kept)) < COMPARED:
+            self.calls.append((args, kwargs))
+            self.kept.append(first(result))
+        return result
+
+    @property
+    def outputs(self) -> Outputs:
+        return np.concatenate(self.kept)[:COMPARED]
+
+
+def first(result: Any) -> Outputs:
+    tensor = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    return tensor.numpy()
+
+
+def in_runtimes(low: Lowering, variants: dict[str, Variant]) -> tuple[dict[str, float], str]:
+    """The deployed file's score in each runtime, both computing its float units in fp32, and how far they are apart."""
     data = low.onnx(variants).SerializeToString()
-    return {
-        name: round(
-            score(low.task, predictor(low, backends.get(name).build(data, BuildOptions(1, "fp32"))), name), 5
-        )
-        for name in RUNTIMES
-    }
+    scores, found = dict[str, float](), dict[str, Recorded]()
+    for name in RUNTIMES:
+        engine = backends.get(name).build(data, BuildOptions(1, "fp32"))
+        found[name] = Recorded(predictor(low, engine))
+        scores[name] = round(score(low.task, found[name], name), 5)
+    control = predictor(low, AsWritten(data, engine))  # type: ignore[arg-type]
+    with torch.no_grad():
+        written = np.concatenate([first(control(*a, **k)) for a, k in found["onnxruntime"].calls])[:COMPARED]
+    openvino, onnxruntime_ = found["openvino"].outputs, found["onnxruntime"].outputs
+    return scores, (
+        f"{apart_by(openvino, onnxruntime_)}; ONNX Runtime and itself as written: {apart_by(onnxruntime_, written)}; "
+        f"OpenVINO and that: {apart_by(openvino, written)}"
+    )
+
+
+def apart_by(a: Outputs, b: Outputs) -> str:
+    """How many examples have the same class, the largest margin of the top two among those that do not, and the distance."""
+    other = a.argmax(1) != b.argmax(1)
+    two = np.sort(b[other], 1)[:, -2:]
+    margin = float((two[:, 1] - two[:, 0]).max() / b.std()) if other.any() else 0.0
+    rms = math.sqrt(float(np.square(a - b).sum() / np.square(b).sum()))
+    return f"{(~other).sum()}/{len(a)} same{f' (margin {margin:.2g})' if other.any() else ''}, rms {rms:.1e}"
 
 
 if __name__ == "__main__":

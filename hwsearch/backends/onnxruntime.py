@@ -74,17 +74,9 @@ class ONNXRuntimeBackend:
         return ONNXRuntimeEngine(self._runtime(), onnx, options)
 
 
-_TYPED_Q = 21
-"""The opset from which on QuantizeLinear has its output's type as an attribute (networks with int4 weights are of it)."""
-_MISTAKEN = ["QDQS8ToU8Transformer"]
-"""What ONNX Runtime (1.32) must not do to those: it turns zero points of int8 to uint8, leaves that attribute as it was, and
-refuses its own graph (microsoft/onnxruntime issue 25526)."""
-
-
 class ONNXRuntimeEngine:
     def __init__(self, runtime: Any, onnx: bytes, options: BuildOptions) -> None:
         self._runtime, self._onnx, self._options = runtime, onnx, options
-        self._disabled = _MISTAKEN if _opset(onnx) >= _TYPED_Q else []
         self._session = self._open(None)
         self.inputs = [_spec(value) for value in self._session.get_inputs()]
         self.outputs = [_spec(value) for value in self._session.get_outputs()]
@@ -101,9 +93,7 @@ class ONNXRuntimeEngine:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
         try:
-            return self._runtime.InferenceSession(
-                self._onnx, options, providers=["CPUExecutionProvider"], disabled_optimizers=self._disabled
-            )
+            return self._runtime.InferenceSession(self._onnx, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BackendUnavailable(
                 f"ONNX Runtime failed to build the network: {str(error)[:300]}"
@@ -175,13 +165,3 @@ def _precision(args: Mapping[str, Any]) -> str:
 
 def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, tuple(value.shape), _DTYPES.get(value.type, value.type))
-
-
-def _opset(onnx: bytes) -> int:
-    """Of ONNX's own operators; 0 where the bytes are no network, which the runtime then says."""
-    from onnx import load_model_from_string
-
-    try:
-        return max((o.version for o in load_model_from_string(onnx).opset_import if not o.domain), default=0)
-    except Exception:  # protobuf's own, which is not typed
-        return 0
