@@ -24,7 +24,7 @@ from hwsearch.variants import Variant, legal, uniform
 from tests.backends.fake_cuda import Products
 from tests.backends.torch_programs import FLOATS, ON_CPU, Arrays, by_onnxruntime, error, program, run
 
-EXACT, ROUNDED, DEEP = 5e-6, 2e-2, 6e-2
+EXACT, ROUNDED, DEEP = 5e-6, 2e-2, 7e-2
 """Largest error of a plain network; root mean square error of a quantized one, and of one of dozens of layers. All are relative."""
 ZOO = ("fashion_resnet", "efficientnet_lite0", "minilm")
 QUICK = (
