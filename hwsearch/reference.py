@@ -16,8 +16,8 @@ COMPARED = Protocol(width=0.005, limit_s=0.4)
 def reference_engine(at: Regime) -> Engine:
     """The network in the base precision: of three engines compiled from it the one of middle speed.
 
-    Engines of one network run a little faster or slower, presumably by where their memory lies (0.2 % of one network here, up to 4 %
-    of another), and all ratios of a session have their reference's share of that.
+    Engines of one network run a little faster or slower, presumably by where their memory lies (0.2 % of one network here, up to
+    4 % of another), and all ratios of a session have their reference's share of that.
     """
     plain = uniform(at.network, at.options.base)
     engines = [at.build(plain)[0] for _ in range(INSTANCES)]
