@@ -146,7 +146,9 @@ def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: floa
         }
     slowdown, executed = table.slowdown(build), table.reference_nodes
 
-    def row(terms: list[tuple[Feature, float]], value: float, error: float, share: float, nodes: float) -> Row:
+    def row(
+        terms: list[tuple[Feature, float]], value: float, error: float, share: float, nodes: float
+    ) -> Row:
         off = slowed(slowdown, nodes, value / reference) * reference
         return Row([*terms, (PER_NODE, off)] if off else terms, value, error, share)
 
