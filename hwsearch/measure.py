@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hwsearch.energy import Meter
 from hwsearch.nvidia import State
+from hwsearch.stopwatch import times
 
 Run = Callable[[], None]
 
@@ -121,11 +122,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Protocol:
-    """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate."""
+    """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate.
+
+    settle_ns: how long an engine runs untimed whenever its turn comes. Behind another engine the first inference takes up to twice
+    the time of the hundredth, and small networks are a few percent slow for 10 to 25 ms (`scripts/bench_processes.py`).
+    """
 
     width: float = 0.01
     limit_s: float = 3.0
-    block_ns: int = 8_000_000
+    block_ns: int = 12_000_000
+    settle_ns: int = 20_000_000
     min_rounds: int = 5
     warmup_ns: int = 20_000_000
 
@@ -152,9 +158,12 @@ def paired(
     runs.update(candidates)
     warm: dict[str | None, list[int]] = {}
     block: dict[str | None, int] = {}
+    settle: dict[str | None, int] = {}
     for name, run in runs.items():
         warm[name] = _warm_up(run, protocol, clock)
-        block[name] = int(np.clip(protocol.block_ns // max(np.median(warm[name]), 1.0), 2, 200))
+        usual = max(np.median(warm[name]), 1.0)
+        block[name] = int(np.clip(protocol.block_ns // usual, 2, 200))
+        settle[name] = int(np.clip(protocol.settle_ns // usual, 1, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     joules: dict[str | None, list[float]] = {name: [] for name in runs}
     states = [sample()] if sample else []
@@ -166,8 +175,8 @@ def paired(
     try:
         while True:
             for name in (*runs, *reversed(runs)):
-                times, used = _block(runs[name], block[name], clock, meter)
-                samples[name].append(times)
+                taken, used = _block(runs[name], settle[name], block[name], clock, meter)
+                samples[name].append(taken)
                 joules[name] += used
             rounds = len(samples[None]) // 2
             if rounds < protocol.min_rounds:
@@ -212,26 +221,20 @@ def paired(
 
 
 def _block(
-    run: Run, count: int, clock: Callable[[], int], meter: Meter | None
+    run: Run, settle: int, count: int, clock: Callable[[], int], meter: Meter | None
 ) -> tuple[list[int], list[float]]:
     """Times of a block's inferences, and its joules where there is a meter."""
-    run()  # refills the caches that the engine before took
-    times = []
+    times(run, settle, clock)  # takes back the caches and the cores from the engine before
     before = meter() if meter else 0.0
-    for _ in range(count):
-        start = clock()
-        run()
-        times.append(clock() - start)
-    return times, [meter() - before] if meter else []
+    taken = times(run, count, clock)
+    return taken, [meter() - before] if meter else []
 
 
 def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int]:
-    times: list[int] = []
-    while len(times) < 3 or (sum(times) < protocol.warmup_ns and len(times) < 500):
-        start = clock()
-        run()
-        times.append(clock() - start)
-    return times
+    taken: list[int] = []
+    while len(taken) < 3 or (sum(taken) < protocol.warmup_ns and len(taken) < 500):
+        taken += times(run, 1, clock)
+    return taken
 
 
 def _rounds(blocks: list[list[int]]) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends.apart import compiler
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
 from hwsearch.builds import PARTS, Build
@@ -108,8 +109,9 @@ class Regime:
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Engine, Any]:
         """(engine on the example inputs, ONNX model)."""
+        build_engine = compiler(self.backend)  # whose process starts while the graph is made
         model = self.onnx(variants, metadata)
-        engine = self.backend.build(
+        engine = build_engine(
             model.SerializeToString(), replace(self.options, base=base or self.options.base)
         )
         engine.prepare(*self.lowering.arrays())

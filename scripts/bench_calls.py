@@ -61,7 +61,11 @@ def main() -> None:
 def calls(task: str, name: str, threads: int) -> tuple[Callable[[], None], Callable[[], None], str]:
     """(an inference as hwsearch times it, the same otherwise called, what that is)."""
     at = regime(hs.load(task), backends.get(name), threads=threads)
-    engine, onnx = at.build(uniform(at.network, at.options.base))
+    onnx = at.onnx(uniform(at.network, at.options.base))
+    engine = at.backend.build(
+        onnx.SerializeToString(), at.options
+    )  # here, where its threads can be looked at
+    engine.prepare(*at.lowering.arrays())
     if name == "onnxruntime":
         return engine.run, asleep(onnx.SerializeToString(), engine, threads), "workers asleep between nodes"
     request: Any = engine._request  # type: ignore[attr-defined]  # the very network that hwsearch times

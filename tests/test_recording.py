@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_locks")
 
 
 def test_the_end_to_end_ratio_survives_drift() -> None:
-    table = run(regime(drift=lambda s: 1.0 + 0.4 * np.sin(20 * s)), None)
+    table = run(regime(drift=lambda s: 1.0 + 0.4 * np.sin(7 * s)), None)
     dense, uniform_build = table.find("dense"), table.find("uniform")
     exact = law()
     int8 = exact.time_ns(dict.fromkeys(exact.units, "int8")) / exact.time_ns(

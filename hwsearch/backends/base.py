@@ -85,7 +85,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A runtime that compiles ONNX."""
+    """A runtime that compiles ONNX.
+
+    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
+    """
 
     name: str
     quantize_outputs: bool

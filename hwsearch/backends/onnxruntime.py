@@ -43,6 +43,7 @@ _TYPE_NAMES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "
 class ONNXRuntimeBackend:
     name = "onnxruntime"
     quantize_outputs = True
+    own_process = True
 
     def _runtime(self) -> Any:
         try:
@@ -59,7 +60,10 @@ class ONNXRuntimeBackend:
 
     def versions(self) -> Mapping[str, str]:
         self._runtime()
-        return {"onnxruntime": version("onnxruntime"), "workers": "awake during a run"}
+        return {
+            "onnxruntime": version("onnxruntime"),
+            "calls": "a process and huge pages for each engine, workers awake during a run",
+        }
 
     def bases(self) -> tuple[str, ...]:
         self._runtime()

@@ -26,6 +26,7 @@ _CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 class OpenVINOBackend:
     name = "openvino"
     quantize_outputs = False
+    own_process = True
 
     def __init__(self) -> None:
         self._core: Any = None
@@ -50,7 +51,10 @@ class OpenVINOBackend:
 
     def versions(self) -> Mapping[str, str]:
         _ = self.core
-        return {"openvino": version("openvino"), "calls": "synchronous"}
+        return {
+            "openvino": version("openvino"),
+            "calls": "synchronous, a process and huge pages for each engine",
+        }
 
     def bases(self) -> tuple[str, ...]:
         capable = set(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))

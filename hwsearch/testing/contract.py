@@ -24,6 +24,7 @@ from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.regime import Regime
+from hwsearch.stopwatch import times
 from hwsearch.task import Task
 from hwsearch.variants import PRECISIONS, Variant, legal, uniform
 
@@ -268,10 +269,7 @@ class BackendContract:
         """
 
         def time_ns(runs: int) -> float:
-            start = at.clock()
-            for _ in range(runs):
-                engine.run()
-            return max(at.clock() - start, 1) / runs
+            return max(sum(times(engine.run, runs, at.clock)), 1) / runs
 
         engine.prepare(*at.lowering.arrays())
         runs = int(np.clip(50e6 / time_ns(1), 2, 20))

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""What the time of an engine depends on beside its network: where its memory lies, and how long it has been running.
+
+First: engines of the same mixed allocations are built again and again, as in a profile, others in between, and each is timed
+against one of its kind that was built at the beginning and kept. In one process, as one would do it without a second thought; in a
+process for each; and in a process for each whose memory is in huge pages (`backends/apart.py`), which is how hwsearch does it.
+
+Second: the first inferences of an engine whose turn comes behind another one, against those it settles to.
+
+    python scripts/bench_processes.py zoo:minilm zoo:efficientnet_lite0
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+
+import hwsearch as hs
+from hwsearch import backends, device
+from hwsearch.backends.base import Engine
+from hwsearch.design import Candidate, random_allocation
+from hwsearch.measure import paired
+from hwsearch.regime import Regime, regime
+from hwsearch.stopwatch import times
+from hwsearch.variants import legal, uniform
+
+BETWEEN = 2
+"""Other networks that are built, run and dropped between two builds of the same."""
+SHARES = (0.25, 0.5, 0.75, 1.0)
+TURNS, INFERENCES = 25, 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="*", default=["zoo:minilm", "zoo:efficientnet_lite0"])
+    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--again", type=int, default=6, help="how often each allocation is built again")
+    args = parser.parse_args()
+    print(f"machine: {device.fingerprint()}")
+    for task in args.tasks:
+        at = regime(hs.load(task), backends.get(args.backend), threads=args.threads[0])
+        rebuilt(task, at, args.again)
+        for threads in args.threads:
+            settling(task, regime(at.lowering.task, at.backend, threads=threads))
+
+
+def rebuilt(task: str, at: Regime, again: int) -> None:
+    """The spread of engines of the same allocation, and whether later ones are slower."""
+    for way, (apart, huge) in {
+        "one process": (False, False), "a process for each": (True, False),
+        "a process for each, huge pages": (True, True),
+    }.items():  # fmt: skip
+        with memory(at, apart=apart, huge=huge):
+            kept = [(c, build(at, c)) for c in drawn(at, 2, seed=7)]
+            ratios = []
+            for number in range(again):
+                for candidate in drawn(at, BETWEEN, seed=1000 + number):
+                    engine = build(at, candidate)
+                    engine.run()
+                    engine.nodes()
+                    del engine
+                ratios.append([paired(old.run, {"new": build(at, c).run})["new"].ratio for c, old in kept])
+        found = 100.0 * (np.array(ratios) - 1.0)
+        print(f"{task}: {way:30s} built again: {found.mean():+.1f} % on average, from {found.min():+.1f} to {found.max():+.1f} %, "
+              f"standard deviation {found.std(ddof=1):.1f} %", flush=True)  # fmt: skip
+
+
+@contextmanager
+def memory(at: Regime, *, apart: bool, huge: bool) -> Iterator[None]:
+    """Engines are built in processes of their own or not, with huge pages or not."""
+    plain = {} if huge else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    with patch.object(type(at.backend), "own_process", apart), patch.dict("os.environ", plain):
+        yield
+
+
+def settling(task: str, at: Regime) -> None:
+    """The median time by place in the turn, against that of the last quarter of it."""
+    networks = {
+        "whole": build(at, Candidate(uniform(at.network, at.options.base), dict(at.network.channels)))
+    }
+    networks.update({f"mixed {i}": build(at, c) for i, c in enumerate(drawn(at, 2, seed=7))})
+    taken: dict[str, list[list[int]]] = {name: [] for name in networks}
+    for _ in range(TURNS):
+        for name, engine in networks.items():
+            taken[name].append(times(engine.run, INFERENCES))
+    for name, found in taken.items():
+        middle = np.median(np.array(found), axis=0)
+        settled = float(np.mean(middle[-INFERENCES // 4 :]))
+        places = {n: middle[n - 1] / settled - 1.0 for n in (1, 2, 3, 5, 8, 12)}
+        print(f"{task}, {at.options.threads} thread(s), {name}, {settled / 1e6:.2f} ms: "
+              + ", ".join(f"inference {n} {share:+.0%}" for n, share in places.items()), flush=True)  # fmt: skip
+
+
+def drawn(at: Regime, count: int, seed: int) -> list[Candidate]:
+    """Mixed allocations at mixed widths."""
+    rng = np.random.default_rng(seed)
+    variants = at.backend.variants(at.options.base)
+    offered = {u.name: legal(u, variants) for u in at.network.units}
+    return [
+        Candidate(
+            random_allocation(at.network, offered, rng),
+            {g: max(1, round(n * rng.choice(SHARES))) for g, n in at.network.channels.items()},
+        )
+        for _ in range(count)
+    ]
+
+
+def build(at: Regime, candidate: Candidate) -> Engine:
+    return at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)[0]
+
+
+if __name__ == "__main__":
+    main()

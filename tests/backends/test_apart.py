@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from frail import FrailBackend
+
+from hwsearch.backends.apart import ENVIRONMENT, ApartEngine, compiler
+from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.errors import BackendUnavailable, InvalidInput
+from hwsearch.measure import Protocol, paired
+from hwsearch.stopwatch import times
+
+ZEROS = np.zeros((2, 3), np.float32)
+
+
+def built(what: str) -> Engine:
+    return compiler(FrailBackend())(what.encode(), BuildOptions())
+
+
+def process_of(engine: Engine) -> int:
+    return int(engine(ZEROS)[0][0])
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there that has not ended, though nobody may have asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_the_end(pid: int) -> None:
+    for _ in range(200):
+        if not lives(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def test_an_engine_elsewhere_is_an_engine() -> None:
+    engine = built("doubles")
+    assert isinstance(engine, Engine)
+    assert isinstance(engine, ApartEngine)
+    assert [s.name for s in (*engine.inputs, *engine.outputs)] == ["x", "y"]
+    assert engine.size_bytes == 7
+    np.testing.assert_array_equal(engine(ZEROS + 1.5)[0], ZEROS + 3.0)
+    assert engine.nodes(5)[0].time_ns == 5.0
+    with pytest.raises(InvalidInput, match="built for"):
+        engine.prepare(ZEROS[:1])
+    engine.prepare(ZEROS)  # and it goes on after an error
+
+
+def test_each_engine_has_a_process_which_keeps_the_time_and_ends_with_it() -> None:
+    first, second = built("pid"), built("pid")
+    one, other = process_of(first), process_of(second)
+    assert len({one, other, os.getpid()}) == 3
+    taken = times(first.run, 4)
+    assert len(taken) == 4
+    assert min(taken) > 0
+    first.run()
+    assert first(ZEROS)[0][1] == 5, "four timed inferences and one that was not, there"
+    del first
+    gc.collect()
+    wait_for_the_end(one)
+    assert process_of(second) == other
+
+
+def test_engines_elsewhere_are_timed_side_by_side() -> None:
+    protocol = Protocol(block_ns=1000, settle_ns=1000, warmup_ns=1000, limit_s=0.2)
+    timing = paired(built("pid").run, {"same": built("pid").run}, protocol)["same"]
+    assert 0.2 < timing.ratio < 5.0
+
+
+def test_a_backend_that_does_not_ask_for_it_builds_where_it_is() -> None:
+    backend: Backend = FrailBackend()
+    backend.own_process = False  # type: ignore[attr-defined]
+    assert process_of(compiler(backend)(b"pid", BuildOptions())) == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("refused", "frail does not like it"), ("wrong", "ZeroDivisionError: of the runtime's own")],
+)
+def test_what_fails_there_is_told_here(what: str, told: str) -> None:
+    with pytest.raises(BackendUnavailable, match=told):
+        built(what)
+
+
+def test_a_runtime_that_dies_is_one_clear_error() -> None:
+    with pytest.raises(BackendUnavailable, match=r"frail .* ended \(SIGKILL, perhaps for want of memory\)"):
+        built("killed")
+    engine, other = built("crashes"), built("doubles")
+    with pytest.raises(BackendUnavailable, match="SIGABRT"):
+        engine.run()
+    with pytest.raises(BackendUnavailable, match="SIGABRT"):
+        engine.run()
+    np.testing.assert_array_equal(other(ZEROS)[0], ZEROS)
+
+
+def test_a_backend_that_cannot_be_made_again_is_one_clear_error(capfd: pytest.CaptureFixture[str]) -> None:
+    class Local(FrailBackend):
+        pass
+
+    with pytest.raises(BackendUnavailable, match="exit code 1"):
+        compiler(Local())(b"pid", BuildOptions())
+    assert "AttributeError" in capfd.readouterr().err
+
+
+def test_standard_output_stays_the_parents(capfd: pytest.CaptureFixture[str]) -> None:
+    engine = built("pid")
+    engine.run()
+    del engine
+    assert capfd.readouterr().out == ""
+
+
+def test_memory_is_asked_for_in_huge_pages_and_the_users_own_settings_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    tunables, *path = built("environment")(ZEROS)[0]
+    assert tunables == ENVIRONMENT["GLIBC_TUNABLES"]
+    assert set(sys.path) - {""} <= set(path)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert built("environment")(ZEROS)[0][0] == "glibc.malloc.hugetlb=0"
+
+
+def test_an_interrupt_ends_the_engine_it_waits_for() -> None:
+    """An answer that comes too late would be taken for the next one."""
+    engine = built("sleeps")
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    with pytest.raises(BackendUnavailable):
+        engine.nodes()
+
+
+def test_processes_end_with_a_killed_parent() -> None:
+    code = (
+        "import time; from frail import FrailBackend; from hwsearch.backends.apart import compiler; import numpy as np\n"
+        "from hwsearch.backends.base import BuildOptions\n"
+        "engine = compiler(FrailBackend())(b'pid', BuildOptions())\n"
+        "print(int(engine(np.zeros((2, 3)))[0][0]), flush=True); time.sleep(600)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert lives(child)
+        parent.kill()
+    wait_for_the_end(child)
