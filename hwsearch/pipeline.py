@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.allocate.front import Point
-from hwsearch.allocate.search import front, search
+from hwsearch.allocate.search import KAPPA, front, search
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import TAILS, Budget, parse_budgets
@@ -33,8 +33,8 @@ from hwsearch.verification import verify_with_build
 
 MAX_ROUNDS = 5
 FRONT_POINTS = 12
-SPARE, MOST_SPENT = 0.025, 1.15
-"""How much faster than asked is worth another round, and by how much at most the limit is raised for it."""
+SPARE, MOST_SPENT, MARGIN = 0.025, 1.15, 0.01
+"""How much faster than asked is worth another round, by how much at most the limit is raised for it, and what is left to noise."""
 
 
 def run(
@@ -173,9 +173,12 @@ def closed_loop(
     try:
         for number in range(1, MAX_ROUNDS + 1):
             model = fit(table)
-            if last is not None and not spending:
+            if last is not None:
                 again = _predicted(model, last[1])
-                tighten = _tighter(tighten, wanted, *last, again, step=number - 1)
+                if spending:
+                    tighten = _looser(tighten, last[0], again)
+                else:
+                    tighten = _tighter(tighten, wanted, *last, again, step=number - 1)
             try:
                 allocation = search(
                     table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=tighten
@@ -215,9 +218,7 @@ def closed_loop(
             left = _left_over(report) if report.met and tighten and not spending else 1.0
             if spending or (report.met and left <= 1.0 + SPARE):
                 break
-            if report.met:
-                spending = True
-                tighten = {**tighten, "latency": int(tighten["latency"] * min(left, MOST_SPENT))}
+            spending = report.met
     finally:
         progress.stop()
         for path in folder.glob("round*.onnx"):
@@ -284,6 +285,17 @@ def _tighter(
             short = min(1.0, predicted / measured)
             tighter[column] = min(old.get(column, limit), int(limit * short * (1.0 - 0.004 * step)))
     return tighter
+
+
+def _looser(old: Mapping[str, int], report: Report, again: Prediction) -> dict[str, int]:
+    """The limit on latency for a round that spends what the last answer left over.
+
+    again: what the model, fitted with the measurement, says of that answer now. The search keeps its sigma off the limit, and what
+    the model has not learnt of the last measurement holds for the next one: that one is to come out `MARGIN` below the budget.
+    """
+    measured, bound = _against_budgets(report)["latency"]
+    share = (1.0 - MARGIN) * again.time_ns / measured + KAPPA * again.sigma_ns / again.time_ns
+    return {**old, "latency": max(old["latency"], int(bound * min(share, MOST_SPENT)))}
 
 
 def _excess(report: Report) -> float:

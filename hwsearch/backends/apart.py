@@ -95,15 +95,23 @@ class _Process:
     def __init__(self, backend: type, name: str) -> None:
         self._name = name
         ours, theirs = Pipe()
+        command = [
+            sys.executable, "-P", "-c", "from hwsearch.backends.apart import serve; serve()",
+            str(theirs.fileno()), backend.__module__, backend.__qualname__,
+        ]  # fmt: skip
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         with theirs:
-            child = subprocess.Popen(
-                [
-                    sys.executable, "-P", "-c", "from hwsearch.backends.apart import serve; serve()",
-                    str(theirs.fileno()), backend.__module__, backend.__qualname__,
-                ],
-                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
-                env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-            )  # fmt: skip
+            try:
+                child = subprocess.Popen(
+                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
+                    env={**ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+                )  # fmt: skip
+            except OSError as error:
+                ours.close()
+                raise BackendUnavailable(
+                    f"no process can be started for {name} ({error}); see that memory and processes are left (ulimit -u), and that "
+                    f"{sys.executable or 'sys.executable, which is empty,'} is the Python interpreter"
+                ) from error
         self._connection, self._child = ours, child
         self._end = weakref.finalize(self, _end, ours, child)
 
@@ -120,10 +128,8 @@ class _Process:
                 f"the process in which {self._name} runs a network ended ({self._how()}); what it wrote is above. "
                 "Try again; if it ends each time, leave out the layers or precisions that it ends with, or use another backend"
             ) from error
-        except (
-            BaseException
-        ):  # an interrupt: an answer may be on its way that would be taken for the next one
-            self._end()
+        except BaseException:
+            self._end()  # an answer may be on its way that would be taken for the next one
             raise
         if not good:
             raise answer

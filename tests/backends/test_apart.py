@@ -115,6 +115,12 @@ def test_a_backend_that_cannot_be_made_again_is_one_clear_error(capfd: pytest.Ca
     assert "AttributeError" in capfd.readouterr().err
 
 
+def test_a_process_that_cannot_be_started_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(BackendUnavailable, match="no process can be started for frail"):
+        compiler(FrailBackend())
+
+
 def test_standard_output_stays_the_parents(capfd: pytest.CaptureFixture[str]) -> None:
     engine = built("pid")
     engine.run()
