@@ -33,7 +33,7 @@ from hwsearch.verification import verify_with_build
 
 MAX_ROUNDS = 5
 FRONT_POINTS = 12
-SPARE, MOST_SPENT, MARGIN = 0.025, 1.15, 0.01
+SPARE, MOST_SPENT, MARGIN = 0.025, 1.15, 0.02
 """How much faster than asked is worth another round, by how much at most the limit is raised for it, and what is left to noise."""
 
 
@@ -288,14 +288,16 @@ def _tighter(
 
 
 def _looser(old: Mapping[str, int], report: Report, again: Prediction) -> dict[str, int]:
-    """The limit on latency for a round that spends what the last answer left over.
+    """The limit on latency for a round that spends what the last answer left over, to come out `MARGIN` below the budget.
 
-    again: what the model, fitted with the measurement, says of that answer now. The search keeps its sigma off the limit, and what
-    the model has not learnt of the last measurement holds for the next one: that one is to come out `MARGIN` below the budget.
+    again: what the model, fitted with the measurement, says of that answer now. If what it has learnt held for every other answer, the
+    limit would rise by the rest, and by the sigma that the search keeps off it; if for none, by all that was left. Half-way.
     """
     measured, bound = _against_budgets(report)["latency"]
-    share = (1.0 - MARGIN) * again.time_ns / measured + KAPPA * again.sigma_ns / again.time_ns
-    return {**old, "latency": max(old["latency"], int(bound * min(share, MOST_SPENT)))}
+    learnt = bound * (again.time_ns / measured + KAPPA * again.sigma_ns / again.time_ns)
+    unlearnt = old["latency"] * bound / measured
+    limit = min((1.0 - MARGIN) * (learnt + unlearnt) / 2.0, MOST_SPENT * bound)
+    return {**old, "latency": max(old["latency"], int(limit))}
 
 
 def _excess(report: Report) -> float:

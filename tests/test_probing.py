@@ -43,7 +43,7 @@ def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Pa
     first = run_widths(
         narrow_regime(SimulatedBackend(narrow_law(), noise=0.002, build_ns=1_000_000_000)),
         out,
-        time_limit_s=30.0,
+        time_limit_s=42.0,
     )
     probed = [b.key for b in first.builds if b.role == "probe"]
     assert 3 <= len(probed) < 14
