@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,7 +15,7 @@ import torch
 import hwsearch as hs
 from hwsearch import pipeline
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.latency import LatencyModel, Spread, fit
+from hwsearch.latency import LatencyModel, Prediction, Spread, fit
 from hwsearch.lower import Lowering
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -198,6 +199,22 @@ def test_what_an_answer_leaves_over_is_spent_on_less_loss(
     spent, two = loss("spent", 0.025)
     assert (one, two) == (1, 2)
     assert spent < kept
+
+
+@pytest.mark.parametrize(
+    ("told_ns", "limit_ns"),
+    [(95e4, 0.98 * (1.01e6 + 1e6 / 0.95) / 2), (99e4, 0.98 * ((99 / 95 + 0.01) * 1e6 + 1e6 / 0.95) / 2), (5e6, 1.15e6)],
+)  # fmt: skip
+def test_a_round_that_spends_asks_for_what_the_model_has_not_learnt(told_ns: float, limit_ns: float) -> None:
+    """0.95 ms measured of 1 ms. What the model says of it now: just that, or still too much, or something absurd."""
+    costs: dict[str, Any] = {
+        "latency_ms": {"measured": 0.95, "budget": 1.0},
+        "size_bytes": {"deployed": 1.0, "budget": None},
+    }
+    report: Any = SimpleNamespace(**costs, energy_mj={}, macs={}, memory={})
+    found = pipeline._looser({"latency": 1_000_000, "size": 7}, report, Prediction(told_ns, 0.01 * told_ns))
+    assert found == {"latency": pytest.approx(limit_ns, abs=1.0), "size": 7}
+    assert pipeline._looser({"latency": 2_000_000}, report, Prediction(told_ns, 0.0))["latency"] == 2_000_000
 
 
 def test_an_impossible_budget_names_the_least(done: tuple[Path, hs.Task, Any]) -> None:
