@@ -290,8 +290,9 @@ def _tighter(
 def _looser(old: Mapping[str, int], report: Report, again: Prediction) -> dict[str, int]:
     """The limit on latency for a round that spends what the last answer left over, to come out `MARGIN` below the budget.
 
-    again: what the model, fitted with the measurement, says of that answer now. If what it has learnt held for every other answer, the
-    limit would rise by the rest, and by the sigma that the search keeps off it; if for none, by all that was left. Half-way.
+    again: what the model, fitted with the measurement, says of that answer now. If what it has learnt held for every other
+    answer, the limit would rise by the rest, and by the sigma that the search keeps off it; if for none, by all that was left.
+    Half-way.
     """
     measured, bound = _against_budgets(report)["latency"]
     learnt = bound * (again.time_ns / measured + KAPPA * again.sigma_ns / again.time_ns)

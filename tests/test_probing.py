@@ -41,13 +41,13 @@ def test_the_time_limit_ends_the_search_for_a_grid() -> None:
 def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     first = run_widths(
-        narrow_regime(SimulatedBackend(narrow_law(), noise=0.002, build_ns=1_000_000_000)),
+        narrow_regime(SimulatedBackend(narrow_law(), noise=0.0005, build_ns=1_000_000_000)),
         out,
-        time_limit_s=42.0,
+        time_limit_s=38.0,
     )
     probed = [b.key for b in first.builds if b.role == "probe"]
     assert 3 <= len(probed) < 14
     assert all(len(steps) > 1 for steps in first.grid().values()), "every group has a step before any has all"
-    whole = run_widths(narrow_regime(noise=0.002), out)
+    whole = run_widths(narrow_regime(noise=0.0005), out)
     assert [b.key for b in whole.builds if b.role == "probe"][: len(probed)] == probed
     assert whole.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
