@@ -124,8 +124,8 @@ class Timing:
 class Protocol:
     """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate.
 
-    settle_ns: how long an engine runs untimed whenever its turn comes. Behind another engine the first inference takes up to twice
-    the time of the hundredth, and small networks are a few percent slow for 10 to 25 ms (`scripts/bench_processes.py`).
+    settle_ns: how long an engine runs untimed whenever its turn comes. Behind another engine the first inferences take
+    longer, of small networks by a few percent for 10 ms and more (`scripts/bench_processes.py`).
     """
 
     width: float = 0.01
