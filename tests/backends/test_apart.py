@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -139,27 +137,62 @@ def test_memory_is_asked_for_in_huge_pages_and_the_users_own_settings_go_first(
     assert built("environment")(ZEROS)[0][0] == "glibc.malloc.hugetlb=0"
 
 
+IMPORTS = """
+import os, signal, threading, time
+import numpy as np
+from frail import FrailBackend
+from hwsearch.backends.apart import compiler
+from hwsearch.backends.base import BuildOptions
+from hwsearch.errors import BackendUnavailable
+"""
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    """Another Python, for what would hurt the one that runs the tests."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(
+        [sys.executable, "-c", IMPORTS + code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env, text=True
+    )  # fmt: skip
+
+
+INTERRUPTED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
+engine = compiler(FrailBackend())(b'sleeps', BuildOptions())
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    engine.run()
+except KeyboardInterrupt:
+    print("interrupted")
+try:
+    engine.nodes()
+except BackendUnavailable:
+    print("ended")
+"""
+
+
 def test_an_interrupt_ends_the_engine_it_waits_for() -> None:
     """An answer that comes too late would be taken for the next one."""
-    engine = built("sleeps")
-    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.run()
-    with pytest.raises(BackendUnavailable):
-        engine.nodes()
+    with python(INTERRUPTED) as other:
+        try:
+            told, _ = other.communicate(timeout=60.0)
+        finally:
+            other.kill()
+    assert told.split() == ["interrupted", "ended"]
+
+
+ORPHANED = """
+engine = compiler(FrailBackend())(b'pid', BuildOptions())
+print(int(engine(np.zeros((2, 3)))[0][0]), flush=True)
+time.sleep(600)
+"""
 
 
 def test_processes_end_with_a_killed_parent() -> None:
-    code = (
-        "import time; from frail import FrailBackend; from hwsearch.backends.apart import compiler; import numpy as np\n"
-        "from hwsearch.backends.base import BuildOptions\n"
-        "engine = compiler(FrailBackend())(b'pid', BuildOptions())\n"
-        "print(int(engine(np.zeros((2, 3)))[0][0]), flush=True); time.sleep(600)"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        assert lives(child)
-        parent.kill()
+    with python(ORPHANED) as parent:
+        try:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline())
+            assert lives(child)
+        finally:
+            parent.kill()
     wait_for_the_end(child)
