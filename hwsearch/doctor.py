@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from hwsearch import __version__, backends, clocks, energy, nvidia
 from hwsearch import device as devices
+from hwsearch.backends.apart import huge_pages
 from hwsearch.backends.base import Backend, BuildOptions
 from hwsearch.errors import BackendUnavailable, HwsearchError
 from hwsearch.files import write_bytes
@@ -39,6 +40,7 @@ PROVES = {
     "driver": "an NVIDIA driver answers",
     "runtime": "the runtime answers",
     "memory": "there is memory to build in",
+    "huge pages": "engines lie in huge pages",
     "energy counter": "energy is counted",
     "quiet GPU": "nothing else disturbs the GPU",
     "clock locking": "clocks can be locked and let go",
@@ -214,6 +216,7 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
         return Examined(name, False, tuple(results), versions)
     device = devices.fingerprint_for(backend)
     results += [precisions(backend), memory(device), counters(backend)]
+    results += [pages()] if getattr(backend, "own_process", False) else []
     if isinstance(device, nvidia.Gpu):
         results += [quiet(device), clock_locking(lock_clocks)]
     with devices.lock(device.id):
@@ -281,6 +284,21 @@ def memory(device: devices.Device | nvidia.Gpu) -> Result:
     if free < LEAST_BYTES:
         return Result("memory", "failed", detail, "end what holds it: even small networks may not build")
     return Result("memory", "ok", detail)
+
+
+def pages() -> Result:
+    """Whether the kernel gives huge pages to engines in processes of their own."""
+    share = huge_pages()
+    if share is None:
+        return Result("huge pages", "not possible", "the system does not tell of them")
+    detail = f"{share:.0%} of a process's large memory is in them"
+    if share > 0.5:
+        return Result("huge pages", "ok", detail)
+    return Result(
+        "huge pages", "not possible", detail,
+        "without them engines of one allocation differ by about 1 % more; they want glibc 2.35 or later, no GLIBC_TUNABLES that "
+        "says otherwise, and, as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+    )  # fmt: skip
 
 
 def counters(backend: Backend) -> Result:

@@ -122,6 +122,7 @@ def test_the_runtimes_here_are_healthy_and_the_report_is_whole(name: str, tmp_pa
     assert [n for n in outcomes if n.startswith("engine: ")] == [
         "engine: residual", "engine: attention", "engine: two inputs",
     ]  # fmt: skip
+    assert "huge pages" in outcomes
     contract = {n.removeprefix("contract: ") for n in outcomes if n.startswith("contract: ")}
     assert contract == {n[5:].replace("_", " ") for n in dir(BackendContract) if n.startswith("test_")}
     assert set(outcomes.values()) <= {"ok", "not possible"}
@@ -201,6 +202,21 @@ def test_too_little_memory_fails(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(doctor, "_at_work", lambda backend, progress: [])
     assert not examine("ongpu").healthy
     assert results(examine("simulated"))["memory"].outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("share", "outcome", "said"), [(1.0, "ok", "100%"), (0.0, "not possible", "0%"), (None, "not possible", "does not tell")]
+)  # fmt: skip
+def test_engines_without_huge_pages_are_told(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, outcome: str, said: str
+) -> None:
+    monkeypatch.setattr(doctor, "huge_pages", lambda: share)
+    monkeypatch.setattr(doctor, "_at_work", lambda backend, progress: [])
+    assert "huge pages" not in results(examine("simulated")), "its engines are built where it is"
+    monkeypatch.setattr(Simulated, "own_process", True, raising=False)
+    found = results(examine("simulated"))["huge pages"]
+    assert (found.outcome, said in found.detail) == (outcome, True)
+    assert ("madvise" in found.remedy) == (share == 0.0)
 
 
 # ---------------------------------------------------------------- what does not work

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from frail import FrailBackend
 
-from hwsearch.backends.apart import ENVIRONMENT, ApartEngine, compiler
+from hwsearch.backends.apart import ENVIRONMENT, ApartEngine, compiler, huge_pages
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.measure import Protocol, paired
@@ -135,6 +135,24 @@ def test_memory_is_asked_for_in_huge_pages_and_the_users_own_settings_go_first(
     assert set(sys.path) - {""} <= set(path)
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
     assert built("environment")(ZEROS)[0][0] == "glibc.malloc.hugetlb=0"
+
+
+def test_whether_there_are_huge_pages_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    given = enabled.exists() and "[never]" not in enabled.read_text()
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    share = huge_pages()
+    if not Path("/proc/self/smaps_rollup").exists():
+        assert share is None
+    elif not given:
+        assert share == 0.0
+    elif "[madvise]" in enabled.read_text():  # and only who asks for them gets them
+        assert share is not None
+        assert share > 0.9
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+        assert huge_pages() == 0.0
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert huge_pages() is None
 
 
 IMPORTS = """

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""How well a ratio of two times can be known on this machine: the same engines timed beside each other for minutes.
+
+The reference, the network at whole widths in every uniform variant, at a quarter of its widths, and mixed allocations, all
+interleaved as `measure.paired` does it. Rounds are put together to windows of a few seconds, as long as one build of a profile
+is timed. Printed for each engine: its time in the quiet windows; the standard deviation of its ratio to the reference from window
+to window, over all of them and over those in which the reference was not slower than its quiet time by more than
+`equations.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
+
+    python scripts/bench_machine.py zoo:minilm --threads 1 2 --seconds 150
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+from bench_processes import build, drawn
+
+import hwsearch as hs
+from hwsearch import backends, device
+from hwsearch.backends.base import Engine
+from hwsearch.design import Candidate
+from hwsearch.equations import MOODS
+from hwsearch.measure import QUIET, Protocol
+from hwsearch.regime import Regime, regime
+from hwsearch.stopwatch import times
+from hwsearch.variants import legal, uniform
+
+WINDOW = 6
+"""Rounds of one window."""
+PROTOCOL = Protocol()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="*", default=["zoo:minilm"])
+    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=150.0)
+    args = parser.parse_args()
+    print(f"machine: {device.fingerprint()}")
+    for task in args.tasks:
+        for threads in args.threads:
+            at = regime(hs.load(task), backends.get(args.backend), threads=threads)
+            tell(f"{task}, {threads} thread(s)", *watched(engines(at), args.seconds))
+
+
+def engines(at: Regime) -> dict[str, Engine]:
+    """The reference first."""
+    whole = dict(at.network.channels)
+    base = at.options.base
+    found = {"reference": build(at, Candidate(uniform(at.network, base), whole))}
+    for variant in at.backend.variants(base):
+        chosen = {
+            u.name: variant if legal(u, [variant]) else uniform(at.network, base)[u.name]
+            for u in at.network.units
+        }
+        if str(variant) != f"dense.{base}":
+            found[str(variant)] = build(at, Candidate(chosen, whole))
+        if whole:
+            quarter = {g: max(1, n // 4) for g, n in whole.items()}
+            found[f"{variant}, quarter widths"] = build(at, Candidate(chosen, quarter))
+    for number, candidate in enumerate(drawn(at, 3, seed=11)):
+        found[f"mixed {number}"] = build(at, candidate)
+    return found
+
+
+def watched(found: dict[str, Engine], seconds: float) -> tuple[list[str], np.ndarray]:
+    """(names, [windows, engines] of times in ns)."""
+    count: dict[str, tuple[int, int]] = {}
+    for name, engine in found.items():
+        usual = float(np.median(times(engine.run, 10)))
+        count[name] = (
+            int(np.clip(PROTOCOL.settle_ns // usual, 1, 200)),
+            int(np.clip(PROTOCOL.block_ns // usual, 2, 200)),
+        )
+    rounds: list[list[float]] = []
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds or len(rounds) < 3 * WINDOW:
+        taken: dict[str, list[float]] = {name: [] for name in found}
+        for name in (*found, *reversed(found)):
+            settle, block = count[name]
+            times(found[name].run, settle)
+            taken[name].append(float(np.median(times(found[name].run, block))))
+        rounds.append([float(np.mean(t)) for t in taken.values()])
+    whole = np.array(rounds[: len(rounds) // WINDOW * WINDOW])
+    return list(found), np.median(whole.reshape(-1, WINDOW, len(found)), axis=1)
+
+
+def tell(what: str, names: list[str], windows: np.ndarray) -> None:
+    """A line an engine."""
+    reference = windows[:, 0]
+    slower = reference / np.quantile(reference, QUIET) - 1.0
+    quiet = slower <= MOODS
+    print(f"\n{what}: {len(windows)} windows, the reference slower by more than {MOODS:.0%} in {np.sum(~quiet)} of them "
+          f"(by {np.median(slower[~quiet]) if (~quiet).any() else 0:.0%}, median)")  # fmt: skip
+    for place, name in enumerate(names):
+        ratio = np.log(windows[:, place] / reference)
+        line = f"  {name:28s} {np.median(windows[quiet, place]) / 1e6:7.3f} ms; ratio to the reference: "
+        line += f"standard deviation {ratio.std(ddof=1):5.1%}, on the quiet machine {ratio[quiet].std(ddof=1):5.1%}"
+        if (~quiet).any():
+            more = np.median(windows[~quiet, place]) / np.median(windows[quiet, place]) - 1.0
+            line += f"; {more:+.0%} on the slow one"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
