@@ -259,6 +259,26 @@ def find(nvml: Any = None, environ: Mapping[str, str] = os.environ) -> Probe:
     return Probe(nvml, handle, next(iter(_instances(nvml, handle)), None))
 
 
+def mps_share(environ: Mapping[str, str] = os.environ) -> float:
+    """Percentage of the GPU's threads that CUDA's multi-process service (MPS) leaves to this process; 0 where it says nothing.
+
+    As CUDA reads it: from CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, which counts where an MPS server runs. Raises InvalidInput on
+    what is no percentage.
+    """
+    said = environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "").strip()
+    if not said:
+        return 0.0
+    try:
+        share = float(said)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 100.0:
+        raise InvalidInput(
+            f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE is {said!r}; set it to a number above 0 and up to 100, or unset it"
+        )
+    return share
+
+
 def every(nvml: Any = None) -> list[Probe]:
     """All GPUs of the machine in the order of their buses, of those in MIG mode each instance. Raises BackendUnavailable."""
     nvml = nvml or _started()

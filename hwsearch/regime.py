@@ -89,6 +89,8 @@ class Regime:
             own["load"] = self.load
         if self.clocks:
             own["clocks"] = self.clocks
+        if device.on_gpu(self.backend) and (share := nvidia.mps_share()):
+            own["mps"] = share
         if restricted := cpus():
             own["cpus"] = restricted
         return own

@@ -40,6 +40,12 @@ OPTIONS: dict[str, Any] = {
             min=0, metavar="MHZ", help=f"{_WHICH} made at a GPU clock locked to this; 0 for unlocked."
         ),
     ],
+    "mps": Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=100.0, metavar="PERCENT", help=f"{_WHICH} made under this share of MPS; 0 for none."
+        ),
+    ],
 }
 
 

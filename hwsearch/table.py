@@ -202,8 +202,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """The table of a file; where it has several, the one under the options wanted.
 
-        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, and `shape` (`"1x3x160x160"`, or one for each
-        input).
+        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, `mps`, and `shape` (`"1x3x160x160"`, or one
+        for each input).
         Of those left, the ones of this network (a fingerprint) are preferred, then the ones that agree with most of the
         options in `like`.
         Raises InvalidInput (absent, truncated, foreign; no table under these options, or several: then it lists them) or

@@ -112,6 +112,27 @@ def test_locked_clocks_are_a_regime_of_their_own(nvml: Nvml, tmp_path: Path) -> 
         hs.check(held, tiny.task("cnn"), backend=backend())
 
 
+def test_a_share_of_the_gpu_is_a_regime_of_its_own(
+    nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, name = tmp_path / "t.parquet", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+    free = profile(out)
+    monkeypatch.setenv(name, "40")
+    shared = profile(out)
+    assert shared.header.options == {**free.header.options, "mps": 40.0}
+    assert LatencyTable.load(out, mps=40).header.options["mps"] == 40.0
+    assert "mps" not in LatencyTable.load(out, mps=0).header.options
+    assert hs.check(shared, tiny.task("cnn"), backend=backend()).holds
+    with pytest.raises(IncompatibleTables, match=r"another mps: table=None, current=40\.0"):
+        hs.check(free, tiny.task("cnn"), backend=backend())
+    on_cpu = hs.profile(tiny.task("cnn"), backend=backend(SimulatedBackend), axes=["precision"], builds=3)
+    assert "mps" not in on_cpu.header.options
+    for wrong in ("half", "0", "101", "nan"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(InvalidInput, match="MPS_ACTIVE_THREAD_PERCENTAGE"):
+            profile(out)
+
+
 @pytest.mark.parametrize("number", [0, 3])
 def test_clocks_are_let_go_where_a_profile_fails(nvml: Nvml, number: int) -> None:
     seen: list[int | None] = []
