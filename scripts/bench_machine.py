@@ -25,8 +25,9 @@ from hwsearch.design import Candidate
 from hwsearch.equations import MOODS
 from hwsearch.measure import QUIET, Protocol
 from hwsearch.regime import Regime, regime
+from hwsearch.session import uniform_candidates
 from hwsearch.stopwatch import times
-from hwsearch.variants import legal, uniform
+from hwsearch.variants import uniform
 
 WINDOW = 6
 """Rounds of one window."""
@@ -52,18 +53,14 @@ def main() -> None:
 def engines(at: Regime) -> dict[str, Engine]:
     """The reference first."""
     whole = dict(at.network.channels)
+    quarter = {g: max(1, n // 4) for g, n in whole.items()}
     base = at.options.base
     found = {"reference": build(at, Candidate(uniform(at.network, base), whole))}
-    for variant in at.backend.variants(base):
-        chosen = {
-            u.name: variant if legal(u, [variant]) else uniform(at.network, base)[u.name]
-            for u in at.network.units
-        }
-        if str(variant) != f"dense.{base}":
-            found[str(variant)] = build(at, Candidate(chosen, whole))
-        if whole:
-            quarter = {g: max(1, n // 4) for g, n in whole.items()}
-            found[f"{variant}, quarter widths"] = build(at, Candidate(chosen, quarter))
+    for name, job in uniform_candidates(at, {}).items():
+        if job.base == base and name != f"dense.{base}":
+            found[name] = build(at, Candidate(job.variants, whole))
+        if job.base == base and whole:
+            found[f"{name}, quarter widths"] = build(at, Candidate(job.variants, quarter))
     for number, candidate in enumerate(drawn(at, 3, seed=11)):
         found[f"mixed {number}"] = build(at, candidate)
     return found
