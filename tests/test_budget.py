@@ -140,6 +140,16 @@ def test_relative_budgets_are_never_loosened(number: object, unit: str, dense: f
     assert Budget.parse(str(budget)) == budget
 
 
+@given(st.integers(1, 10**12), st.floats(1, 1e12), st.sampled_from(["fraction", "speedup"]))
+def test_the_nearest_budget_is_met_and_close(least: int, dense: float, kind: str) -> None:
+    found = Budget("latency", kind, 0.5).nearest(least, dense)
+    assert found.kind == kind
+    assert Budget.parse(str(found)) == found
+    ratio = Fraction(dense) / least if kind == "speedup" else Fraction(least) / Fraction(dense)
+    assert least <= found.resolve(dense)
+    assert abs(Fraction(found.value) / ratio - 1) <= 0.0101
+
+
 def test_digits_that_floats_cannot_hold_are_rounded_to_the_tighter_side() -> None:
     assert Budget.parse("latency=33.33333333333333339%").resolve(3e15) <= 1e15
     assert Budget.parse("latency=1.0000000000000001x").resolve(1e15) < 1e15

@@ -348,6 +348,21 @@ def test_an_allocation_of_another_network_is_refused() -> None:
 # ---------------------------------------------------------------- widths
 
 
+def test_the_channels_kept_stand_beside_the_bars() -> None:
+    data = probed()
+    widths = {g: n // 2 for g, n in data.network.channels.items()}
+    chosen = replace(allocation(data.network, ["dense.int8"] * len(data.network.units)), widths=widths)
+    figure = plot_allocation(chosen, data)
+    figure.draw_without_rendering()
+    times = figure.axes[1]
+    labels = [t for axis in times.child_axes for t in axis.get_yticklabels() if t.get_text()]
+    narrow = [u for u in data.network.units if data.network.unit_at(u.name, widths) != u]
+    assert len(labels) == len(narrow) > 0
+    assert all("/" in t.get_text() for t in labels)
+    assert min(t.get_window_extent().x0 for t in labels) >= times.get_window_extent().x1
+    assert max(t.get_window_extent().x1 for t in labels) <= figure.bbox.x1
+
+
 def test_a_staircase_shows_every_width_that_was_probed(tmp_path: Path) -> None:
     data = probed()
     figure = plot_staircase(data, tmp_path / "s.png")

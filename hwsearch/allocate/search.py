@@ -55,8 +55,21 @@ def search(
     if dense_meets and not tighten:
         return dense_allocation(at, parsed, wanted)
     bounds = {**wanted, **(tighten or {})}
-    solution = _solve_with_reserve(at, bounds, kappa)
+    try:
+        solution = _solve_with_reserve(at, bounds, kappa)
+    except Infeasible as error:
+        raise _in_shares(error, parsed, at.dense) from None
     return as_allocation(at, solution, parsed, wanted)
+
+
+def _in_shares(error: Infeasible, budgets: Sequence[Budget], dense: Mapping[str, float]) -> Infeasible:
+    """The same error, with the least of each relative budget as that would be written."""
+    told = [
+        str(b.nearest(error.least[b.column], dense[b.column]))
+        for b in budgets
+        if b.kind != "absolute" and error.least.get(b.column, 0) > 0
+    ]
+    return Infeasible(f"{error} (the least as shares: {', '.join(told)})", error.least) if told else error
 
 
 def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> Solution:

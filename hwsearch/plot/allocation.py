@@ -66,7 +66,7 @@ def plot_allocation(
 
     ratios = [0.5, 4.0, *([2.0] if sensitivity else [])]
     figure = Picture(
-        figsize=(10.5 if sensitivity else 8.5, 1.9 + 0.25 * len(units)), dpi=100, layout="constrained"
+        figsize=(10.5 if sensitivity else 8.5, 2.3 + 0.25 * len(units)), dpi=100, layout="constrained"
     )
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios))
@@ -158,13 +158,12 @@ def _draw_times(
                     rows[unit], _unit_ms(model, unit, variant, widths), height=0.72, fill=False, linewidth=1.1,
                     edgecolor=PRECISION_COLORS[variant.precision], zorder=3,
                 )  # fmt: skip
-    longest = axes.get_xlim()[1]
-    for unit, row in rows.items():
-        if kept := _kept(model.network, unit, widths):
-            axes.annotate(
-                kept, (longest, row), (-2, 0), textcoords="offset points", ha="right", va="center", fontsize=8, color=INK, zorder=4,
-            ).set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
-    axes.set_xlim(0, longest)
+    kept = {row: text for unit, row in rows.items() if (text := _kept(model.network, unit, widths))}
+    if kept:
+        beside = axes.secondary_yaxis("right")
+        beside.set_yticks(list(kept), list(kept.values()), fontsize=8, color=INK)
+        beside.tick_params(right=False, pad=1)
+        beside.spines["right"].set_visible(False)
     axes.set_xlabel("predicted time of the unit (ms); at the right the channels kept, where some go")
 
 
@@ -228,8 +227,9 @@ def _allocation_text(
     p, dense = allocation.predicted, allocation.dense
     lines = [
         f"predicted {p['latency_ns'] / 1e6:.4g} ± {p['sigma_ns'] / 1e6:.2g} ms "
-        f"({p['latency_ns'] / dense['latency_ns']:.0%} of dense), {p['size_bytes'] / 1e6:.3g} MB, loss {p['loss']:.3g}"
-        + (f", {p['memory_bytes'] / 1e6:.3g} MB of activations (estimated)" if "memory_bytes" in p else "")
+        f"({p['latency_ns'] / dense['latency_ns']:.0%} of dense), loss {p['loss']:.3g}",
+        f"{p['size_bytes'] / 1e6:.3g} MB"
+        + (f", {p['memory_bytes'] / 1e6:.3g} MB of activations (estimated)" if "memory_bytes" in p else ""),
     ]
     if allocation.budgets:
         lines.insert(0, f"budget {', '.join(str(b['text']) for b in allocation.budgets)}")

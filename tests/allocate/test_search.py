@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hwsearch.allocate.search import front, search
 from hwsearch.allocation import Allocation
+from hwsearch.budget import Budget
 from hwsearch.cli import app
 from hwsearch.design import Candidate
 from hwsearch.errors import Infeasible
@@ -72,6 +73,19 @@ def test_too_little_memory_names_the_least() -> None:
         search(table(), SCORES, [f"memory={least - 1}B"], model=model())
     assert caught.value.least == {"memory": least}
     assert search(table(), SCORES, [f"memory={least}B"], model=model()).predicted["memory_bytes"] == least
+
+
+@pytest.mark.parametrize("impossible", ["latency=1%", "latency=90x", "size=0.1%", "memory=800x"])
+def test_an_impossible_share_is_answered_by_one_that_can_be_met(impossible: str) -> None:
+    """What the error tells to write is met, and two hundredths less is not."""
+    with pytest.raises(Infeasible, match="the least as shares: ") as caught:
+        search(table(), SCORES, [impossible], kappa=0.0, model=model())
+    told = Budget.parse(str(caught.value).partition("the least as shares: ")[2].rstrip(")"))
+    assert told.kind == Budget.parse(impossible).kind
+    assert search(table(), SCORES, [told], kappa=0.0, model=model()).predicted["loss"] > 0
+    tighter = told.value / 1.02 if told.kind == "fraction" else told.value * 1.02
+    with pytest.raises(Infeasible):
+        search(table(), SCORES, [Budget(told.column, told.kind, tighter)], kappa=0.0, model=model())
 
 
 def test_a_share_of_memory_is_of_the_dense_network() -> None:
