@@ -58,17 +58,31 @@ def search(
     try:
         solution = _solve_with_reserve(at, bounds, kappa)
     except Infeasible as error:
-        raise _in_shares(error, parsed, at.dense) from None
+        raise _in_shares(error, parsed, at.dense, wanted, bounds) from None
     return as_allocation(at, solution, parsed, wanted)
 
 
-def _in_shares(error: Infeasible, budgets: Sequence[Budget], dense: Mapping[str, float]) -> Infeasible:
-    """The same error, with the least of each relative budget as that would be written."""
-    told = [
-        str(b.nearest(error.least[b.column], dense[b.column]))
-        for b in budgets
-        if b.kind != "absolute" and error.least.get(b.column, 0) > 0
-    ]
+def _in_shares(
+    error: Infeasible,
+    budgets: Sequence[Budget],
+    dense: Mapping[str, float],
+    wanted: Mapping[str, int],
+    bounds: Mapping[str, int],
+) -> Infeasible:
+    """The same error, with the least of each relative budget as that would be written.
+
+    A limit in `bounds` that is not the one of the table's dense network comes from another measurement of it: the share is
+    of that one, and a hundredth more, as the next time it will be yet another.
+    """
+    told = []
+    for b in budgets:
+        least = error.least.get(b.column, 0)
+        if b.kind == "absolute" or least <= 0:
+            continue
+        whole = dense[b.column]
+        if 0 < wanted[b.column] != bounds[b.column]:
+            least, whole = least * 1.01, whole * bounds[b.column] / wanted[b.column]
+        told.append(str(b.nearest(least, whole)))
     return Infeasible(f"{error} (the least as shares: {', '.join(told)})", error.least) if told else error
 
 

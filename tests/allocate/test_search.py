@@ -88,6 +88,19 @@ def test_an_impossible_share_is_answered_by_one_that_can_be_met(impossible: str)
         search(table(), SCORES, [Budget(told.column, told.kind, tighter)], kappa=0.0, model=model())
 
 
+def test_the_share_told_is_of_the_dense_network_as_measured_now() -> None:
+    """The closed loop's own limit: the dense network took 10 % longer than in the table."""
+    at = model()
+    budget = Budget.parse("latency=1%")
+    limit = round(budget.resolve(at.table.dense_ns) * 1.1)
+    with pytest.raises(Infeasible, match="the least as shares: ") as caught:
+        search(table(), SCORES, [budget], kappa=0.0, model=at, tighten={"latency": limit})
+    told = Budget.parse(str(caught.value).partition("the least as shares: ")[2].rstrip(")"))
+    least = caught.value.least["latency"]
+    assert 1.01 * least <= told.resolve(1.1 * at.table.dense_ns) * 1.001
+    assert told.value == pytest.approx(1.01 * least / (1.1 * at.table.dense_ns), rel=0.011)
+
+
 def test_a_share_of_memory_is_of_the_dense_network() -> None:
     dense = memory(Candidate(uniform(NETWORK, "fp32"), NETWORK.channels))
     found = search(table(), SCORES, ["memory=50%"], model=model())
