@@ -128,17 +128,18 @@ class Budget:
         return math.floor(Fraction(dense) * share if self.kind == "fraction" else Fraction(dense) / share)
 
     def nearest(self, least: float, dense: float) -> Budget:
-        """The tightest budget of this kind that a cost of `least` is within, relative ones to three digits.
+        """The tightest budget of this kind, which is relative, of three digits, that a cost of `least` is within.
 
-        dense: the cost of the dense fp32 network, above 0 (as `resolve` asks). Raises InvalidInput where `least` is not above 0.
+        dense: the cost of the dense fp32 network; both are above 0.
         """
-        if self.kind == "absolute" or least <= 0:
-            return Budget(self.column, "absolute", least)
-        rounding = ROUND_CEILING if self.kind == "fraction" else ROUND_FLOOR
-        exact = Context(prec=30, rounding=rounding)
         part, whole = Decimal(least), Decimal(dense)
-        ratio = exact.divide(part, whole) if self.kind == "fraction" else exact.divide(whole, part)
-        return Budget(self.column, self.kind, float(Context(prec=3, rounding=rounding).create_decimal(ratio)))
+        if self.kind == "fraction":
+            numerator, denominator, rounding = part, whole, ROUND_CEILING
+        else:
+            assert self.kind == "speedup"
+            numerator, denominator, rounding = whole, part, ROUND_FLOOR
+        value = Context(prec=3, rounding=rounding).divide(numerator, denominator)
+        return Budget(self.column, self.kind, float(value))
 
 
 def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
