@@ -44,6 +44,7 @@ def profile(
     shape: Shapes | None = None,
     prior: Sequence[LatencyTable | str | Path] = (),
     lock_clocks: bool = False,
+    energy: bool = False,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -60,6 +61,7 @@ def profile(
     inputs (see `reshaping`): for timing; sensitivities, deployed files and reports want a task of that shape.
     prior: other tables of this device and regime, or their files, whose layers need not be learnt again.
     lock_clocks: hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
+    energy: also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is always read, where there is one.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     axes = check_axes(axes)
@@ -80,6 +82,7 @@ def profile(
         residual=RESIDUAL in axes,
         load=load,
         clocks=clocks,
+        energy=energy,
     )
     return _profile(
         at,

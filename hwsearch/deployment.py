@@ -72,6 +72,7 @@ def of_allocation(
         task, runtime, threads=threads or int(options.get("threads", 1)),
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
+        energy=any(b["column"] == "energy" for b in allocation.budgets),
     )  # fmt: skip
     check_allocation(allocation, at.network)
     return at

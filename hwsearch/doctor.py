@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,7 +134,10 @@ class Examined:
 
 @dataclass(frozen=True)
 class Examination:
-    """All backends that were looked at, with what a bug report needs. healthy: at least one is there, and nothing failed."""
+    """All backends that were looked at, with what a bug report needs. healthy: at least one is there, and nothing failed.
+
+    complete: False of what is kept while the examination still goes on.
+    """
 
     backends: tuple[Examined, ...]
     device: dict[str, Any]
@@ -143,10 +146,15 @@ class Examination:
     packages: dict[str, str]
     hwsearch: str
     created: str
+    complete: bool = True
 
     @property
     def healthy(self) -> bool:
-        return any(b.available for b in self.backends) and not any(b.failed for b in self.backends)
+        return (
+            self.complete
+            and any(b.available for b in self.backends)
+            and not any(b.failed for b in self.backends)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, without paths and the user's name: `shared` goes over every text."""
@@ -154,6 +162,7 @@ class Examination:
             "schema": SCHEMA,
             "kind": "doctor",
             "healthy": self.healthy,
+            "complete": self.complete,
             "hwsearch": self.hwsearch,
             "created": self.created,
             "python": platform.python_version(),
@@ -175,37 +184,55 @@ class Examination:
 
 
 def examine(
-    name: str | None = None, *, lock_clocks: bool = False, progress: Progress | None = None
+    name: str | None = None,
+    *,
+    lock_clocks: bool = False,
+    progress: Progress | None = None,
+    keep: Callable[[Examination], None] | None = None,
 ) -> Examination:
     """Look at one backend, or at all that are registered. lock_clocks: also try to lock a GPU's clocks, for a moment.
+
+    keep: called after each check with what was found so far, and with all at the end.
 
     A backend whose runtime does not answer is asked nothing more: that takes no torch, and no time. Raises InvalidInput on
     an unknown name, DeviceBusy while a profile runs on the device.
     """
     progress = progress or Progress.silent()
     names = backends.names() if name is None else (name,)
-    try:
-        examined = tuple(_examined(n, name is not None, lock_clocks, progress) for n in names)
-    finally:
-        progress.stop()
     gpus, no_gpu = nvidia.told()
-    return Examination(
-        backends=examined,
+    found = Examination(
+        backends=(),
         device=devices.fingerprint().to_json(),
         gpus=tuple({**gpu.to_json(), "not_told": dict(gpu.not_told)} for gpu in gpus),
         no_gpu=no_gpu,
         packages=dict(_packages()),
         hwsearch=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        complete=False,
     )
+    try:
+        for n in names:
+            before = found.backends
+            for sofar in _examined(n, name is not None, lock_clocks, progress):
+                found = replace(found, backends=(*before, sofar))
+                if keep:
+                    keep(found)
+    finally:
+        progress.stop()
+    found = replace(found, complete=True)
+    if keep:
+        keep(found)
+    return found
 
 
-def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress) -> Examined:
+def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress) -> Iterator[Examined]:
+    """What is known of a backend, again after each check."""
     outcome: Outcome = "failed" if asked_for else "not possible"
     try:
         backend = backends.get(name)
     except BackendUnavailable as error:
-        return Examined(name, False, (Result("runtime", outcome, str(error)),))
+        yield Examined(name, False, (Result("runtime", outcome, str(error)),))
+        return
     results = [driver()] if devices.on_gpu(backend) else []
     versions, found = runtime(backend, outcome)
     results.append(found)
@@ -213,15 +240,19 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
         if not asked_for:  # a machine without a GPU is not ill
             results = [Result(r.name, "not possible" if r.outcome == "failed" else r.outcome, r.detail, r.remedy)
                        for r in results]  # fmt: skip
-        return Examined(name, False, tuple(results), versions)
+        yield Examined(name, False, tuple(results), versions)
+        return
     device = devices.fingerprint_for(backend)
     results += [precisions(backend), memory(device), counters(backend)]
     results += [pages()] if getattr(backend, "own_process", False) else []
     if isinstance(device, nvidia.Gpu):
         results += [quiet(device), clock_locking(lock_clocks)]
+    sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
+    yield sofar
     with devices.lock(device.id):
-        results += _at_work(backend, progress)
-    return Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
+        for result in _at_work(backend, progress):
+            sofar = replace(sofar, results=(*sofar.results, result))
+            yield sofar
 
 
 def _at_work(backend: Backend, progress: Progress) -> Iterator[Result]:

@@ -67,7 +67,10 @@ def run(
     progress = progress or Progress.silent()
     runtime = backends.get(backend) if isinstance(backend, str) else backend
     axes = check_axes(axes)
-    at = regime(task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load)
+    energy = any(b.column == "energy" for b in parsed)
+    at = regime(
+        task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load, energy=energy
+    )  # fmt: skip
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
         try:

@@ -20,7 +20,7 @@ from hwsearch.background import cpus
 from hwsearch.builds import PARTS, Build
 from hwsearch.clocks import lock_clocks
 from hwsearch.compress.widths import Kept, Weights
-from hwsearch.energy import Meter, find
+from hwsearch.energy import Meter, find, tick_s
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 COUNTED_NS = 1e8
 """How long the pass with the runtime's counters on should last: they count in whole microseconds."""
+COUNTED_ON_GPU = 30
+"""Inferences of that pass on a GPU, at most: events tell half microseconds, and each inference is launched call by call."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Regime:
     """Workers that keep the machine busy while it is measured."""
     clocks: int = 0
     """MHz that the GPU's clock is locked to while it is measured; 0: it is not."""
+    energy: bool = False
+    """Whether a counter of energy that asks for seconds of each engine (a GPU's) is read as well; see `energy.by_ticks`."""
 
     @property
     def network(self) -> Network:
@@ -68,7 +72,8 @@ class Regime:
     def meter(self) -> Meter | None:
         """Joules, where what the backend runs on counts them: a simulated one, a GPU, or this machine's CPU."""
         own: Meter | None = getattr(self.backend, "meter", None)
-        return own or find(gpu=device.on_gpu(self.backend)).meter
+        found = own or find(gpu=device.on_gpu(self.backend)).meter
+        return None if tick_s(found) and not self.energy else found
 
     @cached_property
     def sample(self) -> Callable[[], nvidia.State] | None:
@@ -130,10 +135,11 @@ def regime(
     residual: bool = False,
     load: int = 0,
     clocks: int = 0,
+    energy: bool = False,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    clocks: MHz to lock the GPU's clock to. Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. energy: see `Regime`. Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -143,7 +149,7 @@ def regime(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks)
+    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks, energy)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
@@ -195,7 +201,8 @@ def record(
     build_s: float,
 ) -> Build:  # fmt: skip
     """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
-    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
+    counted = COUNTED_ON_GPU if device.on_gpu(at.backend) else 200
+    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
     rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
     error = 0.0 if role in PARTS else at.expected.error(engine, allocation)
@@ -226,5 +233,6 @@ def record(
         energy_j=energy.joules if energy else None,
         reference_energy_j=energy.reference_joules if energy else None,
         energy_error=energy.error if energy else None,
+        singles_ns=timing.singles_ns,
         states=timing.states,
     )

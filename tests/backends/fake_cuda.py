@@ -108,11 +108,12 @@ class FakeGraph:
         self.cuda, self._launch, self.result = cuda, launch, result
         counted(self, cuda.live, "graph")
 
-    def launch(self) -> None:
-        self.cuda.log.append("graph")
-        for kept, new in zip(self.result, self._launch(), strict=True):
-            if kept is not new:
-                kept.copy_(new)
+    def launch(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.cuda.log.append("graph")
+            for kept, new in zip(self.result, self._launch(), strict=True):
+                if kept is not new:
+                    kept.copy_(new)
 
 
 def counted(thing: Any, live: Counter[str], kind: str) -> None:
