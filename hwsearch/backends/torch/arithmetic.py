@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 TRIED = 4
 """Algorithms that cuDNN times for each new shape, in the order of its own guess. Ten, torch's default, take 50 to 60 ms a shape
 on an H100 (`scripts/gpu_trial.py kernels`), and every width is a new shape."""

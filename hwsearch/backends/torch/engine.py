@@ -94,8 +94,8 @@ class TorchEngine:
         """Calls that launch something, with their mean times over `runs` inferences, launched plainly in a pass apart.
 
         Times tell what share of an inference a call has: of kernels of a few microseconds they are up to twice those of the
-        graph. They are between events on the stream. Launched as they come, a call's time would be that of this process preparing the
-        next; so the stream is held until a stretch of calls is waiting on it, and the GPU goes through them without gaps, as
+        graph. They are between events on the stream. Launched as they come, a call's time would be that of this process preparing
+        the next; so the stream is held until a stretch of calls is waiting on it, and the GPU goes through them without gaps, as
         through a graph. What two events with nothing between them are apart is taken off each.
         """
         begun = time.perf_counter_ns()
