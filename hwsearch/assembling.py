@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
-from hwsearch.compress.quantize import LEVELS, Ranges
+from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import NVFP4_BLOCK, Variant
+from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
@@ -60,10 +60,12 @@ def assemble(
     *,
     quantize_outputs: bool = False,
     metadata: Mapping[str, str] | None = None,
+    int8_bits: int = INT8_BITS,
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
 
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
+    int8_bits: of int8 weights, and of what stands in their place in a product of two activations.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
@@ -89,8 +91,9 @@ def assemble(
         elif role == "out" and not quantize_outputs:
             builder.alias(node)
         else:
-            of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
-            scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
+            where = "out" if role == "out" else f"in{port}"
+            of = ranges[unit, call, where]
+            scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
             builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
     told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
     units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}

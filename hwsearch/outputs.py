@@ -54,9 +54,7 @@ class Expected:
         if not self._simulators:
             low = self.lowering
             self._simulators = [
-                Simulator(
-                    low.traced, args, kwargs, low.weights, low.ranges, quantize_outputs=self.quantize_outputs
-                )
+                low.simulator(low.traced, args, kwargs, quantize_outputs=self.quantize_outputs)
                 for args, kwargs in self._calls
             ]
         return self._simulators

@@ -71,11 +71,11 @@ def run(
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
         try:
-            SensitivityTable.load(sens_path).require(at.network)
+            SensitivityTable.load(sens_path).require(at.network, at.lowering.int8_bits)
         except IncompatibleTables as error:
             raise IncompatibleTables(
-                f"{folder} holds the sensitivities of another network, batch or input shape, or of one with or without the axis "
-                f"residual; run into another folder ({error})"
+                f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "
+                f"residual, or of int8 weights of other bits; run into another folder ({error})"
             ) from error
     table = profile(
         at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
@@ -118,7 +118,7 @@ def sensitivity_for(
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
-        found.require(at.network)
+        found.require(at.network, at.lowering.int8_bits)
         have = {v for row in found.loss.values() for v in row}
         complete = all(own <= set(found.loss[u]) for u, own in wanted.items())
         if not complete or found.quantize_outputs != at.backend.quantize_outputs:

@@ -44,7 +44,7 @@ def weight_bank(
         found = order_slots(batches, grams=grams)
     else:
         found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
-    return WeightBank(folder, lowering.traced, batches, found, grams=grams)
+    return WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
 
 
 def narrowed(
@@ -67,7 +67,8 @@ def narrowed(
     )
     count = max(1, min(len(every), int(len(every) * most / samples)))
     batches = [every[round(i)] for i in np.linspace(0, len(every) - 1, count)]
-    return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
+    new = refit_sequential(batches, kept, weights, variants, int8_bits=lowering.int8_bits)
+    return lowering.narrow(kept, new, calibrate=True)
 
 
 def as_module(lowering: Lowering) -> torch.nn.Module:

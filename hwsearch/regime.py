@@ -14,6 +14,7 @@ import numpy as np
 
 from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends import exactness
 from hwsearch.backends.apart import compiler
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
@@ -28,7 +29,7 @@ from hwsearch.measure import Timing
 from hwsearch.network import Network
 from hwsearch.outputs import WRONG, Expected, reason
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, legal, network_bytes
+from hwsearch.variants import INT8_BITS, Variant, legal, network_bytes
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
@@ -83,6 +84,8 @@ class Regime:
     def described(self) -> dict[str, Any]:
         """Everything that a measurement belongs to beside device and network, for tables and reports."""
         own: dict[str, Any] = {**self.options.to_json(), "batch": self.lowering.batch}
+        if self.lowering.int8_bits != INT8_BITS:
+            own["int8_bits"] = self.lowering.int8_bits
         if self.lowering.residual:
             own["residual"] = True
         if self.load:
@@ -130,10 +133,12 @@ def regime(
     residual: bool = False,
     load: int = 0,
     clocks: int = 0,
+    int8_bits: int | None = None,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    clocks: MHz to lock the GPU's clock to. Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. int8_bits: of int8 weights; None for as many as the backend sums exactly here.
+    Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -143,7 +148,8 @@ def regime(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks)
+    bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
+    return Regime(Lowering(task, batch, residual=residual, int8_bits=bits), backend, options, load, clocks)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:

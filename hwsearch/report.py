@@ -107,6 +107,10 @@ class Report:
                 f"widths   {len(narrow)} of {len(self.widths)} channel groups narrower, down to "
                 f"{min(w / n for w, n in narrow.values()):.0%}; {share:.0%} of the multiply-accumulates"
             )
+        if "int8_bits" in self.options:
+            lines.append(
+                f"int8     weights of {self.options['int8_bits']} bits: {self.backend} sums products of 8 inexactly on this device"
+            )
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:

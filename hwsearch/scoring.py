@@ -24,12 +24,13 @@ import numpy as np
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network import Network
 from hwsearch.tablefile import read_parquet, write_parquet
-from hwsearch.variants import Variant, legal
+from hwsearch.variants import INT8_BITS, Variant, legal
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.bank import WeightBank
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
@@ -48,7 +49,8 @@ class SensitivityTable:
     width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
     slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
     measured, but follows the Fisher estimate from the group's narrowest measured width on.
-    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it.
+    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it. int8_bits: of the
+    int8 weights, as the backend deploys them.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
 
@@ -63,6 +65,7 @@ class SensitivityTable:
     width_loss: dict[str, dict[int, float]] = field(default_factory=dict)
     order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     estimated: frozenset[tuple[str, int]] = frozenset()
+    int8_bits: int = INT8_BITS
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -89,11 +92,12 @@ class SensitivityTable:
         units = sum(self[unit, str(variant)] for unit, variant in variants.items())
         return units + sum(self.of_width(g, w) for g, w in narrower.items())
 
-    def require(self, network: Network) -> None:
-        """Raises IncompatibleTables unless it is of this network, weights included."""
+    def require(self, network: Network, int8_bits: int | None = None) -> None:
+        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 weights of so many bits."""
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
             ("weights", self.network.weights_digest, network.weights_digest),
+            ("bits of int8 weights", self.int8_bits, int8_bits or self.int8_bits),
         ):
             if own != other:
                 raise IncompatibleTables(
@@ -125,6 +129,7 @@ class SensitivityTable:
             "samples": self.samples,
             "divergence": self.divergence,
             "quantize_outputs": self.quantize_outputs,
+            "int8_bits": self.int8_bits,
             "rank_correlation": self.rank_correlation,
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
@@ -153,6 +158,7 @@ class SensitivityTable:
                 samples=int(header["samples"]),
                 divergence=header["divergence"],
                 quantize_outputs=bool(header["quantize_outputs"]),
+                int8_bits=int(header.get("int8_bits", INT8_BITS)),
                 rank_correlation=header["rank_correlation"],
                 created=header["created"],
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
@@ -227,7 +233,6 @@ def measure_sensitivity(
     bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
     kept beside `out`, so that a killed run resumes at the next one.
     """
-    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.importance import removal_losses
     from hwsearch.progress import Progress as Shown
 
@@ -248,6 +253,7 @@ def measure_sensitivity(
     settings = [
         kind,
         quantize_outputs,
+        lowering.int8_bits,
         [str(v) for v in variants],
         samples,
         cuts,
@@ -260,9 +266,7 @@ def measure_sensitivity(
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
             if str(index) not in keep.sums:
-                simulate = Simulator(
-                    traced, args, kwargs, lowering.weights, lowering.ranges, quantize_outputs=quantize_outputs
-                )
+                simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=quantize_outputs)
 
                 def lost(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
@@ -303,6 +307,7 @@ def measure_sensitivity(
         samples=int(count),
         divergence=kind,
         quantize_outputs=quantize_outputs,
+        int8_bits=lowering.int8_bits,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
         order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},

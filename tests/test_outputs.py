@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exact import bits
 from torch import nn
 
 from hwsearch.errors import BackendUnavailable
@@ -22,7 +23,8 @@ from hwsearch.variants import Variant, uniform
 def lowering() -> Lowering:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    return Lowering(Task(model, torch.randn(1, 16), [torch.randn(8, 16)], lambda predict: 0.0, "mlp"))
+    task = Task(model, torch.randn(1, 16), [torch.randn(8, 16)], lambda predict: 0.0, "mlp")
+    return Lowering(task, int8_bits=bits())
 
 
 class _Engine:

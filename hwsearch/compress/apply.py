@@ -14,7 +14,7 @@ from hwsearch.compress.formats import StoredWeight, quantized_activation, rounde
 from hwsearch.compress.quantize import Ranges
 from hwsearch.trace import Traced
 from hwsearch.units import Site
-from hwsearch.variants import Variant
+from hwsearch.variants import INT8_BITS, Variant
 
 Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
@@ -25,7 +25,8 @@ class Simulator:
 
     The dense run is kept, so that changing one unit recomputes only what comes after it. Half precisions are
     simulated by rounding a unit's inputs, weights and output, tf32 by rounding what it multiplies; the others by the same
-    masks and Q/DQ that are deployed. weights: see `StoredWeights`; needed of units whose weights are not replaced.
+    masks and Q/DQ that are deployed. weights: see `StoredWeights`; needed of units whose weights are not replaced, and of
+    `int8_bits`, as replaced ones are rounded to.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Simulator:
         ranges: Ranges,
         *,
         quantize_outputs: bool = False,
+        int8_bits: int = INT8_BITS,
     ) -> None:
         self.traced, self.weights, self.ranges = traced, weights, ranges
-        self.quantize_outputs = quantize_outputs
+        self.quantize_outputs, self.int8_bits = quantize_outputs, int8_bits
         self.site: dict[str, tuple[str, int, Site]] = {
             site.node: (unit, index, site)
             for unit, calls in traced.sites.items()
@@ -91,7 +93,9 @@ class Simulator:
             new[position] = rounded(args[position], variant.precision)
             if variant.quantized:
                 of = self.ranges[unit, call, f"in{port}"]
-                new[position] = quantized_activation(args[position], variant.precision, of)
+                new[position] = quantized_activation(
+                    args[position], variant.precision, of, f"in{port}", self.int8_bits
+                )
         if site.weight is not None:
             new[site.weight] = self._weight(unit, args[site.weight], variant, replaced)
         if replaced is not None and replaced[1] is not None:
@@ -100,7 +104,7 @@ class Simulator:
         if variant.precision in ("bf16", "fp16"):
             return rounded(result, variant.precision)
         if variant.precision in ("int8", "fp8") and self.quantize_outputs:
-            return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"])
+            return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"], "out")
         return result
 
     def _weight(
@@ -114,9 +118,9 @@ class Simulator:
         if variant.plain:
             return rounded(weight, variant.precision)
         at = self.traced.network[unit]
-        return rounded_weight(
-            own, self.weights[unit, variant] if replaced is None else stored(weight, at, variant)
-        )
+        if replaced is None:
+            return rounded_weight(own, self.weights[unit, variant])
+        return rounded_weight(own, stored(weight, at, variant, self.int8_bits))
 
 
 def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:

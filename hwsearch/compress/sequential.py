@@ -34,7 +34,7 @@ from hwsearch.narrowing import cut
 from hwsearch.network import Unit
 from hwsearch.trace import Traced
 from hwsearch.units import Site
-from hwsearch.variants import Variant
+from hwsearch.variants import INT8_BITS, Variant, int8_levels
 
 
 def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
@@ -55,6 +55,7 @@ def refit_sequential(
     *,
     rows: int = ROWS,
     seed: int = 0,
+    int8_bits: int = INT8_BITS,
 ) -> Weights:
     """`weights` of the narrow network, and of its other units, each regressed on what it really reads.
 
@@ -64,10 +65,13 @@ def refit_sequential(
     as much as is best, fitted on the first three quarters of the batches, on the last quarter.
     Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
     units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
+    int8_bits: of their weights.
     """
     int8 = {unit for unit, variant in (variants or {}).items() if variant.precision == "int8"}
     run = _SideBySide(batches, kept, weights).run
-    return run(lambda step: _regressed(step, rows, seed, step.unit.name in int8))
+    return run(
+        lambda step: _regressed(step, rows, seed, int8_levels(int8_bits) if step.unit.name in int8 else 0)
+    )
 
 
 @dataclass
@@ -243,8 +247,8 @@ class Moments:
         return float((whole * (whole @ self.second - 2 * self.cross)).sum())
 
 
-def _regressed(step: _Step, rows: int, seed: int, int8: bool) -> _Solved | None:
-    """Least squares of the targets on the inputs; convolutions in groups, group by group."""
+def _regressed(step: _Step, rows: int, seed: int, levels: int) -> _Solved | None:
+    """Least squares of the targets on the inputs; convolutions in groups, group by group. levels: 0 does not round."""
     unit = step.unit
     if "transpose" in unit.op or (step.bias is not None and not shifts_bias(step.traced, unit.name)):
         return _moments(step)
@@ -276,8 +280,8 @@ def _regressed(step: _Step, rows: int, seed: int, int8: bool) -> _Solved | None:
         ridge = min(RIDGES, key=lambda r: parts[1].error(*parts[0].solve(prior, r, has_bias)[:2]))
     moments = parts[0] + parts[1] if len(parts) == 2 else parts[0]
     weight, bias, second = moments.solve(prior, ridge, has_bias)
-    if int8 and groups == 1:
-        weight = Gptq()(weight[0], second[0])[None]
+    if levels and groups == 1:
+        weight = Gptq(levels)(weight[0], second[0])[None]
         bias = moments.shift(weight)
     return (
         from_columns(unit, weight.reshape(matrix.shape)).float().contiguous(),
