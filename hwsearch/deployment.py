@@ -19,7 +19,7 @@ from hwsearch.errors import IncompatibleTables
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.network import Network
-from hwsearch.refitting import as_module, narrowed, weight_bank
+from hwsearch.refitting import as_module, refitted, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.task import Task
 from hwsearch.variants import INT8_BITS, Variant
@@ -110,23 +110,24 @@ def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None =
     )
     check_allocation(allocation, whole.network)
     bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
-    return _narrow(whole, allocation, bank)
+    return _refitted(whole, allocation, bank)
 
 
-def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
-    """The regime with the channels that an allocation keeps, its weights refitted (by `bank`, or anew)."""
-    return replace(at, lowering=_narrow(at.lowering, allocation, bank)) if allocation.narrow else at
+def as_deployed(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
+    """The regime with the channels that an allocation keeps, its weights refitted (from `bank`, or anew) and rounded."""
+    lowering = _refitted(at.lowering, allocation, bank)
+    return at if lowering is at.lowering else replace(at, lowering=lowering)
 
 
-def _narrow(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
+def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
-        return lowering
+        return refitted(lowering, parse_variants(allocation))
     if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
         raise IncompatibleTables(
             "the allocation is of other channel groups than the network has; search again"
         )
     bank = bank or weight_bank(lowering, None, allocation.slots)
-    return narrowed(lowering, allocation.widths, bank, parse_variants(allocation))
+    return refitted(lowering, parse_variants(allocation), allocation.widths, bank)
 
 
 def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
@@ -155,7 +156,7 @@ def deploy(
     """
     if at is None:
         whole = of_allocation(task, allocation, backend)
-        at = at_widths(whole, allocation, bank_of(whole, allocation, weights))
+        at = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
     base = str(allocation.options.get("base", at.options.base))
     model = at.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
     data = model.SerializeToString()

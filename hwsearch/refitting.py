@@ -18,6 +18,7 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.compensate import Grams
 from hwsearch.compress.importance import order_slots
 from hwsearch.compress.sequential import refit_sequential
+from hwsearch.compress.widths import Kept, Weights
 from hwsearch.errors import HwsearchError
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph
@@ -47,18 +48,25 @@ def weight_bank(
     return WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
 
 
-def narrowed(
+def refitted(
     lowering: Lowering,
-    widths: Mapping[str, int],
-    bank: WeightBank,
-    variants: Mapping[str, Variant] | None = None,
+    variants: Mapping[str, Variant],
+    widths: Mapping[str, int] | None = None,
+    bank: WeightBank | None = None,
 ) -> Lowering:
-    """The task at these widths: refitted weights from the bank, then refitted in order on what really arrives.
+    """The task as it is deployed in these variants and at these widths: refitted in order on what really arrives.
 
-    variants: int8 units are rounded on the way, so that later ones make up for it.
+    Units are rounded on the way, so that later ones make up for it. bank: holds the weights that this starts from; needed where
+    a channel goes. Where neither width nor rounding changes anything, the task as it is.
     """
-    kept = bank.kept(widths)
-    weights = dict(bank.assemble(widths))
+    narrow = {g: w for g, w in (widths or {}).items() if w < lowering.network.channels[g]}
+    if not narrow and all(v.plain for v in variants.values()):
+        return lowering
+    kept: Kept = {}
+    weights: Weights = {}
+    if narrow:
+        assert bank is not None, "narrower widths need a weight bank"
+        kept, weights = bank.kept(widths or {}), dict(bank.assemble(widths or {}))
     largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
     most = min(SAMPLES, MEMORY / (8 * largest))
     every = lowering.fitting

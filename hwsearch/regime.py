@@ -27,7 +27,7 @@ from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.measure import Timing
 from hwsearch.network import Network
-from hwsearch.outputs import WRONG, Expected, reason
+from hwsearch.outputs import Expected, reason
 from hwsearch.table import LatencyTable
 from hwsearch.variants import INT8_BITS, Variant, legal, network_bytes
 
@@ -159,12 +159,12 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     """
     plain = Variant(base)
     guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
-    if not guilty:
+    if guilty is None:
         raise BackendUnavailable(
             f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
             "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
         )
-    return {name: reason(error) for name, error in guilty.items()}
+    return {name: reason(deviation) for name, deviation in guilty.items()}
 
 
 def graph_bytes(at: Regime, base: str) -> int:
@@ -204,7 +204,7 @@ def record(
     runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
     rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
-    error = 0.0 if role in PARTS else at.expected.error(engine, allocation)
+    deviation = None if role in PARTS else at.expected.deviation(engine, allocation, base)
     if role != "alone":
         executed = told_apart(executed, rows, allocation, at.network)
     if role in PARTS:
@@ -227,8 +227,8 @@ def record(
         build_s=build_s,
         file_bytes=int(model.ByteSize()),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        output_error=error,
-        wrong=error > WRONG,
+        output_error=deviation.error if deviation else 0.0,
+        wrong=deviation is not None and deviation.wrong,
         energy_j=energy.joules if energy else None,
         reference_energy_j=energy.reference_joules if energy else None,
         energy_error=energy.error if energy else None,

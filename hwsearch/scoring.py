@@ -1,12 +1,13 @@
 """SensitivityTable: the loss that each (unit, variant) and each (channel group, width) causes, on calibration data.
 
 The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32, or every
-group but one whole and the weights that read it refitted.
+group but one whole. Weights that read a narrower group, or are rounded to int8, are refitted as those of a deployed network are.
 
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
   2  rows of (group, width) beside them, and the order in which slots go.
   3  losses on calibration batches that no weight was refitted on; which losses of widths are estimated.
+  4  losses of int8 are of refitted weights, as they are deployed, and of so many bits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
 
-SCHEMA = 3
+SCHEMA = 4
 KIND = "sensitivity_table"
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
@@ -230,8 +231,8 @@ def measure_sensitivity(
 
     The samples are of the calibration batches that no weight was refitted on. Of more than 150 widths those with the
     greatest loss by a Fisher estimate (one backward pass for all) are estimated from it, not measured.
-    bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
-    kept beside `out`, so that a killed run resumes at the next one.
+    bank: refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted. One pass a
+    batch; finished batches are kept beside `out`, so that a killed run resumes at the next one.
     """
     from hwsearch.compress.importance import removal_losses
     from hwsearch.progress import Progress as Shown
@@ -261,7 +262,10 @@ def measure_sensitivity(
     ]
     keep = _Partial(out, network, *settings)
     if bank is not None and len(keep.sums) < len(batches):
-        bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if cuts:
+            bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if any(v.precision == "int8" for v in variants):
+            bank.build({}, ["int8"], progress=progress)
     progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
@@ -271,7 +275,7 @@ def measure_sensitivity(
                 def lost(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
                 ) -> tuple[float, int]:
-                    replaced = bank.masked_weights(widths) if bank is not None and widths else {}
+                    replaced = bank.masked_weights(widths, units) if bank is not None else {}
                     return divergence(simulate(units, replaced), simulate.dense, kind)
 
                 found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
@@ -310,7 +314,9 @@ def measure_sensitivity(
         int8_bits=lowering.int8_bits,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
-        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
+        order={g: tuple(map(int, bank.order[g])) for g in network.channels}
+        if bank is not None and every
+        else {},
         estimated=frozenset(estimated),
     )
     simulated = keep.total("whole") / count

@@ -3,8 +3,8 @@
 x86 CPUs without a dot product of bytes (AVX2 without AVX-VNNI, AVX-512 without VNNI) multiply unsigned by signed bytes and add
 each two products in 16 bits, saturating (VPMADDUBSW). Signed activations are shifted by 128 to become unsigned. Two products of
 255 and 127 are 64,770, where 32,767 is the most; of 255 and 63 (weights of 7 bits) they are 32,130. NNCF calls the remedy
-`overflow_fix`, ONNX Runtime `reduce_range`. Sources: Intel's instruction set reference; oneDNN's developer guide, "Nuances of int8 computations";
-ONNX Runtime's documentation of quantization.
+`overflow_fix`, ONNX Runtime `reduce_range`. Sources: Intel's instruction set reference; oneDNN's developer guide, "Nuances of
+int8 computations"; ONNX Runtime's documentation of quantization.
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from hwsearch.calling import flat_inputs
 from hwsearch.canonical import aten
+from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import StoredWeight, quantized_activation, rounded, rounded_weight, stored
-from hwsearch.compress.quantize import Ranges
+from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.trace import Traced
 from hwsearch.units import Site
 from hwsearch.variants import INT8_BITS, Variant
@@ -96,10 +98,18 @@ class Simulator:
                 new[position] = quantized_activation(
                     args[position], variant.precision, of, f"in{port}", self.int8_bits
                 )
+        bias = replaced[1] if replaced is not None else None
         if site.weight is not None:
-            new[site.weight] = self._weight(unit, args[site.weight], variant, replaced)
-        if replaced is not None and replaced[1] is not None:
-            _put_bias(node, new, kwargs, replaced[1])
+            own = args[site.weight]
+            if variant.plain:
+                new[site.weight] = rounded(own if replaced is None else replaced[0], variant.precision)
+            else:
+                weight = self._stored(unit, variant, replaced)
+                if variant.precision == "int8":
+                    weight, bias = self._with_bias(weight, unit, call, bias)
+                new[site.weight] = rounded_weight(own, weight)
+        if bias is not None:
+            _put_bias(node, new, kwargs, bias)
         result = node.target(*new, **kwargs)  # type: ignore[operator]
         if variant.precision in ("bf16", "fp16"):
             return rounded(result, variant.precision)
@@ -107,20 +117,25 @@ class Simulator:
             return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"], "out")
         return result
 
-    def _weight(
-        self,
-        unit: str,
-        own: torch.Tensor,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> torch.Tensor:
-        weight = own if replaced is None else replaced[0]
-        if variant.plain:
-            return rounded(weight, variant.precision)
-        at = self.traced.network[unit]
+    def _stored(
+        self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
+    ) -> StoredWeight:
         if replaced is None:
-            return rounded_weight(own, self.weights[unit, variant])
-        return rounded_weight(own, stored(weight, at, variant, self.int8_bits))
+            return self.weights[unit, variant]
+        return stored(replaced[0], self.traced.network[unit], variant, self.int8_bits)
+
+    def _with_bias(
+        self, weight: StoredWeight, unit: str, call: int, bias: torch.Tensor | None
+    ) -> tuple[StoredWeight, torch.Tensor | None]:
+        """An int8 weight and its bias (the unit's own unless given) as they are stored: on one grid."""
+        bias = self.traced.bias(unit) if bias is None else bias
+        assert weight.scales is not None
+        if bias is None or tuple(bias.shape) != weight.scales.shape:
+            return weight, bias
+        activation = float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
+        values = bias.detach().float().numpy()
+        weight = fitted(weight, values, activation)
+        return weight, torch.from_numpy(on_steps(values, steps(weight, activation))).to(bias.dtype)
 
 
 def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:

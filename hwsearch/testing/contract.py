@@ -23,7 +23,7 @@ from hwsearch.builds import NodeRow
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
-from hwsearch.regime import Regime
+from hwsearch.regime import Regime, wrong_variants
 from hwsearch.stopwatch import times
 from hwsearch.task import Task
 from hwsearch.variants import INT8_BITS, PRECISIONS, Variant, legal, uniform
@@ -38,7 +38,9 @@ TOLERANCE = {
     "int4": 4e-2,
     "nvfp4": 4e-1,
 }
-"""Largest error of an output, relative to its largest magnitude, by the coarsest precision in the network.
+"""Largest error of a number, relative to the largest magnitude of its output, by the coarsest precision in the network.
+
+For comparisons number by number, where there is no engine that `hwsearch.outputs` could judge.
 
 A value that a rounding error puts on the other side of a tie is a whole step of the format off: a sixteenth of itself in fp8,
 up to a third in E2M1.
@@ -254,10 +256,7 @@ class BackendContract:
 
     def _check_engine(self, at: Regime, variants: Mapping[str, Variant], what: str) -> None:
         engine, model = at.build(variants)
-        tolerance = max(TOLERANCE[p] for p in {at.options.base, *(v.precision for v in variants.values())})
-        assert_close(
-            engine(*at.lowering.arrays()), expected(at.lowering, variants, at.backend), tolerance, what
-        )
+        self._check_outputs(at, engine, variants, what)
         assert engine.size_bytes > 0, f"{what}: size_bytes is {engine.size_bytes}"
         rows, executed = readback(engine, at, model)
         assert rows, f"{what}: nodes() is empty"
@@ -279,6 +278,24 @@ class BackendContract:
             made_up = precision in _COARSE and precision not in coarse
             assert not made_up, f"{what}: {unit.name} was asked in {asked} and reads {precision}"
         self._check_sum(at, engine, what)
+
+    def _check_outputs(self, at: Regime, engine: Engine, variants: Mapping[str, Variant], what: str) -> None:
+        """By the measure of every profile (`hwsearch.outputs`), and in its words: a layer that is off is named."""
+        wanted = expected(at.lowering, variants, at.backend)
+        found = engine(*at.lowering.arrays())
+        assert [a.shape for a in found] == [b.shape for b in wanted], (
+            f"{what}: outputs have shapes {[a.shape for a in found]}, the model's {[b.shape for b in wanted]}"
+        )
+        deviation = at.expected.deviation(engine, variants, at.options.base)
+        if not deviation.wrong:
+            return
+        try:
+            layers = wrong_variants(at, variants, at.options.base)
+        except BackendUnavailable:
+            layers = {"every layer": "with none quantized as well"}
+        raise AssertionError(
+            f"{what}: outputs are off ({deviation}); {'; '.join(f'{u}: {why}' for u, why in layers.items())}"
+        )
 
     def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
         """Means on both sides; a busy machine may spoil some tries, a very slow kernel is run less often.
