@@ -63,7 +63,7 @@ class Report:
         """`MISSED`, `met`, or `met` with what is wrong beside it."""
         if not self.met:
             return "MISSED"
-        return "met, but it loses more than was predicted" if self.unexplained else "met"
+        return "met, but what it loses is not explained: see the warnings" if self.unexplained else "met"
 
     def _memory(self) -> list[str]:
         if not self.memory:

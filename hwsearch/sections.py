@@ -105,7 +105,7 @@ def only(sections: Sequence[Section], path: str | Path) -> int:
     differ = [k for k in keys if any(s[k] != sections[0][k] for s in sections)]
     raise InvalidInput(
         f"{path} holds {len(sections)} sections to choose from: {listed(sections)}; choose one with "
-        f"{' and '.join(f'--{k}' for k in differ)} (in Python: `LatencyTable.load(path, {differ[0]}=...)`)"
+        f"{' and '.join('--' + k.replace('_', '-') for k in differ)} (in Python: `LatencyTable.load(path, {differ[0]}=...)`)"
     )
 
 
