@@ -133,7 +133,8 @@ def sensitivity(
     residual = RESIDUAL in axes or (table is not None and bool(table.header.options.get("residual")))
     if batch is None and table is not None:
         batch = table.header.options.get("batch")
-    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual)
+    bits = table.header.int8_bits if table is not None else None
+    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual, int8_bits=bits)
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
         table.require(network=at.network)

@@ -6,15 +6,14 @@ by scales that are dequantized themselves, and quantizes activations by `trt::TR
 NVIDIA's ONNX parser. N:M weights are stored with their zeros. Each raises the file's opset only as far as it needs.
 
 Two things are written so that runtimes agree. ONNX Runtime rounds the bias of an int8 product to 32-bit integers of the product's
-own step (and lets it overflow): it is stored as a multiple of that step, of at most 2^24 steps. And from opset 21 on (int4) it
-cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526): there is none
-left to move (`_Builder._moved`, `_Builder._bias`).
+own step (and lets it overflow): it is stored as a multiple of that step (`hwsearch.compress.biases`). And from opset 21 on
+(int4) it cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526):
+there is none left to move (`_Builder._moved`, `_Builder._bias`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
-from hwsearch.compress.quantize import LEVELS, Ranges
+from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import NVFP4_BLOCK, Variant
+from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
@@ -39,8 +39,6 @@ _TYPED_Q = 21
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 _MOVING = frozenset("MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
 """What ONNX Runtime moves the Q/DQ of a tensor past."""
-_BIAS_STEPS = 2.0**24
-"""Integers up to this one are exact in fp32."""
 
 _CODES = {
     "int8": TensorProto.INT8,
@@ -60,10 +58,12 @@ def assemble(
     *,
     quantize_outputs: bool = False,
     metadata: Mapping[str, str] | None = None,
+    int8_bits: int = INT8_BITS,
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
 
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
+    int8_bits: of int8 weights, and of what stands in their place in a product of two activations.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
@@ -89,8 +89,9 @@ def assemble(
         elif role == "out" and not quantize_outputs:
             builder.alias(node)
         else:
-            of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
-            scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
+            where = "out" if role == "out" else f"in{port}"
+            of = ranges[unit, call, where]
+            scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
             builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
     told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
     units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
@@ -149,13 +150,12 @@ class _Builder:
         unit, stored = self.pending[inputs[1]]
         if stored.precision != "int8" or stored.scales is None:
             return
-        step = numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]])
+        activation = float(numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]]))
         bias = self._bias_of(node)
         if bias is not None and bias.shape == stored.scales.shape and inputs[1] not in self.stored:
-            stored = _at_least(stored, np.asarray(np.abs(bias) / (step * _BIAS_STEPS), np.float32))
+            stored = fitted(stored, bias, activation)
             self.pending[inputs[1]] = unit, stored
-        assert stored.scales is not None
-        self.steps[node.output[0]] = np.asarray(step * stored.scales, np.float32)
+        self.steps[node.output[0]] = steps(stored, activation)
 
     def _bias_of(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
         """The constant that is added to a product, by itself or by the one Add that reads it."""
@@ -189,8 +189,7 @@ class _Builder:
                 continue
             bias = numpy_helper.to_array(tensor)
             if step is not None and bias.shape == step.shape:
-                whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
-                bias = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
+                bias = on_steps(bias, step)
             elif not deep:
                 continue
             node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
@@ -381,15 +380,6 @@ class _Builder:
                 for i, tensor in enumerate(field):
                     if tensor in rename:
                         field[i] = rename[tensor]
-
-
-def _at_least(weight: StoredWeight, scales: NDArray[np.float32]) -> StoredWeight:
-    """The same int8 weight rounded anew where its scales are below others: of channels next to nothing beside their bias."""
-    assert weight.scales is not None
-    new = np.maximum(weight.scales, scales).astype(np.float32)
-    shape = [-1 if d == weight.axis else 1 for d in range(weight.values.ndim)]
-    values = np.round(weight.values * (weight.scales / new).reshape(shape)).astype(np.int8)
-    return replace(weight, values=values, scales=new)
 
 
 def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:

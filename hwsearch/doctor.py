@@ -42,6 +42,7 @@ PROVES = {
     "memory": "there is memory to build in",
     "huge pages": "engines lie in huge pages",
     "energy counter": "energy is counted",
+    "int8 sums": "int8 products are summed exactly",
     "quiet GPU": "nothing else disturbs the GPU",
     "clock locking": "clocks can be locked and let go",
     "engine": "small networks build and can be timed",
@@ -250,7 +251,7 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
     sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
     yield sofar
     with devices.lock(device.id):
-        for result in _at_work(backend, progress):
+        for result in (*sums(backend), *_at_work(backend, progress)):
             sofar = replace(sofar, results=(*sofar.results, result))
             yield sofar
 
@@ -332,6 +333,27 @@ def pages() -> Result:
     )  # fmt: skip
 
 
+def sums(backend: Backend) -> Iterator[Result]:
+    """How many bits int8 weights have here, for products to be summed exactly; nothing where no int8 is offered."""
+    from hwsearch.backends.exactness import OFF, int8_bits, sum_error
+    from hwsearch.variants import INT8_BITS, Variant
+
+    base = backend.bases()[0]
+    if Variant("int8") not in backend.variants(base):
+        return
+    try:
+        bits = int8_bits(backend, BuildOptions(1, base))
+        off = sum_error(backend, BuildOptions(1, base), bits)
+    except Exception as error:
+        yield Result("int8 sums", "failed", _why(error), _REPORT)
+        return
+    if off > OFF:
+        yield Result("int8 sums", "failed", f"off by {off:.1%} even with weights of {bits} bits", _REPORT)
+        return
+    why = "" if bits == INT8_BITS else f": it sums products of {INT8_BITS} bits inexactly on this device"
+    yield Result("int8 sums", "ok", f"exact with weights of {bits} bits{why}")
+
+
 def counters(backend: Backend) -> Result:
     """Whether energy is counted, and may be read."""
     found = energy.find(gpu=devices.on_gpu(backend))
@@ -374,15 +396,14 @@ def clock_locking(tried: bool) -> Result:
 def engine(backend: Backend, network: str) -> Result:
     """A small network built and timed in the preferred base, in the base once more, and in int8 where that is offered."""
     from hwsearch.measure import Protocol, paired
-    from hwsearch.regime import Regime
-    from hwsearch.testing.contract import small_network
+    from hwsearch.testing.contract import small_regime
     from hwsearch.variants import Variant, uniform
 
     name = f"engine: {network.replace('_', ' ')}"
     try:
         base = backend.bases()[0]
         precisions = ["int8"] if Variant("int8") in backend.variants(base) else []
-        at = Regime(small_network(network), backend, BuildOptions(1, base))
+        at = small_regime(network, backend, base)
         reference, again = (at.build(uniform(at.network, base))[0] for _ in range(2))
         others = {p: at.build(uniform(at.network, p))[0].run for p in precisions}
         timings = paired(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from hwsearch.assembling import assemble
 from hwsearch.calling import as_call, flat_inputs
+from hwsearch.compress.apply import Simulator
 from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
@@ -25,7 +26,7 @@ from hwsearch.network import Network
 from hwsearch.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.task import Inputs, Task
 from hwsearch.trace import Traced, trace
-from hwsearch.variants import Variant, ineligible
+from hwsearch.variants import INT8_BITS, Variant, ineligible
 
 ACTIVATION_BYTES = 2e9
 """What the activations of one calibration batch may take; larger batches are cut."""
@@ -37,13 +38,20 @@ class Lowering:
     """A task made ready to become ONNX in any allocation: traced, exported and calibrated once.
 
     batch: batch size of the deployed network; that of the example inputs where it is None. residual: the residual width
-    of transformers is a channel group as well.
+    of transformers is a channel group as well. int8_bits: of int8 weights, 8 or (for devices that sum products of 8 bits
+    inexactly) 7.
     """
 
     def __init__(
-        self, task: Task, batch: int | None = None, method: str = "mse", *, residual: bool = False
+        self,
+        task: Task,
+        batch: int | None = None,
+        method: str = "mse",
+        *,
+        residual: bool = False,
+        int8_bits: int = INT8_BITS,
     ) -> None:
-        self.task, self.method, self.residual = task, method, residual
+        self.task, self.method, self.residual, self.int8_bits = task, method, residual, int8_bits
         self.inputs = with_batch(task.example_inputs, batch)
         self.traced = trace(task.model, self.inputs, task.name, residual=residual)
         check_calibration(task)
@@ -150,7 +158,27 @@ class Lowering:
     @cached_property
     def weights(self) -> StoredWeights:
         """(unit, variant) -> its weight as it is stored."""
-        return StoredWeights(self.traced)
+        return StoredWeights(self.traced, self.int8_bits)
+
+    def simulator(
+        self,
+        traced: Traced,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        quantize_outputs: bool,
+        quantized: bool = True,
+    ) -> Simulator:
+        """What this network's allocations compute for one batch. quantized: whether any of them quantizes activations."""
+        return Simulator(
+            traced,
+            args,
+            kwargs,
+            self.weights,
+            self.ranges if quantized else {},
+            quantize_outputs=quantize_outputs,
+            int8_bits=self.int8_bits,
+        )
 
     @property
     def batch(self) -> int:
@@ -177,7 +205,8 @@ class Lowering:
             if why := ineligible(self.network[unit], variant):
                 raise UnsupportedVariant(f"unit {unit} cannot become {variant}: {why}")
         quantized = any(v.quantized for v in variants.values())
-        return assemble(marked, variants, self.weights, self.ranges if quantized else {}, **options)
+        ranges = self.ranges if quantized else {}
+        return assemble(marked, variants, self.weights, ranges, int8_bits=self.int8_bits, **options)
 
     def onnx(
         self,

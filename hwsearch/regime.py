@@ -14,6 +14,7 @@ import numpy as np
 
 from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends import exactness
 from hwsearch.backends.apart import compiler
 from hwsearch.backends.base import Backend, BuildOptions, Engine
 from hwsearch.background import cpus
@@ -26,9 +27,9 @@ from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.measure import Timing
 from hwsearch.network import Network
-from hwsearch.outputs import WRONG, Expected, reason
+from hwsearch.outputs import Expected, reason
 from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, legal, network_bytes
+from hwsearch.variants import INT8_BITS, Variant, legal, network_bytes
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
@@ -88,6 +89,8 @@ class Regime:
     def described(self) -> dict[str, Any]:
         """Everything that a measurement belongs to beside device and network, for tables and reports."""
         own: dict[str, Any] = {**self.options.to_json(), "batch": self.lowering.batch}
+        if self.lowering.int8_bits != INT8_BITS:
+            own["int8_bits"] = self.lowering.int8_bits
         if self.lowering.residual:
             own["residual"] = True
         if self.load:
@@ -136,10 +139,12 @@ def regime(
     load: int = 0,
     clocks: int = 0,
     energy: bool = False,
+    int8_bits: int | None = None,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    clocks: MHz to lock the GPU's clock to. energy: see `Regime`. Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. energy: see `Regime`. int8_bits: of int8 weights; None for as many as the backend
+    sums exactly here. Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -149,7 +154,9 @@ def regime(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks, energy)
+    bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
+    lowering = Lowering(task, batch, residual=residual, int8_bits=bits)
+    return Regime(lowering, backend, options, load, clocks, energy)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
@@ -159,12 +166,12 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     """
     plain = Variant(base)
     guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
-    if not guilty:
+    if guilty is None:
         raise BackendUnavailable(
             f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
             "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
         )
-    return {name: reason(error) for name, error in guilty.items()}
+    return {name: reason(deviation) for name, deviation in guilty.items()}
 
 
 def graph_bytes(at: Regime, base: str) -> int:
@@ -205,7 +212,7 @@ def record(
     runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
     rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
-    error = 0.0 if role in PARTS else at.expected.error(engine, allocation)
+    deviation = None if role in PARTS else at.expected.deviation(engine, allocation, base)
     if role != "alone":
         executed = told_apart(executed, rows, allocation, at.network)
     if role in PARTS:
@@ -228,8 +235,8 @@ def record(
         build_s=build_s,
         file_bytes=int(model.ByteSize()),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        output_error=error,
-        wrong=error > WRONG,
+        output_error=deviation.error if deviation else 0.0,
+        wrong=deviation is not None and deviation.wrong,
         energy_j=energy.joules if energy else None,
         reference_energy_j=energy.reference_joules if energy else None,
         energy_error=energy.error if energy else None,

@@ -1,12 +1,13 @@
 """SensitivityTable: the loss that each (unit, variant) and each (channel group, width) causes, on calibration data.
 
 The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32, or every
-group but one whole and the weights that read it refitted.
+group but one whole. Weights that read a narrower group, or are rounded to int8, are refitted as those of a deployed network are.
 
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
   2  rows of (group, width) beside them, and the order in which slots go.
   3  losses on calibration batches that no weight was refitted on; which losses of widths are estimated.
+  4  losses of int8 are of refitted weights, as they are deployed, and of so many bits.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ import numpy as np
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network import Network
 from hwsearch.tablefile import read_parquet, write_parquet
-from hwsearch.variants import Variant, legal
+from hwsearch.variants import INT8_BITS, Variant, legal
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.bank import WeightBank
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
 
-SCHEMA = 3
+SCHEMA = 4
 KIND = "sensitivity_table"
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
@@ -48,7 +50,8 @@ class SensitivityTable:
     width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
     slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
     measured, but follows the Fisher estimate from the group's narrowest measured width on.
-    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it.
+    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it. int8_bits: of the
+    int8 weights, as the backend deploys them.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
 
@@ -63,6 +66,7 @@ class SensitivityTable:
     width_loss: dict[str, dict[int, float]] = field(default_factory=dict)
     order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     estimated: frozenset[tuple[str, int]] = frozenset()
+    int8_bits: int = INT8_BITS
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -89,11 +93,12 @@ class SensitivityTable:
         units = sum(self[unit, str(variant)] for unit, variant in variants.items())
         return units + sum(self.of_width(g, w) for g, w in narrower.items())
 
-    def require(self, network: Network) -> None:
-        """Raises IncompatibleTables unless it is of this network, weights included."""
+    def require(self, network: Network, int8_bits: int | None = None) -> None:
+        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 weights of so many bits."""
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
             ("weights", self.network.weights_digest, network.weights_digest),
+            ("bits of int8 weights", self.int8_bits, int8_bits or self.int8_bits),
         ):
             if own != other:
                 raise IncompatibleTables(
@@ -125,6 +130,7 @@ class SensitivityTable:
             "samples": self.samples,
             "divergence": self.divergence,
             "quantize_outputs": self.quantize_outputs,
+            "int8_bits": self.int8_bits,
             "rank_correlation": self.rank_correlation,
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
@@ -153,6 +159,7 @@ class SensitivityTable:
                 samples=int(header["samples"]),
                 divergence=header["divergence"],
                 quantize_outputs=bool(header["quantize_outputs"]),
+                int8_bits=int(header.get("int8_bits", INT8_BITS)),
                 rank_correlation=header["rank_correlation"],
                 created=header["created"],
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
@@ -224,10 +231,9 @@ def measure_sensitivity(
 
     The samples are of the calibration batches that no weight was refitted on. Of more than 150 widths those with the
     greatest loss by a Fisher estimate (one backward pass for all) are estimated from it, not measured.
-    bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
-    kept beside `out`, so that a killed run resumes at the next one.
+    bank: refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted. One pass a
+    batch; finished batches are kept beside `out`, so that a killed run resumes at the next one.
     """
-    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.importance import removal_losses
     from hwsearch.progress import Progress as Shown
 
@@ -248,6 +254,7 @@ def measure_sensitivity(
     settings = [
         kind,
         quantize_outputs,
+        lowering.int8_bits,
         [str(v) for v in variants],
         samples,
         cuts,
@@ -255,19 +262,20 @@ def measure_sensitivity(
     ]
     keep = _Partial(out, network, *settings)
     if bank is not None and len(keep.sums) < len(batches):
-        bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if cuts:
+            bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if any(v.precision == "int8" for v in variants):
+            bank.build({}, ["int8"], progress=progress)
     progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
             if str(index) not in keep.sums:
-                simulate = Simulator(
-                    traced, args, kwargs, lowering.weights, lowering.ranges, quantize_outputs=quantize_outputs
-                )
+                simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=quantize_outputs)
 
                 def lost(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
                 ) -> tuple[float, int]:
-                    replaced = bank.masked_weights(widths) if bank is not None and widths else {}
+                    replaced = bank.masked_weights(widths, units) if bank is not None else {}
                     return divergence(simulate(units, replaced), simulate.dense, kind)
 
                 found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
@@ -303,9 +311,12 @@ def measure_sensitivity(
         samples=int(count),
         divergence=kind,
         quantize_outputs=quantize_outputs,
+        int8_bits=lowering.int8_bits,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
-        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
+        order={g: tuple(map(int, bank.order[g])) for g in network.channels}
+        if bank is not None and every
+        else {},
         estimated=frozenset(estimated),
     )
     simulated = keep.total("whole") / count

@@ -26,6 +26,9 @@ INT4_BLOCKS = (128, 64)
 """Input channels that share a scale: TensorRT's documentation of INT4 weight-only quantization. The larger is stored smaller."""
 NVFP4_BLOCK = 16
 SCALE_BYTES = 4
+INT8_BITS = 8
+"""Bits of int8 weights. Where a device sums products of 8 bits inexactly they have 7, stored in a byte all the same
+(`hwsearch.backends.exactness`)."""
 
 _NAME = re.compile(rf"^(?P<pattern>dense|[1-9]\d*:[1-9]\d*)\.(?P<precision>{'|'.join(PRECISIONS)})$")
 
@@ -85,6 +88,13 @@ class Variant:
     def executed(self) -> str:
         """What an engine's record says of a unit that ran as asked: `fp16`, and `2:4.fp16` where it used the zeros."""
         return self.precision if self.kept is None else str(self)
+
+
+def int8_levels(bits: int) -> int:
+    """The largest integer of symmetric int8 weights of so many bits: 127 of 8, 63 of 7. Raises InvalidInput on others."""
+    if bits not in (INT8_BITS, 7):
+        raise InvalidInput(f"int8 weights have {INT8_BITS} bits, or 7, got {bits}")
+    return int(2 ** (bits - 1)) - 1
 
 
 def executes_quantized(executed: str) -> bool:

@@ -105,12 +105,12 @@ def space(
     budgets: Sequence[Budget] = (),
     over: str = "",
 ) -> Space:
-    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
+    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks, or bits of int8 weights.
 
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
     space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
-    sensitivity.require(table.network)
+    sensitivity.require(table.network, table.header.int8_bits)
     check_axes(axes)
     model = model or fit(table)
     energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None

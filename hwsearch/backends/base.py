@@ -88,6 +88,8 @@ class Backend(Protocol):
     """A runtime that compiles ONNX.
 
     A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
+    And `int8_bits = 8`, where int8 products are summed exactly on every device that it runs on (7: with weights of 7 bits only);
+    without it a small network is built and run to find out, see `exactness`.
     """
 
     name: str

@@ -131,6 +131,8 @@ def run(
 
 def _finish(report: Report, as_json: bool, folder: Path | None = None) -> None:
     show.report(report, as_json, folder)
+    for sentence in report.unexplained:
+        say(f"warning: {sentence}")
     if not report.met:
         say("missed: the network does not meet its budget as measured")
         raise typer.Exit(MISSED)

@@ -14,8 +14,9 @@ from hwsearch.calling import flat_inputs
 from hwsearch.edges import output_node
 from hwsearch.errors import InvalidInput
 from hwsearch.trace import Traced
+from hwsearch.variants import INT8_BITS, int8_levels
 
-LEVELS = 127
+LEVELS = int8_levels(INT8_BITS)
 METHODS = ("mse", "percentile", "minmax")
 BINS = 2048
 PERCENTILE = 99.99
@@ -53,28 +54,29 @@ class QuantizedWeight:
         return (self.values.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
+def quantize_weight(weight: torch.Tensor, axis: int, levels: int = LEVELS) -> QuantizedWeight:
     """Round to nearest, symmetric, one scale per output channel from its largest magnitude.
 
-    A channel whose values lie on an int8 grid already keeps it: weights rounded before (GPTQ) stay as they are.
+    levels: the largest integer, 127 or that of fewer bits. A channel whose values lie on a grid of so many levels already keeps
+    it: weights rounded before (GPTQ) stay as they are.
     """
     shape = [-1 if d == axis else 1 for d in range(weight.dim())]
     weight = weight.detach().float()
     rows = weight.movedim(axis, 0).flatten(1)
     top = rows.abs().amax(1)
-    scales = torch.where(top > 0, _own_grid(rows, top), torch.ones_like(top))
-    values = (weight / scales.reshape(shape)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    scales = torch.where(top > 0, _own_grid(rows, top, levels), torch.ones_like(top))
+    values = (weight / scales.reshape(shape)).round().clamp(-levels, levels).to(torch.int8)
     return QuantizedWeight(values.numpy(), scales.numpy().astype(np.float32), axis)
 
 
-def _own_grid(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Scales [rows]: the largest magnitude is 127, or the integer (64 to 127) that makes all values of the row integers."""
-    code = torch.full_like(top, LEVELS)
+def _own_grid(rows: torch.Tensor, top: torch.Tensor, levels: int) -> torch.Tensor:
+    """Scales [rows]: the largest magnitude is `levels`, or an integer above half of that which makes all values integers."""
+    code = torch.full_like(top, levels)
     largest = rows.gather(
         1, rows.abs().topk(min(8, rows.shape[1]), 1).indices
     )  # these rule out nearly every grid
     left = torch.arange(len(rows))
-    for trial in range(LEVELS, LEVELS // 2, -1):
+    for trial in range(levels, levels // 2, -1):
         scales = (top / trial).clamp_min(1e-30)[:, None]
         near = left[_whole(largest[left] / scales[left])]
         found = near[_whole(rows[near] / scales[near])]
@@ -197,7 +199,23 @@ def _mse_limit(counts: NDArray[np.float64], top: float) -> float:
     return float(limits[int(np.argmin(errors))])
 
 
+def int8_scale(of: Range, port: str, bits: int = INT8_BITS) -> float:
+    """The scale that an activation is quantized to int8 with, at a port of a unit (see `Key`).
+
+    The second activation of a product stands where others have their weight, so it has as many bits (`bits`): its largest
+    magnitude seen is then the largest integer, since nothing but the range keeps the numbers below that.
+    """
+    if port == "in1" and bits < INT8_BITS:
+        return of.top / int8_levels(bits)
+    return of.limit / LEVELS
+
+
 def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
     """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, scale limit / 127."""
-    scale = float(np.float32(limit / LEVELS))
+    return on_grid(x, limit / LEVELS)
+
+
+def on_grid(x: torch.Tensor, step: float) -> torch.Tensor:
+    """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, of this scale in fp32."""
+    scale = float(np.float32(step))
     return (x / scale).round().clamp(-LEVELS - 1, LEVELS) * scale

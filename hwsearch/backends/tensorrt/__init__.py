@@ -37,6 +37,7 @@ class TensorRTBackend:
     """
 
     quantize_outputs = False
+    int8_bits = 8  # GPUs sum products of int8 in 32 bits
     gpu = True
 
     def __init__(

@@ -29,6 +29,7 @@ class TorchBackend:
 
     name = "torch"
     quantize_outputs = False
+    int8_bits = 8  # GPUs sum products of int8 in 32 bits
     gpu = True
 
     def __init__(self, cuda: Cuda | None = None) -> None:
