@@ -15,7 +15,7 @@ import numpy as np
 from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.apart import compiler
-from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.backends.base import Backend, BuildOptions, Engine, qdq_form
 from hwsearch.background import cpus
 from hwsearch.builds import PARTS, Build
 from hwsearch.clocks import lock_clocks
@@ -102,7 +102,7 @@ class Regime:
         return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
 
     def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
-        return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
+        return self.lowering.onnx(variants, metadata=metadata, **qdq_form(self.backend))
 
     def build(
         self,

@@ -87,7 +87,8 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A runtime that compiles ONNX.
 
-    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
+    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`;
+    and `unsigned_concat = True`: Q/DQ between a Concat and a convolution has to be uint8, see `assemble`.
     """
 
     name: str
@@ -108,6 +109,14 @@ class Backend(Protocol):
 
     def build(self, onnx: bytes, options: BuildOptions) -> Engine:
         """Compile a serialised ONNX model. Raises BackendUnavailable with the runtime's own reason."""
+
+
+def qdq_form(backend: Backend) -> dict[str, bool]:
+    """How a backend wants Q/DQ: the options of `assemble`."""
+    return {
+        "quantize_outputs": backend.quantize_outputs,
+        "unsigned_concat": getattr(backend, "unsigned_concat", False),
+    }
 
 
 def check_arrays(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[Array]:
