@@ -141,26 +141,25 @@ def test_both_forms_are_the_same_numbers() -> None:
     assert np.array_equal(signed, unsigned)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("kind", ["networks", "graphs"])
-def test_no_graph_is_wrong_unseen(kind: str, runtime: str) -> None:
-    counts = fuzz.fuzz(kind, runtime, 15 if kind == "networks" else 40, first=1000, levels=LEVELS)
-    assert not counts.unseen, str(counts)
-    assert not counts.not_built, str(counts)
-    assert not counts.disputed, str(counts)
-    assert counts.right > (14 if kind == "networks" else 20), str(counts)
-    if kind == "networks":
-        assert not counts.refused, str(counts)
+def test_no_graph_is_wrong_unseen(kind: str) -> None:
+    for counts in fuzz.fuzz(
+        kind, RUNTIMES, 20 if kind == "networks" else 40, first=1000, levels=LEVELS
+    ).values():
+        assert not counts.unseen, str(counts)
+        assert not counts.not_built, str(counts)
+        assert not counts.disputed, str(counts)
+        assert counts.right >= 20, str(counts)
+        assert kind == "graphs" or not counts.refused, str(counts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("kind", ["networks", "graphs"])
-def test_none_of_five_hundred_graphs_is_wrong_unseen(kind: str, runtime: str) -> None:
-    counts = fuzz.fuzz(kind, runtime, 500, levels=LEVELS)
-    assert not counts.unseen, str(counts)
-    assert not counts.not_built, str(counts)
-    assert not (counts.refused if kind == "networks" else ()), str(counts)
+def test_none_of_five_hundred_graphs_is_wrong_unseen(kind: str) -> None:
+    for counts in fuzz.fuzz(kind, RUNTIMES, 500, levels=LEVELS).values():
+        assert not counts.unseen, str(counts)
+        assert not counts.not_built, str(counts)
+        assert kind == "graphs" or not counts.refused, str(counts)
 
 
 def _quantized_concat(*, pool: bool = False, weight_only: bool = False) -> onnx.ModelProto:

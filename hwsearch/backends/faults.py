@@ -16,9 +16,7 @@ _MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze".split())
 """What ONNX Runtime moves Q/DQ past, up to a layer."""
 _MEANS = frozenset("AveragePool GlobalAveragePool ReduceMean".split())
 
-SIGNED_CONCAT = (
-    "int8 Q/DQ beside a Concat: OpenVINO aligns the branches and loses their scale; write it as uint8 with zero point 128"
-)
+SIGNED_CONCAT = "int8 Q/DQ beside a Concat: OpenVINO aligns the branches and loses their scale; uint8 with zero point 128 keeps it"
 MIXED_CONCAT = "a Concat of quantizers of several types: OpenVINO computes with the scale of another branch"
 ROUNDED_MEAN = "a mean between Q/DQ and a layer: OpenVINO rounds it to whole steps"
 TWICE = "one quantizer straight after another, behind a Concat: OpenVINO crashes as it compiles them"
@@ -98,7 +96,9 @@ def _signed(graph: _Graph) -> bool:
         if graph.kind(node) != TensorProto.INT8 or not _feeds(graph, node, "Conv"):
             continue
         source = graph.makers[node.input[0]]
-        if _has(graph.after(node), "Concat") or (source.op_type == "QuantizeLinear" and _has(graph.before(source), "Concat")):
+        if _has(graph.after(node), "Concat") or (
+            source.op_type == "QuantizeLinear" and _has(graph.before(source), "Concat")
+        ):
             return True
     return False
 
@@ -116,9 +116,7 @@ def _mixed(graph: _Graph) -> bool:
 
 
 def _mean(graph: _Graph) -> bool:
-    return any(
-        _has(graph.after(n), *_MEANS) and _feeds(graph, n, *_PRODUCTS) for n in graph.dequantizers()
-    )
+    return any(_has(graph.after(n), *_MEANS) and _feeds(graph, n, *_PRODUCTS) for n in graph.dequantizers())
 
 
 def _twice(graph: _Graph) -> bool:
@@ -138,7 +136,12 @@ def _dynamic(graph: _Graph) -> bool:
         data, weight = (graph.makers.get(name) for name in node.input)
         while data is not None and data.op_type in _MOVES:
             data = graph.makers.get(data.input[0])
-        stored = weight is not None and weight.op_type == "DequantizeLinear" and weight.input[0] in graph.stored
+        code = (
+            graph.stored.get(weight.input[0])
+            if weight is not None and weight.op_type == "DequantizeLinear"
+            else None
+        )
+        stored = code is not None and code.data_type == TensorProto.INT8
         if stored and (data is None or data.op_type != "DequantizeLinear"):
             return True
     return False

@@ -159,7 +159,7 @@ def _biases_on_grid(
         scales = [numpy_helper.to_array(stored[m.input[1]]) for m in made if m is not None]
         step = np.asarray(scales[0] * scales[1], np.float32)
         for name in names:
-            bias = numpy_helper.to_array(stored[name]) if name in stored else step[..., None]
-            if step.ndim == 0 or step.shape == bias.shape[-1:]:
+            bias = numpy_helper.to_array(stored[name]) if name in stored else None
+            if bias is not None and (step.ndim == 0 or step.shape == bias.shape[-1:]):
                 rounded = (np.round(bias / step) * step).astype(np.float32)
                 stored[name].CopyFrom(numpy_helper.from_array(rounded, name))

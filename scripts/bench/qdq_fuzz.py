@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import hashlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import random_graphs
 import random_networks
-from judging import Array, Meaning, Off, with_levels
+from judging import Meaning, Off, with_levels
 
 import hwsearch as hs
 from hwsearch import backends
@@ -39,7 +37,7 @@ from hwsearch.errors import BackendUnavailable
 from hwsearch.lower import Lowering
 from hwsearch.variants import Variant
 
-ALLOCATIONS = 3
+ALLOCATIONS = 6
 """Of one random network: all layers int8, then random ones."""
 FULL = 127
 
@@ -49,8 +47,8 @@ class Case:
     """One graph for one runtime."""
 
     name: str
-    model: onnx.ModelProto
-    feed: Mapping[str, Array]
+    backend: Backend
+    meaning: Meaning
     about: str = ""
 
 
@@ -84,43 +82,40 @@ class Counts:
         return "\n".join(lines)
 
 
-def networks(backend: Backend, seeds: Sequence[int], levels: int) -> Iterator[Case]:
-    """Random torch modules in random allocations, as hwsearch lowers them for a runtime."""
-    for seed in seeds:
-        model, inputs = random_networks.network(seed)
-        task = hs.Task(model, inputs, [inputs], lambda predict: 0.0, f"network {seed}")
-        low = Lowering(task, method="minmax")
-        rng, seen = np.random.default_rng(seed), set[str]()
-        for number in range(ALLOCATIONS):
-            variants = {
-                u.name: Variant("int8" if not number or rng.random() < 0.6 else "fp32")
-                for u in low.network.units
-            }
+def networks(runtimes: Sequence[Backend], seed: int, levels: int) -> Iterator[Case]:
+    """A random torch module in random allocations, as hwsearch lowers them for each runtime."""
+    model, inputs = random_networks.network(seed)
+    task = hs.Task(model, inputs, [inputs], lambda predict: 0.0, f"network {seed}")
+    low = Lowering(task, method="minmax")
+    rng, seen = np.random.default_rng(seed), set[frozenset[str]]()
+    for number in range(ALLOCATIONS):
+        chosen = frozenset(u.name for u in low.network.units if not number or rng.random() < 0.6)
+        if not chosen or chosen in seen:
+            continue
+        seen.add(chosen)
+        variants = {u.name: Variant("int8" if u.name in chosen else "fp32") for u in low.network.units}
+        for backend in runtimes:
             made = low.onnx(variants, **qdq_form(backend))
-            digest = hashlib.sha256(made.SerializeToString()).hexdigest()
-            if any(v.quantized for v in variants.values()) and digest not in seen:
-                seen.add(digest)
-                made = with_levels(made, levels) if levels < FULL else made
-                feed = dict(zip((v.name for v in made.graph.input), low.arrays(), strict=True))
-                chosen = ", ".join(u for u, v in variants.items() if v.quantized)
-                yield Case(f"network {seed}.{number}", made, feed, f"{model} with int8 in {chosen}")
+            made = with_levels(made, levels) if levels < FULL else made
+            feed = dict(zip((v.name for v in made.graph.input), low.arrays(), strict=True))
+            about = f"{model} with int8 in {', '.join(sorted(chosen))}"
+            yield Case(f"network {seed}.{number}", backend, Meaning(made, feed), about)
 
 
-def graphs(seeds: Sequence[int], levels: int) -> Iterator[Case]:
+def graphs(runtimes: Sequence[Backend], seed: int, levels: int) -> Iterator[Case]:
     """Random ONNX with Q/DQ anywhere."""
-    for seed in seeds:
-        model, feed = random_graphs.graph(seed, levels)
-        yield Case(f"graph {seed}", model, feed)
+    meaning = Meaning(*random_graphs.graph(seed, levels))
+    return (Case(f"graph {seed}", backend, meaning) for backend in runtimes)
 
 
-def judge(case: Case, backend: Backend, counts: Counts) -> None:
+def judge(case: Case, counts: Counts) -> None:
     """Build one graph, run it and count it."""
-    reasons = faults(case.model, backend.name)
-    meaning = Meaning(case.model, case.feed)
+    backend, meaning = case.backend, case.meaning
+    reasons = faults(meaning.model, backend.name)
     build = compiler(backend) if TWICE in reasons else backend.build  # which ends the process that builds it
     try:
-        engine = build(case.model.SerializeToString(), BuildOptions(1, "fp32"))
-        off = meaning.off(engine(*case.feed.values()))
+        engine = build(meaning.model.SerializeToString(), BuildOptions(1, "fp32"))
+        off = meaning.off(engine(*meaning.feed.values()))
     except BackendUnavailable as error:
         if reasons:
             counts.refused.update(reasons[:1])
@@ -134,6 +129,7 @@ def judge(case: Case, backend: Backend, counts: Counts) -> None:
         counts.wrong_refused.update(reasons[:1] if wrong else [])
     elif wrong:
         counts.unseen.append(f"{case.name}: {_said(off)} {case.about}")
+        print(f"{backend.name}: {counts.unseen[-1]}", file=sys.stderr)
     elif off.wrong:
         counts.disputed.append(f"{case.name}: {_said(off)} {case.about}")
     else:
@@ -144,15 +140,18 @@ def _said(off: Off) -> str:
     return f"off by {off.norm:.3g} of what quantization changes ({off.peak:.3g} at most, {off.relative:.2g} of the output)"
 
 
-def fuzz(kind: str, runtime: str, count: int, *, first: int = 0, levels: int = 63) -> Counts:
-    """Graphs of a kind (`networks` or `graphs`) until so many are counted, from a first seed on."""
-    backend, counts, seed = backends.get(runtime), Counts(), first
+def fuzz(
+    kind: str, runtimes: Sequence[str], count: int, *, first: int = 0, levels: int = 63
+) -> dict[str, Counts]:
+    """At least so many graphs of a kind (`networks` or `graphs`) in each runtime, from a first seed on."""
     faulthandler.enable()
-    while counts.graphs < count:
-        cases = networks(backend, [seed], levels) if kind == "networks" else graphs([seed], levels)
-        for case in cases:
-            print(f"{kind} in {runtime}: {counts.graphs} of {count}, {case.name}", end="\r", file=sys.stderr)
-            judge(case, backend, counts)
+    counts, seed = {name: Counts() for name in runtimes}, first
+    makers = {"networks": networks, "graphs": graphs}
+    while min(c.graphs for c in counts.values()) < count:
+        for case in makers[kind]([backends.get(name) for name in runtimes], seed, levels):
+            own = counts[case.backend.name]
+            print(f"{case.backend.name}: {own.graphs} of {count}, {case.name}", end="\r", file=sys.stderr)
+            judge(case, own)
         seed += 1
     return counts
 
@@ -172,8 +171,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     unseen = 0
     for kind in args.kind or ("networks", "graphs"):
-        for runtime in args.runtime or ("openvino", "onnxruntime"):
-            counts = fuzz(kind, runtime, args.count, first=args.first, levels=args.levels)
+        runtimes = args.runtime or ("openvino", "onnxruntime")
+        found = fuzz(kind, runtimes, args.count, first=args.first, levels=args.levels)
+        for runtime, counts in found.items():
             print(f"{kind} in {runtime}, weights of at most {args.levels}: {counts}", flush=True)
             unseen += len(counts.unseen)
     return 1 if unseen else 0
