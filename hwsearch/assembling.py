@@ -9,6 +9,12 @@ Two things are written so that runtimes agree. ONNX Runtime rounds the bias of a
 own step (and lets it overflow): it is stored as a multiple of that step (`hwsearch.compress.biases`). And from opset 21 on
 (int4) it cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526):
 there is none left to move (`_Builder._moved`, `_Builder._bias`).
+
+OpenVINO loses the scale of what an int8 convolution reads of a Concat on CPUs whose convolutions take unsigned inputs alone (all
+x86 but those with AMX or AVX-VNNI-INT8): its passes move the quantizer to the Concat's inputs (MoveFakeQuantize), align these
+(AlignQuantizationIntervals, in steps) and make signed quantizers unsigned (FakeQuantizeDecomposition, which takes those intervals
+for values), so that one step becomes 1.0. For it the same numbers are written unsigned there, with zero point 128: nothing is left
+to be made unsigned, and the same kernels run (`_Builder.unsigned`).
 """
 
 from __future__ import annotations
@@ -39,6 +45,8 @@ _TYPED_Q = 21
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 _MOVING = frozenset("MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
 """What ONNX Runtime moves the Q/DQ of a tensor past."""
+ZERO_POINT = 128
+"""What stands for 0 in uint8, where int8 is written so."""
 
 _CODES = {
     "int8": TensorProto.INT8,
@@ -57,6 +65,7 @@ def assemble(
     ranges: Ranges,
     *,
     quantize_outputs: bool = False,
+    unsigned_concat: bool = False,
     metadata: Mapping[str, str] | None = None,
     int8_bits: int = INT8_BITS,
 ) -> onnx.ModelProto:
@@ -65,6 +74,7 @@ def assemble(
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
     int8_bits: of int8 weights, and of what stands in their place in a product of two activations.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
+    unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset)
@@ -92,7 +102,8 @@ def assemble(
             where = "out" if role == "out" else f"in{port}"
             of = ranges[unit, call, where]
             scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
-            builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
+            unsigned = unsigned_concat and variant.precision == "int8" and builder.joined(node)
+            builder.activation(node, unit, call, variant.precision, scale, own=role == "in", unsigned=unsigned)
     told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
     units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
@@ -112,13 +123,14 @@ class _Builder:
         self.stored: set[str] = set()
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
-        self.dequantized: dict[tuple[str, str, float], str] = {}
+        self.dequantized: dict[tuple[str, str, float, bool], str] = {}
         self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
         self.shapes: list[onnx.ValueInfoProto] = []
         self.grids: dict[str, tuple[str, str]] = {}
         self.steps: dict[str, NDArray[np.float32]] = {}
         self.fed: set[str] = set()
         self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.makers = {output: node for node in marked.graph.node for output in node.output}
         for node in marked.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
@@ -258,7 +270,7 @@ class _Builder:
     def dynamic(self, node: onnx.NodeProto, unit: str, call: int, overall: float) -> None:
         """Quantize an activation to nvfp4, with scales of its blocks that are found as the network runs, and dequantize it."""
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, "nvfp4", overall
+        key = source, "nvfp4", overall, False
         if key not in self.dequantized:
             base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
             scale = self._constant(f"{name}/overall", np.asarray(overall, np.float32))
@@ -285,21 +297,35 @@ class _Builder:
             self.dequantized[key] = output
         self.renamed[node.output[0]] = self.dequantized[key]
 
+    def joined(self, node: onnx.NodeProto) -> bool:
+        """Whether a convolution reads what a marker stands on, and that is a Concat, or made of one by operators of one input."""
+        if all(reader.op_type != "Conv" for reader in self.readers.get(node.output[0], ())):
+            return False
+        maker = self.makers.get(node.input[0])
+        while maker is not None and maker.op_type != "Concat":
+            reads = {name for name in maker.input if name and name not in self.initializers}
+            maker = self.makers.get(reads.pop()) if len(reads) == 1 and maker.op_type not in _PRODUCTS else None
+        return maker is not None
+
     def activation(
-        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool
-    ) -> None:
+        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool, unsigned: bool,
+    ) -> None:  # fmt: skip
         """Quantize and dequantize; two units which read one tensor on one scale share it.
 
         Not where outputs are quantized too: ONNX Runtime keeps a Q/DQ with two consumers signed, and has no fast
-        kernel for that.
+        kernel for that. unsigned: int8 is written as uint8 with zero point 128.
         """
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, precision, scale_value
+        key = source, precision, scale_value, unsigned
         if self.quantize_outputs or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
-            zero = self._zero(f"{node.output[0]}/zero", precision, ())
+            zero = f"{node.output[0]}/zero"
+            if unsigned:
+                self._constant(zero, np.asarray(ZERO_POINT, np.uint8))
+            else:
+                self._zero(zero, precision, ())
             quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
             self._add(
                 "QuantizeLinear",

@@ -213,10 +213,17 @@ class Lowering:
         variants: Mapping[str, Variant],
         *,
         quantize_outputs: bool = False,
+        unsigned_concat: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> onnx.ModelProto:
-        """The deployable network in one allocation."""
-        return self.assemble(self.marked, variants, quantize_outputs=quantize_outputs, metadata=metadata)
+        """The deployable network in one allocation; the options are those of `assemble`."""
+        return self.assemble(
+            self.marked,
+            variants,
+            quantize_outputs=quantize_outputs,
+            unsigned_concat=unsigned_concat,
+            metadata=metadata,
+        )
 
 
 def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:

@@ -16,7 +16,8 @@ from hwsearch import device, nvidia
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends import exactness
 from hwsearch.backends.apart import compiler
-from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.backends.base import Backend, BuildOptions, Engine, qdq_form
+from hwsearch.backends.faults import faults
 from hwsearch.background import cpus
 from hwsearch.builds import PARTS, Build
 from hwsearch.clocks import lock_clocks
@@ -110,7 +111,7 @@ class Regime:
         return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
 
     def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
-        return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
+        return self.lowering.onnx(variants, metadata=metadata, **qdq_form(self.backend))
 
     def build(
         self,
@@ -118,9 +119,14 @@ class Regime:
         base: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Engine, Any]:
-        """(engine on the example inputs, ONNX model)."""
+        """(engine on the example inputs, ONNX model).
+
+        Raises BackendUnavailable where the backend is known to compute such a graph wrongly (see `faults`).
+        """
         build_engine = compiler(self.backend)  # whose process starts while the graph is made
         model = self.onnx(variants, metadata)
+        if found := faults(model, self.backend.name):
+            raise BackendUnavailable(f"{self.backend.name} computes this network wrongly: {'; '.join(found)}")
         engine = build_engine(
             model.SerializeToString(), replace(self.options, base=base or self.options.base)
         )
