@@ -19,6 +19,7 @@ from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
 from hwsearch.compress.widths import Kept, Weights, narrow
+from hwsearch.equivalence import check_equivalence, check_trace
 from hwsearch.errors import HwsearchError, InvalidInput, UnsupportedVariant
 from hwsearch.marking import export
 from hwsearch.network import Network
@@ -29,6 +30,8 @@ from hwsearch.variants import Variant, ineligible
 
 ACTIVATION_BYTES = 2e9
 """What the activations of one calibration batch may take; larger batches are cut."""
+COMPARED = 4
+"""Calibration batches on which the graph is compared with the module."""
 PIECES = 8
 """Calibration data is cut into at least so many batches, where it has as many samples, for some to be kept apart."""
 
@@ -47,10 +50,18 @@ class Lowering:
         self.inputs = with_batch(task.example_inputs, batch)
         self.traced = trace(task.model, self.inputs, task.name, residual=residual)
         check_calibration(task)
+        check_equivalence(task.model, self.traced, self._compared())
         self.whole: Lowering | None = None
         self.kept: Kept = {}
         self.replaced: Weights | None = None
         self.calibrate = True
+
+    def _compared(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The example, and a few calibration batches of as many samples."""
+        batches = self.task.calibration
+        chosen = {round(i) for i in np.linspace(0, len(batches) - 1, COMPARED)}
+        own = {f"calibration batch {i}": with_batch(batches[i], self.batch) for i in sorted(chosen)}
+        return {what: as_call(inputs) for what, inputs in {"example_inputs": self.inputs, **own}.items()}
 
     @property
     def network(self) -> Network:
@@ -122,6 +133,7 @@ class Lowering:
             )
             if key not in traces:
                 traces[key] = trace(self.task.model, inputs, self.task.name, residual=self.residual)
+                check_trace(self.task.model, traces[key], (args, kwargs), "calibration data")
                 same = list(traces[key].sites) == list(self.traced.sites)
                 if not same or traces[key].network.channels != self.network.channels:
                     raise InvalidInput(
