@@ -77,8 +77,8 @@ def _compare(model: torch.nn.Module, traced: Traced, call: Call, outputs: Any, w
         node = _first_difference(model, traced, call)
     where = f"the first node that differs is {place(node)}" if node is not None else "no single node differs"
     raise UntraceableModel(
-        f"the traced graph computes something else than the module on {what}: {difference}; {where}. Make that the same whether or not "
-        "the model is exported (no branches on torch.compiler.is_exporting, no values kept as Python numbers)"
+        f"the traced graph computes something else than the module on {what}: {difference}; {where}. Make that the same whether "
+        "or not the model is exported (no branches on torch.compiler.is_exporting, no values kept as Python numbers)"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.assembling import assemble
-from hwsearch.calling import as_call, flat_inputs
+from hwsearch.batching import BatchAxis, find_axes
+from hwsearch.calling import as_call, copied, evaluating, flat_inputs
 from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
@@ -30,6 +32,7 @@ from hwsearch.variants import Variant, ineligible
 
 ACTIVATION_BYTES = 2e9
 """What the activations of one calibration batch may take; larger batches are cut."""
+NOT_FINITE = "it reads or returns NaN or infinity on calibration data, which no quantized type holds"
 COMPARED = 4
 """Calibration batches on which the graph is compared with the module."""
 PIECES = 8
@@ -63,9 +66,19 @@ class Lowering:
         own = {f"calibration batch {i}": with_batch(batches[i], self.batch) for i in sorted(chosen)}
         return {what: as_call(inputs) for what, inputs in {"example_inputs": self.inputs, **own}.items()}
 
-    @property
+    @cached_property
     def network(self) -> Network:
-        return self.traced.network
+        """What was traced, with the reason at each unit whose activations cannot be quantized on calibration data."""
+        if self.whole is not None:
+            reasons = {u.name: u.float_only for u in self.whole.network.units}
+        else:
+            reasons = {unit: NOT_FINITE for (unit, _, _), seen in self.ranges.items() if not seen.finite}
+        network = self.traced.network
+        if not any(reasons.values()):
+            return network
+        return replace(
+            network, units=tuple(replace(u, float_only=reasons.get(u.name, "")) for u in network.units)
+        )
 
     @cached_property
     def marked(self) -> onnx.ModelProto:
@@ -82,10 +95,10 @@ class Lowering:
         """How to make the exported network narrower; None where it has to be exported anew for each width."""
         try:
             found = OnnxWidths(self.marked, self.traced)
-            half = {g: range(0, n, 2) for g, n in self.network.channels.items()}
+            half = {g: range(0, n, 2) for g, n in self.traced.network.channels.items()}
             narrow = self.narrow(half)
             model = found.narrow(narrow.traced, self.traced.channels.mask(half))
-            plain = {u.name: Variant("fp32") for u in self.network.units}
+            plain = {u.name: Variant("fp32") for u in self.traced.network.units}
             onnx.shape_inference.infer_shapes(assemble(model, plain, {}, {}), strict_mode=True)
         except (NotFollowed, onnx.shape_inference.InferenceError):
             return None
@@ -111,7 +124,7 @@ class Lowering:
             whole = {id(t): t for t, _, _ in self.whole.calibration}
             own = {key: narrow(t, self.kept, self.replaced) for key, t in whole.items()}
             return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
-        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.network.units) / self.batch
+        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.traced.network.units) / self.batch
         most = max(1, int(ACTIVATION_BYTES / (3 * each)))
         samples = sum(_samples(inputs) for inputs in self.task.calibration)
         # a model that takes several samples at once need not take one
@@ -135,7 +148,7 @@ class Lowering:
                 traces[key] = trace(self.task.model, inputs, self.task.name, residual=self.residual)
                 check_trace(self.task.model, traces[key], (args, kwargs), "calibration data")
                 same = list(traces[key].sites) == list(self.traced.sites)
-                if not same or traces[key].network.channels != self.network.channels:
+                if not same or traces[key].network.channels != self.traced.network.channels:
                     raise InvalidInput(
                         "the model runs other layers on calibration batches than on example_inputs; "
                         "make both take the same path"
@@ -167,11 +180,26 @@ class Lowering:
     @property
     def batch(self) -> int:
         """Batch size of the deployed network."""
-        return (
-            self.network.input_shapes[0][0]
-            if self.network.input_shapes and self.network.input_shapes[0]
-            else 1
-        )
+        shapes = self.traced.network.input_shapes
+        return shapes[0][0] if shapes and shapes[0] else 1
+
+    @cached_property
+    def batch_axes(self) -> tuple[BatchAxis, ...]:
+        """Where the batch is in each output tensor of the model, found by calling it with twice as many samples."""
+        if self.whole is not None:
+            return self.whole.batch_axes
+        size, given = self.batch, self.task.calibration
+        first = with_batch(given[0], size)
+        second = with_batch(given[-1], size)
+        if _samples(given[0]) >= 2 * size:
+            second = cast(Inputs, pytree.tree_map(lambda x: _rows(x, size, 2 * size), given[0]))
+
+        def run(inputs: Inputs) -> Any:
+            args, kwargs = as_call(cast(Inputs, copied(inputs)))
+            with evaluating(self.task.model) as model, torch.no_grad():
+                return model(*args, **kwargs)
+
+        return find_axes(run, first, second, pytree.tree_map(_beside, first, second))
 
     def arrays(self) -> list[np.ndarray[Any, Any]]:
         """The example inputs in the order of the ONNX inputs."""
@@ -215,9 +243,18 @@ def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:
         for start in range(0, count - size + 1, size):
 
             def piece(leaf: Any, start: int = start, size: int = size) -> Any:
-                return leaf[start : start + size] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+                return _rows(leaf, start, start + size)
 
             yield cast(Inputs, pytree.tree_map(piece, inputs))
+
+
+def _rows(leaf: Any, start: int, end: int) -> Any:
+    return leaf[start:end] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def _beside(a: Any, b: Any) -> Any:
+    """Two batches as one."""
+    return torch.cat([a, b]) if isinstance(a, torch.Tensor) and a.dim() else a
 
 
 def _samples(inputs: Inputs) -> int:

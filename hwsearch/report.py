@@ -27,6 +27,7 @@ class Report:
     then nothing is met. slowdown: by how much slower than when the table was made the machine was, 0 where it is too little to
     count; times are those of the quiet machine, and `measured_unconverted` is what was measured, on the table's scale.
     table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
+    float_only: units that stay float on this task's data, and why.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Report:
     wrong_outputs: bool = False
     table_check: dict[str, Any] | None = None
     slowdown: float = 0.0
+    float_only: dict[str, str] = field(default_factory=dict)
 
     def _memory(self) -> list[str]:
         if not self.memory:
@@ -107,6 +109,9 @@ class Report:
                 f"widths   {len(narrow)} of {len(self.widths)} channel groups narrower, down to "
                 f"{min(w / n for w, n in narrow.values()):.0%}; {share:.0%} of the multiply-accumulates"
             )
+        for why in dict.fromkeys(self.float_only.values()):
+            units = [unit for unit, own in self.float_only.items() if own == why]
+            lines.append(f"float    {', '.join(units)}: {why}")
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:
