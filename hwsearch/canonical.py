@@ -316,6 +316,7 @@ def _expand_attention(graph: fx.GraphModule) -> None:
             new = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
             if some is not None:
                 new = call(aten.mul.Tensor, new, some)
+        new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
 
@@ -329,10 +330,9 @@ def _open_rows(
     attends to everything here, and its result is multiplied by zero: finite in every runtime and in any precision.
     """
     boolean = mask.meta["val"].dtype == torch.bool
-    if is_get_attr(mask):
-        value = tensor_attr(graph, str(mask.target))
-        if bool((value if boolean else value > float("-inf")).any(-1).all()):
-            return mask, None
+    value = _constant(graph, mask)
+    if value is not None and bool((value if boolean else value > float("-inf")).any(-1).all()):
+        return mask, None
     allowed = mask if boolean else call(aten.gt.Scalar, mask, float("-inf"))
     some = call(aten.amax.default, call(aten.to.dtype, allowed, torch.float32), [-1], True)
     if boolean:
@@ -341,6 +341,27 @@ def _open_rows(
         open_ = call(aten.where.ScalarOther, call(aten.gt.Scalar, some, 0.0), mask, 0.0)
     open_.meta["val"] = mask.meta["val"]
     return open_, some
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input; None of any other."""
+    needed, left = {node}, [node]
+    while left:
+        sources = left.pop().all_input_nodes
+        left += [s for s in sources if s not in needed]
+        needed.update(sources)
+    if any(n.op not in ("get_attr", "call_function") for n in needed):
+        return None
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in (n for n in graph.graph.nodes if n in needed):
+            if is_get_attr(n):
+                values[n] = operator.attrgetter(str(n.target))(graph)
+            else:
+                args, kwargs = fx.map_arg((n.args, n.kwargs), values.__getitem__)
+                values[n] = n.target(*args, **kwargs)
+    found: torch.Tensor = values[node]
+    return found
 
 
 def _repeat_heads(call: Callable[..., fx.Node], tensor: fx.Node, heads: int) -> fx.Node:

@@ -145,7 +145,9 @@ class Lowering:
                 [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             )
             if key not in traces:
-                traces[key] = trace(self.task.model, inputs, self.task.name, residual=self.residual)
+                traces[key] = trace(
+                    self.task.model, inputs, self.task.name, residual=self.residual, what="calibration data"
+                )
                 check_trace(self.task.model, traces[key], (args, kwargs), "calibration data")
                 same = list(traces[key].sites) == list(self.traced.sites)
                 if not same or traces[key].network.channels != self.traced.network.channels:

@@ -74,11 +74,18 @@ class Traced:
         return [(path, axis) for path, axis in weights if path is not None]
 
 
-def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: bool = False) -> Traced:
+def trace(
+    model: torch.nn.Module,
+    inputs: Inputs,
+    name: str = "",
+    *,
+    residual: bool = False,
+    what: str = "example_inputs",
+) -> Traced:
     """Trace a module with `torch.export` and find its units and edges.
 
     inputs: one example; its batch size is the one the network is built for. residual: the width that LayerNorm
-    normalises over may be made narrower too.
+    normalises over may be made narrower too. what: names the inputs in messages.
     Raises UntraceableModel naming the submodule and operator, or the buffer that is state; InvalidInput if the model fails
     on `inputs` or returns NaN or infinity.
     """
@@ -91,11 +98,11 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
             outputs = model(*copied(args), **copied(kwargs))
         except Exception as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise InvalidInput(f"the model fails on example_inputs: {why}") from error
+            raise InvalidInput(f"the model fails on {what}: {why}") from error
         graph = functional_graph(export_program(model, args, kwargs))
     graph.meta["signature"] = signature
     canonicalize(graph)
-    check_finite(outputs, graph, flat_inputs(graph, args, kwargs), "example_inputs")
+    check_finite(outputs, graph, flat_inputs(graph, args, kwargs), what)
     shapes = Shapes(graph, args, kwargs)
     sites, units = find_units(graph, shapes)
     if not units:
