@@ -250,7 +250,7 @@ def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict
     for unit in table.network.units:
         if own := sensitivity.refused.get(unit.name):
             kept = {v: why for v, why in own.items() if not v.startswith("width")}
-            refused[unit.name] = {**kept, **refused.get(unit.name, {})}
+            refused[unit.name] = {**refused.get(unit.name, {}), **kept}
     return refused
 
 

@@ -68,7 +68,9 @@ CASES = (
     Case("12"),
     Case("13"),
     Case("13", "make_inf", float_only=("matmul",)),
-    Case("13", "make_inf", float_only=("matmul",), backend="onnxruntime"),
+    Case(
+        "13", "make_inf", budget=("--budget", "size=70%"), float_only=("matmul", "a.2"), backend="onnxruntime"
+    ),
     Case("15"),
     Case("15", backend="onnxruntime"),
     Case("17"),
