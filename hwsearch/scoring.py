@@ -301,6 +301,48 @@ def measure_sensitivity(
         progress.stop()
     count = keep.count()
     mean = keep.total("units") / count
+    loss, width_loss, refused = _told(network, jobs, cuts, every, mean, estimates)
+    table = SensitivityTable(
+        network=network,
+        loss=loss,
+        samples=int(count),
+        divergence=kind,
+        quantize_outputs=quantize_outputs,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        width_loss=width_loss,
+        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
+        estimated=frozenset(c for c in every if c not in set(cuts) and c[1] in width_loss[c[0]]),
+        refused=refused,
+    )
+    known = [i for i, (a, w) in enumerate(whole) if table.offers(a, w)]
+    simulated = (keep.total("whole") / count)[known]
+    predicted = np.array([table.total(*whole[i]) for i in known])
+    from scipy.stats import kendalltau
+
+    tau = float(kendalltau(predicted, simulated).statistic) if len(known) > 2 else float("nan")
+    table = replace(
+        table,
+        rank_correlation=tau if np.isfinite(tau) else None,
+        validation=tuple((float(p), float(s)) for p, s in zip(predicted, simulated, strict=True)),
+    )
+    if out is not None:
+        table.save(out)
+    keep.remove()
+    return table
+
+
+def _told(
+    network: Network,
+    jobs: Sequence[tuple[str, Variant]],
+    cuts: Sequence[tuple[str, int]],
+    every: Sequence[tuple[str, int]],
+    mean: np.ndarray[Any, np.dtype[np.float64]],
+    estimates: Mapping[tuple[str, int], float],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[int, float]], dict[str, dict[str, str]]]:
+    """(losses of variants, losses of widths, what is refused) from the mean losses of jobs and cuts.
+
+    The widths of `every` that were not measured follow the estimates from the narrowest measured one on.
+    """
     losses = np.maximum(mean, 0.0).tolist()
     loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
     refused: dict[str, dict[str, str]] = {}
@@ -324,33 +366,7 @@ def measure_sensitivity(
         last = min(own)  # the narrowest so far, measured or estimated
         share = estimates[group, width] / max(estimates.get((group, last), 0.0), 1e-30)
         own[width] = own[last] * max(share, 1.0)
-    table = SensitivityTable(
-        network=network,
-        loss=loss,
-        samples=int(count),
-        divergence=kind,
-        quantize_outputs=quantize_outputs,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        width_loss=width_loss,
-        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
-        estimated=frozenset(c for c in estimated if c[1] in width_loss[c[0]]),
-        refused=refused,
-    )
-    known = [i for i, (a, w) in enumerate(whole) if table.offers(a, w)]
-    simulated = (keep.total("whole") / count)[known]
-    predicted = np.array([table.total(*whole[i]) for i in known])
-    from scipy.stats import kendalltau
-
-    tau = float(kendalltau(predicted, simulated).statistic) if len(known) > 2 else float("nan")
-    table = replace(
-        table,
-        rank_correlation=tau if np.isfinite(tau) else None,
-        validation=tuple((float(p), float(s)) for p, s in zip(predicted, simulated, strict=True)),
-    )
-    if out is not None:
-        table.save(out)
-    keep.remove()
-    return table
+    return loss, width_loss, refused
 
 
 def _worth_measuring(

@@ -136,3 +136,32 @@ def test_every_layer_shares_what_is_computed_from_the_mask() -> None:
     assert sum(n.target is torch.ops.aten.amax.default for n in traced.graph.graph.nodes) == 1
     with torch.no_grad():
         assert torch.allclose(traced.graph(x, valid), model(x, valid), atol=1e-6)
+
+
+class Mended(nn.Module):
+    """Softmax written out: NaN in a row that may attend to nothing, which the network itself puts to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        h = self.emb(x)
+        scores = (h @ h.transpose(1, 2)).masked_fill(~valid[:, None, :], float("-inf"))
+        y: torch.Tensor = self.out(torch.nan_to_num(scores.softmax(-1)) @ h)
+        return y
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_nan_that_the_network_mends_itself_is_mended_in_both_runtimes(backend: str) -> None:
+    torch.manual_seed(0)
+    valid = torch.tensor([[False] * 5, [True] * 5, [True, True, False, False, True]])
+    inputs = torch.randn(3, 5, 8), valid
+    lowering = Lowering(Task(Mended().eval(), inputs, [(torch.randn(3, 5, 8), valid)], lambda p: 0.0))
+    assert not any(u.float_only for u in lowering.network.units)
+    engine = backends.get(backend).build(
+        lowering.onnx(uniform(lowering.network, "fp32")).SerializeToString(), BuildOptions(1, "fp32")
+    )
+    with torch.no_grad():
+        want = lowering.task.model(*inputs).numpy()
+    assert np.abs(engine(*lowering.arrays())[0] - want).max() < 1e-5
