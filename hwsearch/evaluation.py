@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from hwsearch.backends.base import Engine
@@ -30,26 +29,6 @@ def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
         if len(values) != count:
             raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
         return [torch.from_numpy(r) for r in engine(*(v.detach().cpu().numpy() for v in values))]
-
-    return _in_pieces(at, run)
-
-
-def dense_predictor(at: Lowering) -> Callable[..., Any]:
-    """The same with the dense network in torch: what an engine's outputs are to be compared with."""
-    graph = at.traced.graph
-    places = [
-        i
-        for i, v in enumerate(flat_inputs(graph, at.traced.args, at.traced.kwargs))
-        if isinstance(v, torch.Tensor)
-    ]
-
-    def run(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        inputs = flat_inputs(graph, at.traced.args, at.traced.kwargs)
-        for place, value in zip(places, values, strict=True):
-            inputs[place] = value
-        with torch.no_grad():
-            outputs = fx.Interpreter(graph).run(*inputs, enable_io_processing=False)
-        return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
 
     return _in_pieces(at, run)
 

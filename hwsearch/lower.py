@@ -63,8 +63,16 @@ class Lowering:
         """The example, and a few calibration batches of as many samples."""
         batches = self.task.calibration
         chosen = {round(i) for i in np.linspace(0, len(batches) - 1, COMPARED)}
-        own = {f"calibration batch {i}": with_batch(batches[i], self.batch) for i in sorted(chosen)}
+        own = {f"calibration batch {i}": self.deployed(batches[i]) for i in sorted(chosen)}
         return {what: as_call(inputs) for what, inputs in {"example_inputs": self.inputs, **own}.items()}
+
+    def deployed(self, inputs: Inputs) -> Inputs:
+        """A calibration batch as the deployed network takes it: cut or repeated where its shapes are not the example's."""
+        own, example = (
+            [t.shape for t in pytree.tree_leaves(_sorted(as_call(i))) if isinstance(t, torch.Tensor)]
+            for i in (inputs, self.inputs)
+        )
+        return inputs if own == example else with_batch(inputs, self.batch)
 
     @cached_property
     def network(self) -> Network:
@@ -168,6 +176,20 @@ class Lowering:
         """The last quarter of the calibration batches, which losses are measured on; a single batch serves for both."""
         return self.calibration[kept_apart(len(self.calibration)) :] or self.calibration
 
+    @property
+    def comparable(self) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:
+        """As `scoring`, in batches of the deployed size where an output has no axis that follows the batch."""
+        if all(where.axis is not None for where in self.batch_axes):
+            return self.scoring
+        found = []
+        for _, args, kwargs in self.scoring:
+            count = _samples(cast(Inputs, (args, kwargs)))
+            for start in range(0, max(count - count % self.batch, 1), self.batch):
+                own = pytree.tree_map(lambda x, s=start: _rows(x, s, s + self.batch), (args, kwargs))
+                args_, kwargs_ = cast(Any, with_batch(own, self.batch))
+                found.append((self.traced, args_, kwargs_))
+        return found
+
     @cached_property
     def ranges(self) -> dict[Key, Range]:
         if self.whole is not None and not self.calibrate:
@@ -191,8 +213,7 @@ class Lowering:
         if self.whole is not None:
             return self.whole.batch_axes
         size, given = self.batch, self.task.calibration
-        first = with_batch(given[0], size)
-        second = with_batch(given[-1], size)
+        first, second = self.deployed(given[0]), self.deployed(given[-1])
         if _samples(given[0]) >= 2 * size:
             second = cast(Inputs, pytree.tree_map(lambda x: _rows(x, size, 2 * size), given[0]))
 

@@ -19,7 +19,7 @@ from hwsearch.calling import evaluating
 from hwsearch.checking import Check, measure_again, spread
 from hwsearch.equations import MOODS
 from hwsearch.errors import InvalidInput
-from hwsearch.evaluation import dense_predictor, predictor, score
+from hwsearch.evaluation import predictor, score
 from hwsearch.header import SANDWICHED
 from hwsearch.isolated import sandwich_engine
 from hwsearch.latency import LatencyModel, fit
@@ -218,12 +218,10 @@ class Session:
         kind = self.at.lowering.task.divergence
         predict = predictor(measured.at.lowering, measured.engine)
         axes = self.at.lowering.batch_axes
-        # what no axis of follows the batch depends on how large that is
-        own = dense_predictor(self.at.lowering) if any(a.axis is None for a in axes) else None
         total, count = 0.0, 0
-        for traced, args, kwargs in self.at.lowering.scoring:
+        for traced, args, kwargs in self.at.lowering.comparable:
             with torch.no_grad():
-                dense = (own or traced.graph)(*args, **kwargs)
+                dense = traced.graph(*args, **kwargs)
             value, samples = divergence(predict(*args, **kwargs), dense, kind, axes)
             total, count = total + value, count + samples
             if count >= LOSS_SAMPLES:

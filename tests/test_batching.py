@@ -13,7 +13,7 @@ from torch import nn
 from hwsearch.backends.base import TensorSpec
 from hwsearch.batching import BatchAxis, put_together
 from hwsearch.errors import InvalidInput
-from hwsearch.evaluation import dense_predictor, predictor
+from hwsearch.evaluation import predictor
 from hwsearch.lower import Lowering
 from hwsearch.scoring import divergence
 from hwsearch.task import Task
@@ -64,7 +64,6 @@ class _Engine:
         self.lowering = lowering
         shape = lowering.network.input_shapes[0]
         self.inputs = [TensorSpec("x", shape, np.dtype(np.float32))]
-        self.run = dense_predictor(lowering)
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         assert x.shape == self.inputs[0].shape
@@ -118,6 +117,16 @@ def test_what_has_no_mean_is_put_together_of_one_piece_alone() -> None:
     assert put_together([whole], [BatchAxis(None)], [2, 1], 2) == [torch.tensor(3)]
     with pytest.raises(InvalidInput, match="no axis that follows the batch"):
         put_together([[torch.tensor(3), torch.tensor(4)]], [BatchAxis(None)], [2, 1], 2)
+
+
+def test_losses_are_compared_in_the_deployed_batch_where_an_output_is_a_whole() -> None:
+    plain, whole = _lowering(lambda y, h: y, 3), _lowering(lambda y, h: (y, y @ y.T), 3)
+    assert plain.comparable is not whole.comparable
+    assert [len(b[1][0]) for b in plain.comparable] == [len(b[1][0]) for b in plain.scoring]
+    assert {len(b[1][0]) for b in whole.comparable} == {3}
+    given = torch.cat([args[0] for _, args, _ in whole.scoring])
+    own = torch.cat([args[0] for _, args, _ in whole.comparable])
+    assert all(any(torch.equal(row, x) for x in given) for row in own)
 
 
 @pytest.mark.parametrize("kind", ["second", "last", "batch x positions", "positions x batch"])
