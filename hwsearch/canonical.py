@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -17,6 +19,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
+
+from hwsearch.errors import UntraceableModel
 
 aten = torch.ops.aten
 
@@ -39,12 +43,17 @@ _FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul line
 
 
 def functional_graph(program: ExportedProgram) -> fx.GraphModule:
-    """The graph of an exported program without operators that write into a tensor."""
+    """The graph of an exported program without operators that write into a tensor.
+
+    Raises UntraceableModel where a call changes a buffer that its outputs depend on.
+    """
     graph = program.module(check_guards=False)
     if not _without_mutation(graph):
-        graph = program.run_decompositions({}).module(check_guards=False)
+        program = program.run_decompositions({})
+        _refuse_state(program)
+        graph = program.module(check_guards=False)
         _restore_batch_norm(graph)
-        _drop_state_updates(graph)
+        _drop_updates(graph)
     return graph
 
 
@@ -81,6 +90,19 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [value[0] for value in stack.values() if value[0]]
     return paths[-1].removeprefix("L['self'].") if paths else ""
+
+
+def place(node: fx.Node) -> str:
+    """Where a node stands in the user's code: its operator, its module, and the line where the trace knows it."""
+    where = f"{op_name(node)} in {module_path(node) or 'the model itself'}"
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
+    )
+    own = [f for f in frames if not f[0].startswith(str(Path(torch.__file__).parent))]
+    if not own:
+        return where
+    file, line, code = own[-1]
+    return f"{where}, at {Path(file).name}:{line}: `{code.strip()}`"
 
 
 def is_get_attr(node: Any) -> TypeGuard[fx.Node]:
@@ -162,10 +184,37 @@ def _restore_batch_norm(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(node)
 
 
-def _drop_state_updates(graph: fx.GraphModule) -> None:
-    """What a model writes into its buffers is for its next call, and a deployed network keeps no state."""
+def _refuse_state(program: ExportedProgram) -> None:
+    """A deployed network starts every call from what its file stores, so that state would be lost in silence."""
+    signature = program.graph_signature
+    own = signature.inputs_to_buffers | signature.inputs_to_parameters
+    written = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()}
+    nodes = {node.name: node for node in program.graph.nodes}
+    needed: set[fx.Node] = set()
+    left = [nodes[name] for name in signature.user_outputs if name in nodes]
+    while left:
+        node = left.pop()
+        if node not in needed:
+            needed.add(node)
+            left += node.all_input_nodes
+    read = {own[node.name] for node in needed if node.op == "placeholder" and node.name in own}
+    refuse_state([name for name in dict.fromkeys(own.values()) if name in read & written])
+
+
+def refuse_state(names: Sequence[str]) -> None:
+    """Raises UntraceableModel where outputs depend on what earlier calls left in these buffers or attributes."""
+    if names:
+        raise UntraceableModel(
+            f"the network keeps state: its outputs depend on {', '.join(names)}, which every call changes, and a deployed network "
+            "starts each call from the same values. Make it an input and an output: forward(x, state) that returns (y, new state)"
+        )
+
+
+def _drop_updates(graph: fx.GraphModule) -> None:
+    """What a call writes into buffers that no output depends on, or into its inputs, is not part of its outputs."""
     for node in reversed(list(graph.graph.nodes)):
-        if _mutates(node) and is_get_attr(node.args[0]):
+        target = node.args[0] if node.args else None
+        if _mutates(node) and (is_get_attr(target) or getattr(target, "op", "") == "placeholder"):
             node.replace_all_uses_with(node.args[1])
             graph.graph.erase_node(node)
 
@@ -229,6 +278,7 @@ def _expand_circular_padding(graph: fx.GraphModule) -> None:
 
 def _expand_attention(graph: fx.GraphModule) -> None:
     """scaled_dot_product_attention as MatMul, Softmax, MatMul, so that both products are units."""
+    opened: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}  # layers share a mask
     for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is ATTENTION]:
         q, k, v, mask, _, causal, scale, gqa = bound(
             node, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
@@ -240,9 +290,10 @@ def _expand_attention(graph: fx.GraphModule) -> None:
 
         def call(target: Any, *args: Any, like: fx.Node = node) -> fx.Node:
             new = graph.graph.call_function(target, args)
-            new.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+            new.meta |= {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
             return new
 
+        some = None
         with graph.graph.inserting_before(node):
             if gqa and k_shape[-3] != q_shape[-3]:
                 k, v = (_repeat_heads(call, t, q_shape[-3]) for t in (k, v))
@@ -255,13 +306,62 @@ def _expand_attention(graph: fx.GraphModule) -> None:
                 set_attr(graph, path, torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf")))
                 scores = call(aten.add.Tensor, scores, graph.graph.get_attr(path))
             if mask is not None:
+                if mask not in opened:
+                    opened[mask] = _open_rows(call, graph, mask)
+                mask, some = opened[mask]
                 if mask.meta["val"].dtype == torch.bool:
                     scores = call(aten.where.ScalarOther, mask, scores, float("-inf"))
                 else:
                     scores = call(aten.add.Tensor, scores, mask)
             new = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
+            if some is not None:
+                new = call(aten.mul.Tensor, new, some)
+        new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
+
+
+def _open_rows(
+    call: Callable[..., fx.Node], graph: fx.GraphModule, mask: fx.Node
+) -> tuple[fx.Node, fx.Node | None]:
+    """(a mask without rows that allow nothing, for each row 1 or, where it allowed nothing, 0; None if no row can be such).
+
+    Of a row that may attend to nothing `scaled_dot_product_attention` returns zeros; softmax over it is NaN. Such a row
+    attends to everything here, and its result is multiplied by zero: finite in every runtime and in any precision.
+    """
+    boolean = mask.meta["val"].dtype == torch.bool
+    value = _constant(graph, mask)
+    if value is not None and bool((value if boolean else value > float("-inf")).any(-1).all()):
+        return mask, None
+    allowed = mask if boolean else call(aten.gt.Scalar, mask, float("-inf"))
+    some = call(aten.amax.default, call(aten.to.dtype, allowed, torch.float32), [-1], True)
+    if boolean:
+        open_ = call(aten.logical_or.default, mask, call(aten.eq.Scalar, some, 0.0))
+    else:
+        open_ = call(aten.where.ScalarOther, call(aten.gt.Scalar, some, 0.0), mask, 0.0)
+    open_.meta["val"] = mask.meta["val"]
+    return open_, some
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input; None of any other."""
+    needed, left = {node}, [node]
+    while left:
+        sources = left.pop().all_input_nodes
+        left += [s for s in sources if s not in needed]
+        needed.update(sources)
+    if any(n.op not in ("get_attr", "call_function") for n in needed):
+        return None
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in (n for n in graph.graph.nodes if n in needed):
+            if is_get_attr(n):
+                values[n] = operator.attrgetter(str(n.target))(graph)
+            else:
+                args, kwargs = fx.map_arg((n.args, n.kwargs), values.__getitem__)
+                values[n] = n.target(*args, **kwargs)
+    found: torch.Tensor = values[node]
+    return found
 
 
 def _repeat_heads(call: Callable[..., fx.Node], tensor: fx.Node, heads: int) -> fx.Node:

@@ -39,6 +39,7 @@ class Unit:
     macs: multiply-accumulates of all calls together.
     other_bytes: bytes stored beside the weight at every precision (the bias, in fp32).
     ways: the channel groups that its shapes depend on.
+    float_only: why its activations cannot be quantized on the task's data; empty where they can.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Unit:
     macs: int = 0
     other_bytes: int = 0
     ways: tuple[Way, ...] = ()
+    float_only: str = field(default="", compare=False)
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -268,7 +270,11 @@ class Network:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form; `from_json` is its inverse."""
-        return asdict(self)
+        data = asdict(self)
+        for unit in data["units"]:
+            if not unit["float_only"]:
+                del unit["float_only"]  # as versions without it wrote
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Network:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from hwsearch.backends.base import Engine
 from hwsearch.calling import as_call, flat_inputs
 from hwsearch.compress.apply import Simulator
-from hwsearch.lower import Lowering, with_batch
+from hwsearch.lower import Lowering
 from hwsearch.variants import Variant
 
 ROUNDING = {"fp32": 1e-3, "tf32": 4e-3, "bf16": 4e-2, "fp16": 1e-2}
@@ -55,9 +55,7 @@ class Expected:
 
     def __init__(self, lowering: Lowering, quantize_outputs: bool) -> None:
         self.lowering, self.quantize_outputs = lowering, quantize_outputs
-        self._calls = [
-            as_call(i) for i in (lowering.inputs, with_batch(lowering.task.calibration[0], lowering.batch))
-        ]
+        self._calls = [as_call(i) for i in (lowering.inputs, lowering.deployed(lowering.task.calibration[0]))]
         self._simulators: list[Simulator] = []
 
     def deviation(self, engine: Engine, variants: Mapping[str, Variant], base: str) -> Deviation:

@@ -123,12 +123,16 @@ def sensitivity_for(
         found = SensitivityTable.load(path)
         found.require(at.network, at.lowering.int8_bits)
         have = {v for row in found.loss.values() for v in row}
-        complete = all(own <= set(found.loss[u]) for u, own in wanted.items())
+        complete = all(own <= {*found.loss[u], *found.refused.get(u, {})} for u, own in wanted.items())
         if not complete or found.quantize_outputs != at.backend.quantize_outputs:
             raise IncompatibleTables(
                 f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
             )
-        if all(set(steps) <= set(found.width_loss.get(g, {})) for g, steps in narrower.items()):
+        scored = {g: {f"width{w}" for w in own} for g, own in found.width_loss.items()}
+        if all(
+            {f"width{w}" for w in steps} <= {*scored.get(g, ()), *found.refused.get(g, {})}
+            for g, steps in narrower.items()
+        ):
             return found
     bank = None
     if narrower:
@@ -168,6 +172,7 @@ def closed_loop(
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
     session = session or Session(at, table)
+    table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     wanted, dense = session.limits(budgets, table)
     tighten = {} if all(dense[column] <= limit for column, limit in wanted.items()) else dict(wanted)
@@ -242,6 +247,16 @@ def _left_over(report: Report) -> float:
         return 1.0
     measured, bound = costs["latency"]
     return bound / measured
+
+
+def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict[str, dict[str, str]]:
+    """What the table does not offer, with the variants that have no loss."""
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    for unit in table.network.units:
+        if own := sensitivity.refused.get(unit.name):
+            kept = {v: why for v, why in own.items() if not v.startswith("width")}
+            refused[unit.name] = {**refused.get(unit.name, {}), **kept}
+    return refused
 
 
 def _without_wrong(

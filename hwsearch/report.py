@@ -28,7 +28,8 @@ class Report:
     or a fall of the score, far above what was predicted, with the likeliest layer. slowdown: by how much slower than when the
     table was made the machine was, 0 where it is too little to count; times are those of the quiet machine, and
     `measured_unconverted` is what was measured, on the table's scale. table_check: where prediction and measurement part by more
-    than three sigma, builds of the table measured again.
+    than three sigma, builds of the table measured again. float_only: units that stay
+    float on this task's data, and why.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Report:
     unexplained: list[str] = field(default_factory=list)
     table_check: dict[str, Any] | None = None
     slowdown: float = 0.0
+    float_only: dict[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -122,6 +124,9 @@ class Report:
             lines.append(
                 f"int8     weights of {self.options['int8_bits']} bits: {self.backend} sums products of 8 inexactly on this device"
             )
+        for why in dict.fromkeys(self.float_only.values()):
+            units = [unit for unit, own in self.float_only.items() if own == why]
+            lines.append(f"float    {', '.join(units)}: {why}")
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:

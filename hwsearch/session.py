@@ -223,11 +223,12 @@ class Session:
         """Divergence of the engine's outputs from the dense module's, mean over the calibration samples kept apart for it."""
         kind = self.at.lowering.task.divergence
         predict = predictor(measured.at.lowering, measured.engine)
+        axes = self.at.lowering.batch_axes
         total, count = 0.0, 0
-        for traced, args, kwargs in self.at.lowering.scoring:
+        for traced, args, kwargs in self.at.lowering.comparable:
             with torch.no_grad():
                 dense = traced.graph(*args, **kwargs)
-            value, samples = divergence(predict(*args, **kwargs), dense, kind)
+            value, samples = divergence(predict(*args, **kwargs), dense, kind, axes)
             total, count = total + value, count + samples
             if count >= LOSS_SAMPLES:
                 break

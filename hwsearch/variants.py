@@ -137,11 +137,13 @@ def uniform(network: Network, precision: str) -> dict[str, Variant]:
 
 
 def ineligible(unit: Unit, variant: Variant) -> str:
-    """Why a unit cannot become a variant on any device; empty where it can.
+    """Why a unit cannot become a variant on any device, on its task's data; empty where it can.
 
     N:M, as TensorRT documents it: N of M consecutive input channels for each output channel and kernel position. int4 and
     nvfp4 are blocks along the input channels of matrices. What a device or a runtime does not execute is for backends to say.
     """
+    if variant.quantized and unit.float_only:
+        return unit.float_only
     if variant.kept is None and variant.precision not in ("int4", "nvfp4"):
         return ""
     if not unit.weight_shape:

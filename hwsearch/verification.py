@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from hwsearch import device as devices
@@ -13,6 +14,7 @@ from hwsearch.deployment import as_deployed, bank_of, metadata_of, of_allocation
 from hwsearch.header import SANDWICHED
 from hwsearch.regime import Regime, wrong_variants
 from hwsearch.report import Report
+from hwsearch.scoring import NOT_FINITE
 from hwsearch.session import Job, Measured, Session, require_energy, uniform_candidates
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
@@ -166,8 +168,18 @@ def verify_with_build(
         unexplained=unexplained(own, at, variants, base, loss, score),
         table_check=drift,
         slowdown=session.slowdown,
+        float_only=_float_only(at, unsupported),
     )  # fmt: skip
     return report, deployed.build
+
+
+def _float_only(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Units that are not quantized for what they read, or for what their simulation returns, and why."""
+    read = {u.name: u.float_only for u in at.network.units if u.float_only}
+    lost = {
+        u: f"as {v}, {why}" for u, own in unsupported.items() for v, why in own.items() if why == NOT_FINITE
+    }
+    return {**lost, **read}
 
 
 def _parted(measured_ns: float, allocation: Allocation) -> bool:

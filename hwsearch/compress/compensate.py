@@ -184,8 +184,8 @@ class Gram:
 class Grams(Mapping[str, Gram]):
     """The Gram matrix of what each unit reads, by unit, from one pass over calibration batches.
 
-    units: those to take; None for every unit that can be refitted and reads a channel group. Units that read one tensor
-    in one way share a matrix. Positions are sampled at random, the same for one seed.
+    units: those to take; None for every unit that can be refitted and reads a channel group. Units that read NaN or infinity
+    are left out. Units that read one tensor in one way share a matrix. Positions are sampled at random, the same for one seed.
     ridges: for each unit the regularisation that, fitted on the first three quarters of the batches with a random half
     of the features gone, is best on the last quarter: a layer that reads 1,280 features of 100 samples must not follow
     them as one does that reads 9 features of 20,000 positions.
@@ -221,8 +221,10 @@ class Grams(Mapping[str, Gram]):
                 sites = {s.node: (u, s) for u in unit_of.values() for s in batch[0].sites[u]}
                 into = (self.grams, held) if index >= apart else (self.grams,)
                 self._take(batch, sites, index, len(batches), rows, seed, into)
+        # a unit that reads NaN or infinity has no moments: it is not refitted
+        self.of = {n: w for n, w in self.of.items() if bool(torch.isfinite(self.grams[w].matrix).all())}
         self.ridges = {
-            name: _best_ridge(traced, name, self[name], held[self.of[name]], seed) for name in names
+            name: _best_ridge(traced, name, self[name], held[self.of[name]], seed) for name in self.of
         }
 
     def _take(

@@ -102,7 +102,8 @@ def gate_gradients(
     (for each group and batch the gradient [samples, slots] of each sample's loss with respect to gates on its slots;
     for each consumer of a group the mean square of the loss's gradient at its output, by channel of its output.)
     The loss is the cross-entropy against labels drawn from the network's own outputs; where these are no class logits,
-    half the squared distance from the outputs with unit noise. Its expected square is the Gauss-Newton matrix.
+    half the squared distance from the outputs with unit noise. Its expected square is the Gauss-Newton matrix. What is NaN or
+    infinite, behind a function without a derivative where it was taken, counts as zero.
     """
     generator = torch.Generator().manual_seed(seed)
     gates: dict[str, list[NDArray[np.float64]]] = {}
@@ -114,7 +115,7 @@ def gate_gradients(
             (t.shape[0] for t in pytree.tree_leaves(flat) if isinstance(t, torch.Tensor) and t.dim()), 1
         )
         with torch.enable_grad():
-            loss = _probe(run.run(*flat, enable_io_processing=False), generator)
+            loss = _probe(run.run(*flat, enable_io_processing=False), samples, generator)
             reads, puts = list(run.reads), list(run.puts)
             wanted = [x for _, _, x in reads] + [y for _, _, y in puts]
             found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -122,7 +123,7 @@ def gate_gradients(
         for (axis, labels, x), grad in zip(reads, found, strict=False):
             if grad is None:
                 continue
-            each = (x.detach() * grad).movedim(axis, -1)
+            each = (x.detach() * grad).nan_to_num(0.0, 0.0, 0.0).movedim(axis, -1)
             rows = samples if each.shape[0] % samples == 0 else 1
             sums = each.reshape(rows, -1, each.shape[-1]).sum(1).numpy()
             for group, slots in traced.channels.groups.items():
@@ -133,7 +134,7 @@ def gate_gradients(
             gates.setdefault(group, []).append(gate)
         for (unit, axis, _), grad in zip(puts, found[len(reads) :], strict=True):
             if grad is not None:
-                square = grad.double().square().movedim(axis, -1).flatten(0, -2)
+                square = grad.double().nan_to_num(0.0, 0.0, 0.0).square().movedim(axis, -1).flatten(0, -2)
                 squares.setdefault(unit, []).append(square.mean(0).numpy())
     for group, slots in batches[0][0].channels.groups.items():
         gates.setdefault(group, [np.zeros((1, len(slots)))])
@@ -186,7 +187,7 @@ class _Gated(fx.Interpreter):
         return y
 
 
-def _probe(output: Any, generator: torch.Generator) -> torch.Tensor:
+def _probe(output: Any, samples: int, generator: torch.Generator) -> torch.Tensor:
     """A random loss whose gradient's covariance is the Fisher matrix of the outputs, summed over samples."""
     total = torch.zeros(())
     for y in pytree.tree_leaves(output):
@@ -196,7 +197,7 @@ def _probe(output: Any, generator: torch.Generator) -> torch.Tensor:
         if y.dim() >= 2 and y.shape[axis] >= 2:
             logits = y.movedim(axis, -1).flatten(0, -2)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            share = len(y) / len(logits)
+            share = samples / len(logits)
             total = total - share * logits.log_softmax(-1).gather(1, labels).sum()
         else:
             noise = torch.randn(y.shape, generator=generator)

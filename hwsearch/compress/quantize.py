@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hwsearch.calling import flat_inputs
 from hwsearch.edges import output_node
 from hwsearch.errors import InvalidInput
+from hwsearch.nonfinite import check_finite
 from hwsearch.trace import Traced
 from hwsearch.variants import INT8_BITS, int8_levels
 
@@ -21,6 +22,8 @@ METHODS = ("mse", "percentile", "minmax")
 BINS = 2048
 PERCENTILE = 99.99
 _SAMPLE = 1 << 18
+VANISHING = 1e-34
+"""Magnitude below which a tensor counts as zero: scales of its values would be denormal, which runtimes take for zero."""
 
 Key = tuple[str, int, str]
 """(unit, call, port): port is `in0`, `in1` or `out`."""
@@ -31,10 +34,15 @@ class Range:
     """What calibration says of one tensor.
 
     limit: the largest magnitude that int8 should represent; top: the largest seen, which floats of few bits represent.
+    Both are infinite where NaN or infinity was seen.
     """
 
     limit: float
     top: float
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.top))
 
 
 Ranges = Mapping[Key, Range]
@@ -123,8 +131,10 @@ class _Seen:
     def add(self, value: torch.Tensor, keep: int, generator: torch.Generator) -> None:
         """At most `keep` of the value's magnitudes join the sample; 0 keeps none."""
         low, high = (float(v) for v in torch.aminmax(value))
-        self.top = max(self.top, -low, high) if np.isfinite(low) and np.isfinite(high) else float("nan")
-        if not keep:
+        if not (np.isfinite(low) and np.isfinite(high)):
+            self.top = float("inf")
+        self.top = max(self.top, -low, high)  # which NaN is never
+        if not keep or not np.isfinite(self.top):
             return
         flat = value.reshape(-1)
         if flat.numel() > keep:
@@ -139,7 +149,8 @@ def activation_ranges(
 
     batches: calibration batches, each with a trace for its shape; each runs once. method: of the limit, `minmax` (the largest
     seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
-    Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an activation is NaN or infinite.
+    Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an output of the network is NaN or
+    infinite; within the network both are legal.
     """
     if method not in METHODS:
         raise InvalidInput(f"unknown range method {method!r}; expected one of {', '.join(METHODS)}")
@@ -152,26 +163,22 @@ def activation_ranges(
         own = seen.setdefault(keys, _Seen())
         if value.numel():
             own.add(value.detach().float(), keep, generator)
-        if not np.isfinite(own.top):
-            raise InvalidInput(
-                f"the input or output of unit {keys[0][0]} is NaN or infinite on calibration data; "
-                "check the calibration batches"
-            )
 
     with torch.no_grad():
-        for traced, args, kwargs in batches:
-            _Observer(traced, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
-    return {
-        key: found
-        for keys, own in seen.items()
-        for found in [Range(_limit(own, method), own.top or 1.0)]
-        for key in keys
-    }
+        for number, (traced, args, kwargs) in enumerate(batches):
+            inputs = flat_inputs(traced.graph, args, kwargs)
+            outputs = _Observer(traced, see).run(*inputs, enable_io_processing=False)
+            check_finite(outputs, traced.graph, inputs, f"batch {number} of the calibration data")
+    return {key: found for keys, own in seen.items() for found in [_range(own, method)] for key in keys}
+
+
+def _range(seen: _Seen, method: str) -> Range:
+    if not np.isfinite(seen.top):
+        return Range(float("inf"), float("inf"))
+    return Range(_limit(seen, method), seen.top) if seen.top >= VANISHING else Range(1.0, 1.0)
 
 
 def _limit(seen: _Seen, method: str) -> float:
-    if not seen.top:
-        return 1.0
     if method == "minmax":
         return seen.top
     sample = torch.cat(seen.parts)

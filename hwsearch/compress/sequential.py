@@ -140,6 +140,8 @@ class _SideBySide:
             targets=[self._target(node, slim, d, n) for d, n in self.pairs],
             weight=weight, bias=bias, outputs=lambda: (n.run_node(slim) for _, n in self.pairs),
         )  # fmt: skip
+        if not all(bool(torch.isfinite(t).all()) for t in (*step.inputs, *step.targets)):
+            return  # infinity is legal within a network, and nothing can be regressed on it
         solved = solve(step)
         if solved is None:
             return
