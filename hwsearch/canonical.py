@@ -1,7 +1,7 @@
 """The canonical form of an exported graph: the one way in which each computation is written.
 
-Operators in place are pure, BatchNorm is folded into the layer before it, attention is spelled out as MatMul, Softmax,
-MatMul, and what is computed from parameters alone is stored.
+Operators in place are pure, aliases and attention are spelled out (`aliases.py`; MatMul, Softmax, MatMul), BatchNorm is folded
+into the layer before it, and what is computed from parameters alone is stored.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
+from hwsearch.aliases import aten, inline, spell_out, spelling
+from hwsearch.aliases import op_name as op_name
 
 CONVOLUTIONS: dict[Any, str] = {
     aten.conv1d.default: "conv1d",
@@ -50,7 +49,7 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
 
 def canonicalize(graph: fx.GraphModule) -> None:
     """Bring a functional graph into canonical form, in place."""
-    _inline(graph, aten.einsum.default)
+    spell_out(graph)
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = (
@@ -59,6 +58,7 @@ def canonicalize(graph: fx.GraphModule) -> None:
     _expand_circular_padding(graph)
     _expand_attention(graph)
     _fold_constants(graph)
+    _split_computed_addmm(graph)
     _fold_batch_norm(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -68,12 +68,6 @@ def canonicalize(graph: fx.GraphModule) -> None:
             parent, _, leaf = path.rpartition(".")
             delattr(graph.get_submodule(parent), leaf)
     graph.recompile()
-
-
-def op_name(node: fx.Node) -> str:
-    """`relu` for torch.ops.aten.relu.default."""
-    name = getattr(node.target, "overloadpacket", None)
-    return str(getattr(name, "__name__", getattr(node.target, "__name__", node.target)))
 
 
 def module_path(node: fx.Node) -> str:
@@ -168,36 +162,6 @@ def _drop_state_updates(graph: fx.GraphModule) -> None:
         if _mutates(node) and is_get_attr(node.args[0]):
             node.replace_all_uses_with(node.args[1])
             graph.graph.erase_node(node)
-
-
-def _inline(graph: fx.GraphModule, target: Any) -> None:
-    """Replace each call of an operator by the operators that it is made of."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-        sources = [v for v in flat if isinstance(v, fx.Node)]
-
-        def call(
-            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
-        ) -> torch.Tensor:
-            rest = iter(tensors)
-            args, kwargs = pytree.tree_unflatten(
-                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
-            )
-            result: torch.Tensor = target(*args, **kwargs)
-            return result
-
-        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
-        body = make_fx(call)(*examples)
-        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "call_function":
-                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
-                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                elif inner.op == "output":
-                    node.replace_all_uses_with(values[inner.args[0]])
-        graph.graph.erase_node(node)
 
 
 def _expand_circular_padding(graph: fx.GraphModule) -> None:
@@ -306,6 +270,13 @@ def _fold_constants(graph: fx.GraphModule) -> None:
                         stored = graph.graph.get_attr(path)
                     stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                     node.replace_input_with(arg, stored)
+
+
+def _split_computed_addmm(graph: fx.GraphModule) -> None:
+    """A sum and a product of two activations, or a scaled one, are two operators: the product is a unit."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.addmm.default]:
+        if node.kwargs or not is_get_attr(node.args[2]):
+            inline(graph, node, spelling("addmm"))
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:
