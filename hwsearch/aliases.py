@@ -30,7 +30,9 @@ WHOLE = frozenset(
 )
 """Composite operators that stay: units, those with a channel rule of their own, and recurrent layers."""
 
-_SPELLED = frozenset("mv dot vdot addmv addr baddbmm linalg_cross rot90 floor_divide nansum dist trace".split())
+_SPELLED = frozenset(
+    "mv dot vdot addmv addr baddbmm linalg_cross rot90 floor_divide nansum dist trace".split()
+)
 """Operators of their own that torch also tells how to compute by others."""
 
 _DEPENDENT = (
@@ -94,7 +96,9 @@ def inline(
 
     def call(*tensors: torch.Tensor) -> Any:
         rest = iter(tensors)
-        args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(v, fx.Node) else v for v in flat], spec)
+        args, kwargs = pytree.tree_unflatten(
+            [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
+        )
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
@@ -148,7 +152,10 @@ def _replace(graph: fx.GraphModule, node: fx.Node, rewritten: Callable[[fx.Node,
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         new = graph.graph.call_function(target, args, kwargs)
         values, options = fx.map_arg((args, kwargs), _empty)
-        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {}), "val": target(*values, **options)}
+        new.meta = {
+            "nn_module_stack": node.meta.get("nn_module_stack", {}),
+            "val": target(*values, **options),
+        }
         return new
 
     with graph.graph.inserting_before(node):
@@ -227,6 +234,20 @@ def _written(x: fx.Node, source: fx.Node, dim: int, start: int, end: int, call: 
     return parts[0] if len(parts) == 1 else call(aten.cat.default, parts, dim)
 
 
+def _roll(node: fx.Node, call: Call) -> Any:
+    own = given(node)
+    x, dims = own["self"], own["dims"]
+    if not dims:
+        return None
+    for dim, shift in zip(dims, own["shifts"], strict=True):
+        size = x.meta["val"].shape[dim]
+        first = -shift % size if size else 0
+        if first:
+            parts = [call(aten.slice.Tensor, x, dim, first, size), call(aten.slice.Tensor, x, dim, 0, first)]
+            x = call(aten.cat.default, parts, dim)
+    return x
+
+
 def _rrelu(node: fx.Node, call: Call) -> Any:
     own = given(node)
     if own["training"]:
@@ -262,6 +283,7 @@ REWRITTEN: Mapping[str, Callable[[fx.Node, Call], Any]] = {
     "zero": _zero,
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
+    "roll": _roll,
     "native_layer_norm": _native_layer_norm,
     "native_group_norm": _native_group_norm,
     **dict.fromkeys(("rrelu", "rrelu_with_noise_functional"), _rrelu),

@@ -16,7 +16,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from hwsearch.aliases import aten, inline, spell_out, spelling
+from hwsearch.aliases import aten as aten
+from hwsearch.aliases import inline, spell_out, spelling
 from hwsearch.aliases import op_name as op_name
 
 CONVOLUTIONS: dict[Any, str] = {

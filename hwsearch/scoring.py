@@ -267,8 +267,10 @@ def measure_sensitivity(
                 def lost(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
                 ) -> tuple[float, int]:
-                    replaced = bank.masked_weights(widths) if bank is not None and widths else {}
-                    return divergence(simulate(units, replaced), simulate.dense, kind)
+                    if bank is None or not widths:
+                        return divergence(simulate(units), simulate.dense, kind)
+                    outputs = simulate(units, bank.masked_weights(widths), bank.mask(widths))
+                    return divergence(outputs, simulate.dense, kind)
 
                 found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
                 totals = [lost(a, w) for a, w in whole]
