@@ -30,7 +30,7 @@ WHOLE = frozenset(
 )
 """Composite operators that stay: units, those with a channel rule of their own, and recurrent layers."""
 
-_SPELLED = frozenset(
+SPELLED = frozenset(
     "mv dot vdot addmv addr baddbmm linalg_cross rot90 floor_divide nansum dist trace".split()
 )
 """Operators of their own that torch also tells how to compute by others."""
@@ -69,8 +69,8 @@ def spell_out(graph: fx.GraphModule) -> None:
         name = op_name(node)
         if name in REWRITTEN:
             _replace(graph, node, REWRITTEN[name])
-        elif name in _SPELLED:
-            inline(graph, node, spelling(*_SPELLED))
+        elif name in SPELLED:
+            inline(graph, node, spelling(*SPELLED))
         elif is_composite(node.target):
             inline(graph, node)
     graph.graph.eliminate_dead_code()
@@ -130,6 +130,9 @@ def _take_over(graph: fx.GraphModule, node: fx.Node, result: Any) -> None:
     else:
         for user in list(node.users):
             assert user.target is operator.getitem, f"{user} reads all results of {node} at once"
+            if not user.users:
+                graph.graph.erase_node(user)
+                continue
             user.replace_all_uses_with(result[user.args[1]])
             graph.graph.erase_node(user)
     graph.graph.erase_node(node)
@@ -197,6 +200,11 @@ def _fill(node: fx.Node, call: Call) -> Any:
     if isinstance(own["value"], fx.Node):
         return _like(own["value"], node, call)
     return call(aten.full_like.default, own["self"], own["value"])
+
+
+def _of_constant(node: fx.Node, call: Call) -> Any:
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and source.op == "get_attr" else None
 
 
 def _zero(node: fx.Node, call: Call) -> Any:
@@ -267,6 +275,27 @@ def _native_layer_norm(node: fx.Node, call: Call) -> Any:
     return _without_statistics(node, lambda: call(aten.layer_norm.default, x, shape, weight, bias, eps))
 
 
+def _native_batch_norm(node: fx.Node, call: Call) -> Any:
+    """The operator that decompositions make of BatchNorm in evaluation mode, as BatchNorm."""
+    x, weight, bias, mean, variance, momentum, eps = node.args
+    args = (x, weight, bias, mean, variance, False, momentum, eps, False)
+    return _without_statistics(node, lambda: call(aten.batch_norm.default, *args))
+
+
+def _convolution(node: fx.Node, call: Call) -> Any:
+    own = given(node)
+    rank = own["weight"].meta["val"].dim() - 2
+    args: list[Any] = [own[k] for k in ("input", "weight", "bias", "stride", "padding")]
+    if own["transposed"]:
+        packet = getattr(aten, f"conv_transpose{rank}d")
+        target = packet.default if rank == 1 else packet.input
+        args += [own["output_padding"], own["groups"], own["dilation"]]
+    else:
+        target = getattr(aten, f"conv{rank}d").default
+        args += [own["dilation"], own["groups"]]
+    return call(target, *args) if 1 <= rank <= 3 else None
+
+
 def _native_group_norm(node: fx.Node, call: Call) -> Any:
     x, weight, bias, _, _, _, groups, eps = node.args
     return _without_statistics(node, lambda: call(aten.group_norm.default, x, groups, weight, bias, eps))
@@ -274,10 +303,11 @@ def _native_group_norm(node: fx.Node, call: Call) -> Any:
 
 def _without_statistics(node: fx.Node, made: Callable[[], fx.Node]) -> Any:
     """A norm whose mean and variance nothing reads."""
-    return None if any(u.args[1] != 0 for u in node.users) else [made()]
+    return None if any(u.args[1] != 0 for u in node.users if u.users) else [made()]
 
 
 REWRITTEN: Mapping[str, Callable[[fx.Node, Call], Any]] = {
+    **dict.fromkeys(("lift", "lift_fresh", "lift_fresh_copy", "alias", "clone", "detach"), _of_constant),
     "copy": _copy,
     "fill": _fill,
     "zero": _zero,
@@ -285,8 +315,10 @@ REWRITTEN: Mapping[str, Callable[[fx.Node, Call], Any]] = {
     "select_scatter": _select_scatter,
     "roll": _roll,
     "native_layer_norm": _native_layer_norm,
+    "_native_batch_norm_legit_no_training": _native_batch_norm,
+    "convolution": _convolution,
     "native_group_norm": _native_group_norm,
     **dict.fromkeys(("rrelu", "rrelu_with_noise_functional"), _rrelu),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "dropout", "feature_dropout"), _only_in_training),
 }  # fmt: skip
-"""Operators that writing in place, and evaluation mode, make others of."""
+"""Operators that writing in place, and evaluation mode, make others of; nothing writes into a constant any more."""

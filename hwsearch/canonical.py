@@ -43,7 +43,6 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
     graph = program.module(check_guards=False)
     if not _without_mutation(graph):
         graph = program.run_decompositions({}).module(check_guards=False)
-        _restore_batch_norm(graph)
         _drop_state_updates(graph)
     return graph
 
@@ -138,23 +137,6 @@ def _without_mutation(graph: fx.GraphModule) -> bool:
         else:
             whole = False
     return whole
-
-
-def _restore_batch_norm(graph: fx.GraphModule) -> None:
-    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
-    for node in [
-        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
-    ]:
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        with graph.graph.inserting_before(node):
-            norm = graph.graph.call_function(
-                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
-            )
-        norm.meta = {**node.meta, "val": node.meta["val"][0]}
-        for user in list(node.users):
-            user.replace_all_uses_with(norm)
-            graph.graph.erase_node(user)
-        graph.graph.erase_node(node)
 
 
 def _drop_state_updates(graph: fx.GraphModule) -> None:

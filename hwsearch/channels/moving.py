@@ -105,6 +105,14 @@ def diagonal(run: Labels, n: fx.Node) -> Any:
     return moved(run, n)
 
 
+def looked_up(run: Labels, n: fx.Node) -> Label:
+    """bucketize and isin: each element by itself, in a list that is read as a whole."""
+    x, *others = n.all_input_nodes
+    run.stop(n, "a list is read as a whole", *(run.read(i) for i in others))
+    found: Label = run.read(x)
+    return found
+
+
 def concatenated(run: Labels, n: fx.Node) -> Any:
     """cat and stack: along an axis without channels (tokens), those of all parts are tied."""
     axis = int(arguments(n)[1]) % run.rank(n) if len(arguments(n)) > 1 else 0
@@ -125,7 +133,7 @@ def repeated(run: Labels, n: fx.Node) -> Any:
     rank, shape = run.rank(n), run.shape(n)
     before, label = (1,) * (rank - run.rank(x)) + run.shape(x), run.read(x)
     free = [d for d in range(1, rank) if before[d] == 1 < shape[d]]
-    if label is not None:
+    if varied(label):
         single = rank >= 4 and free == [rank - 3] and varied(label) == [label.ndim - 1] and label.ndim > 2
         if not single or before[-2] == 1:
             return moved(run, n)

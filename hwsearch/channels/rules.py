@@ -61,6 +61,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), mixing.sampled),
     **dict.fromkeys(selecting.BY_NUMBER, selecting.indexed),
     **dict.fromkeys(selecting.AT_POSITIONS, selecting.at_positions),
+    **dict.fromkeys(("bucketize", "isin"), moving.looked_up),
     "slice": selecting.sliced,
     "roll": selecting.rolled,
     "unfold": moving.unfolded,
