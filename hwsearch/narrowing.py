@@ -167,17 +167,13 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
     args: list[Any] = list(node.args)
     options: dict[str, Any] = dict(node.kwargs)
     own = axes(node)
-    if name in ("reshape", "view", "_unsafe_view", "expand") and own:
-        sizes = list(args[1])
+    if name in ("reshape", "view", "_unsafe_view", "expand", *FILLED) and own:
+        position = FILLED.get(name, 1)
+        sizes = list(args[position])
         for axis in own:
             if sizes[axis.axis] != -1:
                 sizes[axis.axis] = len(axis.kept(mask))
-        node.update_arg(1, sizes)
-    elif name in FILLED and own:
-        sizes = list(args[FILLED[name]])
-        for axis in own:
-            sizes[axis.axis] = len(axis.kept(mask))
-        node.update_arg(FILLED[name], sizes)
+        node.update_arg(position, sizes)
     elif name == "repeat" and own and not axes(args[0]):  # copies for each channel of a tensor without
         times = list(args[1])
         for axis in own:

@@ -30,7 +30,9 @@ def tried() -> None:
             found[name] = f"{type(error).__name__}: {error}"
     stopped = {n: why for n, why in found.items() if why}
     print(f"{len(found)} operators tried, {len(found) - len(stopped)} followed, {len(stopped)} stop channels")
-    print(f"of these {len(set(stopped) & set(FOLLOWED))} needlessly: {', '.join(n for n in stopped if n in FOLLOWED)}")
+    print(
+        f"of these {len(set(stopped) & set(FOLLOWED))} needlessly: {', '.join(n for n in stopped if n in FOLLOWED)}"
+    )
     for name in MIXED:
         print(f"  {name}: {found[name] or 'followed'}")
 
@@ -39,7 +41,10 @@ def listed() -> None:
     from test_operators import fate, operators
 
     counts = Counter(fate(op)[0] for op in operators())
-    print("torch's operators that a trace may hold:", ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+    print(
+        "torch's operators that a trace may hold:",
+        ", ".join(f"{n} {kind}" for kind, n in counts.most_common()),
+    )
 
 
 def main() -> None:
