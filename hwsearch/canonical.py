@@ -1,7 +1,7 @@
 """The canonical form of an exported graph: the one way in which each computation is written.
 
-Operators in place are pure, BatchNorm is folded into the layer before it, attention is spelled out as MatMul, Softmax,
-MatMul, and what is computed from parameters alone is stored.
+Operators in place are pure, aliases and attention are spelled out (`aliases.py`; MatMul, Softmax, MatMul), BatchNorm is folded
+into the layer before it, and what is computed from parameters alone is stored.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils import _pytree as pytree
 
+from hwsearch.aliases import aten as aten
+from hwsearch.aliases import inline, spell_out, spelling
+from hwsearch.aliases import op_name as op_name
 from hwsearch.errors import UntraceableModel
-
-aten = torch.ops.aten
 
 CONVOLUTIONS: dict[Any, str] = {
     aten.conv1d.default: "conv1d",
@@ -52,14 +51,13 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
         program = program.run_decompositions({})
         _refuse_state(program)
         graph = program.module(check_guards=False)
-        _restore_batch_norm(graph)
         _drop_updates(graph)
     return graph
 
 
 def canonicalize(graph: fx.GraphModule) -> None:
     """Bring a functional graph into canonical form, in place."""
-    _inline(graph, aten.einsum.default)
+    spell_out(graph)
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = (
@@ -68,6 +66,7 @@ def canonicalize(graph: fx.GraphModule) -> None:
     _expand_circular_padding(graph)
     _expand_attention(graph)
     _fold_constants(graph)
+    _split_computed_addmm(graph)
     _fold_batch_norm(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -77,12 +76,6 @@ def canonicalize(graph: fx.GraphModule) -> None:
             parent, _, leaf = path.rpartition(".")
             delattr(graph.get_submodule(parent), leaf)
     graph.recompile()
-
-
-def op_name(node: fx.Node) -> str:
-    """`relu` for torch.ops.aten.relu.default."""
-    name = getattr(node.target, "overloadpacket", None)
-    return str(getattr(name, "__name__", getattr(node.target, "__name__", node.target)))
 
 
 def module_path(node: fx.Node) -> str:
@@ -167,23 +160,6 @@ def _without_mutation(graph: fx.GraphModule) -> bool:
     return whole
 
 
-def _restore_batch_norm(graph: fx.GraphModule) -> None:
-    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
-    for node in [
-        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
-    ]:
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        with graph.graph.inserting_before(node):
-            norm = graph.graph.call_function(
-                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
-            )
-        norm.meta = {**node.meta, "val": node.meta["val"][0]}
-        for user in list(node.users):
-            user.replace_all_uses_with(norm)
-            graph.graph.erase_node(user)
-        graph.graph.erase_node(node)
-
-
 def _refuse_state(program: ExportedProgram) -> None:
     """A deployed network starts every call from what its file stores, so that state would be lost in silence."""
     signature = program.graph_signature
@@ -217,36 +193,6 @@ def _drop_updates(graph: fx.GraphModule) -> None:
         if _mutates(node) and (is_get_attr(target) or getattr(target, "op", "") == "placeholder"):
             node.replace_all_uses_with(node.args[1])
             graph.graph.erase_node(node)
-
-
-def _inline(graph: fx.GraphModule, target: Any) -> None:
-    """Replace each call of an operator by the operators that it is made of."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-        sources = [v for v in flat if isinstance(v, fx.Node)]
-
-        def call(
-            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
-        ) -> torch.Tensor:
-            rest = iter(tensors)
-            args, kwargs = pytree.tree_unflatten(
-                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
-            )
-            result: torch.Tensor = target(*args, **kwargs)
-            return result
-
-        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
-        body = make_fx(call)(*examples)
-        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "call_function":
-                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
-                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                elif inner.op == "output":
-                    node.replace_all_uses_with(values[inner.args[0]])
-        graph.graph.erase_node(node)
 
 
 def _expand_circular_padding(graph: fx.GraphModule) -> None:
@@ -406,6 +352,13 @@ def _fold_constants(graph: fx.GraphModule) -> None:
                         stored = graph.graph.get_attr(path)
                     stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                     node.replace_input_with(arg, stored)
+
+
+def _split_computed_addmm(graph: fx.GraphModule) -> None:
+    """A sum and a product of two activations, or a scaled one, are two operators: the product is a unit."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.addmm.default]:
+        if node.kwargs or not is_get_attr(node.args[2]):
+            inline(graph, node, spelling("addmm"))
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:

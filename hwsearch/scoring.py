@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from hwsearch.compress.apply import Simulator
     from hwsearch.batching import BatchAxis
+    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.bank import WeightBank
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
@@ -299,7 +299,8 @@ def measure_sensitivity(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
                 ) -> tuple[float, int]:
                     replaced = bank.masked_weights(widths, units) if bank is not None else {}
-                    return divergence(simulate(units, replaced), simulate.dense, kind, axes)
+                    mask = bank.mask(widths) if bank is not None and widths else None
+                    return divergence(simulate(units, replaced, mask), simulate.dense, kind, axes)
 
                 found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
                 totals = [lost(a, w) for a, w in whole]

@@ -14,6 +14,7 @@ from hwsearch.canonical import aten
 from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import StoredWeight, quantized_activation, rounded, rounded_weight, stored
 from hwsearch.compress.quantize import Ranges, int8_scale
+from hwsearch.narrowing import Mask, summed_gates
 from hwsearch.trace import Traced
 from hwsearch.units import Site
 from hwsearch.variants import INT8_BITS, Variant
@@ -57,10 +58,13 @@ class Simulator:
             )
         self.dense = self.values[self.order[-1]]
 
-    def __call__(self, variants: Mapping[str, Variant], weights: Replaced | None = None) -> Any:
+    def __call__(
+        self, variants: Mapping[str, Variant], weights: Replaced | None = None, mask: Mask | None = None
+    ) -> Any:
         """Flat outputs with the named units in their variants and every other unit dense fp32.
 
         weights: those of units to replace, whatever their variant; zeros stand for what a narrower network does not have.
+        mask: the slots that a narrower network has, for operators that sum over channels.
         """
         weights = weights or {}
         changed: dict[fx.Node, Any] = {}
@@ -71,11 +75,15 @@ class Simulator:
                 unit = site[0] if site is not None else ""
                 variant = variants.get(unit, Variant("fp32"))
                 own = site is not None and (variant != Variant("fp32") or unit in weights)
-                if not own and not any(i in changed for i in node.all_input_nodes):
+                gates = None if mask is None else summed_gates(node, self.traced.channels, mask)
+                if not own and gates is None and not any(i in changed for i in node.all_input_nodes):
                     continue
                 interpreter.env = _Overlay(changed, self.values)
                 if own and site is not None:
                     changed[node] = self._unit(node, site, variant, weights.get(unit), interpreter)
+                elif gates is not None:
+                    args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
+                    changed[node] = node.target(args[0] * gates, *args[1:], **kwargs)
                 else:
                     changed[node] = interpreter.run_node(node)
         return changed.get(self.order[-1], self.dense)
