@@ -175,7 +175,7 @@ def _quantized_concat(*, pool: bool = False, weight_only: bool = False) -> onnx.
         helper.make_node("Concat", ["a", "b"], ["cat"], axis=1),
         helper.make_node("QuantizeLinear", ["cat", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
-        helper.make_node("AveragePool", ["dq"], ["mean"], kernel_shape=[2, 2]),
+        *([helper.make_node("AveragePool", ["dq"], ["mean"], kernel_shape=[2, 2])] if pool else []),
         helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["weight"], axis=1 if weight_only else 0),
     ]
     data = "cat" if weight_only else "mean" if pool else "dq"

@@ -147,12 +147,16 @@ def fuzz(
     faulthandler.enable()
     counts, seed = {name: Counts() for name in runtimes}, first
     makers = {"networks": networks, "graphs": graphs}
-    while min(c.graphs for c in counts.values()) < count:
-        for case in makers[kind]([backends.get(name) for name in runtimes], seed, levels):
-            own = counts[case.backend.name]
-            print(f"{case.backend.name}: {own.graphs} of {count}, {case.name}", end="\r", file=sys.stderr)
-            judge(case, own)
-        seed += 1
+    try:
+        while min(c.graphs for c in counts.values()) < count:
+            for case in makers[kind]([backends.get(name) for name in runtimes], seed, levels):
+                own = counts[case.backend.name]
+                progress = f"{case.backend.name}: {own.graphs} of {count}, {case.name}"
+                print(progress, end="\r", file=sys.stderr)
+                judge(case, own)
+            seed += 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was counted so far", file=sys.stderr)
     return counts
 
 
