@@ -216,6 +216,13 @@ class OnnxWidths:
                 and shape[position] == len(axis.slots) > 1
             ):
                 self._slice(other, Axis(position, axis.slots))
+            elif (
+                other not in self.stored
+                and other not in self.axis
+                and position >= 0
+                and shape[position] == len(axis.slots) > 1
+            ):
+                raise NotFollowed(f"{node.op_type} {node.name} reads {other}, whose channels are not known")
 
     def _mean(self, node: onnx.NodeProto, axis: Axis) -> None:
         """A mean that goes on dividing by all channels; that of a norm whose width changes is not followed."""
