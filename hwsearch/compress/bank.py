@@ -166,7 +166,8 @@ class WeightBank:
             kept = axis.kept(self.mask(widths))
         found = {} if bias is None else {"bias": bias.clone()}
         left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
-        if not refittable(own) or (len(kept) == weight.shape[reads_axis(own)] and not int8):
+        whole = len(kept) == weight.shape[reads_axis(own)] and not int8
+        if whole or not refittable(own) or not self.grams[unit].finite:
             if int8:
                 left = torch.from_numpy(quantize_weight(left, own.out_axis, levels).dequantized())
             return found | {"weight": left.contiguous()}
