@@ -6,13 +6,18 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from networks import leaves
 from test_deployment import allocation
+from torch import nn
 
+from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.formats import stored
+from hwsearch.compress.quantize import quantize_weight
+from hwsearch.compress.sequential import refit_sequential
 from hwsearch.deployment import as_deployed, deploy, parse_variants
 from hwsearch.lower import Lowering
 from hwsearch.pipeline import sensitivity_for
@@ -21,6 +26,7 @@ from hwsearch.regime import Regime, regime
 from hwsearch.scoring import divergence
 from hwsearch.session import Session, uniform_candidates
 from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.trace import trace
 from hwsearch.variants import Variant, uniform
 
 NAMES = ("cnn", "transformer")
@@ -129,3 +135,32 @@ def test_uniform_allocations_are_refitted_as_well(own_locks: None) -> None:
 def test_an_allocation_of_floats_is_left_alone() -> None:
     setup = at("cnn")
     assert as_deployed(setup, allocation("cnn", 1.0, "fp32")) is setup
+
+
+class Infinite(nn.Module):
+    """`second` reads infinity, which is legal: what it gives there is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        odd = self.second(torch.where(x > 1e30, x, torch.inf))
+        return self.last(torch.where(torch.isfinite(odd), odd, x))
+
+
+def test_a_unit_that_reads_infinity_keeps_its_weight() -> None:
+    torch.manual_seed(0)
+    model, x = Infinite().eval(), torch.randn(32, 8)
+    batches = [(trace(model, y), (y,), {}) for y in x.split(8)]
+    variants = uniform(batches[0][0].network, "int8")
+    found = refit_sequential(batches, {}, {}, variants)
+    assert "second" not in found
+    assert {"first", "last"} <= set(found)
+    order = {g: np.arange(n) for g, n in batches[0][0].network.channels.items()}
+    own = WeightBank(None, batches[0][0], batches, order)
+    weight, _ = own.weight("second", {}, "int8")
+    nearest = quantize_weight(model.second.weight, 0).dequantized()
+    torch.testing.assert_close(weight, torch.from_numpy(nearest))
+    assert all(bool(torch.isfinite(own.weight(u, {}, "int8")[0]).all()) for u in variants)

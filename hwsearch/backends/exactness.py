@@ -63,19 +63,20 @@ def sum_error(backend: Backend, options: BuildOptions, bits: int) -> float:
 def probe(levels: int, quantize_outputs: bool) -> tuple[onnx.ModelProto, list[Array]]:
     """(a network of one layer of each kind with every weight `levels`, its inputs): all scales are 1 but those of outputs."""
     made = _Probe(quantize_outputs)
-    image, rows, right = (1, DEPTH, SIDE, SIDE), (1, 2, SIDE, DEPTH), (1, 2, DEPTH, SIDE)
-    x, y, z = (made.activation(n, s) for n, s in (("image", image), ("rows", rows), ("right", right)))
+    shapes = {
+        "image": (1, DEPTH, SIDE, SIDE),
+        "rows": (SIDE, DEPTH),
+        "left": (1, 2, SIDE, DEPTH),
+        "right": (1, 2, DEPTH, SIDE),
+    }
+    image, rows, left, right = (made.activation(name, shape) for name, shape in shapes.items())
     kernel = made.weight("kernel", np.full((DEPTH, DEPTH, 3, 3), levels, np.int8), axis=0)
     matrix = made.weight("matrix", np.full((DEPTH, DEPTH), levels, np.int8), axis=1)
-    made.product("Conv", [x, kernel], "conv", _TOP * levels * 9 * DEPTH)
-    made.product("MatMul", [y, matrix], "product", _TOP * levels * DEPTH)
-    made.product("MatMul", [y, z], "activations", _TOP * levels * DEPTH)
-    arrays = [
-        np.full(image, _TOP, np.float32),
-        np.full(rows, _TOP, np.float32),
-        np.full(right, levels, np.float32),
-    ]
-    return made.model(), arrays  # fmt: skip
+    made.product("Conv", [image, kernel], "conv", _TOP * levels * 9 * DEPTH)
+    made.product("MatMul", [rows, matrix], "product", _TOP * levels * DEPTH)
+    made.product("MatMul", [left, right], "activations", _TOP * levels * DEPTH)
+    arrays = [np.full(s, levels if n == "right" else _TOP, np.float32) for n, s in shapes.items()]
+    return made.model(), arrays
 
 
 class _Probe:

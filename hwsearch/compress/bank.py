@@ -167,7 +167,8 @@ class WeightBank:
         found = {} if bias is None else {"bias": bias.clone()}
         left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
         whole = len(kept) == weight.shape[reads_axis(own)] and not int8
-        if not refittable(own) or whole or unit not in self.grams:
+        unknown = unit not in self.grams or not self.grams[unit].finite
+        if whole or unknown or not refittable(own):
             if int8:
                 left = torch.from_numpy(quantize_weight(left, own.out_axis, levels).dequantized())
             return found | {"weight": left.contiguous()}

@@ -170,6 +170,11 @@ class Gram:
             z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             self.matrix += (z.T @ z).double() * (share / len(rows))
 
+    @property
+    def finite(self) -> bool:
+        """Whether the unit never read NaN or infinity: else nothing can be regressed on what it reads."""
+        return bool(torch.isfinite(self.matrix).all())
+
     def without(self, part: Gram) -> Gram:
         """The mean over the rows that are not in `part`."""
         rows = self.rows - part.rows
@@ -270,7 +275,7 @@ def kept_apart(batches: int) -> int:
 def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -> float:
     unit, weight = traced.network[name], traced.weight(name)
     assert weight is not None
-    if not held.rows or held.rows == whole.rows:
+    if not held.rows or held.rows == whole.rows or not whole.finite:
         return RIDGE
     rng = np.random.default_rng(seeded(seed, name))
     inputs = weight.shape[reads_axis(unit)]

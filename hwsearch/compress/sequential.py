@@ -263,6 +263,8 @@ def _regressed(step: _Step, rows: int, seed: int, variant: Variant, int8_bits: i
     matrix = as_columns(unit, step.weight).double()
     prior = matrix.reshape(groups, -1, matrix.shape[1])
     features = prior.shape[2]
+    if not all(bool(torch.isfinite(t).all()) for t in (*step.inputs, *step.targets)):
+        return None  # nothing can be regressed on infinity
     if features > MOST_FEATURES:
         return _moments(step)
     apart = kept_apart(len(step.inputs))

@@ -114,7 +114,8 @@ def test_the_probe_computes_what_is_expected_of_it(bits: int, quantize_outputs: 
     backend = PairsIn16Bits(127)
     backend.quantize_outputs = quantize_outputs
     assert sum_error(backend, BuildOptions(), bits) <= 1e-6
-    assert len(arrays) == len(model.graph.input) == len(model.graph.output) == 3
+    assert len(arrays) == len(model.graph.input) == 4
+    assert len(model.graph.output) == 3
 
 
 def test_a_backend_without_int8_is_not_probed() -> None:
