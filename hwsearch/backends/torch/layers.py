@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ def einsum(call: Call) -> Run:
 def attention(call: Call) -> Run:
     """softmax(scale * q k^T + mask) v of q [.., t, d], k^T [.., d, s], v [.., s, e] and a mask that broadcasts to [.., t, s]."""
     q, kt, v = (call.shape(i) for i in range(3))
-    lead = torch.broadcast_shapes(q[:-2], kt[:-2], v[:-2])
+    lead = np.broadcast_shapes(q[:-2], kt[:-2], v[:-2])
     scale = call.attr("scale")
 
     def run(q: Tensor, kt: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
