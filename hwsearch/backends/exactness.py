@@ -25,6 +25,8 @@ SIDE = 8
 OFF = 0.01
 """Relative error that is none: half a step of a quantized output is 0.4 %, and a sum that saturates loses half of itself."""
 _TOP = 127
+_STEP = 2.0**-7
+"""Scale of activations and weights: sums stay within fp16."""
 
 _known: dict[tuple[object, ...], int] = {}
 
@@ -54,14 +56,14 @@ def sum_error(backend: Backend, options: BuildOptions, bits: int) -> float:
     levels = int8_levels(bits)
     model, arrays = probe(levels, backend.quantize_outputs)
     engine = compiler(backend)(model.SerializeToString(), replace(options))
-    wanted = [float(_TOP * levels * depth) for depth in (9 * DEPTH, DEPTH, DEPTH)]
+    wanted = [_TOP * levels * _STEP**2 * depth for depth in (9 * DEPTH, DEPTH, DEPTH)]
     found = engine(*arrays)
     errors = [np.abs(y.astype(np.float64) / want - 1.0).max() for y, want in zip(found, wanted, strict=True)]
     return float(np.nan_to_num(max(errors), nan=np.inf))
 
 
 def probe(levels: int, quantize_outputs: bool) -> tuple[onnx.ModelProto, list[Array]]:
-    """(a network of one layer of each kind with every weight `levels`, its inputs): all scales are 1 but those of outputs."""
+    """(a network of one layer of each kind with every weight `levels`, its inputs)."""
     made = _Probe(quantize_outputs)
     shapes = {
         "image": (1, DEPTH, SIDE, SIDE),
@@ -75,7 +77,7 @@ def probe(levels: int, quantize_outputs: bool) -> tuple[onnx.ModelProto, list[Ar
     made.product("Conv", [image, kernel], "conv", _TOP * levels * 9 * DEPTH)
     made.product("MatMul", [rows, matrix], "product", _TOP * levels * DEPTH)
     made.product("MatMul", [left, right], "activations", _TOP * levels * DEPTH)
-    arrays = [np.full(s, levels if n == "right" else _TOP, np.float32) for n, s in shapes.items()]
+    arrays = [np.full(s, (levels if n == "right" else _TOP) * _STEP, np.float32) for n, s in shapes.items()]
     return made.model(), arrays
 
 
@@ -108,11 +110,11 @@ class _Probe:
 
     def activation(self, name: str, shape: tuple[int, ...]) -> str:
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        return self._quantized(name, 1.0)
+        return self._quantized(name, _STEP)
 
     def weight(self, name: str, values: Array, axis: int) -> str:
         count = values.shape[axis]
-        grid = [self._constant(f"{name}/scale", np.ones(count, np.float32)),
+        grid = [self._constant(f"{name}/scale", np.full(count, _STEP, np.float32)),
                 self._constant(f"{name}/zero", np.zeros(count, np.int8))]  # fmt: skip
         source = self._constant(f"{name}/int8", values)
         self.nodes.append(
@@ -124,7 +126,7 @@ class _Probe:
 
     def product(self, op: str, sources: list[str], name: str, largest: int) -> None:
         self.nodes.append(helper.make_node(op, sources, [name], name=name))
-        out = self._quantized(name, largest / _TOP) if self.quantize_outputs else name
+        out = self._quantized(name, largest * _STEP**2 / _TOP) if self.quantize_outputs else name
         self.outputs.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, None))
 
     def model(self) -> onnx.ModelProto:
