@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 def deploy(
     task: TaskSpec,
     allocation: AllocationFile,
-    output: Output,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE|DIR", help="File to write; with --for the folder.")
+    ],
     backend: MaybeBackend = None,
     target: Annotated[
         str | None,
@@ -60,6 +62,8 @@ def deploy(
     chosen = Allocation.load(allocation)
     if target is not None and backend != "tensorrt":
         raise InvalidInput("--for leaves files for TensorRT: give --backend tensorrt with it")
+    if output.is_dir() if target is None else output.is_file():
+        raise InvalidInput(f"{output} is a {'folder' if target is None else 'file'}; give another path with -o")
     if target is None:
         require_backend(backend or chosen.backend)
         deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)

@@ -134,6 +134,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "python run_tensorrt.py" in done.stdout
     done = CliRunner().invoke(cli.app, [*words, "--backend", "tensorrt", "--json"])
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["path"].endswith("model.onnx")
 
 
