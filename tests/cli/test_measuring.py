@@ -27,7 +27,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
     words += " --mode sandwiched --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
-    words += " --shape 2x3x8x8 --shape ids=2x5 --lock-clocks"
+    words += " --shape 2x3x8x8 --shape ids=2x5 --lock-clocks --energy"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
@@ -36,6 +36,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
         "batch": 8, "time_limit_s": 3600.0, "mode": "sandwiched", "axes": ["precision"], "load": 2, "seed": 3,
         "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"], "lock_clocks": True,
+        "energy": True,
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
