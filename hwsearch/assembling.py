@@ -5,6 +5,11 @@ output channel, activations per tensor. fp8 is the same in E4M3. int4 dequantize
 by scales that are dequantized themselves, and quantizes activations by `trt::TRT_FP4DynamicQuantize`, the operator of
 NVIDIA's ONNX parser. N:M weights are stored with their zeros. Each raises the file's opset only as far as it needs.
 
+What is only stored in int8 (w8) is made floating by Cast and Mul, not by DequantizeLinear: runtimes fold these two when they
+load the file and then run the same kernels as on floating weights. ONNX Runtime computes a DequantizeLinear of a constant in
+every inference, or makes the product one of its own 8 bits (MatMulNBits; 5e-3 off). Of a table that rows are looked up in,
+the rows are gathered in int8 and then multiplied by their scales.
+
 Two things are written so that runtimes agree. ONNX Runtime rounds the bias of an int8 product to 32-bit integers of the product's
 own step (and lets it overflow): it is stored as a multiple of that step, of at most 2^24 steps. And from opset 21 on (int4) it
 cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526): there is none
@@ -28,7 +33,7 @@ from hwsearch.compress.quantize import LEVELS, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import NVFP4_BLOCK, Variant
+from hwsearch.variants import NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
@@ -44,6 +49,7 @@ _BIAS_STEPS = 2.0**24
 
 _CODES = {
     "int8": TensorProto.INT8,
+    "w8": TensorProto.INT8,
     "fp8": TensorProto.FLOAT8E4M3FN,
     "int4": TensorProto.INT4,
     "nvfp4": TensorProto.FLOAT4E2M1,
@@ -73,8 +79,10 @@ def assemble(
             builder.copy(node)
             continue
         role, unit, call, port = tag_of(node)
-        variant = variants[unit]
-        if role == "weight" and not variant.plain:
+        variant = variants.get(unit, Variant("fp32")) if role == "stored" else variants[unit]
+        if role == "stored":
+            _put_stored(builder, node, unit, variant, weights)
+        elif role == "weight" and not variant.plain:
             builder.weight(node, unit, weights[unit, variant])
         elif role == "weight" and node.input[0] in builder.initializers:
             values = numpy_helper.to_array(builder.initializers[node.input[0]])
@@ -92,10 +100,32 @@ def assemble(
             of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
             scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
             builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
-    told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
-    units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
+    marks = [tag_of(n)[:2] for n in marked.graph.node if n.op_type == MARK]
+    told = {unit for role, unit in marks if role == "weight"}
+    units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
     return builder.finish({**float_units(untold), **(metadata or {})})
+
+
+def _put_stored(
+    builder: _Builder,
+    node: onnx.NodeProto,
+    unit: str,
+    variant: Variant,
+    weights: Mapping[tuple[str, Variant], StoredWeight],
+) -> None:
+    """What others than layers read: a stored tensor in its variant, or a layer's weight where both can read the same."""
+    tied = unit in builder.weight_of
+    source = builder.initializers.get(node.input[0])
+    floating = variant.plain and variant.precision in ("fp32", "tf32")
+    if source is None or (tied and not stored_once(variant)) or (floating and not tied):
+        builder.alias(node)
+        return
+    plain = StoredWeight(variant.precision, numpy_helper.to_array(source)) if variant.plain else None
+    if tied:
+        builder.shared(node, unit, plain or weights[unit, variant])
+    else:
+        builder.table(node, unit, plain or weights[unit, variant])
 
 
 class _Builder:
@@ -109,6 +139,11 @@ class _Builder:
         self.initializers = {t.name: t for t in marked.graph.initializer}
         self.pending: dict[str, tuple[str, StoredWeight]] = {}
         self.stored: set[str] = set()
+        self.looked_up: set[str] = set()
+        self.tables: set[str] = set()
+        marks = [(n, *tag_of(n)[:2]) for n in marked.graph.node if n.op_type == MARK]
+        self.weight_of = {unit: n for n, role, unit in reversed(marks) if role == "weight"}
+        """The first marker of each layer's weight."""
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
         self.dequantized: dict[tuple[str, str, float], str] = {}
@@ -117,6 +152,7 @@ class _Builder:
         self.grids: dict[str, tuple[str, str]] = {}
         self.steps: dict[str, NDArray[np.float32]] = {}
         self.fed: set[str] = set()
+        self.turned: dict[str, tuple[str, list[int]]] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in marked.graph.node:
             for name in node.input:
@@ -127,13 +163,17 @@ class _Builder:
         new.CopyFrom(node)
         del new.metadata_props[:]
         inputs = [self.renamed.get(name, name) for name in node.input]
-        if node.op_type == "Transpose" and inputs[0] in self.pending:
+        if node.op_type == "Transpose" and inputs[0] in self.pending and inputs[0] not in self.tables:
             unit, stored = self.pending[inputs[0]]
             perm = list(helper.get_node_attr_value(node, "perm"))
             self._pend((inputs[0], *perm), node.output[0], unit, stored.transposed(perm))
             return
+        if node.op_type == "Gather" and inputs[0] in (*self.turned, *self.pending) and self._lookup(new, inputs):
+            return
         self._step(node, inputs)
         for i, name in enumerate(inputs):
+            if name in self.turned:
+                name = self._turned_back(name)
             if name in self.pending:
                 self._store(name)
             new.input[i] = name
@@ -151,7 +191,8 @@ class _Builder:
             return
         step = numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]])
         bias = self._bias_of(node)
-        if bias is not None and bias.shape == stored.scales.shape and inputs[1] not in self.stored:
+        fixed = inputs[1] in self.stored or inputs[1] in self.looked_up
+        if bias is not None and bias.shape == stored.scales.shape and not fixed:
             stored = _at_least(stored, np.asarray(np.abs(bias) / (step * _BIAS_STEPS), np.float32))
             self.pending[inputs[1]] = unit, stored
         assert stored.scales is not None
@@ -218,6 +259,93 @@ class _Builder:
     def weight(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
         self._pend((unit, stored.values.shape), node.output[0], unit, stored)
 
+    def table(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
+        """A stored tensor that no layer reads."""
+        self.weight(node, unit, stored)
+        self.tables.add(node.output[0])
+
+    def shared(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
+        """A weight that something else reads too: as it is stored for its layer, which may be transposed."""
+        own = self.weight_of[unit]
+        name = own.output[0]
+        self.weight(own, unit, stored)
+        name = self.renamed.get(name, name)
+        turn = next((n for n in self.readers.get(own.output[0], []) if n.op_type == "Transpose"), None)
+        perm = list(range(stored.values.ndim))
+        if turn is not None:
+            perm = list(helper.get_node_attr_value(turn, "perm"))
+            self._pend((name, *perm), turn.output[0], unit, stored.transposed(perm))
+            name = self.renamed.get(turn.output[0], turn.output[0])
+        self.turned[node.output[0]] = name, perm
+
+    def _turned_back(self, name: str) -> str:
+        """A shared weight with its axes as the network has them."""
+        source, perm = self.turned[name]
+        self._store(source)
+        if perm == sorted(perm):
+            return source
+        if name not in self.stored:
+            self.stored.add(name)
+            unit = self.pending[source][0]
+            own = unique(f"{unit}|0|Transpose.stored", self.names)
+            self._add("Transpose", [source], name, own, perm=list(np.argsort(perm)))
+        return name
+
+    def _lookup(self, node: onnx.NodeProto, inputs: list[str]) -> bool:
+        """Gather rows as they are stored, then make them floating; False where a Gather does something else."""
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        source, perm = self.turned.get(inputs[0], (inputs[0], [0, 1]))
+        unit, stored = self.pending[source]
+        turned, by_channel = perm != [0, 1], stored.scales is not None and not stored.block
+        rank, axis, base = self._rank(node.output[0]) - 1, perm.index(0) if axis == 0 else -1, f"{unit}|0"
+        if axis < 0 or stored.values.ndim != 2 or rank < 0 or (by_channel and stored.axis != axis):
+            return False
+
+        def gather(table: str, output: str) -> str:
+            own = unique(f"{base}|Gather.stored", self.names)
+            self._add("Gather", [table, inputs[1]], output, own, axis=axis)
+            return output
+
+        self.looked_up.add(source)
+        name = node.output[0]
+        rows = f"{name}/rows" if turned else name
+        if stored.scales is None:
+            self._store(source)
+            gather(source, rows)
+        else:
+            codes, scale = self._codes(source)
+            taken, factor = gather(codes, f"{name}/codes"), f"{name}/scales"
+            if stored.precision == "w8":
+                gather(scale, factor)
+            else:  # of one dimension, for DequantizeLinear
+                self._add("Gather", [scale, inputs[1]], factor, unique(f"{base}|Gather.stored", self.names))
+                if not turned:
+                    last = self._constant(f"{name}/last", np.array([-1], np.int64))
+                    own = unique(f"{base}|Unsqueeze.stored", self.names)
+                    self._add("Unsqueeze", [factor, last], f"{factor}/column", own)
+                    factor = f"{factor}/column"
+            self._floating(unit, taken, factor, rows)
+        if turned:
+            own = unique(f"{base}|Transpose.stored", self.names)
+            self._add("Transpose", [rows], name, own, perm=[*range(1, rank + 1), 0])
+        return True
+
+    def _codes(self, name: str) -> tuple[str, str]:
+        """The constants of a quantized weight with a scale for each channel or row: (integers, scales)."""
+        _, stored = self.pending[name]
+        assert stored.scales is not None
+        scales = stored.broadcast_scales() if stored.precision == "w8" else stored.scales
+        return (
+            self._coded(f"{name}/{stored.precision}", stored.precision, stored.values),
+            self._constant(f"{name}/scale", scales),
+        )
+
+    def _floating(self, unit: str, codes: str, scale: str, output: str) -> None:
+        """Integers times their scales, in fp32."""
+        cast = f"{output}/cast"
+        self._add("Cast", [codes], cast, unique(f"{unit}|0|Cast.stored", self.names), to=TensorProto.FLOAT)
+        self._add("Mul", [cast, scale], output, unique(f"{unit}|0|Mul.stored", self.names))
+
     def _pend(self, what: Any, name: str, unit: str, stored: StoredWeight) -> None:
         """A weight that is stored once something reads it; the calls of one unit read one constant."""
         first = self.first.setdefault(what, name)
@@ -235,6 +363,10 @@ class _Builder:
         precision = stored.precision
         if precision in ("fp32", "tf32"):
             self._constant(name, stored.values)
+            return
+        if precision == "w8":
+            codes, scale = self._codes(name)
+            self._floating(unit, codes, scale, name)
             return
         values = self._coded(f"{name}/{precision}", precision, stored.values)
         if stored.scales is None:
@@ -394,7 +526,7 @@ def _at_least(weight: StoredWeight, scales: NDArray[np.float32]) -> StoredWeight
 
 def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:
     """The raw bytes of numbers on a precision's grid; of four bits, the first of two is the lower half of a byte."""
-    if precision == "int8":
+    if precision in ("int8", "w8"):
         return values.astype(np.int8).tobytes()
     if precision in HALVES or precision == "fp8":
         tensor = torch.from_numpy(

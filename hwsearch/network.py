@@ -11,6 +11,10 @@ from functools import cached_property
 from typing import Any
 
 
+STORED_OPS = ("embedding", "recurrent", "constant")
+"""Units that are stored tensors: read by a look-up, by an LSTM or GRU, or by any other operator that is no product of a unit."""
+
+
 @dataclass(frozen=True)
 class Way:
     """Where a channel group runs through a unit: `each` indices of `axis` of `tensor` belong to each of its slots.
@@ -29,8 +33,9 @@ class Unit:
     """One compressible layer with the operators that a runtime fuses into it.
 
     name: module path of its weight (`layer1.0.conv1`), or of the module around a MatMul of two activations.
-    op: `conv1d`, `conv2d`, `conv3d`, `conv_transpose1d`, `conv_transpose2d`, `linear` or `matmul`.
-    input_shapes, output_shape: of its first call, batch included.
+    op: `conv1d`, `conv2d`, `conv3d`, `conv_transpose1d`, `conv_transpose2d`, `linear` or `matmul`; one of `STORED_OPS` where it
+        is a stored tensor, of which nothing may change but how it is stored.
+    input_shapes, output_shape: of its first call, batch included; empty of a stored tensor.
     weight_shape: as stored; empty for a MatMul of two activations.
     out_axis: the axis of the weight that holds output channels (the axis of per-channel scales).
     attributes: stride, padding, dilation, groups, as the operator states them.
@@ -39,6 +44,8 @@ class Unit:
     macs: multiply-accumulates of all calls together.
     other_bytes: bytes stored beside the weight at every precision (the bias, in fp32).
     ways: the channel groups that its shapes depend on.
+    tied: whether something else than its calls reads its weight as well (an embedding), which is then stored once for both
+        where both can read it.
     """
 
     name: str
@@ -53,6 +60,12 @@ class Unit:
     macs: int = 0
     other_bytes: int = 0
     ways: tuple[Way, ...] = ()
+    tied: bool = False
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is a stored tensor and not a layer."""
+        return self.op in STORED_OPS
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -113,14 +126,16 @@ class Unit:
 
     @property
     def out_channels(self) -> int:
-        """Number of per-channel scales of the weight (0 where there is no weight)."""
+        """Number of scales of an int8 weight: one an output channel, or a row of a stored tensor (0 where there is no weight)."""
+        if self.stored:
+            return math.prod(self.weight_shape[:-1])
         return self.weight_shape[self.out_axis] if self.weight_shape else 0
 
     @cached_property
     def signature(self) -> str:
         """Units of one signature are the same work for a runtime, and share evidence."""
         parts = (self.op, self.input_shapes, self.output_shape, self.weight_shape, self.attributes, self.fused,
-                 self.calls)  # fmt: skip
+                 self.calls, *(["tied"] if self.tied else []))  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -148,6 +163,8 @@ def macs(
     op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: tuple[int, ...]
 ) -> int:
     """Multiply-accumulates of one call of a unit."""
+    if op in STORED_OPS:
+        return 0
     if op.startswith("conv_transpose"):
         return math.prod(inputs[0]) * math.prod(weight[1:])
     if op.startswith("conv"):

@@ -21,7 +21,7 @@ from hwsearch.exporting import check_finite, check_types, export_program, first_
 from hwsearch.network import Network, Unit
 from hwsearch.task import Inputs
 from hwsearch.trial import tried
-from hwsearch.units import Shapes, Site, bias_of, find_units, outside_units
+from hwsearch.units import Shapes, Site, bias_of, find_stored, find_units, outside_units
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Traced:
 
     graph: takes the model's own arguments and returns the model's own outputs; BatchNorm is folded into
         the units, attention is spelled out as MatMul, Softmax, MatMul.
-    sites: for each unit, its calls in order.
+    sites: for each unit that is a layer, its calls in order.
     args, kwargs: the example inputs it was traced with.
     """
 
@@ -45,6 +45,9 @@ class Traced:
     channels: Channels = field(default_factory=Channels)
     """How the network's channel groups run through the graph's tensors."""
 
+    stored: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each unit that is a stored tensor, or whose weight is tied to one, the nodes that hold it for others than its calls."""
+
     @cached_property
     def paths(self) -> dict[str, tuple[str | None, str | None]]:
         """For each unit where the graph holds its weight and its bias, None for what it has not."""
@@ -55,6 +58,8 @@ class Traced:
             bias = bias_of(node)
             weight = None if position is None else str(node.args[position].target)
             found[unit] = weight, None if bias is None else str(bias.target)
+        for unit, held in self.stored.items():
+            found.setdefault(unit, (str(nodes[held[0]].target), None))
         return found
 
     def weight(self, unit: str) -> torch.Tensor | None:
@@ -68,8 +73,8 @@ class Traced:
         return None if path is None else tensor_attr(self.graph, path).detach()
 
     def reads(self) -> list[tuple[str, int]]:
-        """(path of its weight, the axis of it that holds what the unit reads) of each unit with a weight."""
-        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units)
+        """(path of its weight, the axis of it that holds what the unit reads) of each layer with a weight."""
+        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units if not u.stored)
         return [(path, axis) for path, axis in weights if path is not None]
 
 
@@ -102,7 +107,8 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
         )
     owned, edges = find_edges(graph, sites, shapes)
     units = [replace(unit, fused=tuple(owned[unit.name])) for unit in units]
-    others = outside_units(graph, sites)
+    units, stored = find_stored(graph, sites, units)
+    others = outside_units(graph, sites, stored)
     network = Network(
         units=tuple(units),
         edges=edges,
@@ -113,7 +119,7 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
         weights_digest=weights_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
     )
-    found = Traced(network, graph, sites, args, kwargs, outputs)
+    found = Traced(network, graph, sites, args, kwargs, outputs, stored=stored)
     return _with_channels(found, residual)
 
 
@@ -130,8 +136,11 @@ def _with_channels(traced: Traced, residual: bool) -> Traced:
         unit: (calls[0].node, [nodes[calls[0].node].args[p].name for p in calls[0].activations])
         for unit, calls in sites.items()
     }
+    places |= {u.name: (traced.stored[u.name][0], []) for u in traced.network.units if u.stored}
     weights = {unit: weight for unit, (weight, _) in traced.paths.items() if weight is not None}
-    others = {path: t.numel() * t.element_size() for path, t in outside_units(graph, sites).items()}
+    others = {
+        path: t.numel() * t.element_size() for path, t in outside_units(graph, sites, traced.stored).items()
+    }
     network = channels.describe(found, traced.network, places, weights, others)
     return replace(traced, network=network, channels=found)
 
