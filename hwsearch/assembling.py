@@ -31,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import LEVELS, Ranges
 from hwsearch.marking import DOMAIN, MARK, tag_of
-from hwsearch.nodenames import unique
+from hwsearch.nodenames import unique, unit_of
 from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import NVFP4_BLOCK, Variant, stored_once
 
@@ -66,14 +66,16 @@ def assemble(
     *,
     quantize_outputs: bool = False,
     metadata: Mapping[str, str] | None = None,
+    shared: bool = True,
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
 
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
+    shared: units that read one tensor on one scale share its Q/DQ.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
-    builder = _Builder(marked, quantize_outputs, opset)
+    builder = _Builder(marked, quantize_outputs, opset, shared)
     for node in marked.graph.node:
         if node.op_type != MARK:
             builder.copy(node)
@@ -131,8 +133,8 @@ def _put_stored(
 class _Builder:
     """Copies nodes in order, replacing markers; constants of weights are stored at the variant's precision."""
 
-    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int) -> None:
-        self.marked, self.opset = marked, opset
+    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int, shared: bool) -> None:
+        self.marked, self.opset, self.shared_grids = marked, opset, shared
         self.quantize_outputs = quantize_outputs
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
@@ -168,7 +170,11 @@ class _Builder:
             perm = list(helper.get_node_attr_value(node, "perm"))
             self._pend((inputs[0], *perm), node.output[0], unit, stored.transposed(perm))
             return
-        if node.op_type == "Gather" and inputs[0] in (*self.turned, *self.pending) and self._lookup(new, inputs):
+        if (
+            node.op_type == "Gather"
+            and inputs[0] in (*self.turned, *self.pending)
+            and self._lookup(new, inputs)
+        ):
             return
         self._step(node, inputs)
         for i, name in enumerate(inputs):
@@ -428,7 +434,7 @@ class _Builder:
         """
         source = self.renamed.get(node.input[0], node.input[0])
         key = source, precision, scale_value
-        if self.quantize_outputs or key not in self.dequantized:
+        if self.quantize_outputs or not self.shared_grids or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
@@ -513,6 +519,30 @@ class _Builder:
                 for i, tensor in enumerate(field):
                     if tensor in rename:
                         field[i] = rename[tensor]
+
+
+def bytes_of_units(model: onnx.ModelProto, paths: Mapping[str, str]) -> dict[str, int]:
+    """Unit -> bytes of an assembled file that are its own or come after it: its nodes, and the constants that they read first.
+
+    paths: unit -> name of its weight in the traced graph, under which a floating one may stand that others read.
+    """
+    owner = {path: unit for unit, path in paths.items()}
+    found: dict[str, int] = {}
+
+    def add(unit: str, message: Any) -> None:
+        size = int(message.ByteSize())
+        prefix = 1 + max((size.bit_length() + 6) // 7, 1)  # protobuf: a tag and the length, seven bits a byte
+        found[unit] = found.get(unit, 0) + prefix + size
+
+    for node in model.graph.node:
+        unit, _ = unit_of(node.name)
+        add(unit, node)
+        for name in node.input:
+            owner.setdefault(name, unit)
+    for tensor in model.graph.initializer:
+        add(owner.get(tensor.name, ""), tensor)
+    found.pop("", None)
+    return found
 
 
 def _at_least(weight: StoredWeight, scales: NDArray[np.float32]) -> StoredWeight:

@@ -21,7 +21,7 @@ from hwsearch.network import Network
 from hwsearch.refitting import as_module, narrowed, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.task import Task
-from hwsearch.variants import Variant
+from hwsearch.variants import STORAGE, Variant
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def of_allocation(
         task, runtime, threads=threads or int(options.get("threads", 1)),
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
+        storage=str(STORAGE) in allocation.variants.values(),
     )  # fmt: skip
     check_allocation(allocation, at.network)
     return at

@@ -185,9 +185,11 @@ class Lowering:
         *,
         quantize_outputs: bool = False,
         metadata: Mapping[str, str] | None = None,
+        shared: bool = True,
     ) -> onnx.ModelProto:
-        """The deployable network in one allocation."""
-        return self.assemble(self.marked, variants, quantize_outputs=quantize_outputs, metadata=metadata)
+        """The deployable network in one allocation. shared: as for `assemble`."""
+        options = {"quantize_outputs": quantize_outputs, "metadata": metadata, "shared": shared}
+        return self.assemble(self.marked, variants, **options)
 
 
 def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:

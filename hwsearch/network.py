@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-
 STORED_OPS = ("embedding", "recurrent", "constant")
 """Units that are stored tensors: read by a look-up, by an LSTM or GRU, or by any other operator that is no product of a unit."""
 
@@ -178,7 +177,7 @@ class ChannelGroup:
 
     name: that of the first unit that produces them. channels: how many slots it has; a slot is what is kept or removed as
     one: a channel of everything tied to it, or an attention head. producers: units whose output channels they are.
-    consumers: units whose weights read them. fixed_bytes: stored for each slot outside of units (norms, embeddings).
+    consumers: units whose weights read them. fixed_bytes: stored for each slot outside of units (norms).
     """
 
     name: str
@@ -193,7 +192,8 @@ class Network:
     """Units in the order in which they run, the edges between them, and what is stored beside them.
 
     groups: the channel groups that may be made narrower. blocked: why other channels may not, by module.
-    fixed_bytes: parameters and buffers of no unit (norms, embeddings), in fp32.
+    fixed_bytes: parameters and buffers of no unit (norms, integers), as they are. fixed: the largest of them, each with its
+    bytes and why it stays.
     weights_digest: hash of all parameters; two networks of one structure may differ in it.
     """
 
@@ -205,6 +205,7 @@ class Network:
     weights_digest: str = ""
     name: str = field(default="", compare=False)
     blocked: tuple[str, ...] = field(default=(), compare=False)
+    fixed: tuple[tuple[str, int, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
@@ -308,4 +309,5 @@ class Network:
             weights_digest=data["weights_digest"],
             name=data["name"],
             blocked=tuple(data.get("blocked", ())),
+            fixed=tuple((str(p), int(n), str(why)) for p, n, why in data.get("fixed", ())),
         )  # fmt: skip

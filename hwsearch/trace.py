@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,10 @@ from hwsearch.exporting import check_finite, check_types, export_program, first_
 from hwsearch.network import Network, Unit
 from hwsearch.task import Inputs
 from hwsearch.trial import tried
-from hwsearch.units import Shapes, Site, bias_of, find_stored, find_units, outside_units
+from hwsearch.units import Shapes, Site, bias_of, find_stored, find_units, outside_units, why_whole
+
+NAMED = 8
+"""Stored tensors of no unit that a network names."""
 
 
 @dataclass
@@ -118,9 +122,17 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
         ),
         weights_digest=weights_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
+        fixed=_largest(others),
     )
     found = Traced(network, graph, sites, args, kwargs, outputs, stored=stored)
     return _with_channels(found, residual)
+
+
+def _largest(others: Mapping[str, torch.Tensor]) -> tuple[tuple[str, int, str], ...]:
+    """(path, bytes, why it is stored as it is) of the largest stored tensors that belong to no unit."""
+    sizes = {path: t.numel() * t.element_size() for path, t in others.items()}
+    named = sorted(sizes, key=lambda path: -sizes[path])[:NAMED]
+    return tuple((path, sizes[path], why_whole(others[path])) for path in named)
 
 
 def _with_channels(traced: Traced, residual: bool) -> Traced:

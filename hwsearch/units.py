@@ -134,7 +134,7 @@ def find_stored(
         if name in sites:
             found[name] = replace(found[name], tied=True)
         elif not name:
-            if not _worth_int8(value):
+            if why_whole(value):
                 continue
             name = owner[same(value)] = _unit_name(node, node, found)
             found[name] = Unit(name, _stored_op(readers), (), (), tuple(value.shape))
@@ -154,11 +154,16 @@ def other_readers(node: fx.Node, site_of: Mapping[str, Site]) -> list[fx.Node]:
     return found
 
 
-def _worth_int8(value: torch.Tensor) -> bool:
-    """Whether a tensor has rows of finite fp32 numbers that int8 makes notably smaller."""
-    if value.dtype != torch.float32 or value.dim() < 2 or not bool(torch.isfinite(value).all()):
-        return False
-    return 3 * value.numel() - 4 * (value.numel() // max(value.shape[-1], 1)) >= LEAST_SAVED
+def why_whole(value: torch.Tensor) -> str:
+    """Why a stored tensor is not worth a unit; empty where it has rows of finite fp32 numbers that int8 makes smaller."""
+    if value.dtype != torch.float32:
+        return f"it is of {str(value.dtype).removeprefix('torch.')}"
+    if value.dim() < 2:
+        return "it is a vector"
+    if not bool(torch.isfinite(value).all()):
+        return "it holds NaN or infinity"
+    saved = 3 * value.numel() - 4 * (value.numel() // max(value.shape[-1], 1))
+    return "" if saved >= LEAST_SAVED else "int8 would save next to nothing"
 
 
 def _stored_op(readers: Sequence[fx.Node]) -> str:

@@ -87,7 +87,8 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A runtime that compiles ONNX.
 
-    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
+    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`;
+    and `weight_storage = True`: it computes right with weights that a file stores in int8 and makes floating by Cast and Mul.
     """
 
     name: str

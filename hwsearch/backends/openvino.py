@@ -27,6 +27,7 @@ class OpenVINOBackend:
     name = "openvino"
     quantize_outputs = False
     own_process = True
+    weight_storage = True
 
     def __init__(self) -> None:
         self._core: Any = None

@@ -108,7 +108,11 @@ class Simulator:
         return result
 
     def _stored(
-        self, node: fx.Node, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
+        self,
+        node: fx.Node,
+        unit: str,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> torch.Tensor:
         """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
         own: torch.Tensor = self.values[node] if replaced is None else replaced[0]

@@ -166,6 +166,7 @@ class SimulatedBackend:
     """
 
     name = "simulated"
+    weight_storage = True
 
     def __init__(
         self,
