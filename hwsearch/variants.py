@@ -143,8 +143,12 @@ def network_bytes(network: Network, variants: Mapping[str, Variant]) -> int:
 
 
 def uniform(network: Network, precision: str) -> dict[str, Variant]:
-    """Every unit dense at one precision."""
-    return {unit.name: Variant(precision) for unit in network.units}
+    """Every layer dense at one precision; stored tensors too, where they can be, else in fp32."""
+    variant = Variant(precision)
+    return {
+        unit.name: variant if not unit.stored or not ineligible(unit, variant) else Variant("fp32")
+        for unit in network.units
+    }
 
 
 def ineligible(unit: Unit, variant: Variant) -> str:
