@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.compress.apply import Simulator
+from hwsearch.errors import Infeasible
 from hwsearch.lower import Lowering
 from hwsearch.network import Network
+from hwsearch.pipeline import run
 from hwsearch.regime import Regime, graph_bytes
 from hwsearch.task import Task
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -258,3 +261,39 @@ def test_rows_are_looked_up_before_they_become_floating() -> None:
                 int(np.prod([d.dim_value for d in k.shape.dim])) for k in kinds.values() if k.elem_type == 1
             ]
             assert table.weight_count not in sizes
+
+
+def simulated(low: Lowering) -> SimulatedBackend:
+    return SimulatedBackend(LatencyLaw.random(low.network, 0))
+
+
+def test_a_budget_on_size_is_met_by_what_is_stored_in_int8(tmp_path: Path) -> None:
+    """Even of a network of which next to nothing is a layer; the file has the bytes that were foretold."""
+    low = made("stored")
+    report = run(
+        low.task, ["size=36%"], tmp_path, backend=simulated(low), axes=["precision"], time_limit_s=5.0
+    )
+    assert report.met
+    size = report.size_bytes
+    assert size["deployed"] == (tmp_path / "model.onnx").stat().st_size
+    assert size["deployed"] <= size["predicted"] <= 1.02 * size["deployed"] + 1024
+    assert "dense.w8" in report.variants.values()
+
+
+def test_a_size_that_cannot_be_met_says_what_keeps_it_up(tmp_path: Path) -> None:
+    low = made("stored")
+    with pytest.raises(Infeasible, match=r"weights of LSTM and GRU \d+% \(.*transposed convolutions \d+%"):
+        run(
+            low.task,
+            ["size=10%"],
+            tmp_path / "a",
+            backend=simulated(low),
+            axes=["precision"],
+            time_limit_s=5.0,
+        )
+    backend = simulated(low)
+    backend.weight_storage = False
+    with pytest.raises(
+        Infeasible, match=r"\d+% stays floating .*: simulated has no weights that are stored in int8"
+    ):
+        run(low.task, ["size=30%"], tmp_path / "b", backend=backend, axes=["precision"], time_limit_s=5.0)
