@@ -45,6 +45,7 @@ def profile(
     shape: Shapes | None = None,
     prior: Sequence[LatencyTable | str | Path] = (),
     lock_clocks: bool = False,
+    energy: bool = False,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -62,6 +63,7 @@ def profile(
     inputs (see `reshaping`): for timing; sensitivities, deployed files and reports want a task of that shape.
     prior: other tables of this device and regime, or their files, whose layers need not be learnt again.
     lock_clocks: hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
+    energy: also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is always read, where there is one.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
     """
     axes = check_axes(axes)
@@ -83,6 +85,7 @@ def profile(
         load=load,
         clocks=clocks,
         storage=STORAGE in axes,
+        energy=energy,
     )
     return _profile(
         at,
@@ -135,7 +138,10 @@ def sensitivity(
         batch = table.header.options.get("batch")
     stored = table is not None and any(str(IN_INT8) in own for own in table.offered().values())
     storage = STORAGE in axes or stored
-    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage)
+    bits = table.header.int8_bits if table is not None else None
+    at = regime(
+        task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, int8_bits=bits
+    )
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
         table.require(network=at.network)

@@ -11,15 +11,20 @@ every inference, or makes the product one of its own 8 bits (MatMulNBits; 5e-3 o
 the rows are gathered in int8 and then multiplied by their scales.
 
 Two things are written so that runtimes agree. ONNX Runtime rounds the bias of an int8 product to 32-bit integers of the product's
-own step (and lets it overflow): it is stored as a multiple of that step, of at most 2^24 steps. And from opset 21 on (int4) it
-cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526): there is none
-left to move (`_Builder._moved`, `_Builder._bias`).
+own step (and lets it overflow): it is stored as a multiple of that step (`hwsearch.compress.biases`). And from opset 21 on
+(int4) it cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526):
+there is none left to move (`_Builder._moved`, `_Builder._bias`).
+
+OpenVINO loses the scale of what an int8 convolution reads of a Concat on CPUs whose convolutions take unsigned inputs alone (all
+x86 but those with AMX or AVX-VNNI-INT8): its passes move the quantizer to the Concat's inputs (MoveFakeQuantize), align these
+(AlignQuantizationIntervals, in steps) and make signed quantizers unsigned (FakeQuantizeDecomposition, which takes those intervals
+for values), so that one step becomes 1.0. For it the same numbers are written unsigned there, with zero point 128: nothing is left
+to be made unsigned, and the same kernels run (`_Builder.unsigned`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,12 +33,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
-from hwsearch.compress.quantize import LEVELS, Ranges
+from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique, unit_of
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import NVFP4_BLOCK, Variant, stored_once
+from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
@@ -44,8 +50,8 @@ _TYPED_Q = 21
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 _MOVING = frozenset("MaxPool Reshape Slice Squeeze Transpose Unsqueeze".split())
 """What ONNX Runtime moves the Q/DQ of a tensor past."""
-_BIAS_STEPS = 2.0**24
-"""Integers up to this one are exact in fp32."""
+ZERO_POINT = 128
+"""What stands for 0 in uint8, where int8 is written so."""
 
 _CODES = {
     "int8": TensorProto.INT8,
@@ -65,14 +71,18 @@ def assemble(
     ranges: Ranges,
     *,
     quantize_outputs: bool = False,
+    unsigned_concat: bool = False,
     metadata: Mapping[str, str] | None = None,
     shared: bool = True,
+    int8_bits: int = INT8_BITS,
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
 
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
+    int8_bits: of int8 weights, and of what stands in their place in a product of two activations.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     shared: units that read one tensor on one scale share its Q/DQ.
+    unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset, shared)
@@ -99,9 +109,13 @@ def assemble(
         elif role == "out" and not quantize_outputs:
             builder.alias(node)
         else:
-            of = ranges[unit, call, "out" if role == "out" else f"in{port}"]
-            scale = of.limit / LEVELS if variant.precision == "int8" else of.top / FP8_TOP
-            builder.activation(node, unit, call, variant.precision, scale, own=role == "in")
+            where = "out" if role == "out" else f"in{port}"
+            of = ranges[unit, call, where]
+            scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
+            unsigned = unsigned_concat and variant.precision == "int8" and builder.joined(node)
+            builder.activation(
+                node, unit, call, variant.precision, scale, own=role == "in", unsigned=unsigned
+            )
     marks = [tag_of(n)[:2] for n in marked.graph.node if n.op_type == MARK]
     told = {unit for role, unit in marks if role == "weight"}
     units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
@@ -148,7 +162,7 @@ class _Builder:
         """The first marker of each layer's weight."""
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
-        self.dequantized: dict[tuple[str, str, float], str] = {}
+        self.dequantized: dict[tuple[str, str, float, bool], str] = {}
         self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
         self.shapes: list[onnx.ValueInfoProto] = []
         self.grids: dict[str, tuple[str, str]] = {}
@@ -156,6 +170,7 @@ class _Builder:
         self.fed: set[str] = set()
         self.turned: dict[str, tuple[str, list[int]]] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.makers = {output: node for node in marked.graph.node for output in node.output}
         for node in marked.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
@@ -195,14 +210,13 @@ class _Builder:
         unit, stored = self.pending[inputs[1]]
         if stored.precision != "int8" or stored.scales is None:
             return
-        step = numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]])
+        activation = float(numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]]))
         bias = self._bias_of(node)
         fixed = inputs[1] in self.stored or inputs[1] in self.looked_up
         if bias is not None and bias.shape == stored.scales.shape and not fixed:
-            stored = _at_least(stored, np.asarray(np.abs(bias) / (step * _BIAS_STEPS), np.float32))
+            stored = fitted(stored, bias, activation)
             self.pending[inputs[1]] = unit, stored
-        assert stored.scales is not None
-        self.steps[node.output[0]] = np.asarray(step * stored.scales, np.float32)
+        self.steps[node.output[0]] = steps(stored, activation)
 
     def _bias_of(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
         """The constant that is added to a product, by itself or by the one Add that reads it."""
@@ -236,8 +250,7 @@ class _Builder:
                 continue
             bias = numpy_helper.to_array(tensor)
             if step is not None and bias.shape == step.shape:
-                whole = np.where(step > 0, step, 1)  # a product of two scales may be too small for fp32
-                bias = np.where(step > 0, np.round(bias / whole) * step, bias).astype(np.float32)
+                bias = on_steps(bias, step)
             elif not deep:
                 continue
             node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
@@ -397,7 +410,7 @@ class _Builder:
     def dynamic(self, node: onnx.NodeProto, unit: str, call: int, overall: float) -> None:
         """Quantize an activation to nvfp4, with scales of its blocks that are found as the network runs, and dequantize it."""
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, "nvfp4", overall
+        key = source, "nvfp4", overall, False
         if key not in self.dequantized:
             base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
             scale = self._constant(f"{name}/overall", np.asarray(overall, np.float32))
@@ -424,21 +437,37 @@ class _Builder:
             self.dequantized[key] = output
         self.renamed[node.output[0]] = self.dequantized[key]
 
+    def joined(self, node: onnx.NodeProto) -> bool:
+        """Whether a convolution reads what a marker stands on, and that is a Concat, or made of one by operators of one input."""
+        if all(reader.op_type != "Conv" for reader in self.readers.get(node.output[0], ())):
+            return False
+        maker = self.makers.get(node.input[0])
+        while maker is not None and maker.op_type != "Concat":
+            reads = {name for name in maker.input if name and name not in self.initializers}
+            maker = (
+                self.makers.get(reads.pop()) if len(reads) == 1 and maker.op_type not in _PRODUCTS else None
+            )
+        return maker is not None
+
     def activation(
-        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool
-    ) -> None:
+        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool, unsigned: bool,
+    ) -> None:  # fmt: skip
         """Quantize and dequantize; two units which read one tensor on one scale share it.
 
         Not where outputs are quantized too: ONNX Runtime keeps a Q/DQ with two consumers signed, and has no fast
-        kernel for that.
+        kernel for that. unsigned: int8 is written as uint8 with zero point 128.
         """
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, precision, scale_value
+        key = source, precision, scale_value, unsigned
         if self.quantize_outputs or not self.shared_grids or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
-            zero = self._zero(f"{node.output[0]}/zero", precision, ())
+            zero = f"{node.output[0]}/zero"
+            if unsigned:
+                self._constant(zero, np.asarray(ZERO_POINT, np.uint8))
+            else:
+                self._zero(zero, precision, ())
             quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
             self._add(
                 "QuantizeLinear",
@@ -543,15 +572,6 @@ def bytes_of_units(model: onnx.ModelProto, paths: Mapping[str, str]) -> dict[str
         add(owner.get(tensor.name, ""), tensor)
     found.pop("", None)
     return found
-
-
-def _at_least(weight: StoredWeight, scales: NDArray[np.float32]) -> StoredWeight:
-    """The same int8 weight rounded anew where its scales are below others: of channels next to nothing beside their bias."""
-    assert weight.scales is not None
-    new = np.maximum(weight.scales, scales).astype(np.float32)
-    shape = [-1 if d == weight.axis else 1 for d in range(weight.values.ndim)]
-    values = np.round(weight.values * (weight.scales / new).reshape(shape)).astype(np.int8)
-    return replace(weight, values=values, scales=new)
 
 
 def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.errors import InvalidInput
-from hwsearch.measure import quietest
+from hwsearch.measure import quietest, relative
 from hwsearch.network import Network
 from hwsearch.nvidia import State
 from hwsearch.variants import Variant
@@ -46,7 +46,7 @@ class Build:
     base: base precision it was compiled with. variants: for each unit, in network order; empty where it is no part.
     widths: slots kept of each channel group, in network order.
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
-    samples_ns, reference_ns: every timed inference. executed: for each unit, the precision read back
+    samples_ns, reference_ns, singles_ns: see `measure.Timing`. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
     output_error: relative error of the engine's outputs from the simulated ones; `wrong`: too large to be rounding.
     source: always `measured`; estimates never enter a table.
@@ -77,6 +77,12 @@ class Build:
     reference_energy_j: float | None = None
     energy_error: float | None = None
     states: tuple[State, ...] = ()
+    singles_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+
+    @property
+    def inferences(self) -> NDArray[np.float64]:
+        """Times of single inferences, relative to their median."""
+        return relative(self.samples_ns, self.singles_ns)
 
     @property
     def energy_ratio(self) -> float | None:
@@ -90,7 +96,8 @@ class Build:
         """The build as a pyarrow table of one row; made once, as a growing table is written after every build."""
         import pyarrow as pa
 
-        own = {**asdict(self), "samples_ns": self.samples_ns, "reference_ns": self.reference_ns}
+        raw = {name: getattr(self, name) for name in ("samples_ns", "reference_ns", "singles_ns")}
+        own = {**asdict(self), **raw}
         return pa.Table.from_pylist([own], schema=columns())
 
     @cached_property
@@ -134,6 +141,7 @@ def read_builds(rows: Any, network: Network, path: str | Path) -> tuple[Build, .
                     "samples_ns": np.array(row["samples_ns"], np.int64),
                     "reference_ns": np.array(row["reference_ns"], np.int64),
                     "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                    "singles_ns": np.array(row.get("singles_ns") or (), np.int64),
                     "states": tuple(_state(s) for s in row.get("states") or ()),
                 }
             )
@@ -222,5 +230,6 @@ def columns() -> Any:
             ("reference_energy_j", pa.float64()),
             ("energy_error", pa.float64()),
             ("states", pa.list_(state)),
+            ("singles_ns", pa.list_(pa.int64())),
         ]
     )

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx._pytree import tree_flatten_spec
+from torch.utils import _pytree as pytree
 
 from hwsearch.errors import InvalidInput
 from hwsearch.exporting import first_line
+from hwsearch.state import State
 from hwsearch.task import Inputs
+from hwsearch.unwrapping import without_wrappers
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -24,22 +27,24 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
+def copied(inputs: Any) -> Any:
+    """The same arguments in tensors of their own: a model may write into what it is given."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The module in eval mode; afterwards its submodules' modes and its buffers are what they were."""
-    modes = {m: m.training for m in model.modules()}
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before) and not (
-                torch.isnan(before).any() and buffer.is_floating_point()
-            ):
-                buffer.detach().copy_(before)
+    """The module in eval mode, without the wrappers inside of it; afterwards all that it holds is as it was.
+
+    That is its submodules and their modes, its buffers, and whatever attributes its calls set.
+    """
+    with without_wrappers(model):
+        state = State(model)
+        model.eval()
+        try:
+            yield model
+        finally:
+            state.restore()
 
 
 def flat_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -1,24 +1,27 @@
 """The canonical form of an exported graph: the one way in which each computation is written.
 
-Operators in place are pure, BatchNorm is folded into the layer before it, attention is spelled out as MatMul, Softmax,
-MatMul, and what is computed from parameters alone is stored.
+Operators in place are pure, aliases and attention are spelled out (`aliases.py`; MatMul, Softmax, MatMul), BatchNorm is folded
+into the layer before it, and what is computed from parameters alone is stored.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
+from hwsearch.aliases import aten as aten
+from hwsearch.aliases import inline, spell_out, spelling
+from hwsearch.aliases import op_name as op_name
+from hwsearch.errors import UntraceableModel
 
 CONVOLUTIONS: dict[Any, str] = {
     aten.conv1d.default: "conv1d",
@@ -39,18 +42,22 @@ _FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul line
 
 
 def functional_graph(program: ExportedProgram) -> fx.GraphModule:
-    """The graph of an exported program without operators that write into a tensor."""
+    """The graph of an exported program without operators that write into a tensor.
+
+    Raises UntraceableModel where a call changes a buffer that its outputs depend on.
+    """
     graph = program.module(check_guards=False)
     if not _without_mutation(graph):
-        graph = program.run_decompositions({}).module(check_guards=False)
-        _restore_batch_norm(graph)
-        _drop_state_updates(graph)
+        program = program.run_decompositions({})
+        _refuse_state(program)
+        graph = program.module(check_guards=False)
+        _drop_updates(graph)
     return graph
 
 
 def canonicalize(graph: fx.GraphModule) -> None:
     """Bring a functional graph into canonical form, in place."""
-    _inline(graph, aten.einsum.default)
+    spell_out(graph)
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = (
@@ -59,6 +66,7 @@ def canonicalize(graph: fx.GraphModule) -> None:
     _expand_circular_padding(graph)
     _expand_attention(graph)
     _fold_constants(graph)
+    _split_computed_addmm(graph)
     _fold_batch_norm(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
@@ -70,17 +78,24 @@ def canonicalize(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def op_name(node: fx.Node) -> str:
-    """`relu` for torch.ops.aten.relu.default."""
-    name = getattr(node.target, "overloadpacket", None)
-    return str(getattr(name, "__name__", getattr(node.target, "__name__", node.target)))
-
-
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost module that a node comes from; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [value[0] for value in stack.values() if value[0]]
     return paths[-1].removeprefix("L['self'].") if paths else ""
+
+
+def place(node: fx.Node) -> str:
+    """Where a node stands in the user's code: its operator, its module, and the line where the trace knows it."""
+    where = f"{op_name(node)} in {module_path(node) or 'the model itself'}"
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
+    )
+    own = [f for f in frames if not f[0].startswith(str(Path(torch.__file__).parent))]
+    if not own:
+        return where
+    file, line, code = own[-1]
+    return f"{where}, at {Path(file).name}:{line}: `{code.strip()}`"
 
 
 def is_get_attr(node: Any) -> TypeGuard[fx.Node]:
@@ -145,59 +160,39 @@ def _without_mutation(graph: fx.GraphModule) -> bool:
     return whole
 
 
-def _restore_batch_norm(graph: fx.GraphModule) -> None:
-    """The operator that `run_decompositions` makes of BatchNorm, as BatchNorm."""
-    for node in [
-        n for n in graph.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default
-    ]:
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        with graph.graph.inserting_before(node):
-            norm = graph.graph.call_function(
-                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, eps, False)
-            )
-        norm.meta = {**node.meta, "val": node.meta["val"][0]}
-        for user in list(node.users):
-            user.replace_all_uses_with(norm)
-            graph.graph.erase_node(user)
-        graph.graph.erase_node(node)
+def _refuse_state(program: ExportedProgram) -> None:
+    """A deployed network starts every call from what its file stores, so that state would be lost in silence."""
+    signature = program.graph_signature
+    own = signature.inputs_to_buffers | signature.inputs_to_parameters
+    written = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()}
+    nodes = {node.name: node for node in program.graph.nodes}
+    needed: set[fx.Node] = set()
+    left = [nodes[name] for name in signature.user_outputs if name in nodes]
+    while left:
+        node = left.pop()
+        if node not in needed:
+            needed.add(node)
+            left += node.all_input_nodes
+    read = {own[node.name] for node in needed if node.op == "placeholder" and node.name in own}
+    refuse_state([name for name in dict.fromkeys(own.values()) if name in read & written])
 
 
-def _drop_state_updates(graph: fx.GraphModule) -> None:
-    """What a model writes into its buffers is for its next call, and a deployed network keeps no state."""
+def refuse_state(names: Sequence[str]) -> None:
+    """Raises UntraceableModel where outputs depend on what earlier calls left in these buffers or attributes."""
+    if names:
+        raise UntraceableModel(
+            f"the network keeps state: its outputs depend on {', '.join(names)}, which every call changes, and a deployed network "
+            "starts each call from the same values. Make it an input and an output: forward(x, state) that returns (y, new state)"
+        )
+
+
+def _drop_updates(graph: fx.GraphModule) -> None:
+    """What a call writes into buffers that no output depends on, or into its inputs, is not part of its outputs."""
     for node in reversed(list(graph.graph.nodes)):
-        if _mutates(node) and is_get_attr(node.args[0]):
+        target = node.args[0] if node.args else None
+        if _mutates(node) and (is_get_attr(target) or getattr(target, "op", "") == "placeholder"):
             node.replace_all_uses_with(node.args[1])
             graph.graph.erase_node(node)
-
-
-def _inline(graph: fx.GraphModule, target: Any) -> None:
-    """Replace each call of an operator by the operators that it is made of."""
-    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is target]:
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-        sources = [v for v in flat if isinstance(v, fx.Node)]
-
-        def call(
-            *tensors: torch.Tensor, flat: list[Any] = flat, spec: Any = spec, target: Any = node.target
-        ) -> torch.Tensor:
-            rest = iter(tensors)
-            args, kwargs = pytree.tree_unflatten(
-                [next(rest) if isinstance(v, fx.Node) else v for v in flat], spec
-            )
-            result: torch.Tensor = target(*args, **kwargs)
-            return result
-
-        examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
-        body = make_fx(call)(*examples)
-        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-        values: dict[fx.Node, Any] = dict(zip(inputs, sources, strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "call_function":
-                    values[inner] = graph.graph.node_copy(inner, values.__getitem__)
-                    values[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                elif inner.op == "output":
-                    node.replace_all_uses_with(values[inner.args[0]])
-        graph.graph.erase_node(node)
 
 
 def _expand_circular_padding(graph: fx.GraphModule) -> None:
@@ -229,6 +224,7 @@ def _expand_circular_padding(graph: fx.GraphModule) -> None:
 
 def _expand_attention(graph: fx.GraphModule) -> None:
     """scaled_dot_product_attention as MatMul, Softmax, MatMul, so that both products are units."""
+    opened: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}  # layers share a mask
     for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is ATTENTION]:
         q, k, v, mask, _, causal, scale, gqa = bound(
             node, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
@@ -240,9 +236,10 @@ def _expand_attention(graph: fx.GraphModule) -> None:
 
         def call(target: Any, *args: Any, like: fx.Node = node) -> fx.Node:
             new = graph.graph.call_function(target, args)
-            new.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+            new.meta |= {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
             return new
 
+        some = None
         with graph.graph.inserting_before(node):
             if gqa and k_shape[-3] != q_shape[-3]:
                 k, v = (_repeat_heads(call, t, q_shape[-3]) for t in (k, v))
@@ -255,13 +252,62 @@ def _expand_attention(graph: fx.GraphModule) -> None:
                 set_attr(graph, path, torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf")))
                 scores = call(aten.add.Tensor, scores, graph.graph.get_attr(path))
             if mask is not None:
+                if mask not in opened:
+                    opened[mask] = _open_rows(call, graph, mask)
+                mask, some = opened[mask]
                 if mask.meta["val"].dtype == torch.bool:
                     scores = call(aten.where.ScalarOther, mask, scores, float("-inf"))
                 else:
                     scores = call(aten.add.Tensor, scores, mask)
             new = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
+            if some is not None:
+                new = call(aten.mul.Tensor, new, some)
+        new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
+
+
+def _open_rows(
+    call: Callable[..., fx.Node], graph: fx.GraphModule, mask: fx.Node
+) -> tuple[fx.Node, fx.Node | None]:
+    """(a mask without rows that allow nothing, for each row 1 or, where it allowed nothing, 0; None if no row can be such).
+
+    Of a row that may attend to nothing `scaled_dot_product_attention` returns zeros; softmax over it is NaN. Such a row
+    attends to everything here, and its result is multiplied by zero: finite in every runtime and in any precision.
+    """
+    boolean = mask.meta["val"].dtype == torch.bool
+    value = _constant(graph, mask)
+    if value is not None and bool((value if boolean else value > float("-inf")).any(-1).all()):
+        return mask, None
+    allowed = mask if boolean else call(aten.gt.Scalar, mask, float("-inf"))
+    some = call(aten.amax.default, call(aten.to.dtype, allowed, torch.float32), [-1], True)
+    if boolean:
+        open_ = call(aten.logical_or.default, mask, call(aten.eq.Scalar, some, 0.0))
+    else:
+        open_ = call(aten.where.ScalarOther, call(aten.gt.Scalar, some, 0.0), mask, 0.0)
+    open_.meta["val"] = mask.meta["val"]
+    return open_, some
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input; None of any other."""
+    needed, left = {node}, [node]
+    while left:
+        sources = left.pop().all_input_nodes
+        left += [s for s in sources if s not in needed]
+        needed.update(sources)
+    if any(n.op not in ("get_attr", "call_function") for n in needed):
+        return None
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in (n for n in graph.graph.nodes if n in needed):
+            if is_get_attr(n):
+                values[n] = operator.attrgetter(str(n.target))(graph)
+            else:
+                args, kwargs = fx.map_arg((n.args, n.kwargs), values.__getitem__)
+                values[n] = n.target(*args, **kwargs)
+    found: torch.Tensor = values[node]
+    return found
 
 
 def _repeat_heads(call: Callable[..., fx.Node], tensor: fx.Node, heads: int) -> fx.Node:
@@ -306,6 +352,13 @@ def _fold_constants(graph: fx.GraphModule) -> None:
                         stored = graph.graph.get_attr(path)
                     stored.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                     node.replace_input_with(arg, stored)
+
+
+def _split_computed_addmm(graph: fx.GraphModule) -> None:
+    """A sum and a product of two activations, or a scaled one, are two operators: the product is a unit."""
+    for node in [n for n in graph.graph.nodes if n.op == "call_function" and n.target is aten.addmm.default]:
+        if node.kwargs or not is_get_attr(node.args[2]):
+            inline(graph, node, spelling("addmm"))
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:

@@ -32,8 +32,8 @@ def energy_table(table: LatencyTable) -> LatencyTable:
     if missing or table.header.mode != "context":
         raise InvalidInput(
             f"a budget on energy needs energies, and the table has none of its {' and '.join(missing) or 'whole networks'}: "
-            f"it was profiled where no counter could be read ({table.header.device.get('chip')}, {table.header.backend}); "
-            "`hwsearch devices` says whether this machine has one, then profile again into a new file"
+            f"it was profiled where no counter was read ({table.header.device.get('chip')}, {table.header.backend}); "
+            "`hwsearch devices` says whether this machine has one, then profile again into a new file (on a GPU with --energy)"
         )
     joules = [b.reference_energy_j for b in table.builds if b.reference_energy_j]
     return LatencyTable(

@@ -13,15 +13,16 @@ from hwsearch import backends
 from hwsearch import device as devices
 from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
+from hwsearch.backends.exactness import int8_bits
 from hwsearch.compress.bank import WeightBank
 from hwsearch.errors import IncompatibleTables
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.network import Network
-from hwsearch.refitting import as_module, narrowed, weight_bank
+from hwsearch.refitting import as_module, refitted, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.task import Task
-from hwsearch.variants import STORAGE, Variant
+from hwsearch.variants import INT8_BITS, STORAGE, Variant
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def of_allocation(
 ) -> Regime:
     """The task under the allocation's own options, on its own backend or another.
 
-    lock_clocks: at the clock of its table, where that was locked.
+    lock_clocks: at the clock of its table, where that was locked. Raises IncompatibleTables where its int8 weights have more bits
+    than the runtime sums exactly here, or it is of another network.
     """
     options = allocation.options
     which = backend or allocation.backend
@@ -73,9 +75,27 @@ def of_allocation(
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
         storage=str(STORAGE) in allocation.variants.values(),
+        energy=any(b["column"] == "energy" for b in allocation.budgets),
+        int8_bits=int8_bits_of(allocation),
     )  # fmt: skip
     check_allocation(allocation, at.network)
+    if "dense.int8" in allocation.variants.values():
+        _check_bits(at)
     return at
+
+
+def int8_bits_of(allocation: Allocation) -> int:
+    """Bits of its int8 weights, as its table says."""
+    return int(allocation.options.get("int8_bits", INT8_BITS))
+
+
+def _check_bits(at: Regime) -> None:
+    own, exact = at.lowering.int8_bits, int8_bits(at.backend, at.options)
+    if own > exact:
+        raise IncompatibleTables(
+            f"the allocation has int8 weights of {own} bits, and {at.backend.name} sums products of such inexactly on this device "
+            f"(it takes {exact} bits): what it would compute here is not what was searched; profile and search on this device"
+        )
 
 
 def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None = None) -> Lowering:
@@ -84,26 +104,32 @@ def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None =
     weights: folder of refitted weights; without it they are refitted anew. Raises IncompatibleTables (another network).
     """
     options = allocation.options
-    whole = Lowering(task, options.get("batch"), residual=bool(options.get("residual", False)))
+    whole = Lowering(
+        task,
+        options.get("batch"),
+        residual=bool(options.get("residual", False)),
+        int8_bits=int8_bits_of(allocation),
+    )
     check_allocation(allocation, whole.network)
     bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
-    return _narrow(whole, allocation, bank)
+    return _refitted(whole, allocation, bank)
 
 
-def at_widths(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
-    """The regime with the channels that an allocation keeps, its weights refitted (by `bank`, or anew)."""
-    return replace(at, lowering=_narrow(at.lowering, allocation, bank)) if allocation.narrow else at
+def as_deployed(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
+    """The regime with the channels that an allocation keeps, its weights refitted (from `bank`, or anew) and rounded."""
+    lowering = _refitted(at.lowering, allocation, bank)
+    return at if lowering is at.lowering else replace(at, lowering=lowering)
 
 
-def _narrow(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
+def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
-        return lowering
+        return refitted(lowering, parse_variants(allocation))
     if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
         raise IncompatibleTables(
             "the allocation is of other channel groups than the network has; search again"
         )
     bank = bank or weight_bank(lowering, None, allocation.slots)
-    return narrowed(lowering, allocation.widths, bank, parse_variants(allocation))
+    return refitted(lowering, parse_variants(allocation), allocation.widths, bank)
 
 
 def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
@@ -132,7 +158,7 @@ def deploy(
     """
     if at is None:
         whole = of_allocation(task, allocation, backend)
-        at = at_widths(whole, allocation, bank_of(whole, allocation, weights))
+        at = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
     base = str(allocation.options.get("base", at.options.base))
     model = at.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
     data = model.SerializeToString()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,7 @@ PROVES = {
     "memory": "there is memory to build in",
     "huge pages": "engines lie in huge pages",
     "energy counter": "energy is counted",
+    "int8 sums": "int8 products are summed exactly",
     "quiet GPU": "nothing else disturbs the GPU",
     "clock locking": "clocks can be locked and let go",
     "engine": "small networks build and can be timed",
@@ -134,7 +135,10 @@ class Examined:
 
 @dataclass(frozen=True)
 class Examination:
-    """All backends that were looked at, with what a bug report needs. healthy: at least one is there, and nothing failed."""
+    """All backends that were looked at, with what a bug report needs. healthy: at least one is there, and nothing failed.
+
+    complete: False of what is kept while the examination still goes on.
+    """
 
     backends: tuple[Examined, ...]
     device: dict[str, Any]
@@ -143,10 +147,15 @@ class Examination:
     packages: dict[str, str]
     hwsearch: str
     created: str
+    complete: bool = True
 
     @property
     def healthy(self) -> bool:
-        return any(b.available for b in self.backends) and not any(b.failed for b in self.backends)
+        return (
+            self.complete
+            and any(b.available for b in self.backends)
+            and not any(b.failed for b in self.backends)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, without paths and the user's name: `shared` goes over every text."""
@@ -154,6 +163,7 @@ class Examination:
             "schema": SCHEMA,
             "kind": "doctor",
             "healthy": self.healthy,
+            "complete": self.complete,
             "hwsearch": self.hwsearch,
             "created": self.created,
             "python": platform.python_version(),
@@ -175,37 +185,55 @@ class Examination:
 
 
 def examine(
-    name: str | None = None, *, lock_clocks: bool = False, progress: Progress | None = None
+    name: str | None = None,
+    *,
+    lock_clocks: bool = False,
+    progress: Progress | None = None,
+    keep: Callable[[Examination], None] | None = None,
 ) -> Examination:
     """Look at one backend, or at all that are registered. lock_clocks: also try to lock a GPU's clocks, for a moment.
+
+    keep: called after each check with what was found so far, and with all at the end.
 
     A backend whose runtime does not answer is asked nothing more: that takes no torch, and no time. Raises InvalidInput on
     an unknown name, DeviceBusy while a profile runs on the device.
     """
     progress = progress or Progress.silent()
     names = backends.names() if name is None else (name,)
-    try:
-        examined = tuple(_examined(n, name is not None, lock_clocks, progress) for n in names)
-    finally:
-        progress.stop()
     gpus, no_gpu = nvidia.told()
-    return Examination(
-        backends=examined,
+    found = Examination(
+        backends=(),
         device=devices.fingerprint().to_json(),
         gpus=tuple({**gpu.to_json(), "not_told": dict(gpu.not_told)} for gpu in gpus),
         no_gpu=no_gpu,
         packages=dict(_packages()),
         hwsearch=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        complete=False,
     )
+    try:
+        for n in names:
+            before = found.backends
+            for sofar in _examined(n, name is not None, lock_clocks, progress):
+                found = replace(found, backends=(*before, sofar))
+                if keep:
+                    keep(found)
+    finally:
+        progress.stop()
+    found = replace(found, complete=True)
+    if keep:
+        keep(found)
+    return found
 
 
-def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress) -> Examined:
+def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress) -> Iterator[Examined]:
+    """What is known of a backend, again after each check."""
     outcome: Outcome = "failed" if asked_for else "not possible"
     try:
         backend = backends.get(name)
     except BackendUnavailable as error:
-        return Examined(name, False, (Result("runtime", outcome, str(error)),))
+        yield Examined(name, False, (Result("runtime", outcome, str(error)),))
+        return
     results = [driver()] if devices.on_gpu(backend) else []
     versions, found = runtime(backend, outcome)
     results.append(found)
@@ -213,15 +241,19 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
         if not asked_for:  # a machine without a GPU is not ill
             results = [Result(r.name, "not possible" if r.outcome == "failed" else r.outcome, r.detail, r.remedy)
                        for r in results]  # fmt: skip
-        return Examined(name, False, tuple(results), versions)
+        yield Examined(name, False, tuple(results), versions)
+        return
     device = devices.fingerprint_for(backend)
     results += [precisions(backend), memory(device), counters(backend)]
     results += [pages()] if getattr(backend, "own_process", False) else []
     if isinstance(device, nvidia.Gpu):
         results += [quiet(device), clock_locking(lock_clocks)]
+    sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
+    yield sofar
     with devices.lock(device.id):
-        results += _at_work(backend, progress)
-    return Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
+        for result in (*sums(backend), *_at_work(backend, progress)):
+            sofar = replace(sofar, results=(*sofar.results, result))
+            yield sofar
 
 
 def _at_work(backend: Backend, progress: Progress) -> Iterator[Result]:
@@ -301,6 +333,27 @@ def pages() -> Result:
     )  # fmt: skip
 
 
+def sums(backend: Backend) -> Iterator[Result]:
+    """How many bits int8 weights have here, for products to be summed exactly; nothing where no int8 is offered."""
+    from hwsearch.backends.exactness import OFF, int8_bits, sum_error
+    from hwsearch.variants import INT8_BITS, Variant
+
+    base = backend.bases()[0]
+    if Variant("int8") not in backend.variants(base):
+        return
+    try:
+        bits = int8_bits(backend, BuildOptions(1, base))
+        off = sum_error(backend, BuildOptions(1, base), bits)
+    except Exception as error:
+        yield Result("int8 sums", "failed", _why(error), _REPORT)
+        return
+    if off > OFF:
+        yield Result("int8 sums", "failed", f"off by {off:.1%} even with weights of {bits} bits", _REPORT)
+        return
+    why = "" if bits == INT8_BITS else f": it sums products of {INT8_BITS} bits inexactly on this device"
+    yield Result("int8 sums", "ok", f"exact with weights of {bits} bits{why}")
+
+
 def counters(backend: Backend) -> Result:
     """Whether energy is counted, and may be read."""
     found = energy.find(gpu=devices.on_gpu(backend))
@@ -343,15 +396,14 @@ def clock_locking(tried: bool) -> Result:
 def engine(backend: Backend, network: str) -> Result:
     """A small network built and timed in the preferred base, in the base once more, and in int8 where that is offered."""
     from hwsearch.measure import Protocol, paired
-    from hwsearch.regime import Regime
-    from hwsearch.testing.contract import small_network
+    from hwsearch.testing.contract import small_regime
     from hwsearch.variants import Variant, uniform
 
     name = f"engine: {network.replace('_', ' ')}"
     try:
         base = backend.bases()[0]
         precisions = ["int8"] if Variant("int8") in backend.variants(base) else []
-        at = Regime(small_network(network), backend, BuildOptions(1, base))
+        at = small_regime(network, backend, base)
         reference, again = (at.build(uniform(at.network, base))[0] for _ in range(2))
         others = {p: at.build(uniform(at.network, p))[0].run for p in precisions}
         timings = paired(

@@ -1,11 +1,14 @@
 """Counters of energy: RAPL of the CPU's packages, NVML of a GPU. Where a machine has none there is none: nothing is estimated.
 
 A counter is of the whole package: of everything that runs on it. So energies are compared as times are, in the same rounds
-as a reference. RAPL moves about once a millisecond: single inferences cannot be told apart, blocks of them can.
+as a reference. RAPL moves about once a millisecond: single inferences cannot be told apart, blocks of them can. NVML's counter
+moves every 100 ms (measured on an H100, `scripts/gpu_trial.py facts`): there each engine runs by itself for seconds, and
+only what lies between two observed ticks counts.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +16,17 @@ from typing import Any
 
 from hwsearch import nvidia
 from hwsearch.errors import HwsearchError
+from hwsearch.stopwatch import block
 
 Meter = Callable[[], float]
 """Joules since some moment in the past; never falls."""
+
+TICKS_S = 2.0
+"""How long an engine runs while a coarse counter is watched."""
+_LOOKS = 50
+"""How often the counter is looked at between two of its moves."""
+SETTLE_S = 1.0
+"""How long it runs before, until the power is its own."""
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -90,6 +101,36 @@ def nvml() -> Found:
     except HwsearchError as error:
         return Found(reason=str(error))
     return Found(meter, "NVML") if meter else Found(reason=reason)
+
+
+def tick_s(meter: Meter | None) -> float:
+    """Seconds between two moves of a counter that is too coarse for blocks of inferences; 0 for others."""
+    return float(getattr(meter, "tick_s", 0.0))
+
+
+def by_ticks(run: Callable[[], None], meter: Meter, clock: Callable[[], int]) -> list[float]:
+    """Joules of an inference, one value for each two neighbouring ticks of a coarse counter that were seen while `run` ran.
+
+    Empty where the counter did not move in time.
+    """
+    usual = max(statistics.median(block(run, 3, clock)), 1.0)
+    count = min(max(int(tick_s(meter) * 1e9 / _LOOKS / usual), 1), 200)
+    begun = clock()
+    while clock() - begun < SETTLE_S * 1e9:
+        block(run, count, clock)
+    found: list[float] = []
+    inferences, joules, counting = 0, meter(), False
+    begun = clock()
+    while clock() - begun < TICKS_S * 1e9:
+        block(run, count, clock)
+        inferences += count
+        now = meter()
+        if now == joules:
+            continue
+        if counting:
+            found.append((now - joules) / inferences)
+        inferences, joules, counting = 0, now, True
+    return found
 
 
 def _number(path: Path) -> int:

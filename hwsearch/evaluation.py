@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.backends.base import Engine
+from hwsearch.batching import put_together
 from hwsearch.calling import flat_inputs
 from hwsearch.errors import InvalidInput
 from hwsearch.lower import Lowering
@@ -20,28 +20,38 @@ from hwsearch.task import Task
 def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
     """A callable with the model's signature that runs the engine, in pieces of the engine's batch.
 
-    Returns what the model returns: the same structure, on the CPU, in the model's dtypes.
+    Returns what the model returns: the same structure, on the CPU, in the model's dtypes. Outputs are put together along the axis
+    that follows the batch; see `put_together` for those that have none.
     """
+    count = len(engine.inputs)
+
+    def run(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if len(values) != count:
+            raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
+        return [torch.from_numpy(r) for r in engine(*(v.detach().cpu().numpy() for v in values))]
+
+    return _in_pieces(at, run)
+
+
+def _in_pieces(
+    at: Lowering, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+) -> Callable[..., Any]:
     batch = at.batch
     leaves, out_spec = pytree.tree_flatten(at.traced.outputs)
-    graph = at.traced.graph
-    flat_names = [spec.name for spec in engine.inputs]
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        values = [v for v in flat_inputs(graph, args, kwargs) if isinstance(v, torch.Tensor)]
-        if len(values) != len(flat_names):
-            raise InvalidInput(f"the model takes {len(flat_names)} tensors, evaluate gave {len(values)}")
-        arrays = [v.detach().cpu().numpy() for v in values]
-        count = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
-        pieces: list[list[Any]] = []
-        for start in range(0, count, batch):
-            part = [a[start : start + batch] for a in arrays]
-            short = batch - part[0].shape[0]
-            if short:
-                part = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) for a in part]
-            results = engine(*part)
-            pieces.append([r[: batch - short] if short else r for r in results])
-        merged = iter([torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True)])
+        values = [v for v in flat_inputs(at.traced.graph, args, kwargs) if isinstance(v, torch.Tensor)]
+        total = next((len(v) for v in values if v.dim()), 1)
+        counts = [min(batch, total - start) for start in range(0, total, batch)]
+        pieces = []
+        for number, count in enumerate(counts):
+            part = [v[number * batch : number * batch + count] if v.dim() else v for v in values]
+            if count < batch:
+                part = [
+                    torch.cat([v, v[-1:].expand(batch - count, *v.shape[1:])]) if v.dim() else v for v in part
+                ]
+            pieces.append(run(part))
+        merged = iter(put_together(list(zip(*pieces, strict=True)), at.batch_axes, counts, batch))
         filled = [next(merged).to(leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(filled, out_spec)
 

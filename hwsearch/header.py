@@ -85,6 +85,11 @@ class Header:
         """What tells this table apart from the others in its file."""
         return Section(self.options, self.network.input_shapes)
 
+    @property
+    def int8_bits(self) -> int:
+        """Bits of int8 weights: 7 where the device sums products of 8 inexactly."""
+        return int(self.section["int8_bits"])
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "network": self.network.to_json()}
 

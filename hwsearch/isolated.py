@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hwsearch.backends.apart import compiler
-from hwsearch.backends.base import Engine
+from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.cutting import cut
 from hwsearch.errors import InvalidInput
 from hwsearch.marking import isolate
@@ -166,7 +166,7 @@ def sandwich_engine(at: Regime) -> Engine:
 def _engine(at: Regime, marked: Any, variants: Mapping[str, Variant], base: str) -> tuple[Engine, Any]:
     """A part of the network compiled: on the example inputs where it has the network's own, else on noise."""
     build_engine = compiler(at.backend)
-    model = at.lowering.assemble(marked, variants, quantize_outputs=at.backend.quantize_outputs)
+    model = at.lowering.assemble(marked, variants, **qdq_form(at.backend))
     engine = build_engine(model.SerializeToString(), replace(at.options, base=base))
     names = [v.name for v in at.lowering.marked.graph.input]
     given = dict(zip(names, at.lowering.arrays(), strict=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,21 +15,27 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.assembling import assemble
-from hwsearch.calling import as_call, flat_inputs
+from hwsearch.batching import BatchAxis, find_axes
+from hwsearch.calling import as_call, copied, evaluating, flat_inputs
+from hwsearch.compress.apply import Simulator
 from hwsearch.compress.compensate import kept_apart
 from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.quantize import Key, Range, activation_ranges
 from hwsearch.compress.widths import Kept, Weights, narrow
+from hwsearch.equivalence import check_equivalence, check_trace
 from hwsearch.errors import HwsearchError, InvalidInput, UnsupportedVariant
 from hwsearch.marking import export
 from hwsearch.network import Network
 from hwsearch.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.task import Inputs, Task
 from hwsearch.trace import Traced, trace
-from hwsearch.variants import Variant, ineligible
+from hwsearch.variants import INT8_BITS, Variant, ineligible
 
 ACTIVATION_BYTES = 2e9
 """What the activations of one calibration batch may take; larger batches are cut."""
+NOT_FINITE = "it reads or returns NaN or infinity on calibration data, which no quantized type holds"
+COMPARED = 4
+"""Calibration batches on which the graph is compared with the module."""
 PIECES = 8
 """Calibration data is cut into at least so many batches, where it has as many samples, for some to be kept apart."""
 
@@ -37,24 +44,57 @@ class Lowering:
     """A task made ready to become ONNX in any allocation: traced, exported and calibrated once.
 
     batch: batch size of the deployed network; that of the example inputs where it is None. residual: the residual width
-    of transformers is a channel group as well.
+    of transformers is a channel group as well. int8_bits: of int8 weights, 8 or (for devices that sum products of 8 bits
+    inexactly) 7.
     """
 
     def __init__(
-        self, task: Task, batch: int | None = None, method: str = "mse", *, residual: bool = False
+        self,
+        task: Task,
+        batch: int | None = None,
+        method: str = "mse",
+        *,
+        residual: bool = False,
+        int8_bits: int = INT8_BITS,
     ) -> None:
-        self.task, self.method, self.residual = task, method, residual
+        self.task, self.method, self.residual, self.int8_bits = task, method, residual, int8_bits
         self.inputs = with_batch(task.example_inputs, batch)
         self.traced = trace(task.model, self.inputs, task.name, residual=residual)
         check_calibration(task)
+        check_equivalence(task.model, self.traced, self._compared())
         self.whole: Lowering | None = None
         self.kept: Kept = {}
         self.replaced: Weights | None = None
         self.calibrate = True
 
-    @property
+    def _compared(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The example, and a few calibration batches of as many samples."""
+        batches = self.task.calibration
+        chosen = {round(i) for i in np.linspace(0, len(batches) - 1, COMPARED)}
+        own = {f"calibration batch {i}": self.deployed(batches[i]) for i in sorted(chosen)}
+        return {what: as_call(inputs) for what, inputs in {"example_inputs": self.inputs, **own}.items()}
+
+    def deployed(self, inputs: Inputs) -> Inputs:
+        """A calibration batch as the deployed network takes it: cut or repeated where its shapes are not the example's."""
+        own, example = (
+            [t.shape for t in pytree.tree_leaves(_sorted(as_call(i))) if isinstance(t, torch.Tensor)]
+            for i in (inputs, self.inputs)
+        )
+        return inputs if own == example else with_batch(inputs, self.batch)
+
+    @cached_property
     def network(self) -> Network:
-        return self.traced.network
+        """What was traced, with the reason at each unit whose activations cannot be quantized on calibration data."""
+        if self.whole is not None:
+            reasons = {u.name: u.float_only for u in self.whole.network.units}
+        else:
+            reasons = {unit: NOT_FINITE for (unit, _, _), seen in self.ranges.items() if not seen.finite}
+        network = self.traced.network
+        if not any(reasons.values()):
+            return network
+        return replace(
+            network, units=tuple(replace(u, float_only=reasons.get(u.name, "")) for u in network.units)
+        )
 
     @cached_property
     def marked(self) -> onnx.ModelProto:
@@ -71,10 +111,10 @@ class Lowering:
         """How to make the exported network narrower; None where it has to be exported anew for each width."""
         try:
             found = OnnxWidths(self.marked, self.traced)
-            half = {g: range(0, n, 2) for g, n in self.network.channels.items()}
+            half = {g: range(0, n, 2) for g, n in self.traced.network.channels.items()}
             narrow = self.narrow(half)
             model = found.narrow(narrow.traced, self.traced.channels.mask(half))
-            plain = {u.name: Variant("fp32") for u in self.network.units}
+            plain = {u.name: Variant("fp32") for u in self.traced.network.units}
             onnx.shape_inference.infer_shapes(assemble(model, plain, {}, {}), strict_mode=True)
         except (NotFollowed, onnx.shape_inference.InferenceError):
             return None
@@ -100,7 +140,7 @@ class Lowering:
             whole = {id(t): t for t, _, _ in self.whole.calibration}
             own = {key: narrow(t, self.kept, self.replaced) for key, t in whole.items()}
             return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
-        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.network.units) / self.batch
+        each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.traced.network.units) / self.batch
         most = max(1, int(ACTIVATION_BYTES / (3 * each)))
         samples = sum(_samples(inputs) for inputs in self.task.calibration)
         # a model that takes several samples at once need not take one
@@ -121,9 +161,12 @@ class Lowering:
                 [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             )
             if key not in traces:
-                traces[key] = trace(self.task.model, inputs, self.task.name, residual=self.residual)
+                traces[key] = trace(
+                    self.task.model, inputs, self.task.name, residual=self.residual, what="calibration data"
+                )
+                check_trace(self.task.model, traces[key], (args, kwargs), "calibration data")
                 same = list(traces[key].sites) == list(self.traced.sites)
-                if not same or traces[key].network.channels != self.network.channels:
+                if not same or traces[key].network.channels != self.traced.network.channels:
                     raise InvalidInput(
                         "the model runs other layers on calibration batches than on example_inputs; "
                         "make both take the same path"
@@ -141,6 +184,20 @@ class Lowering:
         """The last quarter of the calibration batches, which losses are measured on; a single batch serves for both."""
         return self.calibration[kept_apart(len(self.calibration)) :] or self.calibration
 
+    @property
+    def comparable(self) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:
+        """As `scoring`, in batches of the deployed size where an output has no axis that follows the batch."""
+        if all(where.axis is not None for where in self.batch_axes):
+            return self.scoring
+        found = []
+        for _, args, kwargs in self.scoring:
+            count = _samples(cast(Inputs, (args, kwargs)))
+            for start in range(0, max(count - count % self.batch, 1), self.batch):
+                own = pytree.tree_map(lambda x, s=start: _rows(x, s, s + self.batch), (args, kwargs))
+                args_, kwargs_ = cast(Any, with_batch(own, self.batch))
+                found.append((self.traced, args_, kwargs_))
+        return found
+
     @cached_property
     def ranges(self) -> dict[Key, Range]:
         if self.whole is not None and not self.calibrate:
@@ -150,16 +207,50 @@ class Lowering:
     @cached_property
     def weights(self) -> StoredWeights:
         """(unit, variant) -> its weight as it is stored."""
-        return StoredWeights(self.traced)
+        return StoredWeights(self.traced, self.int8_bits)
+
+    def simulator(
+        self,
+        traced: Traced,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        quantize_outputs: bool,
+        quantized: bool = True,
+    ) -> Simulator:
+        """What this network's allocations compute for one batch. quantized: whether any of them quantizes activations."""
+        return Simulator(
+            traced,
+            args,
+            kwargs,
+            self.weights,
+            self.ranges if quantized else {},
+            quantize_outputs=quantize_outputs,
+            int8_bits=self.int8_bits,
+        )
 
     @property
     def batch(self) -> int:
         """Batch size of the deployed network."""
-        return (
-            self.network.input_shapes[0][0]
-            if self.network.input_shapes and self.network.input_shapes[0]
-            else 1
-        )
+        shapes = self.traced.network.input_shapes
+        return shapes[0][0] if shapes and shapes[0] else 1
+
+    @cached_property
+    def batch_axes(self) -> tuple[BatchAxis, ...]:
+        """Where the batch is in each output tensor of the model, found by calling it with twice as many samples."""
+        if self.whole is not None:
+            return self.whole.batch_axes
+        size, given = self.batch, self.task.calibration
+        first, second = self.deployed(given[0]), self.deployed(given[-1])
+        if _samples(given[0]) >= 2 * size:
+            second = cast(Inputs, pytree.tree_map(lambda x: _rows(x, size, 2 * size), given[0]))
+
+        def run(inputs: Inputs) -> Any:
+            args, kwargs = as_call(cast(Inputs, copied(inputs)))
+            with evaluating(self.task.model) as model, torch.no_grad():
+                return model(*args, **kwargs)
+
+        return find_axes(run, first, second, pytree.tree_map(_beside, first, second))
 
     def arrays(self) -> list[np.ndarray[Any, Any]]:
         """The example inputs in the order of the ONNX inputs."""
@@ -177,19 +268,27 @@ class Lowering:
             if why := ineligible(self.network[unit], variant):
                 raise UnsupportedVariant(f"unit {unit} cannot become {variant}: {why}")
         quantized = any(v.quantized for v in variants.values())
-        return assemble(marked, variants, self.weights, self.ranges if quantized else {}, **options)
+        ranges = self.ranges if quantized else {}
+        return assemble(marked, variants, self.weights, ranges, int8_bits=self.int8_bits, **options)
 
     def onnx(
         self,
         variants: Mapping[str, Variant],
         *,
         quantize_outputs: bool = False,
+        unsigned_concat: bool = False,
         metadata: Mapping[str, str] | None = None,
         shared: bool = True,
     ) -> onnx.ModelProto:
-        """The deployable network in one allocation. shared: as for `assemble`."""
-        options = {"quantize_outputs": quantize_outputs, "metadata": metadata, "shared": shared}
-        return self.assemble(self.marked, variants, **options)
+        """The deployable network in one allocation; the options are those of `assemble`."""
+        return self.assemble(
+            self.marked,
+            variants,
+            quantize_outputs=quantize_outputs,
+            unsigned_concat=unsigned_concat,
+            metadata=metadata,
+            shared=shared,
+        )
 
 
 def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:
@@ -205,9 +304,18 @@ def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:
         for start in range(0, count - size + 1, size):
 
             def piece(leaf: Any, start: int = start, size: int = size) -> Any:
-                return leaf[start : start + size] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+                return _rows(leaf, start, start + size)
 
             yield cast(Inputs, pytree.tree_map(piece, inputs))
+
+
+def _rows(leaf: Any, start: int, end: int) -> Any:
+    return leaf[start:end] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def _beside(a: Any, b: Any) -> Any:
+    """Two batches as one."""
+    return torch.cat([a, b]) if isinstance(a, torch.Tensor) and a.dim() else a
 
 
 def _samples(inputs: Inputs) -> int:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.energy import Meter
+from hwsearch import stopwatch
+from hwsearch.energy import Meter, by_ticks, tick_s
 from hwsearch.nvidia import State
 from hwsearch.stopwatch import times
 
@@ -28,6 +29,8 @@ DISTURBED = 1.12
 """Time of the reference, relative to its quiet one, above which a round was disturbed by something else on the machine."""
 QUIET = 0.2
 """The quantile of the reference's times that is its quiet one."""
+SINGLES_NS = 5e7
+"""How long inferences of a GPU are waited for one by one, for the tails of their times."""
 PATIENCE = 1.5
 """How much longer than its limit a measurement waits for quiet rounds."""
 
@@ -35,6 +38,12 @@ PATIENCE = 1.5
 def quietest(reference_ns: NDArray[np.int64]) -> float:
     """Of the times of the reference in one measurement, that of its quietest moments."""
     return float(np.quantile(reference_ns, 0.1))
+
+
+def relative(samples_ns: NDArray[np.int64], singles_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Times of single inferences relative to their median; samples_ns are such where there are no singles_ns."""
+    single = singles_ns if len(singles_ns) else samples_ns
+    return np.asarray(single / np.median(single))
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,11 @@ class Energy:
 class Timing:
     """A candidate timed against a reference.
 
-    samples_ns, reference_ns: every timed inference, in order, warm-ups left out; `block` of them stand together.
+    samples_ns, reference_ns: every timed inference, in order, warm-ups left out; `block` of them stand together. On a GPU the
+    mean of each block (`stopwatch.block`), and singles_ns holds inferences that were waited for one by one.
     ratio: median over the quiet rounds of candidate / reference. low, high: its 95 % bootstrap interval.
     unstable: the interval was still wider than asked when time ran out, or there were too few rounds on a quiet machine.
-    energy_j, reference_energy_j: joules of each timed block, in order, where a meter was read; else empty.
+    energy: of an inference, where a meter was read and moved; else None.
     states: of the GPU before the first round and after the last; empty where none was looked at.
     """
 
@@ -66,27 +76,11 @@ class Timing:
     high: float
     unstable: bool
     warmup_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    reference_energy_j: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    singles_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    energy: Energy | None = None
     disturbed: bool = False
     """Whether there were too few rounds on a machine as quiet as it is known to be."""
     states: tuple[State, ...] = ()
-
-    @property
-    def energy(self) -> Energy | None:
-        """Joules of an inference of the candidate and of the reference; None where no meter moved.
-
-        Means over all blocks, as a counter may be too coarse for one; the error is a bootstrap's over rounds.
-        """
-        own, other = self.energy_j / self.block, self.reference_energy_j / self.reference_block
-        if not len(own) or own.sum() <= 0 or other.sum() <= 0:
-            return None
-        own, other = own.reshape(-1, 2).sum(axis=1), other.reshape(-1, 2).sum(axis=1)
-        drawn = np.random.default_rng(0).integers(0, len(own), (300, len(own)))
-        above, below = own[drawn].sum(axis=1), other[drawn].sum(axis=1)
-        ratios = above[below > 0] / below[below > 0]
-        error = float(np.std(ratios) / (own.sum() / other.sum()))
-        return Energy(float(own.mean() / 2), float(other.mean() / 2), error)
 
     @property
     def width(self) -> float:
@@ -108,8 +102,13 @@ class Timing:
         return float(np.median(self.reference_ns))
 
     def tail(self, quantile: float) -> float:
-        """That quantile of the candidate's own samples, relative to their median."""
-        return float(np.quantile(self.samples_ns, quantile) / np.median(self.samples_ns))
+        """That quantile of the times of single inferences of the candidate, relative to their median."""
+        return float(np.quantile(self.inferences, quantile))
+
+    @property
+    def inferences(self) -> NDArray[np.float64]:
+        """Times of single inferences of the candidate, relative to their median."""
+        return relative(self.samples_ns, self.singles_ns)
 
     def __repr__(self) -> str:
         flag = ", UNSTABLE: close other programs or raise the time limit" if self.unstable else ""
@@ -147,8 +146,10 @@ def paired(
     quiet_ns: float | None = None,
     sample: Callable[[], State] | None = None,
 ) -> dict[str, Timing]:
-    """Time every candidate against the reference, all interleaved in the same rounds. meter: read before and after each block.
+    """Time every candidate against the reference, all interleaved in the same rounds.
 
+    meter: read before and after each block; one that is too coarse for that (`energy.tick_s`) in a pass apart, in which each
+    engine runs for seconds.
     sample: looks at the GPU, once before the first round (when everything is warm) and once after the last.
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate; half as long again where the machine was disturbed.
@@ -157,15 +158,16 @@ def paired(
     runs: dict[str | None, Run] = {None: reference}
     runs.update(candidates)
     warm: dict[str | None, list[int]] = {}
-    block: dict[str | None, int] = {}
+    count: dict[str | None, int] = {}
     settle: dict[str | None, int] = {}
     for name, run in runs.items():
         warm[name] = _warm_up(run, protocol, clock)
         usual = max(np.median(warm[name]), 1.0)
-        block[name] = int(np.clip(protocol.block_ns // usual, 2, 200))
+        count[name] = int(np.clip(protocol.block_ns // usual, 2, 200))
         settle[name] = int(np.clip(protocol.settle_ns // usual, 1, 200))
     samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
     joules: dict[str | None, list[float]] = {name: [] for name in runs}
+    coarse = tick_s(meter) > 0.0
     states = [sample()] if sample else []
     limit_ns = int(protocol.limit_s * 1e9 * len(candidates))
     begun = clock()
@@ -175,7 +177,7 @@ def paired(
     try:
         while True:
             for name in (*runs, *reversed(runs)):
-                taken, used = _block(runs[name], settle[name], block[name], clock, meter)
+                taken, used = _block(runs[name], settle[name], count[name], clock, None if coarse else meter)
                 samples[name].append(taken)
                 joules[name] += used
             rounds = len(samples[None]) // 2
@@ -190,6 +192,8 @@ def paired(
                 each = (_interval(samples[name], samples[None], quiet, rng) for name in candidates)
                 if all(width <= protocol.width for _, _, _, width in each):
                     break
+        singles = {name: _singles(runs[name], warm[name], clock) for name in candidates}
+        ticks = {name: by_ticks(run, meter, clock) for name, run in runs.items()} if coarse and meter else {}
     finally:
         if collecting:
             gc.enable()
@@ -205,16 +209,20 @@ def paired(
         result[name] = Timing(
             samples_ns=np.concatenate(samples[name]).astype(np.int64),
             reference_ns=np.concatenate(samples[None]).astype(np.int64),
-            block=block[name],
-            reference_block=block[None],
+            block=len(samples[name][0]),
+            reference_block=len(samples[None][0]),
             ratio=ratio,
             low=low,
             high=high,
             unstable=bool(width > protocol.width) or not enough,
             disturbed=not enough,
             warmup_ns=np.array(warm[name], np.int64),
-            energy_j=np.array(joules[name], np.float64),
-            reference_energy_j=np.array(joules[None], np.float64),
+            singles_ns=np.array(singles[name], np.int64),
+            energy=_energy_by_ticks(np.array(ticks[name]), np.array(ticks[None]))
+            if ticks
+            else _energy_by_rounds(
+                np.array(joules[name]) / count[name], np.array(joules[None]) / count[None]
+            ),
             states=tuple(states),
         )
     return result
@@ -224,10 +232,40 @@ def _block(
     run: Run, settle: int, count: int, clock: Callable[[], int], meter: Meter | None
 ) -> tuple[list[int], list[float]]:
     """Times of a block's inferences, and its joules where there is a meter."""
-    times(run, settle, clock)  # takes back the caches and the cores from the engine before
+    stopwatch.block(run, settle, clock)  # takes back the caches and the cores from the engine before
     before = meter() if meter else 0.0
-    taken = times(run, count, clock)
+    taken = stopwatch.block(run, count, clock)
     return taken, [meter() - before] if meter else []
+
+
+def _singles(run: Run, warm: list[int], clock: Callable[[], int]) -> list[int]:
+    """Inferences waited for one by one, where blocks are not made of such."""
+    if not hasattr(run, "replays"):
+        return []
+    return times(run, int(np.clip(SINGLES_NS / max(float(np.median(warm)), 1.0), 20, 200)), clock)
+
+
+def _energy_by_rounds(own: NDArray[np.float64], other: NDArray[np.float64]) -> Energy | None:
+    """Of joules of an inference of a candidate and of the reference, by block, two to a round; None where no meter moved.
+
+    Means over all blocks, as a counter may be too coarse for one; the error is a bootstrap's over rounds.
+    """
+    if not len(own) or own.sum() <= 0 or other.sum() <= 0:
+        return None
+    own, other = own.reshape(-1, 2).sum(axis=1), other.reshape(-1, 2).sum(axis=1)
+    drawn = np.random.default_rng(0).integers(0, len(own), (300, len(own)))
+    above, below = own[drawn].sum(axis=1), other[drawn].sum(axis=1)
+    ratios = above[below > 0] / below[below > 0]
+    error = float(np.std(ratios) / (own.sum() / other.sum()))
+    return Energy(float(own.mean() / 2), float(other.mean() / 2), error)
+
+
+def _energy_by_ticks(own: NDArray[np.float64], other: NDArray[np.float64]) -> Energy | None:
+    """Of joules of an inference by ticks of the counter, each engine by itself; None where the counter did not move."""
+    if len(own) < 2 or len(other) < 2:
+        return None
+    error = float(np.hypot(*(np.std(x, ddof=1) / np.mean(x) / np.sqrt(len(x)) for x in (own, other))))
+    return Energy(float(own.mean()), float(other.mean()), error)
 
 
 def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int]:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import fx
 
 from hwsearch.canonical import CONVOLUTIONS, aten, op_name, set_attr, tensor_attr
-from hwsearch.channels import Axis, Channels
+from hwsearch.channels import FILLED, Axis, Channels
 
 Mask = NDArray[np.bool_]
 """For each slot number whether it stays."""
 
-SPLITS = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk".split())
+SPLITS = frozenset("split split_with_sizes chunk unsafe_split unsafe_split_with_sizes unsafe_chunk".split())
 
 
 def share_graph(graph: fx.GraphModule) -> fx.GraphModule:
@@ -37,10 +37,16 @@ def narrow_graph(graph: fx.GraphModule, channels: Channels, mask: Mask) -> fx.Gr
     for path, axes in channels.tensors.items():
         value = tensor_attr(graph, path)
         left = cut(value, axes, mask)
+        if path in channels.numbers:
+            left = _numbers_left(left, channels.nodes.get(channels.numbers[path], [[]])[0], mask)
         if left is not value:
             set_attr(narrow, path, left)
-    for node in narrow.graph.nodes:
-        if node.op == "call_function":
+    for node in list(narrow.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.name in channels.summed:
+            _narrow_mean(narrow, node, channels, mask)
+        else:
             _narrow_arguments(node, channels, mask)
     narrow.recompile()
     return narrow
@@ -49,11 +55,20 @@ def narrow_graph(graph: fx.GraphModule, channels: Channels, mask: Mask) -> fx.Gr
 def masked_graph(
     graph: fx.GraphModule, channels: Channels, mask: Mask, reads: Iterable[tuple[str, int]]
 ) -> fx.GraphModule:
-    """The whole graph with zeros for the slots left out, in the weights that read them.
+    """The whole graph with zeros for the slots left out, in the weights that read them and in what sums over channels.
 
     reads: (path of a weight, its axis that holds what the unit reads).
     """
     masked = share_graph(graph)
+    for node in list(masked.graph.nodes):
+        gates = summed_gates(node, channels, mask)
+        if gates is not None:
+            path = f"_left_{node.name}"
+            set_attr(masked, path, gates)
+            with masked.graph.inserting_before(node):
+                args = (node.args[0], masked.graph.get_attr(path))
+                node.update_arg(0, masked.graph.call_function(aten.mul.Tensor, args))
+    masked.recompile()
     for path, axis in dict.fromkeys(reads):
         value = tensor_attr(graph, path)
         for own in channels.tensors.get(path, []):
@@ -61,6 +76,19 @@ def masked_graph(
             if own.axis == axis and len(gone):
                 set_attr(masked, path, value.index_fill(axis, torch.from_numpy(gone), 0.0))
     return masked
+
+
+def summed_gates(node: fx.Node, channels: Channels, mask: Mask) -> torch.Tensor | None:
+    """What a node that sums over channels multiplies its input with: 0 for those that are gone; None where all stay."""
+    if node.name not in channels.summed:
+        return None
+    source: Any = node.args[0]
+    shape = channels.shapes.get(source.name, [()])[0]
+    gates = torch.ones([1] * len(shape))
+    for axis in channels.nodes.get(source.name, [[]])[0]:
+        own = torch.from_numpy(mask[axis.slots]).float()
+        gates = gates * own.reshape([-1 if d == axis.axis else 1 for d in range(len(shape))])
+    return None if bool(gates.all()) else gates
 
 
 def cut(value: torch.Tensor, axes: Sequence[Axis], mask: NDArray[np.bool_]) -> torch.Tensor:
@@ -95,6 +123,28 @@ def left_channels(channels: Channels, mask: NDArray[np.bool_]) -> Channels:
     )
 
 
+def _numbers_left(numbers: torch.Tensor, of: Sequence[Axis], mask: Mask) -> torch.Tensor:
+    """Numbers of channels, of those that are left, among those that are left."""
+    for axis in of:
+        place = torch.from_numpy(np.cumsum(mask[axis.slots]) - 1)
+        numbers = place[numbers % len(axis.slots)].to(numbers.dtype)
+    return numbers
+
+
+def _narrow_mean(graph: fx.GraphModule, node: fx.Node, channels: Channels, mask: Mask) -> None:
+    """A mean over channels still divides by all of them."""
+    source: Any = node.args[0]
+    if op_name(node) != "mean":
+        return
+    for axis in channels.nodes.get(source.name, [[]])[0]:
+        share = len(axis.kept(mask)) / len(axis.slots)
+        if share < 1:
+            with graph.graph.inserting_after(node):
+                scaled = graph.graph.call_function(aten.mul.Tensor, (node, share))
+            scaled.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)  # noqa: B023
+
+
 def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
     """Sizes, positions and counts that an operator states as numbers."""
 
@@ -117,12 +167,13 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
     args: list[Any] = list(node.args)
     options: dict[str, Any] = dict(node.kwargs)
     own = axes(node)
-    if name in ("reshape", "view", "_unsafe_view", "expand") and own:
-        sizes = list(args[1])
+    if name in ("reshape", "view", "_unsafe_view", "expand", *FILLED) and own:
+        position = FILLED.get(name, 1)
+        sizes = list(args[position])
         for axis in own:
             if sizes[axis.axis] != -1:
                 sizes[axis.axis] = len(axis.kept(mask))
-        node.update_arg(1, sizes)
+        node.update_arg(position, sizes)
     elif name == "repeat" and own and not axes(args[0]):  # copies for each channel of a tensor without
         times = list(args[1])
         for axis in own:
@@ -153,10 +204,6 @@ def _narrow_arguments(node: fx.Node, channels: Channels, mask: Mask) -> None:
         end = args[3] if len(args) > 3 and args[3] is not None else 2**62
         if any(a.axis == dim % rank(args[0]) for a in axes(args[0])):
             node.args = (args[0], dim, before(args[0], dim, start), before(args[0], dim, end), *args[4:])
-    elif name == "narrow" and axes(args[0]):
-        dim, start = int(args[1]), int(args[2])
-        first, last = before(args[0], dim, start), before(args[0], dim, start + int(args[3]))
-        node.args = (args[0], dim, first, last - first)
     elif name == "select" and axes(args[0]):
         node.update_arg(2, before(args[0], int(args[1]), int(args[2])))
     elif name == "group_norm" and axes(args[0]):

@@ -45,6 +45,7 @@ class Unit:
     ways: the channel groups that its shapes depend on.
     tied: whether something else than its calls reads its weight as well (an embedding), which is then stored once for both
         where both can read it.
+    float_only: why its activations cannot be quantized on the task's data; empty where they can.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Unit:
     other_bytes: int = 0
     ways: tuple[Way, ...] = ()
     tied: bool = False
+    float_only: str = field(default="", compare=False)
 
     @property
     def stored(self) -> bool:
@@ -286,7 +288,11 @@ class Network:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form; `from_json` is its inverse."""
-        return asdict(self)
+        data = asdict(self)
+        for unit in data["units"]:
+            if not unit["float_only"]:
+                del unit["float_only"]  # as versions without it wrote
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Network:

@@ -224,14 +224,26 @@ class Probe:
             throttle=throttle,
         )
 
-    def meter(self) -> tuple[Callable[[], float] | None, str]:
+    def meter(self) -> tuple[EnergyCounter | None, str]:
         """(joules since the driver was loaded, or None, and then why not). A counter of the whole GPU."""
         if self.instance is not None:
             return None, "NVML counts the energy of the whole GPU, and this process has a MIG instance of it"
         ask = Questions(self.nvml)
         if ask("energy", "nvmlDeviceGetTotalEnergyConsumption", self.handle) is None:
             return None, f"NVML tells no energy of this GPU: {ask.not_told['energy']}"
-        return lambda: float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1e3, ""
+        return EnergyCounter(self.nvml, self.handle), ""
+
+
+@dataclass(frozen=True)
+class EnergyCounter:
+    """Joules of the whole GPU since the driver was loaded. tick_s: between two moves of the counter (100 ms on an H100)."""
+
+    nvml: Any
+    handle: Any
+    tick_s: float = 0.1
+
+    def __call__(self) -> float:
+        return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1e3
 
 
 def find(nvml: Any = None, environ: Mapping[str, str] = os.environ) -> Probe:

@@ -27,6 +27,7 @@ MOVES = frozenset(
     "Reshape Transpose Slice Split Concat Gather Squeeze Unsqueeze Expand Flatten Tile DepthToSpace SpaceToDepth".split()
 )
 _LIKE_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OVER_CHANNELS = frozenset("ReduceMean ReduceSum ReduceL1 ReduceL2 ReduceSumSquare".split())
 _PARAMETERS = frozenset(
     "BatchNormalization InstanceNormalization GroupNormalization PRelu LayerNormalization".split()
 )
@@ -48,6 +49,7 @@ class OnnxWidths:
         }
         self.shape |= {name: tuple(t.dims) for name, t in self.stored.items()}
         self.axis: dict[str, Axis] = {}
+        self.means: dict[str, Axis] = {}  # nodes that take a mean over channels
         self.sliced: dict[str, Axis] = {}  # stored tensors that the traced graph does not know by name
         for node in marked.graph.node:
             self._follow(node)
@@ -70,7 +72,7 @@ class OnnxWidths:
         for name, tensor in self.stored.items():
             constants[name] = self._constant(name, tensor, to, mask)
         for node in self.marked.graph.node:
-            graph.node.append(self._node(node, mask, constants))
+            graph.node.extend(self._of_all(node, self._node(node, mask, constants), mask, constants))
         graph.initializer.extend(constants.values())
         graph.name = self.marked.graph.name
         graph.input.extend(self.marked.graph.input)
@@ -179,6 +181,10 @@ class OnnxWidths:
     def _pass(self, node: onnx.NodeProto, came: Sequence[tuple[str, Axis]]) -> None:
         """Channels stay where they are; stored operands along them are cut too."""
         name, axis = came[0]
+        if node.op_type in _OVER_CHANNELS and axis.axis in self._reduced(node, len(self.shape[name])):
+            if node.op_type == "ReduceMean":
+                self._mean(node, axis)
+            return
         for output in node.output:
             if not output:
                 continue
@@ -210,6 +216,38 @@ class OnnxWidths:
                 and shape[position] == len(axis.slots) > 1
             ):
                 self._slice(other, Axis(position, axis.slots))
+            elif (
+                other not in self.stored
+                and other not in self.axis
+                and position >= 0
+                and shape[position] == len(axis.slots) > 1
+            ):
+                raise NotFollowed(f"{node.op_type} {node.name} reads {other}, whose channels are not known")
+
+    def _mean(self, node: onnx.NodeProto, axis: Axis) -> None:
+        """A mean that goes on dividing by all channels; that of a norm whose width changes is not followed."""
+        rescaled = [self.traced.channels.groups[g] for g in self.traced.channels.rescaled]
+        if rescaled and np.isin(axis.slots, np.concatenate(rescaled)).any():
+            raise NotFollowed(f"{node.op_type} {node.name} is of a norm")
+        self.means[node.name] = axis
+
+    def _of_all(
+        self,
+        node: onnx.NodeProto,
+        new: onnx.NodeProto,
+        mask: NDArray[np.bool_],
+        constants: dict[str, onnx.TensorProto],
+    ) -> list[onnx.NodeProto]:
+        """A mean over the channels that are left, as that over all of them."""
+        axis = self.means.get(node.name)
+        if axis is None or mask[axis.slots].all():
+            return [new]
+        share, mean = f"{node.name}/share", f"{node.output[0]}/left"
+        value = np.asarray(len(axis.kept(mask)) / len(axis.slots), np.float32)
+        constants[share] = numpy_helper.from_array(value, share)
+        new.output[0] = mean
+        base, _, op = node.name.rpartition("|")
+        return [new, helper.make_node("Mul", [mean, share], [node.output[0]], name=f"{base}|Mul.{op}")]
 
     def _reduced(self, node: onnx.NodeProto, rank: int) -> list[int]:
         for attribute in node.attribute:

@@ -13,7 +13,7 @@ from hwsearch.memory import peak_bytes
 from hwsearch.sums import dense_ns
 from hwsearch.table import SCHEMA, LatencyTable, usable
 from hwsearch.tablefile import KIND
-from hwsearch.variants import Variant, uniform
+from hwsearch.variants import Variant, legal, uniform
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def memory(table: LatencyTable) -> dict[str, int | str]:
     network, base = table.network, str(table.header.options["base"])
     refused = table.header.unsupported
     lowest = {
-        u: Variant(base) if str(v) in refused.get(u, {}) else v for u, v in uniform(network, "int8").items()
+        u: Variant(base) if str(v) in refused.get(u, {}) or not legal(network[u], [v]) else v
+        for u, v in uniform(network, "int8").items()
     }
     return {
         "dense_bytes": peak_bytes(network, uniform(network, "fp32"), base="fp32"),
@@ -169,6 +170,7 @@ def summary(table: LatencyTable) -> str:
         told = sum(e.table == name for e in h.prior)
         lines.append(f"prior      {told} terms of its model are told by the table of {name}")
     lines += [f"whole      {why}" for why in table.network.blocked]
+    lines += [f"float      {u.name}: {u.float_only}" for u in table.network.units if u.float_only]
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
     return "\n".join(lines)

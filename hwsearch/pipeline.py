@@ -14,7 +14,7 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.compress.bank import WeightBank
-from hwsearch.deployment import at_widths, deploy, parse_variants
+from hwsearch.deployment import as_deployed, deploy, parse_variants
 from hwsearch.design import AXES, RESIDUAL, STORAGE, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import LatencyModel, Prediction, fit
@@ -22,7 +22,7 @@ from hwsearch.plot import plot_front
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
 from hwsearch.refitting import weight_bank
-from hwsearch.regime import Regime, regime, wrong_variants
+from hwsearch.regime import Regime, regime
 from hwsearch.report import Report
 from hwsearch.scoring import SensitivityTable, measure_sensitivity
 from hwsearch.session import Session
@@ -70,17 +70,19 @@ def run(
     runtime = backends.get(backend) if isinstance(backend, str) else backend
     axes = check_axes(axes)
     storage = STORAGE in axes or ("precision" in axes and any(b.column == "size" for b in parsed))
+    energy = any(b.column == "energy" for b in parsed)
     at = regime(
         task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load, storage=storage,
+        energy=energy,
     )  # fmt: skip
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
         try:
-            SensitivityTable.load(sens_path).require(at.network)
+            SensitivityTable.load(sens_path).require(at.network, at.lowering.int8_bits)
         except IncompatibleTables as error:
             raise IncompatibleTables(
-                f"{folder} holds the sensitivities of another network, batch or input shape, or of one with or without the axis "
-                f"residual; run into another folder ({error})"
+                f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "
+                f"residual, or of int8 weights of other bits; run into another folder ({error})"
             ) from error
     table = profile(
         at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
@@ -123,15 +125,17 @@ def sensitivity_for(
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
-        found.require(at.network)
+        found.require(at.network, at.lowering.int8_bits)
         have = {v for row in found.loss.values() for v in row}
-        missing = {v for u, own in wanted.items() for v in own - set(found.loss[u])}
+        missing = {v for u, own in wanted.items() for v in own - {*found.loss[u], *found.refused.get(u, {})}}
         if missing - {str(IN_INT8)} or found.quantize_outputs != at.backend.quantize_outputs:
             raise IncompatibleTables(
                 f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
             )
+        scored = {g: {f"width{w}" for w in own} for g, own in found.width_loss.items()}
         if not missing and all(
-            set(steps) <= set(found.width_loss.get(g, {})) for g, steps in narrower.items()
+            {f"width{w}" for w in steps} <= {*scored.get(g, ()), *found.refused.get(g, {})}
+            for g, steps in narrower.items()
         ):
             return found
     bank = None
@@ -140,6 +144,8 @@ def sensitivity_for(
         progress_.start(None, "finding which channels matter")
         bank = weight_bank(at.lowering, weights)
         progress_.stop()
+    elif any(v.precision == "int8" for v in variants):
+        bank = weight_bank(at.lowering, weights, {g: range(n) for g, n in at.network.channels.items()})
     return measure_sensitivity(
         at.lowering, path, variants=variants, quantize_outputs=at.backend.quantize_outputs,
         kind=at.lowering.task.divergence, seed=seed, grid=narrower, bank=bank, progress=progress,
@@ -170,6 +176,7 @@ def closed_loop(
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
     session = session or Session(at, table)
+    table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     wanted, dense = session.limits(budgets, table)
     tighten = {} if all(dense[column] <= limit for column, limit in wanted.items()) else dict(wanted)
@@ -204,18 +211,18 @@ def closed_loop(
                 continue
             if bank is None and allocation.narrow:
                 bank = weight_bank(at.lowering, weights, sensitivity.order)
-            own = at_widths(at, allocation, bank)
+            own = as_deployed(at, allocation, bank)
             deploy(task, allocation, folder / f"round{number}.onnx", at=own)
             report, build = verify_with_build(
                 task, allocation, table=table, at=at, own=own, rounds=number, session=session
             )
             table = table.with_build(replace(build, role="deployed"))
-            if build.wrong:
-                table = table.with_header(unsupported=_without_wrong(own, table, allocation))
+            if report.wrong_units:
+                table = table.with_header(unsupported=_without_wrong(table, allocation, report.wrong_units))
             table.save(folder / "table.parquet")
             progress.step(
                 f"round {number}: {report.latency_ms['measured']:.4g} ms measured, "
-                f"{report.latency_ms['predicted']:.4g} predicted, {'met' if report.met else 'over'}"
+                f"{report.latency_ms['predicted']:.4g} predicted, {report.verdict}"
             )
             rank = (not report.met, report.loss["measured"] if report.met else _excess(report))
             if best is None or rank < best[0]:
@@ -246,12 +253,23 @@ def _left_over(report: Report) -> float:
     return bound / measured
 
 
-def _without_wrong(at: Regime, table: LatencyTable, allocation: Allocation) -> dict[str, dict[str, str]]:
-    """What is not offered any more once an allocation's engine returned wrong outputs."""
+def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict[str, dict[str, str]]:
+    """What the table does not offer, with the variants that have no loss."""
     refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
-    variants = parse_variants(allocation)
-    for unit, why in wrong_variants(at, variants, str(allocation.options["base"])).items():
-        refused.setdefault(unit, {})[str(variants[unit])] = why
+    for unit in table.network.units:
+        if own := sensitivity.refused.get(unit.name):
+            kept = {v: why for v, why in own.items() if not v.startswith("width")}
+            refused[unit.name] = {**refused.get(unit.name, {}), **kept}
+    return refused
+
+
+def _without_wrong(
+    table: LatencyTable, allocation: Allocation, wrong: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """What is not offered any more once an allocation's engine returned wrong outputs by these units."""
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    for unit, why in wrong.items():
+        refused.setdefault(unit, {})[allocation.variants[unit]] = why
     return refused
 
 

@@ -18,6 +18,7 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.compensate import Grams
 from hwsearch.compress.importance import order_slots
 from hwsearch.compress.sequential import refit_sequential
+from hwsearch.compress.widths import Kept, Weights
 from hwsearch.errors import HwsearchError
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph
@@ -44,21 +45,28 @@ def weight_bank(
         found = order_slots(batches, grams=grams)
     else:
         found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
-    return WeightBank(folder, lowering.traced, batches, found, grams=grams)
+    return WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
 
 
-def narrowed(
+def refitted(
     lowering: Lowering,
-    widths: Mapping[str, int],
-    bank: WeightBank,
-    variants: Mapping[str, Variant] | None = None,
+    variants: Mapping[str, Variant],
+    widths: Mapping[str, int] | None = None,
+    bank: WeightBank | None = None,
 ) -> Lowering:
-    """The task at these widths: refitted weights from the bank, then refitted in order on what really arrives.
+    """The task as it is deployed in these variants and at these widths: refitted in order on what really arrives.
 
-    variants: int8 units are rounded on the way, so that later ones make up for it.
+    Units are rounded on the way, so that later ones make up for it. bank: holds the weights that this starts from; needed where
+    a channel goes. Where neither width nor rounding changes anything, the task as it is.
     """
-    kept = bank.kept(widths)
-    weights = dict(bank.assemble(widths))
+    narrow = {g: w for g, w in (widths or {}).items() if w < lowering.network.channels[g]}
+    if not narrow and all(v.plain for v in variants.values()):
+        return lowering
+    kept: Kept = {}
+    weights: Weights = {}
+    if narrow:
+        assert bank is not None, "narrower widths need a weight bank"
+        kept, weights = bank.kept(widths or {}), dict(bank.assemble(widths or {}))
     largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
     most = min(SAMPLES, MEMORY / (8 * largest))
     every = lowering.fitting
@@ -67,7 +75,8 @@ def narrowed(
     )
     count = max(1, min(len(every), int(len(every) * most / samples)))
     batches = [every[round(i)] for i in np.linspace(0, len(every) - 1, count)]
-    return lowering.narrow(kept, refit_sequential(batches, kept, weights, variants), calibrate=True)
+    new = refit_sequential(batches, kept, weights, variants, int8_bits=lowering.int8_bits)
+    return lowering.narrow(kept, new, calibrate=True)
 
 
 def as_module(lowering: Lowering) -> torch.nn.Module:

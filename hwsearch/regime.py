@@ -15,27 +15,31 @@ import numpy as np
 from hwsearch import device, nvidia
 from hwsearch.assembling import bytes_of_units
 from hwsearch.attribution import attribute, executed_precisions, told_apart
+from hwsearch.backends import exactness
 from hwsearch.backends.apart import compiler
-from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.backends.base import Backend, BuildOptions, Engine, qdq_form
+from hwsearch.backends.faults import faults
 from hwsearch.background import cpus
 from hwsearch.builds import PARTS, Build
 from hwsearch.clocks import lock_clocks
 from hwsearch.compress.widths import Kept, Weights
-from hwsearch.energy import Meter, find
+from hwsearch.energy import Meter, find, tick_s
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
 from hwsearch.measure import Timing
 from hwsearch.network import Network
-from hwsearch.outputs import WRONG, Expected, reason
+from hwsearch.outputs import Expected, reason
 from hwsearch.table import LatencyTable
-from hwsearch.variants import STORAGE, Variant, legal, weight_bytes
+from hwsearch.variants import INT8_BITS, STORAGE, Variant, legal, weight_bytes
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
 
 COUNTED_NS = 1e8
 """How long the pass with the runtime's counters on should last: they count in whole microseconds."""
+COUNTED_ON_GPU = 30
+"""Inferences of that pass on a GPU, at most: events tell half microseconds, and each inference is launched call by call."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Regime:
     """MHz that the GPU's clock is locked to while it is measured; 0: it is not."""
     storage: bool = False
     """Whether weights may also be stored in int8 and computed with in the base precision."""
+    energy: bool = False
+    """Whether a counter of energy that asks for seconds of each engine (a GPU's) is read as well; see `energy.by_ticks`."""
 
     @property
     def network(self) -> Network:
@@ -81,7 +87,8 @@ class Regime:
     def meter(self) -> Meter | None:
         """Joules, where what the backend runs on counts them: a simulated one, a GPU, or this machine's CPU."""
         own: Meter | None = getattr(self.backend, "meter", None)
-        return own or find(gpu=device.on_gpu(self.backend)).meter
+        found = own or find(gpu=device.on_gpu(self.backend)).meter
+        return None if tick_s(found) and not self.energy else found
 
     @cached_property
     def sample(self) -> Callable[[], nvidia.State] | None:
@@ -96,6 +103,8 @@ class Regime:
     def described(self) -> dict[str, Any]:
         """Everything that a measurement belongs to beside device and network, for tables and reports."""
         own: dict[str, Any] = {**self.options.to_json(), "batch": self.lowering.batch}
+        if self.lowering.int8_bits != INT8_BITS:
+            own["int8_bits"] = self.lowering.int8_bits
         if self.lowering.residual:
             own["residual"] = True
         if self.load:
@@ -115,7 +124,7 @@ class Regime:
         return replace(self, lowering=self.lowering.narrow(kept, weights, calibrate=calibrate))
 
     def onnx(self, variants: Mapping[str, Variant], metadata: Mapping[str, str] | None = None) -> Any:
-        return self.lowering.onnx(variants, quantize_outputs=self.backend.quantize_outputs, metadata=metadata)
+        return self.lowering.onnx(variants, metadata=metadata, **qdq_form(self.backend))
 
     def build(
         self,
@@ -123,9 +132,14 @@ class Regime:
         base: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Engine, Any]:
-        """(engine on the example inputs, ONNX model)."""
+        """(engine on the example inputs, ONNX model).
+
+        Raises BackendUnavailable where the backend is known to compute such a graph wrongly (see `faults`).
+        """
         build_engine = compiler(self.backend)  # whose process starts while the graph is made
         model = self.onnx(variants, metadata)
+        if found := faults(model, self.backend.name):
+            raise BackendUnavailable(f"{self.backend.name} computes this network wrongly: {'; '.join(found)}")
         engine = build_engine(
             model.SerializeToString(), replace(self.options, base=base or self.options.base)
         )
@@ -144,11 +158,14 @@ def regime(
     load: int = 0,
     clocks: int = 0,
     storage: bool = False,
+    energy: bool = False,
+    int8_bits: int | None = None,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that.
-    Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that. energy: see
+    `Regime`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. Raises InvalidInput on a base
+    precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -158,7 +175,9 @@ def regime(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    return Regime(Lowering(task, batch, residual=residual), backend, options, load, clocks, storage)
+    bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
+    lowering = Lowering(task, batch, residual=residual, int8_bits=bits)
+    return Regime(lowering, backend, options, load, clocks, storage, energy)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
@@ -168,12 +187,12 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     """
     plain = Variant(base)
     guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
-    if not guilty:
+    if guilty is None:
         raise BackendUnavailable(
             f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
             "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
         )
-    return {name: reason(error) for name, error in guilty.items()}
+    return {name: reason(deviation) for name, deviation in guilty.items()}
 
 
 def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
@@ -187,7 +206,7 @@ def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
     own: dict[str, dict[str, int]] = {u.name: {} for u in network.units}
     for variant in at.variants(base):
         wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
-        model = at.lowering.onnx(wherever, quantize_outputs=at.backend.quantize_outputs, shared=False)
+        model = at.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(at.backend))
         found = bytes_of_units(model, paths)
         for unit in network.units:
             chosen = wherever[unit.name]
@@ -225,10 +244,11 @@ def record(
     build_s: float,
 ) -> Build:  # fmt: skip
     """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
-    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, 200))
+    counted = COUNTED_ON_GPU if device.on_gpu(at.backend) else 200
+    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
     rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
     executed = executed_precisions(rows, at.network)
-    error = 0.0 if role in PARTS else at.expected.error(engine, allocation)
+    deviation = None if role in PARTS else at.expected.deviation(engine, allocation, base)
     if role != "alone":
         executed = told_apart(executed, rows, allocation, at.network)
     if role in PARTS:
@@ -251,10 +271,11 @@ def record(
         build_s=build_s,
         file_bytes=int(model.ByteSize()),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        output_error=error,
-        wrong=error > WRONG,
+        output_error=deviation.error if deviation else 0.0,
+        wrong=deviation is not None and deviation.wrong,
         energy_j=energy.joules if energy else None,
         reference_energy_j=energy.reference_joules if energy else None,
         energy_error=energy.error if energy else None,
+        singles_ns=timing.singles_ns,
         states=timing.states,
     )

@@ -24,9 +24,12 @@ class Report:
     allocation that meets the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how
     many there were. not_as_asked: units that the engine executed in another precision. output_error: relative error of the
     engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding:
-    then nothing is met. slowdown: by how much slower than when the table was made the machine was, 0 where it is too little to
-    count; times are those of the quiet machine, and `measured_unconverted` is what was measured, on the table's scale.
-    table_check: where prediction and measurement part by more than three sigma, builds of the table measured again.
+    then nothing is met, and `wrong_units` names the units that bring it about, with the reason. unexplained: sentences on a loss,
+    or a fall of the score, far above what was predicted, with the likeliest layer. slowdown: by how much slower than when the
+    table was made the machine was, 0 where it is too little to count; times are those of the quiet machine, and
+    `measured_unconverted` is what was measured, on the table's scale. table_check: where prediction and measurement part by more
+    than three sigma, builds of the table measured again. float_only: units that stay
+    float on this task's data, and why.
     """
 
     task: str
@@ -51,8 +54,18 @@ class Report:
     unstable: bool = False
     output_error: float = 0.0
     wrong_outputs: bool = False
+    wrong_units: dict[str, str] = field(default_factory=dict)
+    unexplained: list[str] = field(default_factory=list)
     table_check: dict[str, Any] | None = None
     slowdown: float = 0.0
+    float_only: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """`MISSED`, `met`, or `met` with what is wrong beside it."""
+        if not self.met:
+            return "MISSED"
+        return "met, but what it loses is not explained: see the warnings" if self.unexplained else "met"
 
     def _memory(self) -> list[str]:
         if not self.memory:
@@ -84,7 +97,7 @@ class Report:
         latency, size = self.latency_ms, self.size_bytes
         lines = [
             f"{self.task} on {self.backend}, {self.device.get('chip', 'this device')}, {self.options.get('threads')} thread(s)",
-            f"budget   {'met' if self.met else 'MISSED'} after {self.rounds} round(s); solver {self.solver['status']}, "
+            f"budget   {self.verdict} after {self.rounds} round(s); solver {self.solver['status']}, "
             f"gap {self.solver['gap']:.2g}",
             f"latency  {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
             + (f"budget {latency['budget']:.4g} ms, " if latency["budget"] is not None else "")
@@ -107,6 +120,13 @@ class Report:
                 f"widths   {len(narrow)} of {len(self.widths)} channel groups narrower, down to "
                 f"{min(w / n for w, n in narrow.values()):.0%}; {share:.0%} of the multiply-accumulates"
             )
+        if "int8_bits" in self.options:
+            lines.append(
+                f"int8     weights of {self.options['int8_bits']} bits: {self.backend} sums products of 8 inexactly on this device"
+            )
+        for why in dict.fromkeys(self.float_only.values()):
+            units = [unit for unit, own in self.float_only.items() if own == why]
+            lines.append(f"float    {', '.join(units)}: {why}")
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:
@@ -118,6 +138,8 @@ class Report:
             lines.append(
                 f"warning  the runtime computes wrong outputs (relative error {self.output_error:.3g}); do not use it"
             )
+        lines += [f"warning  {unit}: {why}" for unit, why in self.wrong_units.items()]
+        lines += [f"warning  {sentence}" for sentence in self.unexplained]
         if self.table_check is not None:
             state = (
                 "the table still holds"

@@ -1,12 +1,13 @@
 """SensitivityTable: the loss that each (unit, variant) and each (channel group, width) causes, on calibration data.
 
 The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32, or every
-group but one whole and the weights that read it refitted.
+group but one whole. Weights that read a narrower group, or are rounded to int8, are refitted as those of a deployed network are.
 
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
   2  rows of (group, width) beside them, and the order in which slots go.
   3  losses on calibration batches that no weight was refitted on; which losses of widths are estimated.
+  4  losses of int8 are of refitted weights, as they are deployed, and of so many bits.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ import numpy as np
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network import Network
 from hwsearch.tablefile import read_parquet, write_parquet
-from hwsearch.variants import Variant, legal
+from hwsearch.variants import INT8_BITS, Variant, legal
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from hwsearch.batching import BatchAxis
+    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.bank import WeightBank
     from hwsearch.lower import Lowering
     from hwsearch.progress import Progress
 
-SCHEMA = 3
+SCHEMA = 4
 KIND = "sensitivity_table"
+NOT_FINITE = "its simulation returns NaN or infinity on calibration data"
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
@@ -48,7 +52,9 @@ class SensitivityTable:
     width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
     slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
     measured, but follows the Fisher estimate from the group's narrowest measured width on.
-    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it.
+    refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
+    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it. int8_bits: of the
+    int8 weights, as the backend deploys them.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
 
@@ -63,6 +69,8 @@ class SensitivityTable:
     width_loss: dict[str, dict[int, float]] = field(default_factory=dict)
     order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     estimated: frozenset[tuple[str, int]] = frozenset()
+    int8_bits: int = INT8_BITS
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -89,11 +97,17 @@ class SensitivityTable:
         units = sum(self[unit, str(variant)] for unit, variant in variants.items())
         return units + sum(self.of_width(g, w) for g, w in narrower.items())
 
-    def require(self, network: Network) -> None:
-        """Raises IncompatibleTables unless it is of this network, weights included."""
+    def offers(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> bool:
+        """Whether nothing in an allocation is refused."""
+        chosen = [*((u, str(v)) for u, v in variants.items()), *((g, f"width{w}") for g, w in widths.items())]
+        return not any(what in self.refused.get(of, ()) for of, what in chosen)
+
+    def require(self, network: Network, int8_bits: int | None = None) -> None:
+        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 weights of so many bits."""
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
             ("weights", self.network.weights_digest, network.weights_digest),
+            ("bits of int8 weights", self.int8_bits, int8_bits or self.int8_bits),
         ):
             if own != other:
                 raise IncompatibleTables(
@@ -125,11 +139,13 @@ class SensitivityTable:
             "samples": self.samples,
             "divergence": self.divergence,
             "quantize_outputs": self.quantize_outputs,
+            "int8_bits": self.int8_bits,
             "rank_correlation": self.rank_correlation,
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
             "order": {g: list(slots) for g, slots in self.order.items()},
             "estimated": sorted(map(list, self.estimated)),
+            **({"refused": self.refused} if self.refused else {}),
         }
         rows = self._rows()
         schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
@@ -153,12 +169,14 @@ class SensitivityTable:
                 samples=int(header["samples"]),
                 divergence=header["divergence"],
                 quantize_outputs=bool(header["quantize_outputs"]),
+                int8_bits=int(header.get("int8_bits", INT8_BITS)),
                 rank_correlation=header["rank_correlation"],
                 created=header["created"],
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
                 width_loss=widths,
                 order={g: tuple(int(i) for i in slots) for g, slots in header["order"].items()},
                 estimated=frozenset((str(g), int(w)) for g, w in header["estimated"]),
+                refused={u: dict(own) for u, own in header.get("refused", {}).items()},
             )
             channels = loaded.network.channels
             if any(sorted(slots) != list(range(channels[g])) for g, slots in loaded.order.items()):
@@ -171,40 +189,52 @@ class SensitivityTable:
         return loaded
 
 
-def divergence(outputs: Any, dense: Any, kind: str) -> tuple[float, int]:
+def divergence(
+    outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
+) -> tuple[float, int]:
     """(sum over samples, samples) of the divergence of flat outputs from the dense ones.
 
     `kl`: of softmax(dense) against softmax(outputs) over the class dimension (1, or the last of three).
     `mse`: squared error relative to the dense output's mean square. `auto`: kl where there are two classes or more.
-    Dimension 0 is the batch; several outputs are averaged.
+    axes: where the batch is in each output tensor; None for dimension 0. An output that has none is compared as a whole, by its
+    squared error. Several outputs are averaged.
     """
     import torch
     from torch.utils import _pytree as pytree
 
-    totals, samples = [], 1
-    for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True):
-        if not isinstance(y0, torch.Tensor) or not y0.is_floating_point() or y0.dim() == 0:
+    from hwsearch.batching import BatchAxis
+
+    pairs = [
+        (y, y0)
+        for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
+        if isinstance(y0, torch.Tensor)
+    ]
+    if axes is None:
+        axes = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs]
+    means, samples = [], 1
+    for (y, y0), where in zip(pairs, axes, strict=True):
+        if where.axis is not None:
+            samples = where.samples(y0)
+        if not y0.is_floating_point():
             continue
-        samples = y0.shape[0]
         y, y0 = y.double(), y0.double()
-        axis = _class_axis(y0)
-        if kind == "kl" or (kind == "auto" and axis is not None and y0.shape[axis] >= 2):
-            log_p = torch.log_softmax(y0, axis if axis is not None else -1)
-            log_q = torch.log_softmax(y, axis if axis is not None else -1)
-            each = (log_p.exp() * (log_p - log_q)).sum(axis if axis is not None else -1)
-            totals.append(float(each.reshape(samples, -1).mean(1).sum()))
+        axis = _class_axis(y0, where)
+        if axis is not None and (kind == "kl" or (kind == "auto" and y0.shape[axis] >= 2)):
+            log_p, log_q = torch.log_softmax(y0, axis), torch.log_softmax(y, axis)
+            means.append(float((log_p.exp() * (log_p - log_q)).sum(axis).mean()))
         else:
-            scale = float(y0.square().mean()) or 1.0
-            totals.append(float((y - y0).square().reshape(samples, -1).mean(1).sum()) / scale)
-    if not totals:
+            means.append(float((y - y0).square().mean()) / (float(y0.square().mean()) or 1.0))
+    if not means:
         raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
-    return float(np.mean(totals)), samples
+    return samples * float(np.mean(means)), samples
 
 
-def _class_axis(y: torch.Tensor) -> int | None:
-    if y.dim() < 2:
+def _class_axis(y: torch.Tensor, where: BatchAxis) -> int | None:
+    """The dimension of classes: 1, or the last of three; another one where the batch is there. None where there is none."""
+    if where.axis is None:
         return None
-    return 2 if y.dim() == 3 else 1
+    likely = [2 if y.dim() == 3 else 1, y.dim() - 1, *range(y.dim())]
+    return next((axis for axis in likely if axis < y.dim() and axis != where.axis), None)
 
 
 def measure_sensitivity(
@@ -224,15 +254,14 @@ def measure_sensitivity(
 
     The samples are of the calibration batches that no weight was refitted on. Of more than 150 widths those with the
     greatest loss by a Fisher estimate (one backward pass for all) are estimated from it, not measured.
-    bank: refitted weights, and the order in which slots go; needed with a grid. One pass a batch; finished batches are
-    kept beside `out`, so that a killed run resumes at the next one.
+    bank: refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted. One pass a
+    batch; finished batches are kept beside `out`, so that a killed run resumes at the next one.
     """
-    from hwsearch.compress.apply import Simulator
     from hwsearch.compress.importance import removal_losses
     from hwsearch.progress import Progress as Shown
 
     progress = progress or Shown.silent()
-    network = lowering.network
+    network, axes = lowering.network, lowering.batch_axes
     variants = [v for v in variants if v != Variant("fp32")]
     jobs = [(unit.name, variant) for unit in network.units for variant in legal(unit, variants)]
     narrower = {g: [w for w in steps if w < network.channels[g]] for g, steps in (grid or {}).items()}
@@ -248,6 +277,7 @@ def measure_sensitivity(
     settings = [
         kind,
         quantize_outputs,
+        lowering.int8_bits,
         [str(v) for v in variants],
         samples,
         cuts,
@@ -255,20 +285,22 @@ def measure_sensitivity(
     ]
     keep = _Partial(out, network, *settings)
     if bank is not None and len(keep.sums) < len(batches):
-        bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if cuts:
+            bank.build({g: [w for own, w in cuts if own == g] for g in narrower}, progress=progress)
+        if any(v.precision == "int8" for v in variants):
+            bank.build({}, ["int8"], progress=progress)
     progress.start(len(batches), f"sensitivity of {network.name or 'the network'}")
     try:
         for index, (traced, args, kwargs) in enumerate(batches):
             if str(index) not in keep.sums:
-                simulate = Simulator(
-                    traced, args, kwargs, lowering.weights, lowering.ranges, quantize_outputs=quantize_outputs
-                )
+                simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=quantize_outputs)
 
                 def lost(
                     units: Mapping[str, Variant], widths: Mapping[str, int], simulate: Simulator = simulate
                 ) -> tuple[float, int]:
-                    replaced = bank.masked_weights(widths) if bank is not None and widths else {}
-                    return divergence(simulate(units, replaced), simulate.dense, kind)
+                    replaced = bank.masked_weights(widths, units) if bank is not None else {}
+                    mask = bank.mask(widths) if bank is not None and widths else None
+                    return divergence(simulate(units, replaced, mask), simulate.dense, kind, axes)
 
                 found = [lost({unit: v}, {}) for unit, v in jobs] + [lost({}, {g: w}) for g, w in cuts]
                 totals = [lost(a, w) for a, w in whole]
@@ -278,41 +310,28 @@ def measure_sensitivity(
         progress.stop()
     count = keep.count()
     mean = keep.total("units") / count
-    names = [f"{u} as {v}" for u, v in jobs] + [f"{g} at {w} channels" for g, w in cuts]
-    if not np.all(np.isfinite(mean)):
-        bad = [name for name, x in zip(names, mean, strict=True) if not np.isfinite(x)]
-        raise InvalidInput(
-            f"the outputs are NaN or infinite with {', '.join(bad[:3])}; check the calibration data"
-        )
-    losses = np.maximum(mean, 0.0).tolist()
-    loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
-    for (unit, variant), value in zip(jobs, losses, strict=False):
-        loss[unit][str(variant)] = value
-    width_loss: dict[str, dict[int, float]] = {g: {network.channels[g]: 0.0} for g, _ in cuts}
-    for (group, width), value in zip(cuts, losses[len(jobs) :], strict=True):
-        width_loss[group][width] = value
-    estimated = [c for c in every if c not in set(cuts)]
-    for group, width in sorted(estimated, key=lambda c: -c[1]):
-        own = width_loss[group]
-        last = min(own)  # the narrowest so far, measured or estimated
-        share = estimates[group, width] / max(estimates.get((group, last), 0.0), 1e-30)
-        own[width] = own[last] * max(share, 1.0)
+    loss, width_loss, refused = _told(network, jobs, cuts, every, mean, estimates)
     table = SensitivityTable(
         network=network,
         loss=loss,
         samples=int(count),
         divergence=kind,
         quantize_outputs=quantize_outputs,
+        int8_bits=lowering.int8_bits,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
-        order={g: tuple(map(int, bank.order[g])) for g in network.channels} if bank is not None else {},
-        estimated=frozenset(estimated),
+        order={g: tuple(map(int, bank.order[g])) for g in network.channels}
+        if bank is not None and every
+        else {},
+        estimated=frozenset(c for c in every if c not in set(cuts) and c[1] in width_loss[c[0]]),
+        refused=refused,
     )
-    simulated = keep.total("whole") / count
-    predicted = np.array([table.total(a, w) for a, w in whole])
+    known = [i for i, (a, w) in enumerate(whole) if table.offers(a, w)]
+    simulated = (keep.total("whole") / count)[known]
+    predicted = np.array([table.total(*whole[i]) for i in known])
     from scipy.stats import kendalltau
 
-    tau = float(kendalltau(predicted, simulated).statistic) if len(whole) > 2 else float("nan")
+    tau = float(kendalltau(predicted, simulated).statistic) if len(known) > 2 else float("nan")
     table = replace(
         table,
         rank_correlation=tau if np.isfinite(tau) else None,
@@ -322,6 +341,44 @@ def measure_sensitivity(
         table.save(out)
     keep.remove()
     return table
+
+
+def _told(
+    network: Network,
+    jobs: Sequence[tuple[str, Variant]],
+    cuts: Sequence[tuple[str, int]],
+    every: Sequence[tuple[str, int]],
+    mean: np.ndarray[Any, np.dtype[np.float64]],
+    estimates: Mapping[tuple[str, int], float],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[int, float]], dict[str, dict[str, str]]]:
+    """(losses of variants, losses of widths, what is refused) from the mean losses of jobs and cuts.
+
+    The widths of `every` that were not measured follow the estimates from the narrowest measured one on.
+    """
+    losses = np.maximum(mean, 0.0).tolist()
+    loss: dict[str, dict[str, float]] = {u.name: {"dense.fp32": 0.0} for u in network.units}
+    refused: dict[str, dict[str, str]] = {}
+    for (unit, variant), value in zip(jobs, losses, strict=False):
+        if np.isfinite(value):
+            loss[unit][str(variant)] = value
+        else:
+            refused.setdefault(unit, {})[str(variant)] = NOT_FINITE
+    width_loss: dict[str, dict[int, float]] = {g: {network.channels[g]: 0.0} for g, _ in cuts}
+    for (group, width), value in zip(cuts, losses[len(jobs) :], strict=True):
+        if np.isfinite(value):
+            width_loss[group][width] = value
+        else:
+            refused.setdefault(group, {})[f"width{width}"] = NOT_FINITE
+    estimated = [c for c in every if c not in set(cuts)]
+    for group, width in sorted(estimated, key=lambda c: -c[1]):
+        own = width_loss[group]
+        if any(v.startswith("width") for v in refused.get(group, ())):
+            refused[group][f"width{width}"] = f"a wider one is refused: {NOT_FINITE}"
+            continue
+        last = min(own)  # the narrowest so far, measured or estimated
+        share = estimates[group, width] / max(estimates.get((group, last), 0.0), 1e-30)
+        own[width] = own[last] * max(share, 1.0)
+    return loss, width_loss, refused
 
 
 def _worth_measuring(

@@ -46,6 +46,12 @@ OPTIONS: dict[str, Any] = {
             min=0.0, max=100.0, metavar="PERCENT", help=f"{_WHICH} made under this share of MPS; 0 for none."
         ),
     ],
+    "int8_bits": Annotated[
+        int | None,
+        typer.Option(
+            "--int8-bits", min=7, max=8, metavar="BITS", help=f"{_WHICH} of int8 weights of so many bits."
+        ),
+    ],
 }
 
 

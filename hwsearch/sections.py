@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Shapes = str | Sequence[str | Sequence[int]]
 """Input shapes as a user gives them: `"1x3x160x160"`, or a sequence of such texts or of sequences of sizes."""
 
-ABSENT: dict[str, Any] = {"load": 0, "residual": False, "cpus": "", "clocks": 0, "mps": 0.0}
+ABSENT: dict[str, Any] = {"load": 0, "residual": False, "cpus": "", "clocks": 0, "mps": 0.0, "int8_bits": 8}
 """Options that a table has only where they are not this."""
 ALWAYS = ("threads", "batch", "base")
 
@@ -105,7 +105,7 @@ def only(sections: Sequence[Section], path: str | Path) -> int:
     differ = [k for k in keys if any(s[k] != sections[0][k] for s in sections)]
     raise InvalidInput(
         f"{path} holds {len(sections)} sections to choose from: {listed(sections)}; choose one with "
-        f"{' and '.join(f'--{k}' for k in differ)} (in Python: `LatencyTable.load(path, {differ[0]}=...)`)"
+        f"{' and '.join('--' + k.replace('_', '-') for k in differ)} (in Python: `LatencyTable.load(path, {differ[0]}=...)`)"
     )
 
 

@@ -26,6 +26,7 @@ from hwsearch.latency import LatencyModel, fit
 from hwsearch.measure import Protocol, Timing, paired
 from hwsearch.memory import peak_bytes
 from hwsearch.reference import reference_engine
+from hwsearch.refitting import refitted
 from hwsearch.regime import Regime, record
 from hwsearch.scoring import divergence
 from hwsearch.table import LatencyTable
@@ -89,12 +90,17 @@ class Session:
         self, deployed: Job | None, uniforms: Mapping[str, Job]
     ) -> tuple[Measured | None, dict[str, Measured]]:
         """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once."""
-        missing = {name: job for name, job in uniforms.items() if name not in self._uniforms}
+        missing = {n: self._as_deployed(job) for n, job in uniforms.items() if n not in self._uniforms}
         jobs = {**({"deployed": deployed} if deployed else {}), **missing}
         measured = self.measure(jobs) if jobs else {}
         found = measured.pop("deployed", None)
         self._uniforms.update(measured)
         return found, dict(self._uniforms)
+
+    def _as_deployed(self, job: Job) -> Job:
+        """A uniform job with its weights refitted, as those of an allocation are."""
+        at = job.at or self.at
+        return replace(job, at=replace(at, lowering=refitted(at.lowering, job.variants)))
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
@@ -217,11 +223,12 @@ class Session:
         """Divergence of the engine's outputs from the dense module's, mean over the calibration samples kept apart for it."""
         kind = self.at.lowering.task.divergence
         predict = predictor(measured.at.lowering, measured.engine)
+        axes = self.at.lowering.batch_axes
         total, count = 0.0, 0
-        for traced, args, kwargs in self.at.lowering.scoring:
+        for traced, args, kwargs in self.at.lowering.comparable:
             with torch.no_grad():
                 dense = traced.graph(*args, **kwargs)
-            value, samples = divergence(predict(*args, **kwargs), dense, kind)
+            value, samples = divergence(predict(*args, **kwargs), dense, kind, axes)
             total, count = total + value, count + samples
             if count >= LOSS_SAMPLES:
                 break

@@ -20,3 +20,13 @@ def times(run: Callable[[], None], count: int, clock: Callable[[], int] = time.p
         run()
         found.append(clock() - start)
     return found
+
+
+def block(run: Callable[[], None], count: int, clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:
+    """As `times`; of a `run` with a method `replays(count)`, one value: the mean of so many inferences without gaps between them.
+
+    What launches work on a GPU takes tens of microseconds for each inference that is waited for. That is no part of what
+    networks differ in, so that ratios are of such means.
+    """
+    replays: Callable[[int], int] | None = getattr(run, "replays", None)
+    return times(run, count, clock) if replays is None else [replays(count)]

@@ -124,7 +124,7 @@ class LatencyTable:
         inferences stray is the machine's doing, and no build alone has samples enough for a 99th percentile.
         Raises InvalidInput where no whole network was built.
         """
-        samples = [b.samples_ns / np.median(b.samples_ns) for b in self.builds if not b.partial]
+        samples = [b.inferences for b in self.builds if not b.partial]
         if not samples:
             raise InvalidInput(
                 "the table has no build of a whole network, so that nothing is known of the tails of its latency; "

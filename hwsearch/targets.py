@@ -7,20 +7,27 @@ a legal network is no fast one.
 from __future__ import annotations
 
 import importlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwsearch.backends.tensorrt import legality
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+
+from hwsearch.backends.tensorrt import legality, standalone
 from hwsearch.backends.tensorrt.building import BuildRequest, Built, serialise
 from hwsearch.backends.tensorrt.building import targets as targets_of
 from hwsearch.backends.tensorrt.buildlog import FusedLayer, executed, fused_layers, sparsity
-from hwsearch.deployment import lowering_of, parse_variants
+from hwsearch.deployment import lowering_of, metadata_of, parse_variants
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.lower import Lowering
 from hwsearch.network import Network, Unit
+from hwsearch.outputs import MULTIPLE, ROUNDING, coarsest_float
 from hwsearch.progress import Progress
 from hwsearch.typed import strongly_typed
 from hwsearch.variants import PRECISIONS, SPARSE_PRECISIONS, Variant, ineligible, legal
@@ -142,6 +149,62 @@ def build(
         layers,
         built.seconds,
     )
+
+
+def for_tensorrt(
+    task: Task, allocation: Allocation, folder: str | Path, *, target: str, weights: str | Path | None = None
+) -> Path:
+    """Write an allocation for a machine with TensorRT and a GPU, where hwsearch need not be: a folder that is taken there.
+
+    Leaves model.onnx (strongly typed), example.npz (inputs, and the outputs that they give) and run_tensorrt.py, which builds,
+    checks and times it with TensorRT alone. target: the GPU, `sm89` and the like. weights: as for `deploy`. Returns the ONNX
+    file. Raises InvalidInput (unknown target; a variant that TensorRT lacks there, with NVIDIA's documented reason),
+    IncompatibleTables (of another network).
+    """
+    at = legality.target(target)
+    base = _base(str(allocation.options.get("base", "fp32")))
+    variants = parse_variants(allocation)
+    low = lowering_of(task, allocation, weights)
+    reasons = {u: _why_not(low.network[u], v, base, at, "tensorrt") for u, v in variants.items()}
+    if bad := [f"{u} in {variants[u]}: {why}" for u, why in reasons.items() if why]:
+        raise InvalidInput(f"TensorRT has not all of this on {at}: {'; '.join(bad)}; search for that GPU")
+    model = strongly_typed(low.onnx(variants, metadata=metadata_of(allocation, base)), base)
+    example, tolerance = _example(low, variants, base, model)
+    settings = {
+        "base": base, "sparse": any(v.kept is not None for v in variants.values()), "target": at.name,
+        "tolerance": tolerance,
+    }  # fmt: skip
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(out / "model.onnx", model.SerializeToString())
+    buffer = io.BytesIO()
+    np.savez(buffer, **example)
+    write_bytes(out / "example.npz", buffer.getvalue())
+    lines = Path(standalone.__file__).read_text().splitlines()
+    script = [f"SETTINGS: dict[str, Any] = {settings!r}" if li.startswith("SETTINGS") else li for li in lines]
+    write_bytes(out / "run_tensorrt.py", ("\n".join(script) + "\n").encode())
+    return out / "model.onnx"
+
+
+def _example(
+    low: Lowering, variants: Mapping[str, Variant], base: str, model: Any
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """(arrays of inputs and of the simulated outputs, by name; relative error that each output may have)."""
+    simulate = low.simulator(low.traced, low.traced.args, low.traced.kwargs, quantize_outputs=False)
+    found, dense = (_tensors(y) for y in (simulate(variants), simulate.dense))
+    names = [value.name for value in model.graph.output]
+    arrays = {f"input:{v.name}": a for v, a in zip(model.graph.input, low.arrays(), strict=True)}
+    arrays |= {f"output:{name}": y.numpy() for name, y in zip(names, found, strict=True)}
+    rounding = ROUNDING[coarsest_float({base, *(v.precision for v in variants.values())})]
+    tolerance = {}
+    for name, y, plain in zip(names, found, dense, strict=True):
+        changed = float((y.double() - plain.double()).norm() / max(float(y.double().norm()), 1e-30))
+        tolerance[name] = rounding + MULTIPLE * changed
+    return arrays, tolerance
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [t.detach() for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
 
 
 def _base(base: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from hwsearch.errors import InvalidInput
+from hwsearch.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,8 @@ Predict = Callable[..., Any]
 class Task:
     """A trained network with all that is needed to compress and score it.
 
-    model: the trained `nn.Module`; it is put in eval mode and never changed.
+    model: the trained `nn.Module`; it is put in eval mode and never changed. Wrappers are taken off: `torch.compile`,
+        DataParallel, averaged weights. Raises InvalidInput on one without a module inside (a ScriptModule).
     example_inputs: one input: a tensor, a tuple (positional) or a dict (keyword arguments) of tensors.
         Dimension 0 of every tensor is the batch; its size here is the batch that is profiled and deployed.
     calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`). Weights are refitted
@@ -44,6 +46,11 @@ class Task:
 
     spec: str = ""
     """What `load` was given; empty for a task that was made otherwise."""
+
+    def __post_init__(self) -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(self.model, torch.nn.Module):
+            object.__setattr__(self, "model", unwrapped(self.model))
 
 
 def load(spec: str) -> Task:

@@ -13,13 +13,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from hwsearch import channels
-from hwsearch.calling import as_call, evaluating, flat_inputs
+from hwsearch.calling import as_call, copied, evaluating, flat_inputs
 from hwsearch.canonical import canonicalize, functional_graph, tensor_attr
 from hwsearch.channels import Channels
 from hwsearch.edges import find_edges
 from hwsearch.errors import InvalidInput, UntraceableModel
-from hwsearch.exporting import check_finite, check_types, export_program, first_line, weights_digest
+from hwsearch.exporting import check_types, export_program, first_line, weights_digest
 from hwsearch.network import Network, Unit
+from hwsearch.nonfinite import check_finite
 from hwsearch.task import Inputs
 from hwsearch.trial import tried
 from hwsearch.units import Shapes, Site, bias_of, find_stored, find_units, outside_units, why_whole
@@ -82,12 +83,20 @@ class Traced:
         return [(path, axis) for path, axis in weights if path is not None]
 
 
-def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: bool = False) -> Traced:
+def trace(
+    model: torch.nn.Module,
+    inputs: Inputs,
+    name: str = "",
+    *,
+    residual: bool = False,
+    what: str = "example_inputs",
+) -> Traced:
     """Trace a module with `torch.export` and find its units and edges.
 
     inputs: one example; its batch size is the one the network is built for. residual: the width that LayerNorm
-    normalises over may be made narrower too.
-    Raises UntraceableModel naming the submodule and operator; InvalidInput if the model fails on `inputs`.
+    normalises over may be made narrower too. what: names the inputs in messages.
+    Raises UntraceableModel naming the submodule and operator, or the buffer that is state; InvalidInput if the model fails
+    on `inputs` or returns NaN or infinity.
     """
     args, kwargs = as_call(inputs)
     signature = _signature(model)
@@ -95,14 +104,14 @@ def trace(model: torch.nn.Module, inputs: Inputs, name: str = "", *, residual: b
     check_types(model)
     with evaluating(model), torch.no_grad():
         try:
-            outputs = model(*args, **kwargs)
+            outputs = model(*copied(args), **copied(kwargs))
         except Exception as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise InvalidInput(f"the model fails on example_inputs: {why}") from error
-        check_finite(outputs)
+            raise InvalidInput(f"the model fails on {what}: {why}") from error
         graph = functional_graph(export_program(model, args, kwargs))
     graph.meta["signature"] = signature
     canonicalize(graph)
+    check_finite(outputs, graph, flat_inputs(graph, args, kwargs), what)
     shapes = Shapes(graph, args, kwargs)
     sites, units = find_units(graph, shapes)
     if not units:

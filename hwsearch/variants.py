@@ -31,6 +31,9 @@ NVFP4_BLOCK = 16
 SCALE_BYTES = 4
 _READ_BY_ALL = ("fp32", "tf32", "int8", "w8")
 """Precisions of a tied weight in which what else reads it can read it too: it is stored once."""
+INT8_BITS = 8
+"""Bits of int8 weights. Where a device sums products of 8 bits inexactly they have 7, stored in a byte all the same
+(`hwsearch.backends.exactness`)."""
 
 _NAME = re.compile(rf"^(?P<pattern>dense|[1-9]\d*:[1-9]\d*)\.(?P<precision>{'|'.join(PRECISIONS)})$")
 
@@ -100,6 +103,13 @@ STORAGE = Variant("w8")
 """What every weight may become that takes bytes: for budgets on size."""
 
 
+def int8_levels(bits: int) -> int:
+    """The largest integer of symmetric int8 weights of so many bits: 127 of 8, 63 of 7. Raises InvalidInput on others."""
+    if bits not in (INT8_BITS, 7):
+        raise InvalidInput(f"int8 weights have {INT8_BITS} bits, or 7, got {bits}")
+    return int(2 ** (bits - 1)) - 1
+
+
 def executes_quantized(executed: str) -> bool:
     """Whether a record of what was executed (`Variant.executed`) is of quantized activations."""
     return executed.rpartition(".")[2] in QUANTIZED
@@ -152,7 +162,7 @@ def uniform(network: Network, precision: str) -> dict[str, Variant]:
 
 
 def ineligible(unit: Unit, variant: Variant) -> str:
-    """Why a unit cannot become a variant on any device; empty where it can.
+    """Why a unit cannot become a variant on any device, on its task's data; empty where it can.
 
     N:M, as TensorRT documents it: N of M consecutive input channels for each output channel and kernel position. int4 and
     nvfp4 are blocks along the input channels of matrices. What a device or a runtime does not execute is for backends to say.
@@ -161,6 +171,8 @@ def ineligible(unit: Unit, variant: Variant) -> str:
         return f"it is a stored tensor, which no kernel multiplies in {variant}; it can become {STORAGE}"
     if variant == STORAGE and not unit.weight_shape:
         return "it has no weight: both of its inputs are activations"
+    if variant.quantized and unit.float_only:
+        return unit.float_only
     if variant.kept is None and variant.precision not in ("int4", "nvfp4"):
         return ""
     if not unit.weight_shape:

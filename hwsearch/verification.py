@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from hwsearch import device as devices
@@ -9,13 +10,15 @@ from hwsearch.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.budget import TAILS, parse_budgets
 from hwsearch.builds import Build
-from hwsearch.deployment import at_widths, bank_of, metadata_of, of_allocation, parse_variants
+from hwsearch.deployment import as_deployed, bank_of, metadata_of, of_allocation, parse_variants
 from hwsearch.header import SANDWICHED
-from hwsearch.regime import Regime
+from hwsearch.regime import Regime, wrong_variants
 from hwsearch.report import Report
+from hwsearch.scoring import NOT_FINITE
 from hwsearch.session import Job, Measured, Session, require_energy, uniform_candidates
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
+from hwsearch.unexplained import unexplained
 from hwsearch.variants import Variant
 
 
@@ -73,7 +76,7 @@ def verify_with_build(
     unsupported = table.header.unsupported if table is not None else {}
     candidates = uniform_candidates(at, unsupported)
     base = base if base in at.backend.bases() else at.options.base
-    own = own or at_widths(at, allocation, bank_of(at, allocation, weights))
+    own = own or as_deployed(at, allocation, bank_of(at, allocation, weights))
     job = Job(variants, base, metadata_of(allocation, base), own)
     deployed, measured = session.measure_all(job, candidates)
     assert deployed is not None
@@ -95,6 +98,8 @@ def verify_with_build(
 
     scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
     best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
+    loss = {"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)}
+    score = {"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")}
     report = Report(
         task=task.name,
         backend=at.backend.name,
@@ -117,8 +122,8 @@ def verify_with_build(
             **{column.removeprefix("latency_"): costs[column] / 1e6 for column in TAILS},
             **{f"budget_{c.removeprefix('latency_')}": limit[c] / 1e6 for c in TAILS if c in limit},
         },
-        score={"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")},
-        loss={"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)},
+        score=score,
+        loss=loss,
         size_bytes={
             "dense": dense.file_bytes,
             "budget": limit.get("size"),
@@ -159,10 +164,22 @@ def verify_with_build(
         unstable=deployed.timing.unstable or dense.timing.unstable,
         output_error=deployed.build.output_error,
         wrong_outputs=deployed.build.wrong,
+        wrong_units=wrong_variants(own, variants, base) if deployed.build.wrong else {},
+        unexplained=unexplained(own, at, variants, base, loss, score),
         table_check=drift,
         slowdown=session.slowdown,
+        float_only=_float_only(at, unsupported),
     )  # fmt: skip
     return report, deployed.build
+
+
+def _float_only(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Units that are not quantized for what they read, or for what their simulation returns, and why."""
+    read = {u.name: u.float_only for u in at.network.units if u.float_only}
+    lost = {
+        u: f"as {v}, {why}" for u, own in unsupported.items() for v, why in own.items() if why == NOT_FINITE
+    }
+    return {**lost, **read}
 
 
 def _parted(measured_ns: float, allocation: Allocation) -> bool:

@@ -71,7 +71,7 @@ def check(report: Report) -> None:
 
 def across(task: hs.Task, path: Path, report: Report) -> None:
     """The deployed file's score in both runtimes."""
-    lowering, scores = Lowering(task, report.options["batch"]), {}
+    lowering, scores = Lowering(task, report.options["batch"], int8_bits=report.options.get("int8_bits", 8)), {}
     for name in ("openvino", "onnxruntime"):
         backend = backends.get(name)
         base = report.options["base"] if report.options["base"] in backend.bases() else backend.bases()[0]

@@ -31,7 +31,7 @@ from hwsearch.errors import HwsearchError
 from hwsearch.pipeline import closed_loop, sensitivity_for
 from hwsearch.profiler import profile
 from hwsearch.progress import Progress
-from hwsearch.refitting import narrowed, weight_bank
+from hwsearch.refitting import refitted, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.scoring import divergence
 from hwsearch.session import Job, Session, uniform_candidates
@@ -179,7 +179,7 @@ def uniform_widths(
             g: max(1, round(n * share / 8) * 8 if n >= 32 else round(n * share))
             for g, n in at.network.channels.items()
         }
-        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, widths, bank, variants))
+        found[f"{share:.0%}"] = replace(at, lowering=refitted(at.lowering, variants, widths, bank))
     return found
 
 
@@ -224,7 +224,7 @@ def by_macs(
             allocation = hs.search(table, sensitivity, [f"macs={share:.3%}"], axes=["width"])
         except HwsearchError:
             break
-        found[f"{share:.0%}"] = replace(at, lowering=narrowed(at.lowering, allocation.widths, bank, variants))
+        found[f"{share:.0%}"] = replace(at, lowering=refitted(at.lowering, variants, allocation.widths, bank))
     return found
 
 

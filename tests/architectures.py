@@ -225,6 +225,61 @@ def pools(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
     ), w
 
 
+@block
+def shift_in_place(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
+    """A shift of some channels, written into a tensor of zeros."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).relu()
+        out = torch.zeros_like(y)
+        out[:, :2, :, :-1] = y[:, :2, :, 1:]
+        out[:, 2:] = y[:, 2:]
+        return x + self.b(out)
+
+    return Apply(run, a=conv(c, w), b=conv(w, c, 1)), c
+
+
+@block
+def response_norm(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
+    """ConvNeXt V2's block: of global response normalization, a mean over channels."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.up(self.depth(x).permute(0, 2, 3, 1)))
+        size = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)
+        y = self.scale * (y * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.shift + y
+        return x + self.down(y).permute(0, 3, 1, 2)
+
+    own = {n: nn.Parameter(torch.randn(w)) for n in ("scale", "shift")}
+    return Apply(run, depth=conv(c, c, groups=c), up=nn.Linear(c, w), down=nn.Linear(w, c), **own), c
+
+
+@block
+def unpool(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
+    """SegNet: maxima go back to where they were found."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y, where = F.max_pool2d(self.a(x).relu(), 2, return_indices=True)
+        return self.b(F.max_unpool2d(self.m(y), where, 2, output_size=x.shape[2:]))
+
+    return Apply(run, a=conv(c, w), m=conv(w, w), b=conv(w, c)), c
+
+
+@block
+def permuted(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
+    """Channels taken by a constant list of numbers."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu()[:, self.order])
+
+    return Apply(run, a=conv(c, w), b=conv(w, c, 1), order=nn.Buffer(torch.randperm(w))), c
+
+
+@block
+def uneven_branches(c: int, w: int, rng: random.Random) -> tuple[nn.Module, int]:
+    return Apply(lambda self, x: self.c(torch.concat([self.a(x), self.b(x).relu()], 1)),
+                 a=conv(c, w), b=conv(c, w + 1, 1), c=conv(2 * w + 1, c)), c  # fmt: skip
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Random statistics and affine parameters, so that each shows."""
     for module in model.modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -40,6 +42,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         "foreign": f"{__name__}:NoSuchClass",
     }
     entries = [EntryPoint(name, value, backends.GROUP) for name, value in values.items()]
+    monkeypatch.setattr(backends, "_OWN", {})
     monkeypatch.setattr(backends, "entry_points", lambda group: [e for e in entries if e.group == group])
 
 
@@ -58,12 +61,27 @@ def test_unknown_name_lists_the_known() -> None:
         backends.get("opnvino")
 
 
-def test_nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_is_not_installed_knows_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PYTHONPATH alone nothing records entry points; those of an installation and of other packages come first."""
+    recorded = {e.name: e.value for e in backends.entry_points(group=backends.GROUP)}
     monkeypatch.setattr(backends, "entry_points", lambda group: [])
-    assert backends.names() == ()
-    assert backends.status() == []
-    with pytest.raises(InvalidInput, match="reinstall hwsearch"):
-        backends.get("openvino")
+    assert backends.names() == ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
+    assert {name: recorded[name] for name in backends.names()} == backends._OWN
+    assert backends.get("openvino").name == "openvino"
+    mine = EntryPoint("openvino", f"{__name__}:Good", backends.GROUP)
+    monkeypatch.setattr(backends, "entry_points", lambda group: [mine])
+    assert type(backends.get("openvino")).__name__ == "Good"
+
+
+def test_python_m_hwsearch_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hwsearch", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.startswith("hwsearch ")
 
 
 @pytest.mark.usefixtures("registered")

@@ -228,9 +228,12 @@ def test_groups_through_concatenations_splits_and_gates() -> None:
         "stem": (8, ("stem", "expand"), ("reduce", "head")),
         "reduce": (2, ("reduce",), ("expand",)),
     }
-    assert groups("channel_shuffle")["stem"] == (4, ("stem",), ("a", "head"))
+    assert groups("channel_shuffle") == {
+        "stem": (4, ("stem", "a"), ("head",)),  # what is interleaved
+        "stem'": (4, ("stem",), ("a",)),
+    }
     assert groups("densenet")["0"][0] == 4
-    assert set(groups("unet")) == {"down1", "down2", "mid", "dec2"}
+    assert set(groups("unet")) == {"down1", "down2", "mid", "up1", "dec1", "dec2"}
     assert groups("grouped") == {"0": (4, ("0",), ("5",))}
     assert groups("mlp_3d_batchnorm") == {"a": (16, ("a",), ("b",))}
     assert groups("shared_linear") == {"a": (8, ("a",), ("shared", "b"))}
@@ -297,28 +300,48 @@ def test_recurrent_layers_are_named() -> None:
         c=nn.Linear(6, 2),
     )
     assert {g.name: g.channels for g in traced.network.groups} == {"b": 6}
-    assert why == ("rnn: channels are not followed through operator aten.lstm.input",)
+    assert why == (
+        "rnn: channels are not followed through operator aten.lstm.input: "
+        "a recurrent layer feeds its features back into all of them",
+    )
 
 
-def test_normalizing_over_channels_mixes_them() -> None:
+def test_normalizing_over_channels_mixes_them_unless_zeros_add_nothing() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.b(torch.softmax(self.a(x), 1)) + self.d(F.normalize(self.c(x), dim=1))
 
     traced, why = blocked(
         run, **{n: nn.Conv2d(i, o, 1) for n, i, o in [("a", 3, 8), ("b", 8, 4), ("c", 3, 8), ("d", 8, 4)]}
     )
-    assert not traced.network.groups
-    assert len(why) == 2
-    assert "softmax" in why[0]
+    assert {g.name: g.channels for g in traced.network.groups} == {"c": 8}
+    assert why == ("(the model itself): softmax over channels mixes them",)
+    check(traced, image(), random.Random(0))
 
 
-def test_concatenated_widths_without_a_common_divisor_stay_whole() -> None:
+def test_each_branch_of_a_concatenation_has_its_own_channels() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.c(torch.cat([self.a(x), self.b(x)], 1))
+        return self.d(self.c(torch.cat([self.a(x), self.b(x)], 1)))
 
-    traced, why = blocked(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 9, 1), c=nn.Conv2d(17, 2, 1))
-    assert not traced.network.groups
-    assert why == ("c: groups of 8 and 9 channels meet in it, and no common divisor makes them one",)
+    sizes = {"a": (3, 24), "b": (3, 25), "c": (49, 6), "d": (6, 2)}
+    traced, why = blocked(run, **{n: nn.Conv2d(i, o, 1) for n, (i, o) in sizes.items()})
+    assert why == ()
+    assert traced.network.channels == {"a": 24, "b": 25, "c": 6}
+    less = narrow(traced, {"a": [0, 5], "b": [1, 2, 24]})
+    assert less.network["c"].weight_shape == (6, 5, 1, 1)
+    for seed in range(3):
+        check(traced, image(), random.Random(seed))
+
+
+def test_many_branches_share_a_width_and_what_is_over_stays() -> None:
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(torch.cat([self.a(x), self.b(x), self.e(x)], 1)))
+
+    sizes = {"a": (3, 24), "b": (3, 25), "e": (3, 50), "c": (99, 6), "d": (6, 2)}
+    traced, why = blocked(run, **{n: nn.Conv2d(i, o, 1) for n, (i, o) in sizes.items()})
+    assert why == ()
+    assert traced.network.channels == {"a": 24, "c": 6}  # of b one channel stays, of e two
+    assert traced.network.unit_at("c", {"a": 1}).weight_shape == (6, 1 + 2 + 2 + 2, 1, 1)
+    check(traced, image(), random.Random(0))
 
 
 def test_single_heads_keep_queries_and_keys_but_not_values() -> None:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from exact import bits
 from networks import leaves
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.calling import as_call
-from hwsearch.compress.apply import Simulator
 from hwsearch.deployment import Deployed, deploy, parse_variants
 from hwsearch.errors import IncompatibleTables
 from hwsearch.refitting import weight_bank
@@ -48,7 +48,7 @@ def allocation(name: str, share: float = 0.5, precision: str = "fp32", **changes
         "budgets": [{"text": "macs=90%", "column": "macs", "limit": int(0.9 * network.macs)}],
         "solver": {"status": "optimal", "gap": 0.0}, "network": network.fingerprint,
         "weights_digest": network.weights_digest, "device": {}, "backend": "onnxruntime",
-        "options": {"threads": 1, "base": "fp32", "batch": 1},
+        "options": {"threads": 1, "base": "fp32", "batch": 1, "int8_bits": bits()},
     }  # fmt: skip
     return Allocation(**{**fields, **changes})
 
@@ -80,10 +80,8 @@ def test_the_file_computes_what_the_module_does(
     with torch.no_grad():
         want = done.module(x)
     if precision == "int8":
-        simulate = Simulator(
-            lowering.traced, (x,), {}, lowering.weights, lowering.ranges,
-            quantize_outputs=done.at.backend.quantize_outputs,
-        )  # fmt: skip
+        quantize_outputs = done.at.backend.quantize_outputs
+        simulate = lowering.simulator(lowering.traced, (x,), {}, quantize_outputs=quantize_outputs)
         (want,) = leaves(simulate(parse_variants(done.allocation)))
     error = np.abs(have - want.numpy()).max() / float(want.abs().max())
     assert error < (1e-4 if precision == "fp32" else 0.1)

@@ -159,6 +159,25 @@ def test_a_gpu_is_examined_with_what_nvml_tells(nvml: Nvml) -> None:
     )
 
 
+def test_a_report_is_saved_after_each_check(
+    nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends an examination leaves what was found, which says that it is not all."""
+
+    def interrupted(backend: Any, network: str) -> Result:
+        if network == "attention":
+            raise KeyboardInterrupt
+        return Result(f"engine: {network}", "ok")
+
+    monkeypatch.setattr(doctor, "engine", interrupted)
+    path = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        examine("ongpu", keep=lambda sofar: sofar.save(path))
+    report = json.loads(path.read_text())
+    assert (report["complete"], report["healthy"]) == (False, False)
+    assert [r["name"] for r in report["backends"][0]["results"]][-1] == "engine: residual"
+
+
 def test_what_is_offered_is_built_by_the_contract_and_not_said_to_be_missing() -> None:
     class More(Simulated):
         def variants(self, base: str) -> tuple[Variant, ...]:

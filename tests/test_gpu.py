@@ -13,8 +13,11 @@ from simulated_nvml import NO_PERMISSION, NOT_SUPPORTED, Nvml
 
 import hwsearch as hs
 from hwsearch import device
+from hwsearch.backends.base import BuildOptions
+from hwsearch.energy import tick_s
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
 from hwsearch.overview import summary
+from hwsearch.regime import Regime
 from hwsearch.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -40,6 +43,17 @@ def profile(out: Path | None = None, on: SimulatedBackend | None = None, **optio
     return hs.profile(
         tiny.task("cnn"), backend=on or backend(), out=out, axes=["precision"], builds=3, **options
     )
+
+
+def test_a_gpu_s_energy_is_counted_where_it_was_asked_for(nvml: Nvml) -> None:
+    """It takes seconds of each engine; a CPU's counter is read in passing."""
+    at = Regime(tiny.lowering("cnn"), backend(), BuildOptions(1, "fp32"))
+    assert at.meter is None
+    meter = replace(at, energy=True).meter
+    assert meter is not None
+    assert tick_s(meter) == 0.1
+    assert meter() == nvml.millijoules / 1e3
+    assert all(b.energy_j is None for b in profile().builds)
 
 
 def test_a_table_is_of_the_gpu_and_holds_its_state_around_each_build(nvml: Nvml, tmp_path: Path) -> None:

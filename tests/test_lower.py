@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exact import bits
 from networks import NETWORKS, leaves
 from torch import nn
 
@@ -14,7 +15,6 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.calling import as_call
-from hwsearch.compress.apply import Simulator
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.lower import Lowering, check_calibration, with_batch
 from hwsearch.marking import isolate, unit_of
@@ -34,7 +34,8 @@ OPENVINO_WRONG = set(
 
 
 def lowering(model: nn.Module, inputs: Any) -> Lowering:
-    return Lowering(Task(model, inputs, [inputs, inputs], lambda predict: 0.0, "test"))
+    task = Task(model, inputs, [inputs, inputs], lambda predict: 0.0, "test")
+    return Lowering(task, int8_bits=bits())
 
 
 def error(have: Any, want: Any) -> float:
@@ -80,14 +81,7 @@ def test_every_allocation_computes_what_torch_computes(name: str) -> None:
         onnx.checker.check_model(model_proto, full_check=True)
         check_names(model_proto, set(made.network.by_name))
         exact = all(v.precision == "fp32" for v in variants.values())
-        simulate = Simulator(
-            made.traced,
-            args,
-            made.traced.kwargs,
-            made.weights,
-            made.ranges,
-            quantize_outputs=quantize_outputs,
-        )
+        simulate = made.simulator(made.traced, args, made.traced.kwargs, quantize_outputs=quantize_outputs)
         want = dense if exact else [t.numpy() for t in leaves(simulate(variants))]
         for backend in BACKENDS.values():
             if backend.name == "openvino" and name in OPENVINO_WRONG and not exact:

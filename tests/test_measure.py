@@ -172,3 +172,45 @@ def test_the_garbage_collector_is_as_it_was(collecting: bool) -> None:
         assert gc.isenabled() == collecting
     finally:
         (gc.enable if was else gc.disable)()
+
+
+class Launched:
+    """An inference on a GPU: launching and waiting take 40 us of this process, unless many follow each other."""
+
+    LAUNCH_NS = 4e4
+
+    def __init__(self, machine: Machine, name: str, time_ns: float) -> None:
+        self._machine, self._one = machine, machine.run(name, time_ns)
+
+    def __call__(self) -> None:
+        self._one()
+        self._machine.now += self.LAUNCH_NS * float(self._machine.rng.choice([1.0, 1.0, 1.0, 2.0]))
+
+    def replays(self, count: int) -> int:
+        begun = self._machine.now
+        for _ in range(count):
+            self._one()
+        taken = self._machine.now - begun
+        self._machine.now += self.LAUNCH_NS
+        return round(taken / count)
+
+
+def test_launching_is_in_no_ratio_and_in_every_tail() -> None:
+    """Networks of 20 and 40 us: by inferences that are waited for one by one the ratio would be 0.75."""
+    machine = Machine(noise=0.01)
+    timing = paired(
+        Launched(machine, "reference", 4e4), {"c": Launched(machine, "candidate", 2e4)}, clock=machine.clock
+    )["c"]
+    assert timing.ratio == pytest.approx(0.5, rel=0.01)
+    assert timing.median_ns == pytest.approx(2e4, rel=0.01)
+    assert timing.reference_median_ns == pytest.approx(4e4, rel=0.01)
+    assert timing.block == timing.reference_block == 1, "one value for a block"
+    assert len(timing.singles_ns) == 200
+    assert np.median(timing.singles_ns) == pytest.approx(6e4, rel=0.02)
+    assert timing.tail(0.95) == pytest.approx(10 / 6, rel=0.05)
+
+
+def test_inferences_of_a_cpu_are_their_own_singles() -> None:
+    timing = Machine(noise=0.05).compare()
+    assert len(timing.singles_ns) == 0
+    assert timing.tail(0.95) == np.quantile(timing.samples_ns, 0.95) / np.median(timing.samples_ns)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from architectures import BLOCKS, convolutional, transformer
+from exact import bits
 from networks import NETWORKS, leaves
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ from hwsearch import lower
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.calling import as_call
-from hwsearch.compress.apply import Simulator
 from hwsearch.compress.widths import Kept
 from hwsearch.lower import Lowering
 from hwsearch.onnx_widths import NotFollowed
@@ -38,7 +38,7 @@ def made(model: nn.Module, inputs: Any) -> Lowering:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-    return Lowering(Task(model, inputs, [inputs], lambda predict: 0.0, "test"))
+    return Lowering(Task(model, inputs, [inputs], lambda predict: 0.0, "test"), int8_bits=bits())
 
 
 def random_kept(of: Lowering, seed: int) -> Kept:
@@ -60,7 +60,7 @@ def check(of: Lowering, kept: Kept, precision: str = "fp32") -> onnx.ModelProto:
         with torch.no_grad():
             want = leaves(narrow.traced.graph(*args, **kwargs))
     else:
-        want = leaves(Simulator(narrow.traced, args, kwargs, narrow.weights, narrow.ranges)(variants))
+        want = leaves(narrow.simulator(narrow.traced, args, kwargs, quantize_outputs=False)(variants))
     have = BACKEND.build(model.SerializeToString(), BuildOptions())(*narrow.arrays())
     assert len(have) == len(want)
     for a, b in zip(have, want, strict=True):

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from exact import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS
@@ -70,7 +71,7 @@ def test_what_follows_a_unit_is_a_part_of_its_context() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_part_computes_what_the_network_does_there(name: str, precision: str) -> None:
     """Fed with what the whole network has at the cut, a part returns what the whole one has at its end."""
-    made, backend = tiny.lowering(name), OpenVINOBackend()
+    made, backend = Lowering(tiny.task(name), int8_bits=bits()), OpenVINOBackend()
     for sandwich in plan(made.network):
         marked = cut(made.marked, sandwich.units, sandwich.filling)
         variants = {u: Variant(precision) for u in sandwich.units}

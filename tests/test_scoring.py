@@ -16,8 +16,7 @@ import torch
 from simulation import grouped, scores
 
 import hwsearch as hs
-from hwsearch import scoring
-from hwsearch.compress import apply
+from hwsearch import lower, scoring
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.design import candidate_widths
@@ -141,7 +140,7 @@ def test_without_a_bank_only_variants_are_scored() -> None:
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> list[int]:
     """Counts the simulators that are made; the one after `batches` is interrupted."""
     made: list[int] = []
-    real = apply.Simulator
+    real = lower.Simulator
 
     class Counted(real):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -150,7 +149,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> list[int]
             made.append(1)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(apply, "Simulator", Counted)
+    monkeypatch.setattr(lower, "Simulator", Counted)
     return made
 
 

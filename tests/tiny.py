@@ -61,6 +61,12 @@ def inputs(name: str, batch: int) -> torch.Tensor:
 @cache
 def lowering(name: str) -> Lowering:
     """`cnn` or `transformer`, with random weights, traced and calibrated; one sample a batch is deployed."""
+    return Lowering(task(name))
+
+
+@cache
+def task(name: str) -> hs.Task:
+    """The same as a task."""
     torch.manual_seed(0)
     model = {"cnn": CNN, "transformer": Transformer}[name]().eval()
     if isinstance(model, CNN):
@@ -75,11 +81,7 @@ def lowering(name: str) -> Lowering:
         """How often the answer is that of the dense network."""
         return float((predict(y).argmax(1) == wanted).float().mean())
 
-    return Lowering(hs.Task(model, inputs(name, 1), [x, y], evaluate, name))
-
-
-def task(name: str) -> hs.Task:
-    return lowering(name).task
+    return hs.Task(model, inputs(name, 1), [x, y], evaluate, name)
 
 
 @cache

@@ -105,12 +105,12 @@ def space(
     budgets: Sequence[Budget] = (),
     over: str = "",
 ) -> Space:
-    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks.
+    """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks, or bits of int8 weights.
 
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
     space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
-    sensitivity.require(table.network)
+    sensitivity.require(table.network, table.header.int8_bits)
     check_axes(axes)
     model = model or fit(table)
     energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
@@ -123,7 +123,9 @@ def space(
     base = f"dense.{table.header.options['base']}"
     cells: list[tuple[Cell, ...]] = []
     for unit in network.units:
-        variants = [Variant.parse(v) for v in offered[unit.name] if "precision" in axes or v == base]
+        refused = sensitivity.refused.get(unit.name, {})
+        own = [v for v in offered[unit.name] if ("precision" in axes or v == base) and v not in refused]
+        variants = [Variant.parse(v) for v in own]
         found = [
             Cell(v, widths)
             for widths in product(*(grid[g] for g in unit.groups))
@@ -179,8 +181,11 @@ def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str
         for g in u.groups
         if any(fnmatchcase(name, pattern) for pattern in keep for name in (u.name, g))
     }
+    refused = sensitivity.refused
     return {
-        g: [n] if g in pinned or g not in sensitivity.width_loss else steps
+        g: [n]
+        if g in pinned or g not in sensitivity.width_loss
+        else [w for w in steps if f"width{w}" not in refused.get(g, {})]
         for (g, steps), n in zip(table.grid().items(), network.channels.values(), strict=True)
     }
 

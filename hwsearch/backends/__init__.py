@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from hwsearch.backends.base import Backend
 
 GROUP = "hwsearch.backends"
+_OWN = {
+    "openvino": "hwsearch.backends.openvino:OpenVINOBackend",
+    "onnxruntime": "hwsearch.backends.onnxruntime:ONNXRuntimeBackend",
+    "tensorrt": "hwsearch.backends.tensorrt:TensorRTBackend",
+    "tensorrt-rtx": "hwsearch.backends.tensorrt:rtx",
+    "torch": "hwsearch.backends.torch:TorchBackend",
+}
 _EXTRAS = {
     "openvino": "cpu", "onnxruntime": "cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx", "torch": "cuda",
 }  # fmt: skip
@@ -33,10 +40,7 @@ def get(name: str) -> Backend:
     """
     registered = _registered()
     if name not in registered:
-        known = (
-            ", ".join(sorted(registered)) or "none; reinstall hwsearch, its installation records no backend"
-        )
-        raise InvalidInput(f"unknown backend {name!r}; known: {known}")
+        raise InvalidInput(f"unknown backend {name!r}; known: {', '.join(sorted(registered))}")
     try:
         backend: Backend = registered[name].load()()
     except Exception as error:
@@ -77,7 +81,9 @@ def _status(name: str) -> Status:
 
 
 def _registered() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    """hwsearch's own are known without an installation that records them: a checkout on PYTHONPATH has none."""
+    own = {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
+    return own | {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def _remedy(name: str) -> str:

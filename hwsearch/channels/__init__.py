@@ -7,12 +7,14 @@ all (the network's outputs). What is left connected is a slot; slots that run th
 The idea is that of dependency graphs (Fang et al., DepGraph, 2023), with the reshapes of attention and shuffles
 followed index by index.
 
-atoms.py: union-find. labels.py: the labels of a graph's tensors. weights.py: what units do to them; rules.py: all
-other operators. grouping.py: the run, and groups from what is left connected. groups.py: the result.
+atoms.py: union-find. labels.py: the labels of a graph's tensors. weights.py: what units do to them; rules.py: the rule of
+every other operator, in moving.py, selecting.py and mixing.py; reasons.py: why some have none. grouping.py: the run, and groups
+from what is left connected. groups.py: the result.
 """
 
 from hwsearch.channels.atoms import ALWAYS, same
 from hwsearch.channels.grouping import find
 from hwsearch.channels.groups import Axis, Channels, describe
+from hwsearch.channels.rules import FILLED
 
-__all__ = ["ALWAYS", "Axis", "Channels", "describe", "find", "same"]
+__all__ = ["ALWAYS", "FILLED", "Axis", "Channels", "describe", "find", "same"]

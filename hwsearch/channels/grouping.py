@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,15 @@ from hwsearch.canonical import op_name
 from hwsearch.channels.atoms import ALWAYS, Ints, Label, each, same, varied
 from hwsearch.channels.groups import Axis, Channels
 from hwsearch.channels.labels import Labels
-from hwsearch.channels.rules import REPEATED, operator_label, repeated
+from hwsearch.channels.moving import filled, repeated
+from hwsearch.channels.rules import FILLED, REPEATED, operator_label
 from hwsearch.channels.weights import unit
 
 Units = Mapping[str, tuple[str, str, int | None]]
 """Node -> (unit, operator, position of the weight among its arguments)."""
+
+MEETING = 3
+"""So many groups may meet in a unit with widths of their own: a concatenation of two, and what the unit puts out."""
 
 Signature = Mapping[int, tuple[Any, ...]]
 """For each slot's root the tensors that it runs through, and along how many indices of each."""
@@ -39,8 +42,8 @@ def find(graph: fx.GraphModule, inputs: Sequence[Any], units: Units, *, residual
         _Run(graph, run).run(*inputs, enable_io_processing=False)
     _make_rectangular(run)
     while clash := _clash(run, signature := _signature(run, units)):
-        for n, axis in clash.items():
-            _tie(run, n, axis, signature)
+        for axis in clash.values():
+            _tie(run, axis, signature)
     return _channels(run, units, signature)
 
 
@@ -67,7 +70,10 @@ class _Run(fx.Interpreter):
         if n.name not in labels.units and not any(
             labels.is_stored(i) or labels.get(i) is not None for i in n.all_input_nodes
         ):
-            return repeated(labels, n) if op_name(n) in REPEATED.split() else None
+            name = op_name(n)
+            if name in REPEATED.split():
+                return repeated(labels, n)
+            return filled(labels, n) if name in FILLED else None
         if n.target is operator.getitem:
             several = labels.get(n.args[0])
             return several[n.args[1]] if isinstance(several, list) else None  # type: ignore[index]
@@ -147,18 +153,24 @@ def _signature(run: Labels, units: Units) -> Signature:
 
 
 def _clash(run: Labels, signature: Signature) -> dict[Any, Ints]:
-    """Axes of units' weights that more than one group runs along: those groups are made one."""
+    """Axes of units' weights along which groups are made one: where too many meet in one unit to choose each by itself."""
     found = {}
     for key, own in run.axes.items():
-        for axis, atoms in own.items():
-            roots = run.atoms.find(atoms)
-            if len({signature[r] for r in np.unique(roots).tolist() if r != ALWAYS}) > 1:
-                found[key, axis] = roots
+        meet = {axis: _groups_along(run, atoms, signature) for axis, atoms in own.items()}
+        if len(set().union(*meet.values())) > MEETING:
+            axis = max(meet, key=lambda a: len(meet[a]))
+            if len(meet[axis]) > 1:
+                found[key, axis] = run.atoms.find(own[axis])
     return found
 
 
-def _tie(run: Labels, place: Any, axis: Ints, signature: Signature) -> None:
-    """Make the groups along an axis one of proportional parts: as many slots as the greatest common divisor."""
+def _groups_along(run: Labels, atoms: Ints, signature: Signature) -> set[Any]:
+    roots = np.unique(run.atoms.find(atoms)).tolist()
+    return {signature[r] for r in roots if r != ALWAYS and r in signature}
+
+
+def _tie(run: Labels, axis: Ints, signature: Signature) -> None:
+    """Make the groups along an axis one of proportional parts; what is left over of a part stays."""
     atoms = run.atoms
     parts: dict[Any, list[int]] = {}
     for root in dict.fromkeys(atoms.find(axis).tolist()):
@@ -166,22 +178,28 @@ def _tie(run: Labels, place: Any, axis: Ints, signature: Signature) -> None:
             parts.setdefault(signature[root], []).append(root)
     if len(parts) < 2:
         return
-    count = math.gcd(*(len(p) for p in parts.values()))
-    if count == 1:
-        atoms.pin(axis)
-        path = next(p for p, key in run.path.items() if key == place[0])
-        sizes = " and ".join(str(len(p)) for p in parts.values())
-        run.stopped.setdefault(
-            f"{path.rpartition('.')[0] or path}: groups of {sizes} channels meet in it, and no common divisor makes them one"
-        )
-        return
+    count = _shares([len(p) for p in parts.values()])
     first = None
     for part in parts.values():
-        rows = np.array(part).reshape(count, -1)
+        whole = len(part) - len(part) % count
+        if whole < len(part):
+            atoms.pin(np.array(part[whole:]))
+        if not whole:
+            continue
+        rows = np.array(part[:whole]).reshape(count, -1)
         atoms.union(rows, rows[:, :1])
         if first is not None:
             atoms.union(rows[:, 0], first)
         first = rows[:, 0]
+
+
+def _shares(sizes: Sequence[int]) -> int:
+    """Into how many proportional parts to cut groups of these sizes: fine steps, and few channels left over."""
+
+    def worth(count: int) -> float:
+        return sum(s - s % count for s in sizes) / sum(sizes) - 1 / count
+
+    return max(range(1, max(sizes) + 1), key=worth)
 
 
 def _channels(run: Labels, units: Units, signature: Signature) -> Channels:
@@ -226,6 +244,8 @@ def _channels(run: Labels, units: Units, signature: Signature) -> Channels:
         through = [Axis(axis, numbers(atoms)) for (k, axis), atoms in stored.items() if k == key]
         if through := [axis for axis in through if axis.slots.any()]:
             found.tensors[path] = through
+    found.summed = frozenset(n.name for n in run.summed)
+    found.numbers = {path: n.name for path, n in run.numbers.items() if path in found.tensors}
     for n in run.value:
         if n.op == "get_attr" and str(n.target) in found.tensors:
             found.nodes[n.name], found.shapes[n.name] = [found.tensors[str(n.target)]], [run.shape(n)]

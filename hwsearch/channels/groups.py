@@ -36,6 +36,8 @@ class Channels:
     blocked: `module: why`, for channels that are not in any group although they are no output.
     rescaled: groups whose number of channels an operator divides by (LayerNorm), so that what the narrow network
         computes is not what the masked one would.
+    summed: nodes that sum over channels (a mean, a norm): those removed count as zero, and a mean still divides by all.
+    numbers: stored tensors that hold numbers of channels, by path, and the node whose channels these are.
     """
 
     groups: dict[str, Ints] = field(default_factory=dict)
@@ -46,6 +48,8 @@ class Channels:
     shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     blocked: tuple[str, ...] = ()
     rescaled: frozenset[str] = frozenset()
+    summed: frozenset[str] = frozenset()
+    numbers: dict[str, str] = field(default_factory=dict)
 
     def mask(self, kept: Mapping[str, Iterable[int]]) -> NDArray[np.bool_]:
         """For each slot number whether it stays; kept: positions (0 .. channels - 1) that stay, by group."""

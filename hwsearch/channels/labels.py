@@ -39,6 +39,10 @@ class Labels:
         self.path: dict[str, Any] = {}
         """Identity of the stored tensor under each path."""
         self.rescaled: list[Ints] = []
+        self.summed: set[fx.Node] = set()
+        """Sums, means and norms over channels: what is removed counts as zero."""
+        self.numbers: dict[str, fx.Node] = {}
+        """Stored positions by which channels are taken, by path, and of what."""
         self.stopped: dict[str, None] = {}
 
     def see(self, n: fx.Node, value: Any) -> None:

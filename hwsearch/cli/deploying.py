@@ -31,7 +31,7 @@ from hwsearch.cli.arguments import (
     seconds,
 )
 from hwsearch.cli.ending import MISSED, say
-from hwsearch.errors import BudgetMissed
+from hwsearch.errors import BudgetMissed, InvalidInput
 
 if TYPE_CHECKING:
     from hwsearch.report import Report
@@ -42,6 +42,14 @@ def deploy(
     allocation: AllocationFile,
     output: Output,
     backend: MaybeBackend = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SM",
+            help="With --backend tensorrt: leave a folder for a machine with TensorRT and such a GPU (sm89, ...).",
+        ),
+    ] = None,
     weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
@@ -50,12 +58,23 @@ def deploy(
     from hwsearch.allocation import Allocation
 
     chosen = Allocation.load(allocation)
-    require_backend(backend or chosen.backend)
-    deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
-    if as_json:
-        show.as_json({"path": str(deployed.path), "size_bytes": deployed.size_bytes})
+    if target is not None and backend != "tensorrt":
+        raise InvalidInput("--for leaves files for TensorRT: give --backend tensorrt with it")
+    if target is None:
+        require_backend(backend or chosen.backend)
+        deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
+        path, size = deployed.path, deployed.size_bytes
     else:
-        print(f"{deployed.path}: {show.size(deployed.size_bytes)}")
+        from hwsearch.targets import for_tensorrt
+
+        path = for_tensorrt(hs.load(task), chosen, output, target=target, weights=weights)
+        size = path.stat().st_size
+    if as_json:
+        show.as_json({"path": str(path), "size_bytes": size})
+        return
+    print(f"{path}: {show.size(size)}")
+    if target is not None:
+        print(f"take {output} to the machine with the GPU, and there: python run_tensorrt.py")
 
 
 def verify(
@@ -131,6 +150,8 @@ def run(
 
 def _finish(report: Report, as_json: bool, folder: Path | None = None) -> None:
     show.report(report, as_json, folder)
+    for sentence in report.unexplained:
+        say(f"warning: {sentence}")
     if not report.met:
         say("missed: the network does not meet its budget as measured")
         raise typer.Exit(MISSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from hwsearch.errors import HwsearchError
 
 INTERRUPTED = 130
 MISSED = 3
+_ADVICE = re.compile(r"tlparse|TORCH_LOGS|TORCHDYNAMO_|TORCH_COMPILE_DEBUG|TORCH_SHOW_CPP_STACKTRACES")
 
 
 class Group(TyperGroup):
@@ -57,13 +59,19 @@ class Group(TyperGroup):
 def _explain(error: Exception) -> tuple[str, int]:
     """(line for standard error, exit code)."""
     if isinstance(error, HwsearchError):
-        return f"error: {error}", error.exit_code
+        return f"error: {_own_words(error)}", error.exit_code
     if isinstance(error, typer.TyperException):  # usage: an unknown option, a missing argument
         path = getattr(getattr(error, "ctx", None), "command_path", "hwsearch")
         return f"error: {error.format_message().rstrip('. ')} (see `{path} --help`)", error.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"error: {error.strerror}: {error.filename}", 1
-    return f"error: unexpected {type(error).__name__}: {error}", 1
+    return f"error: unexpected {type(error).__name__}: {_own_words(error)}", 1
+
+
+def _own_words(error: Exception) -> str:
+    """What an error says, without what torch adds for those who develop it: the node, its traceback, tools and variables."""
+    text = str(error).partition("\n\nWhile executing %")[0]
+    return "\n".join(line for line in text.splitlines() if not _ADVICE.search(line)) or type(error).__name__
 
 
 def _unforeseen(error: Exception) -> bool:

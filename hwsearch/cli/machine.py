@@ -69,9 +69,8 @@ def doctor(
     from hwsearch.progress import Progress
 
     with Progress() as progress:
-        found = examine(backend, lock_clocks=lock_clocks, progress=progress)
-    if report is not None:
-        found.save(report)
+        keep = None if report is None else lambda sofar: sofar.save(report)
+        found = examine(backend, lock_clocks=lock_clocks, progress=progress, keep=keep)
     if as_json:
         show.as_json(found.to_json())
     if backend is not None and not found.backends[0].available:

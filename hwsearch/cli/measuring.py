@@ -64,6 +64,12 @@ def profile(
         ),
     ] = None,
     lock_clocks: LockClocks = False,
+    energy: Annotated[
+        bool,
+        typer.Option(
+            "--energy", help="Also read a GPU's counter of energy, 6 s for each build; a CPU's is always read."
+        ),
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +86,7 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=axes_of(axes), load=load, seed=seed, progress=progress,
-            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks,
+            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
         )  # fmt: skip
     show.table(table, as_json)
 

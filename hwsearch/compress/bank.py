@@ -35,12 +35,12 @@ from hwsearch.compress.compensate import (
     shifts_bias,
 )
 from hwsearch.compress.importance import Order
-from hwsearch.compress.quantize import LEVELS, quantize_weight
+from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.widths import Kept, Weights, in_slots
 from hwsearch.files import write_bytes
 from hwsearch.narrowing import Mask, cut
 from hwsearch.trace import Traced, reads_axis
-from hwsearch.variants import Variant
+from hwsearch.variants import INT8_BITS, Variant, int8_levels
 
 if TYPE_CHECKING:
     from hwsearch.progress import Progress
@@ -53,9 +53,10 @@ VERSION = 2
 class WeightBank:
     """Weights of a traced network for any widths of its channel groups.
 
-    folder: where entries are kept for the next process, in a folder of their own for each network, weights, order and
-    calibration data; None keeps them in memory alone. order: from `order_slots`; width w keeps the first w slots. Entries
-    are made when they are first asked for, or all at once by `build`, which skips those that exist.
+    folder: where entries are kept for the next process, in a folder of their own for each network, weights, order,
+    calibration data and `int8_bits` (of int8 weights); None keeps them in memory alone. order: from `order_slots`; width w
+    keeps the first w slots. Entries are made when they are first asked for, or all at once by `build`, which skips those that
+    exist.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class WeightBank:
         *,
         rows: int = ROWS,
         grams: Grams | None = None,
+        int8_bits: int = INT8_BITS,
     ) -> None:
         self.traced, self.batches, self.order, self.rows = traced, list(batches), dict(order), rows
+        self.int8_bits = int8_bits
         self._grams = grams
         self._memory: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         self.folder = Path(folder) / self.key if folder is not None else None
@@ -87,7 +90,7 @@ class WeightBank:
     @cached_property
     def key(self) -> str:
         """Hash of everything that entries depend on."""
-        made = hashlib.sha256(repr((VERSION, self.rows)).encode())
+        made = hashlib.sha256(repr((VERSION, self.rows, self.int8_bits)).encode())
         made.update(f"{self.traced.network.fingerprint} {self.traced.network.weights_digest}".encode())
         for group, positions in sorted(self.order.items()):
             made.update(group.encode() + np.asarray(positions, "<i8").tobytes())
@@ -160,24 +163,28 @@ class WeightBank:
         own, weight, bias = self.traced.network[unit], self.traced.weight(unit), self.traced.bias(unit)
         assert weight is not None
         axis, kept = self._axes[unit], np.arange(weight.shape[reads_axis(own)])
+        levels = int8_levels(self.int8_bits)
         if axis is not None:
             kept = axis.kept(self.mask(widths))
         found = {} if bias is None else {"bias": bias.clone()}
         left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
-        if not refittable(own) or (len(kept) == weight.shape[reads_axis(own)] and not int8):
+        whole = len(kept) == weight.shape[reads_axis(own)] and not int8
+        unknown = unit not in self.grams or not self.grams[unit].finite
+        if whole or unknown or not refittable(own):
             if int8:
-                left = torch.from_numpy(quantize_weight(left, own.out_axis).dequantized())
+                left = torch.from_numpy(quantize_weight(left, own.out_axis, levels).dequantized())
             return found | {"weight": left.contiguous()}
         matrix, shifts = as_columns(own, weight), shifts_bias(self.traced, unit)
         columns = feature_columns(own, kept)
         # one scale of a transposed convolution spans several rows of the matrix: it is rounded to nearest
-        quantizer = Gptq(LEVELS) if int8 and "transpose" not in own.op else None
+        quantizer = Gptq(levels) if int8 and "transpose" not in own.op else None
         new, shift = refit(
             self.grams[unit], matrix, columns, bias=shifts, ridge=self.grams.ridges[unit], quantizer=quantizer
         )
         found["weight"] = from_columns(own, new).float().contiguous()
         if int8 and quantizer is None:
-            found["weight"] = torch.from_numpy(quantize_weight(found["weight"], own.out_axis).dequantized())
+            rounded = quantize_weight(found["weight"], own.out_axis, levels)
+            found["weight"] = torch.from_numpy(rounded.dequantized())
         if bias is not None and shifts:
             found["bias"] = (bias.double() + shift).float()
         return found

@@ -170,6 +170,11 @@ class Gram:
             z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             self.matrix += (z.T @ z).double() * (share / len(rows))
 
+    @property
+    def finite(self) -> bool:
+        """Whether the unit never read NaN or infinity: else nothing can be regressed on what it reads."""
+        return bool(torch.isfinite(self.matrix).all())
+
     def without(self, part: Gram) -> Gram:
         """The mean over the rows that are not in `part`."""
         rows = self.rows - part.rows
@@ -184,8 +189,8 @@ class Gram:
 class Grams(Mapping[str, Gram]):
     """The Gram matrix of what each unit reads, by unit, from one pass over calibration batches.
 
-    units: those to take; None for every unit that can be refitted and reads a channel group. Units that read one tensor
-    in one way share a matrix. Positions are sampled at random, the same for one seed.
+    units: those to take; None for every unit that can be refitted and reads a channel group. Units that read NaN or infinity
+    are left out. Units that read one tensor in one way share a matrix. Positions are sampled at random, the same for one seed.
     ridges: for each unit the regularisation that, fitted on the first three quarters of the batches with a random half
     of the features gone, is best on the last quarter: a layer that reads 1,280 features of 100 samples must not follow
     them as one does that reads 9 features of 20,000 positions.
@@ -221,8 +226,10 @@ class Grams(Mapping[str, Gram]):
                 sites = {s.node: (u, s) for u in unit_of.values() for s in batch[0].sites[u]}
                 into = (self.grams, held) if index >= apart else (self.grams,)
                 self._take(batch, sites, index, len(batches), rows, seed, into)
+        # a unit that reads NaN or infinity has no moments: it is not refitted
+        self.of = {n: w for n, w in self.of.items() if bool(torch.isfinite(self.grams[w].matrix).all())}
         self.ridges = {
-            name: _best_ridge(traced, name, self[name], held[self.of[name]], seed) for name in names
+            name: _best_ridge(traced, name, self[name], held[self.of[name]], seed) for name in self.of
         }
 
     def _take(
@@ -268,7 +275,7 @@ def kept_apart(batches: int) -> int:
 def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -> float:
     unit, weight = traced.network[name], traced.weight(name)
     assert weight is not None
-    if not held.rows or held.rows == whole.rows:
+    if not held.rows or held.rows == whole.rows or not whole.finite:
         return RIDGE
     rng = np.random.default_rng(seeded(seed, name))
     inputs = weight.shape[reads_axis(unit)]

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from hwsearch.compress.patterns import prune
-from hwsearch.compress.quantize import Range, fake_quantize, quantize_weight
+from hwsearch.compress.quantize import Range, int8_scale, on_grid, quantize_weight
 from hwsearch.errors import UnsupportedVariant
 from hwsearch.network import Unit
 from hwsearch.trace import Traced
-from hwsearch.variants import NVFP4_BLOCK, Variant, block_of, ineligible
+from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, block_of, ineligible, int8_levels
 
 FP8_TOP = 448.0
 INT4_TOP = 7
@@ -73,22 +73,22 @@ class StoredWeight:
 
 
 class StoredWeights(dict[tuple[str, Variant], StoredWeight]):
-    """(unit, variant) -> the weight of a traced network's unit, made at its first use."""
+    """(unit, variant) -> the weight of a traced network's unit, made at its first use. int8_bits: of int8 weights."""
 
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: Traced, int8_bits: int = INT8_BITS) -> None:
         super().__init__()
-        self.traced = traced
+        self.traced, self.int8_bits = traced, int8_bits
 
     def __missing__(self, key: tuple[str, Variant]) -> StoredWeight:
         unit, variant = key
         weight = self.traced.weight(unit)
         assert weight is not None, f"{unit} has no weight"
-        self[key] = stored(weight, self.traced.network[unit], variant)
+        self[key] = stored(weight, self.traced.network[unit], variant, self.int8_bits)
         return self[key]
 
 
-def stored(weight: torch.Tensor, unit: Unit, variant: Variant) -> StoredWeight:
-    """A unit's weight in a variant: masked, then rounded, so that zeros stay zeros.
+def stored(weight: torch.Tensor, unit: Unit, variant: Variant, int8_bits: int = INT8_BITS) -> StoredWeight:
+    """A unit's weight in a variant: masked, then rounded, so that zeros stay zeros. int8_bits: of int8 weights.
 
     Raises UnsupportedVariant where the unit cannot become that.
     """
@@ -99,7 +99,7 @@ def stored(weight: torch.Tensor, unit: Unit, variant: Variant) -> StoredWeight:
     if variant.kept is not None:
         weight = prune(weight, unit.in_axis, *variant.kept)
     if precision == "int8":
-        made = quantize_weight(weight, unit.out_axis)
+        made = quantize_weight(weight, unit.out_axis, int8_levels(int8_bits))
         return StoredWeight(precision, made.values, made.scales, unit.out_axis)
     if precision == "fp8":
         scales = _scales(weight.movedim(unit.out_axis, 0).flatten(1).abs().amax(1), FP8_TOP)
@@ -164,11 +164,13 @@ def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
     return x
 
 
-def quantized_activation(x: torch.Tensor, precision: str, of: Range | None) -> torch.Tensor:
-    """What the Q/DQ of an activation returns. of: its range on calibration data."""
+def quantized_activation(
+    x: torch.Tensor, precision: str, of: Range | None, port: str = "in0", int8_bits: int = INT8_BITS
+) -> torch.Tensor:
+    """What the Q/DQ of an activation returns. of: its range on calibration data. port, int8_bits: as for `int8_scale`."""
     assert of is not None
     if precision == "int8":
-        return fake_quantize(x, of.limit)
+        return on_grid(x, int8_scale(of, port, int8_bits))
     if precision == "fp8":
         scale = float(np.float32(of.top / FP8_TOP))
         return _fp8(x / scale) * scale

@@ -102,27 +102,24 @@ def gate_gradients(
     (for each group and batch the gradient [samples, slots] of each sample's loss with respect to gates on its slots;
     for each consumer of a group the mean square of the loss's gradient at its output, by channel of its output.)
     The loss is the cross-entropy against labels drawn from the network's own outputs; where these are no class logits,
-    half the squared distance from the outputs with unit noise. Its expected square is the Gauss-Newton matrix.
+    half the squared distance from the outputs with unit noise. Its expected square is the Gauss-Newton matrix. What is NaN or
+    infinite, behind a function without a derivative where it was taken, counts as zero. Operators of which
+    torch has no derivative pass no gradient: what is before them alone has gradients of zero, and no mean square.
     """
     generator = torch.Generator().manual_seed(seed)
     gates: dict[str, list[NDArray[np.float64]]] = {}
     squares: dict[str, list[NDArray[np.float64]]] = {}
     for traced, args, kwargs in batches:
-        run = _Gated(traced)
         flat = flat_inputs(traced.graph, args, kwargs)
         samples = next(
             (t.shape[0] for t in pytree.tree_leaves(flat) if isinstance(t, torch.Tensor) and t.dim()), 1
         )
-        with torch.enable_grad():
-            loss = _probe(run.run(*flat, enable_io_processing=False), generator)
-            reads, puts = list(run.reads), list(run.puts)
-            wanted = [x for _, _, x in reads] + [y for _, _, y in puts]
-            found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, wanted, allow_unused=True)
+        reads, puts, found = _gradients(traced, flat, samples, generator)
         own: dict[str, NDArray[np.float64]] = {}
         for (axis, labels, x), grad in zip(reads, found, strict=False):
             if grad is None:
                 continue
-            each = (x.detach() * grad).movedim(axis, -1)
+            each = (x.detach() * grad).nan_to_num(0.0, 0.0, 0.0).movedim(axis, -1)
             rows = samples if each.shape[0] % samples == 0 else 1
             sums = each.reshape(rows, -1, each.shape[-1]).sum(1).numpy()
             for group, slots in traced.channels.groups.items():
@@ -133,7 +130,7 @@ def gate_gradients(
             gates.setdefault(group, []).append(gate)
         for (unit, axis, _), grad in zip(puts, found[len(reads) :], strict=True):
             if grad is not None:
-                square = grad.double().square().movedim(axis, -1).flatten(0, -2)
+                square = grad.double().nan_to_num(0.0, 0.0, 0.0).square().movedim(axis, -1).flatten(0, -2)
                 squares.setdefault(unit, []).append(square.mean(0).numpy())
     for group, slots in batches[0][0].channels.groups.items():
         gates.setdefault(group, [np.zeros((1, len(slots)))])
@@ -153,20 +150,60 @@ def removal_losses(
     return {(g, w): float(np.square(gates[g][:, order[g][w:]].sum(1)).mean()) / 2 for g, w in cuts}
 
 
-class _Gated(fx.Interpreter):
-    """Keeps what consumers of groups read, each its own copy, and what they put out."""
+Read = tuple[int, NDArray[np.int64], torch.Tensor]
+"""(axis, slots along it, tensor) of what a consumer reads"""
+Put = tuple[str, int, torch.Tensor]
+"""(unit, axis of its channels, tensor) of what a consumer puts out"""
 
-    def __init__(self, traced: Traced) -> None:
+
+def _gradients(
+    traced: Traced, flat: Sequence[Any], samples: int, generator: torch.Generator
+) -> tuple[list[Read], list[Put], tuple[torch.Tensor | None, ...]]:
+    """What consumers of groups read and put out, and the gradient of the loss for each of these.
+
+    Where torch has no derivative of an operator, the run is repeated with what that operator puts out as a constant.
+    """
+    state = generator.get_state()
+    for checked in (False, True):
+        generator.set_state(state)
+        run = _Gated(traced, checked)
+        try:
+            with torch.enable_grad():
+                loss = _probe(run.run(*flat, enable_io_processing=False), samples, generator)
+                wanted = [x for *_, x in (*run.reads, *run.puts)]
+                if not loss.requires_grad:
+                    break
+                return run.reads, run.puts, torch.autograd.grad(loss, wanted, allow_unused=True)
+        except RuntimeError:
+            if checked:
+                raise
+    return run.reads, run.puts, (None,) * len(wanted)
+
+
+class _Gated(fx.Interpreter):
+    """Keeps what consumers of groups read, each its own copy, and what they put out.
+
+    checked: what an operator without a derivative puts out is a constant.
+    """
+
+    def __init__(self, traced: Traced, checked: bool = False) -> None:
         super().__init__(traced.graph)
-        self.traced = traced
+        self.traced, self.checked = traced, checked
         consumers = {u for own in traced.channels.consumers.values() for u in own}
         self.sites = {s.node: (u, s) for u in consumers for s in traced.sites[u]}
-        self.reads: list[tuple[int, NDArray[np.int64], torch.Tensor]] = []
-        self.puts: list[tuple[str, int, torch.Tensor]] = []
+        self.reads: list[Read] = []
+        self.puts: list[Put] = []
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name not in self.sites:
-            return super().run_node(n)
+            value = super().run_node(n)
+            if (
+                self.checked
+                and n.op == "call_function"
+                and not _derivable(n, *self.fetch_args_kwargs_from_env(n))
+            ):
+                return pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, value)
+            return value
         unit, site = self.sites[n.name]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         new = list(args)
@@ -186,7 +223,24 @@ class _Gated(fx.Interpreter):
         return y
 
 
-def _probe(output: Any, generator: torch.Generator) -> torch.Tensor:
+def _derivable(n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch has the derivative of a call for all that it is derived for."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    free = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves]
+    wanted = [x for x in free if isinstance(x, torch.Tensor) and x.requires_grad]
+    own, options = pytree.tree_unflatten(free, spec)
+    result = pytree.tree_leaves(n.target(*own, **options))  # type: ignore[operator]
+    sums = [y.sum() for y in result if isinstance(y, torch.Tensor) and y.requires_grad]
+    if not sums:
+        return True
+    try:
+        torch.autograd.grad(sum(sums, torch.zeros(())), wanted, allow_unused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _probe(output: Any, samples: int, generator: torch.Generator) -> torch.Tensor:
     """A random loss whose gradient's covariance is the Fisher matrix of the outputs, summed over samples."""
     total = torch.zeros(())
     for y in pytree.tree_leaves(output):
@@ -196,7 +250,7 @@ def _probe(output: Any, generator: torch.Generator) -> torch.Tensor:
         if y.dim() >= 2 and y.shape[axis] >= 2:
             logits = y.movedim(axis, -1).flatten(0, -2)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            share = len(y) / len(logits)
+            share = samples / len(logits)
             total = total - share * logits.log_softmax(-1).gather(1, labels).sum()
         else:
             noise = torch.randn(y.shape, generator=generator)

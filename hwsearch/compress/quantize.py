@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from hwsearch.calling import flat_inputs
 from hwsearch.edges import output_node
 from hwsearch.errors import InvalidInput
+from hwsearch.nonfinite import check_finite
 from hwsearch.trace import Traced
+from hwsearch.variants import INT8_BITS, int8_levels
 
-LEVELS = 127
+LEVELS = int8_levels(INT8_BITS)
 METHODS = ("mse", "percentile", "minmax")
 BINS = 2048
 PERCENTILE = 99.99
 _SAMPLE = 1 << 18
+VANISHING = 1e-34
+"""Magnitude below which a tensor counts as zero: scales of its values would be denormal, which runtimes take for zero."""
 
 Key = tuple[str, int, str]
 """(unit, call, port): port is `in0`, `in1` or `out`."""
@@ -30,10 +34,15 @@ class Range:
     """What calibration says of one tensor.
 
     limit: the largest magnitude that int8 should represent; top: the largest seen, which floats of few bits represent.
+    Both are infinite where NaN or infinity was seen.
     """
 
     limit: float
     top: float
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.top))
 
 
 Ranges = Mapping[Key, Range]
@@ -53,28 +62,29 @@ class QuantizedWeight:
         return (self.values.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int) -> QuantizedWeight:
+def quantize_weight(weight: torch.Tensor, axis: int, levels: int = LEVELS) -> QuantizedWeight:
     """Round to nearest, symmetric, one scale per output channel from its largest magnitude.
 
-    A channel whose values lie on an int8 grid already keeps it: weights rounded before (GPTQ) stay as they are.
+    levels: the largest integer, 127 or that of fewer bits. A channel whose values lie on a grid of so many levels already keeps
+    it: weights rounded before (GPTQ) stay as they are.
     """
     shape = [-1 if d == axis else 1 for d in range(weight.dim())]
     weight = weight.detach().float()
     rows = weight.movedim(axis, 0).flatten(1)
     top = rows.abs().amax(1)
-    scales = torch.where(top > 0, _own_grid(rows, top), torch.ones_like(top))
-    values = (weight / scales.reshape(shape)).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    scales = torch.where(top > 0, _own_grid(rows, top, levels), torch.ones_like(top))
+    values = (weight / scales.reshape(shape)).round().clamp(-levels, levels).to(torch.int8)
     return QuantizedWeight(values.numpy(), scales.numpy().astype(np.float32), axis)
 
 
-def _own_grid(rows: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Scales [rows]: the largest magnitude is 127, or the integer (64 to 127) that makes all values of the row integers."""
-    code = torch.full_like(top, LEVELS)
+def _own_grid(rows: torch.Tensor, top: torch.Tensor, levels: int) -> torch.Tensor:
+    """Scales [rows]: the largest magnitude is `levels`, or an integer above half of that which makes all values integers."""
+    code = torch.full_like(top, levels)
     largest = rows.gather(
         1, rows.abs().topk(min(8, rows.shape[1]), 1).indices
     )  # these rule out nearly every grid
     left = torch.arange(len(rows))
-    for trial in range(LEVELS, LEVELS // 2, -1):
+    for trial in range(levels, levels // 2, -1):
         scales = (top / trial).clamp_min(1e-30)[:, None]
         near = left[_whole(largest[left] / scales[left])]
         found = near[_whole(rows[near] / scales[near])]
@@ -121,8 +131,10 @@ class _Seen:
     def add(self, value: torch.Tensor, keep: int, generator: torch.Generator) -> None:
         """At most `keep` of the value's magnitudes join the sample; 0 keeps none."""
         low, high = (float(v) for v in torch.aminmax(value))
-        self.top = max(self.top, -low, high) if np.isfinite(low) and np.isfinite(high) else float("nan")
-        if not keep:
+        if not (np.isfinite(low) and np.isfinite(high)):
+            self.top = float("inf")
+        self.top = max(self.top, -low, high)  # which NaN is never
+        if not keep or not np.isfinite(self.top):
             return
         flat = value.reshape(-1)
         if flat.numel() > keep:
@@ -137,7 +149,8 @@ def activation_ranges(
 
     batches: calibration batches, each with a trace for its shape; each runs once. method: of the limit, `minmax` (the largest
     seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
-    Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an activation is NaN or infinite.
+    Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an output of the network is NaN or
+    infinite; within the network both are legal.
     """
     if method not in METHODS:
         raise InvalidInput(f"unknown range method {method!r}; expected one of {', '.join(METHODS)}")
@@ -150,26 +163,22 @@ def activation_ranges(
         own = seen.setdefault(keys, _Seen())
         if value.numel():
             own.add(value.detach().float(), keep, generator)
-        if not np.isfinite(own.top):
-            raise InvalidInput(
-                f"the input or output of unit {keys[0][0]} is NaN or infinite on calibration data; "
-                "check the calibration batches"
-            )
 
     with torch.no_grad():
-        for traced, args, kwargs in batches:
-            _Observer(traced, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
-    return {
-        key: found
-        for keys, own in seen.items()
-        for found in [Range(_limit(own, method), own.top or 1.0)]
-        for key in keys
-    }
+        for number, (traced, args, kwargs) in enumerate(batches):
+            inputs = flat_inputs(traced.graph, args, kwargs)
+            outputs = _Observer(traced, see).run(*inputs, enable_io_processing=False)
+            check_finite(outputs, traced.graph, inputs, f"batch {number} of the calibration data")
+    return {key: found for keys, own in seen.items() for found in [_range(own, method)] for key in keys}
+
+
+def _range(seen: _Seen, method: str) -> Range:
+    if not np.isfinite(seen.top):
+        return Range(float("inf"), float("inf"))
+    return Range(_limit(seen, method), seen.top) if seen.top >= VANISHING else Range(1.0, 1.0)
 
 
 def _limit(seen: _Seen, method: str) -> float:
-    if not seen.top:
-        return 1.0
     if method == "minmax":
         return seen.top
     sample = torch.cat(seen.parts)
@@ -197,7 +206,23 @@ def _mse_limit(counts: NDArray[np.float64], top: float) -> float:
     return float(limits[int(np.argmin(errors))])
 
 
+def int8_scale(of: Range, port: str, bits: int = INT8_BITS) -> float:
+    """The scale that an activation is quantized to int8 with, at a port of a unit (see `Key`).
+
+    The second activation of a product stands where others have their weight, so it has as many bits (`bits`): its largest
+    magnitude seen is then the largest integer, since nothing but the range keeps the numbers below that.
+    """
+    if port == "in1" and bits < INT8_BITS:
+        return of.top / int8_levels(bits)
+    return of.limit / LEVELS
+
+
 def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
     """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, scale limit / 127."""
-    scale = float(np.float32(limit / LEVELS))
+    return on_grid(x, limit / LEVELS)
+
+
+def on_grid(x: torch.Tensor, step: float) -> torch.Tensor:
+    """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, of this scale in fp32."""
+    scale = float(np.float32(step))
     return (x / scale).round().clamp(-LEVELS - 1, LEVELS) * scale

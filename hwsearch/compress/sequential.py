@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -29,12 +30,13 @@ from hwsearch.compress.compensate import (
     seeded,
     shifts_bias,
 )
+from hwsearch.compress.formats import stored
 from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
 from hwsearch.narrowing import cut
 from hwsearch.network import Unit
 from hwsearch.trace import Traced
 from hwsearch.units import Site
-from hwsearch.variants import Variant
+from hwsearch.variants import INT8_BITS, Variant, ineligible, int8_levels
 
 
 def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
@@ -55,6 +57,7 @@ def refit_sequential(
     *,
     rows: int = ROWS,
     seed: int = 0,
+    int8_bits: int = INT8_BITS,
 ) -> Weights:
     """`weights` of the narrow network, and of its other units, each regressed on what it really reads.
 
@@ -62,12 +65,15 @@ def refit_sequential(
     all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
     is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`, by
     as much as is best, fitted on the first three quarters of the batches, on the last quarter.
-    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay. variants: int8
-    units are rounded on the way (`Gptq`; convolutions in groups to nearest), so that later units see the rounding.
+    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay, and so does what
+    reads the dense network's own numbers. variants: units are rounded on the way (int8 by `Gptq`; other formats, N:M weights
+    and convolutions in groups to nearest, with the bias for the outputs' means), so that later units see the rounding.
+    int8_bits: of int8 weights.
     """
-    int8 = {unit for unit, variant in (variants or {}).items() if variant.precision == "int8"}
-    run = _SideBySide(batches, kept, weights).run
-    return run(lambda step: _regressed(step, rows, seed, step.unit.name in int8))
+    chosen, run = variants or {}, _SideBySide(batches, kept, weights).run
+    return run(
+        lambda step: _regressed(step, rows, seed, chosen.get(step.unit.name, Variant("fp32")), int8_bits)
+    )
 
 
 @dataclass
@@ -134,6 +140,8 @@ class _SideBySide:
             targets=[self._target(node, slim, d, n) for d, n in self.pairs],
             weight=weight, bias=bias, outputs=lambda: (n.run_node(slim) for _, n in self.pairs),
         )  # fmt: skip
+        if not all(bool(torch.isfinite(t).all()) for t in (*step.inputs, *step.targets)):
+            return  # infinity is legal within a network, and nothing can be regressed on it
         solved = solve(step)
         if solved is None:
             return
@@ -243,15 +251,20 @@ class Moments:
         return float((whole * (whole @ self.second - 2 * self.cross)).sum())
 
 
-def _regressed(step: _Step, rows: int, seed: int, int8: bool) -> _Solved | None:
-    """Least squares of the targets on the inputs; convolutions in groups, group by group."""
+def _regressed(step: _Step, rows: int, seed: int, variant: Variant, int8_bits: int) -> _Solved | None:
+    """Least squares of the targets on the inputs, rounded; convolutions in groups, group by group."""
     unit = step.unit
+    rounds = not variant.plain and not ineligible(unit, variant)
+    if not rounds and all(_alike(y, want) for y, want in zip(step.outputs(), step.targets, strict=True)):
+        return None
     if "transpose" in unit.op or (step.bias is not None and not shifts_bias(step.traced, unit.name)):
         return _moments(step)
     groups = int(dict(unit.attributes).get("groups", "1"))
     matrix = as_columns(unit, step.weight).double()
     prior = matrix.reshape(groups, -1, matrix.shape[1])
     features = prior.shape[2]
+    if not all(bool(torch.isfinite(t).all()) for t in (*step.inputs, *step.targets)):
+        return None  # nothing can be regressed on infinity
     if features > MOST_FEATURES:
         return _moments(step)
     apart = kept_apart(len(step.inputs))
@@ -276,10 +289,26 @@ def _regressed(step: _Step, rows: int, seed: int, int8: bool) -> _Solved | None:
         ridge = min(RIDGES, key=lambda r: parts[1].error(*parts[0].solve(prior, r, has_bias)[:2]))
     moments = parts[0] + parts[1] if len(parts) == 2 else parts[0]
     weight, bias, second = moments.solve(prior, ridge, has_bias)
-    if int8 and groups == 1:
-        weight = Gptq()(weight[0], second[0])[None]
-        bias = moments.shift(weight)
+    if rounds:
+        weight = _rounded(unit, variant, weight, second, int8_bits)
+        bias = moments.shift(weight) if has_bias else bias
     return (
         from_columns(unit, weight.reshape(matrix.shape)).float().contiguous(),
         bias.flatten().float() if has_bias else None,
     )
+
+
+def _alike(have: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether two outputs differ by no more than the order of float additions."""
+    return float((have - want).abs().max()) <= 1e-5 * float(want.abs().max()) if want.numel() else True
+
+
+def _rounded(
+    unit: Unit, variant: Variant, weight: torch.Tensor, second: torch.Tensor, int8_bits: int
+) -> torch.Tensor:
+    """A weight [groups, out, features] on the grid of a variant. second: its regularised second moments."""
+    if len(weight) == 1 and variant == Variant("int8"):
+        return Gptq(int8_levels(int8_bits))(weight[0], second[0])[None]
+    whole = from_columns(unit, weight.flatten(0, 1)).float()
+    values = torch.from_numpy(np.ascontiguousarray(stored(whole, unit, variant, int8_bits).dequantized()))
+    return as_columns(unit, values).to(weight.dtype).reshape(weight.shape)

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
+from hwsearch.backends.exactness import OFF, int8_bits, sum_error
 from hwsearch.builds import NodeRow
-from hwsearch.compress.apply import Simulator
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lower import Lowering
 from hwsearch.marking import tensor_names
-from hwsearch.regime import Regime
+from hwsearch.regime import Regime, wrong_variants
 from hwsearch.stopwatch import times
 from hwsearch.task import Task
-from hwsearch.variants import PRECISIONS, STORAGE, Variant, legal, uniform
+from hwsearch.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, legal, uniform
 
 TOLERANCE = {
     "fp32": 1e-4,
@@ -39,7 +39,9 @@ TOLERANCE = {
     "int4": 4e-2,
     "nvfp4": 4e-1,
 }
-"""Largest error of an output, relative to its largest magnitude, by the coarsest precision in the network.
+"""Largest error of a number, relative to the largest magnitude of its output, by the coarsest precision in the network.
+
+For comparisons number by number, where there is no engine that `hwsearch.outputs` could judge.
 
 A value that a rounding error puts on the other side of a tie is a whole step of the format off: a sixteenth of itself in fp8,
 up to a third in E2M1.
@@ -117,9 +119,13 @@ class Stored(torch.nn.Module):
         return F.linear(F.relu(self.up(x.transpose(1, 2))).transpose(1, 2), self.table.weight)
 
 
+def small_network(name: str, int8_bits: int = INT8_BITS) -> Lowering:
+    """`residual`, `attention`, `two_inputs` or `stored`, with random weights, traced and calibrated. int8_bits: of int8 weights."""
+    return _made(name, int8_bits)
+
+
 @cache
-def small_network(name: str) -> Lowering:
-    """`residual`, `attention`, `two_inputs` or `stored`, with random weights, traced and calibrated."""
+def _made(name: str, int8_bits: int) -> Lowering:
     torch.manual_seed(0)
     makers: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
         "residual": (Residual, lambda: torch.randn(1, 3, 32, 32)),
@@ -130,7 +136,13 @@ def small_network(name: str) -> Lowering:
     model, inputs = makers[name]
     example = inputs()
     task = Task(model().eval(), example, [example, inputs()], lambda predict: 0.0, name)
-    return Lowering(task)
+    return Lowering(task, int8_bits=int8_bits)
+
+
+def small_regime(name: str, backend: Backend, base: str | None = None) -> Regime:
+    """One of these networks for a backend, its int8 weights of as many bits as that sums exactly here."""
+    options = BuildOptions(1, base or backend.bases()[0])
+    return Regime(small_network(name, int8_bits(backend, options)), backend, options)
 
 
 def mixed(lowering: Lowering, base: str, variant: Variant = Variant("int8")) -> dict[str, Variant]:  # noqa: B008
@@ -147,13 +159,12 @@ def wherever(lowering: Lowering, base: str, variant: Variant) -> dict[str, Varia
 def expected(lowering: Lowering, variants: Mapping[str, Variant], backend: Backend) -> list[Array]:
     """What torch computes for the example inputs, with masks, half precisions and Q/DQ simulated."""
     quantized = any(v.quantized for v in variants.values())
-    simulator = Simulator(
+    simulator = lowering.simulator(
         lowering.traced,
         lowering.traced.args,
         lowering.traced.kwargs,
-        lowering.weights,
-        lowering.ranges if quantized else {},
         quantize_outputs=backend.quantize_outputs,
+        quantized=quantized,
     )
     flat = simulator(variants)
     return [value.detach().numpy() for value in (flat if isinstance(flat, tuple | list) else [flat])]
@@ -205,9 +216,7 @@ class BackendContract:
         return backend
 
     def _at(self, backend: Backend, network: str, base: str | None = None) -> Regime:
-        lowering = small_network(network)
-        backend = self.backend_for(backend, lowering)
-        return Regime(lowering, backend, BuildOptions(1, base or backend.bases()[0]))
+        return small_regime(network, self.backend_for(backend, small_network(network)), base)
 
     # ---- what it says of itself
 
@@ -230,6 +239,18 @@ class BackendContract:
             assert len(set(backend.variants(base))) == len(backend.variants(base))
 
     # ---- numbers, executed precisions, node times
+
+    def test_int8_products_are_summed_exactly(self, backend: Backend) -> None:
+        """With weights of as many bits as the backend is given: those of 8 saturate on CPUs without a dot product."""
+        for base in backend.bases():
+            if Variant("int8") not in backend.variants(base):
+                continue
+            options = BuildOptions(1, base)
+            bits = int8_bits(backend, options)
+            error = sum_error(backend, options, bits)
+            assert error <= OFF, (
+                f"base {base}: sums of {bits}-bit weights are off by {error:.2e}, at their largest"
+            )
 
     def test_residual_network(self, backend: Backend) -> None:
         self._check_network(backend, "residual")
@@ -264,10 +285,7 @@ class BackendContract:
 
     def _check_engine(self, at: Regime, variants: Mapping[str, Variant], what: str) -> None:
         engine, model = at.build(variants)
-        tolerance = max(TOLERANCE[p] for p in {at.options.base, *(v.precision for v in variants.values())})
-        assert_close(
-            engine(*at.lowering.arrays()), expected(at.lowering, variants, at.backend), tolerance, what
-        )
+        self._check_outputs(at, engine, variants, what)
         assert engine.size_bytes > 0, f"{what}: size_bytes is {engine.size_bytes}"
         rows, executed = readback(engine, at, model)
         assert rows, f"{what}: nodes() is empty"
@@ -289,6 +307,24 @@ class BackendContract:
             made_up = precision in _COARSE and precision not in coarse
             assert not made_up, f"{what}: {unit.name} was asked in {asked} and reads {precision}"
         self._check_sum(at, engine, what)
+
+    def _check_outputs(self, at: Regime, engine: Engine, variants: Mapping[str, Variant], what: str) -> None:
+        """By the measure of every profile (`hwsearch.outputs`), and in its words: a layer that is off is named."""
+        wanted = expected(at.lowering, variants, at.backend)
+        found = engine(*at.lowering.arrays())
+        assert [a.shape for a in found] == [b.shape for b in wanted], (
+            f"{what}: outputs have shapes {[a.shape for a in found]}, the model's {[b.shape for b in wanted]}"
+        )
+        deviation = at.expected.deviation(engine, variants, at.options.base)
+        if not deviation.wrong:
+            return
+        try:
+            layers = wrong_variants(at, variants, at.options.base)
+        except BackendUnavailable:
+            layers = {"every layer": "with none quantized as well"}
+        raise AssertionError(
+            f"{what}: outputs are off ({deviation}); {'; '.join(f'{u}: {why}' for u, why in layers.items())}"
+        )
 
     def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
         """Means on both sides; a busy machine may spoil some tries, a very slow kernel is run less often.

@@ -16,7 +16,7 @@ from hwsearch.errors import BackendUnavailable
 from hwsearch.marking import unit_of
 from hwsearch.network import Edge, Network
 from hwsearch.testing.reference import dynamic_quantize
-from hwsearch.variants import Variant, executes_quantized
+from hwsearch.variants import INT8_BITS, Variant, executes_quantized
 
 Pair = tuple[bool, bool]
 """Whether the producer and the consumer of an edge quantize their activations."""
@@ -162,7 +162,8 @@ class SimulatedBackend:
     node_noise: of each node's counter. drift: the machine's slowness after so many simulated seconds (1.0 is none).
     failing: numbers of the builds, from 0, that raise BackendUnavailable. refused: units that execute in the base
     precision whatever is asked. build_ns: simulated time of a build. Outputs are computed by `onnx.reference`, in fp32
-    whatever the base. watts: power drawn while a node of each precision runs; without it nothing is counted.
+    whatever the base. watts: power drawn while a node of each precision runs; without it nothing is counted. int8_bits: of int8
+    weights, as if it summed products of more bits inexactly.
     """
 
     name = "simulated"
@@ -185,8 +186,9 @@ class SimulatedBackend:
         quantize_outputs: bool = False,
         watts: Mapping[str, float] | None = None,
         seed: int = 0,
+        int8_bits: int = INT8_BITS,
     ) -> None:
-        self.law, self.quantize_outputs = law, quantize_outputs
+        self.law, self.quantize_outputs, self.int8_bits = law, quantize_outputs, int8_bits
         self.noise, self.build_noise, self.node_noise = noise, build_noise, node_noise
         self.drift, self.failing, self.refused, self.build_ns = drift, failing, refused, build_ns
         self.builds = 0

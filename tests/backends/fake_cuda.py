@@ -108,11 +108,12 @@ class FakeGraph:
         self.cuda, self._launch, self.result = cuda, launch, result
         counted(self, cuda.live, "graph")
 
-    def launch(self) -> None:
-        self.cuda.log.append("graph")
-        for kept, new in zip(self.result, self._launch(), strict=True):
-            if kept is not new:
-                kept.copy_(new)
+    def launch(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.cuda.log.append("graph")
+            for kept, new in zip(self.result, self._launch(), strict=True):
+                if kept is not new:
+                    kept.copy_(new)
 
 
 def counted(thing: Any, live: Counter[str], kind: str) -> None:
@@ -146,12 +147,36 @@ class Products:
             raise RuntimeError("only multiplication of row-major and column-major matrices is supported")
         if a.shape[1] % 16 or b.shape[0] % 16 or b.shape[1] % 16:
             raise RuntimeError("mat2 shape must be divisible by 16")
-        for scale in (options["scale_a"], options["scale_b"]):
-            if scale.numel() != 1 or scale.dtype != torch.float32:
-                raise RuntimeError(
-                    "for tensorwise scaling, both scales must be float (fp32) tensors of one number"
-                )
+        scales = options["scale_a"], options["scale_b"]
+        if any(scale.dtype != torch.float32 for scale in scales):
+            raise RuntimeError("scales must be float (fp32) tensors")
+        if scales[0].shape == (a.shape[0], 1) and scales[1].shape == (1, b.shape[1]):
+            if options["out_dtype"] != torch.bfloat16:
+                raise RuntimeError("Only bf16 high precision output types are supported for row-wise scaling")
+            bias = options.get("bias")
+            if bias is not None and bias.dtype != torch.bfloat16:
+                raise RuntimeError("Bias must be BFloat16 to use row-wise scaling")
+            product = (a.float() @ b.float()) * scales[0] * scales[1]
+            return (product if bias is None else product + bias.float()).to(torch.bfloat16)
+        if any(scale.numel() != 1 for scale in scales):
+            raise RuntimeError("for tensorwise scaling, both scales must be of one number")
         return SCALED_MM(a, b, **options)
+
+    def conv_relu(self, x: Any, w: Any, b: Any, strides: Any, pads: Any, dilations: Any, groups: int) -> torch.Tensor:
+        """`cudnn_convolution_relu`: images, in memory as the weight's channels are."""
+        self.called["conv relu"] += 1
+        assert x.dim() == 4
+        return torch.relu(torch.nn.functional.conv2d(x, w, b, strides, pads, dilations, groups))
+
+    def conv_add_relu(
+        self, x: Any, w: Any, z: Any, alpha: float, b: Any, strides: Any, pads: Any, dilations: Any, groups: int
+    ) -> torch.Tensor:  # fmt: skip
+        """`cudnn_convolution_add_relu`; z has the shape of the result."""
+        self.called["conv add relu"] += 1
+        y = torch.nn.functional.conv2d(x, w, b, strides, pads, dilations, groups)
+        if y.shape != z.shape:
+            raise RuntimeError("z must have the shape of the output")
+        return torch.relu(y + alpha * z)
 
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
         """Rules of `SparseSemiStructuredTensorCUSPARSELT.from_dense` in the torch that is installed."""
@@ -197,5 +222,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Products:
     monkeypatch.setattr(torch, "_scaled_mm", made.scaled_mm)
     monkeypatch.setattr(torch, "_cslt_compress", made.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", made.sparse_mm)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", made.conv_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", made.conv_add_relu)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     return made

@@ -74,6 +74,14 @@ class FakeCuda:
     def put(self, work: Callable[[], None]) -> None:
         (self.queue if self.recording is None else self.recording).append(work)
 
+    def hold(self, ns: float) -> None:
+        """Nothing runs before `synchronize` anyway."""
+
+    def mark(self) -> FakeMark:
+        made = FakeMark()
+        self.put(made.come)
+        return made
+
     def capture(self, launch: Callable[[], None]) -> FakeGraph:
         if "capture" in self.faults:
             raise NotCaptured("operation not permitted when stream is capturing")
@@ -84,6 +92,16 @@ class FakeCuda:
         finally:
             recorded, self.recording = self.recording, None
         return FakeGraph(self, [] if "empty graph" in self.faults else recorded)
+
+
+class FakeMark:
+    """A moment on the stream, in nanoseconds of this machine's clock."""
+
+    def come(self) -> None:
+        self.at = perf_counter_ns()
+
+    def until(self, other: FakeMark) -> float:
+        return float(other.at - self.at)
 
 
 class FakeBuffer:
@@ -108,9 +126,9 @@ class FakeGraph:
         self.cuda, self.work = cuda, work
         counted(self, cuda.live, "graph")
 
-    def launch(self) -> None:
-        self.cuda.graph_launches += 1
-        self.cuda.queue.extend(self.work)
+    def launch(self, count: int = 1) -> None:
+        self.cuda.graph_launches += count
+        self.cuda.queue.extend(self.work * count)
 
 
 def counted(thing: Any, live: Counter[str], kind: str) -> None:

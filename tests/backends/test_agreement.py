@@ -20,6 +20,8 @@ from hwsearch.variants import uniform
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
+from exact import bits
+
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 
@@ -45,7 +47,8 @@ class Two(nn.Module):
 def lowered(dead: float) -> Lowering:
     torch.manual_seed(0)
     data = [torch.randn(1, 8, 40, 40) for _ in range(4)]
-    return Lowering(hs.Task(Two(dead).eval(), data[0], data, evaluate=lambda _: 0.0, name="two"))
+    task = hs.Task(Two(dead).eval(), data[0], data, evaluate=lambda _: 0.0, name="two")
+    return Lowering(task, int8_bits=bits())
 
 
 def stored(model: onnx.ModelProto, name: str) -> Any:

@@ -132,7 +132,7 @@ def test_it_is_registered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(backends, "entry_points", lambda group: [entry])
     assert isinstance(backends.get("tensorrt"), TensorRTBackend)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    (status,) = backends.status()
+    status = {s.name: s for s in backends.status()}["tensorrt"]
     assert not status.available
     assert "tensorrt cannot run here" in status.reason
 
@@ -164,8 +164,21 @@ class FakeStream:
 
 
 class FakeGraph:
+    """As torch 2.11's: where ending a capture fails, the allocator is not told that it is over, and no later one begins."""
+
     def __init__(self, world: FakeTorch) -> None:
         self.world, self.replayed_on = world, []  # type: ignore[var-annotated]
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        if self.world.allocating:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        self.world.capturing = {"stream": self.world.current, "capture_error_mode": capture_error_mode}
+        self.world.allocating.append(pool)
+
+    def capture_end(self) -> None:
+        if self.world.fails:
+            raise RuntimeError(self.world.fails)
+        self.world.allocating.clear()
 
     def replay(self) -> None:
         self.replayed_on.append(self.world.current)
@@ -196,16 +209,22 @@ class FakeTorch:
         self.copies: list[FakeStream | None] = []
         self.capturing: dict[str, Any] = {}
         self.fails: str | None = None
+        self.allocating: list[Any] = []
+        self.released: list[Any] = []
         self.slept: list[tuple[FakeStream | None, int]] = []
         self.channels_last = torch.channels_last
         self.version = SimpleNamespace(cuda="12.4")
         self.float32, self.int64, self.bool = torch.float32, torch.int64, torch.bool
-        self.device = lambda kind, index: (kind, index)
+        self.device = lambda kind, index: SimpleNamespace(type=kind, index=index)
+        self._C = SimpleNamespace(
+            _cuda_endAllocateToPool=lambda device, pool: self.allocating.remove(pool),
+            _cuda_releasePool=lambda device, pool: self.released.append(pool),
+        )
         self.from_numpy = torch.from_numpy
         properties = SimpleNamespace(name="NVIDIA A10", major=8, minor=6)
         self.cuda = SimpleNamespace(
             current_device=lambda: 0, Stream=FakeStream, stream=self._on, CUDAGraph=lambda: FakeGraph(self),
-            graph=self._graph, get_device_properties=lambda device: properties, Event=FakeEvent,
+            graph_pool_handle=object, get_device_properties=lambda device: properties, Event=FakeEvent,
             _sleep=lambda cycles: self.slept.append((self.current, cycles)),
         )  # fmt: skip
 
@@ -222,13 +241,6 @@ class FakeTorch:
             yield
         finally:
             self.current = before
-
-    @contextlib.contextmanager
-    def _graph(self, graph: Any, **options: Any) -> Iterator[None]:
-        self.capturing = options
-        yield
-        if self.fails:
-            raise RuntimeError(self.fails)
 
 
 @pytest.fixture
@@ -314,6 +326,33 @@ def test_what_cannot_be_captured_is_told(world: FakeTorch) -> None:
 
     with pytest.raises(NotCaptured, match="TensorRT does not run the engine"):
         Cuda().capture(refused)
+
+
+def test_a_capture_that_failed_spoils_nothing(world: FakeTorch) -> None:
+    """Neither the next capture nor the current stream; and the reason is the call's own, not that of ending the capture."""
+    made = Cuda()
+    world.fails = "CUDA error: operation failed due to a previous error during capture"
+
+    def refused() -> None:
+        raise BackendUnavailable(
+            "the GPU does not run the network: operation not permitted when stream is capturing"
+        )
+
+    with pytest.raises(NotCaptured, match="operation not permitted"):
+        made.capture(refused)
+    assert world.current is None
+    assert len(world.released) == 1
+    with pytest.raises(NotCaptured, match="a previous error during capture"):
+        made.capture(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        made.capture(_interrupted)
+    world.fails = None
+    assert made.capture(lambda: "outputs").result == "outputs"
+    assert world.current is None
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 def test_errors_of_cuda_are_ours(world: FakeTorch, monkeypatch: pytest.MonkeyPatch) -> None:

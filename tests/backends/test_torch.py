@@ -178,7 +178,6 @@ def test_a_table_is_profiled_as_on_a_cpu(
 def test_one_inference_is_prepared_captured_and_checked_before_it_is_timed(cuda: FakeCuda) -> None:
     engine = built(cuda)
     assert cuda.log == ["synchronize", "capture", "graph", "synchronize"]
-    assert engine.launches == "CUDA graph"
     cuda.log.clear()
     engine.prepare(*small_network("two_inputs").arrays())
     engine.run()
@@ -203,16 +202,18 @@ def test_run_computes_on_what_was_prepared(cuda: FakeCuda) -> None:
         ("empty graph", "does not compute the outputs"),
     ],
 )
-def test_without_a_graph_it_runs_by_plain_launches_and_says_so(cuda: FakeCuda, fault: str, said: str) -> None:
-    want = built(FakeCuda())(*small_network("two_inputs").arrays())
+def test_there_is_no_engine_without_a_graph(cuda: FakeCuda, fault: str, said: str) -> None:
+    """Launched call by call it would be timed as something else than the engines beside it in a table."""
     cuda.faults.add(fault)
+    with pytest.raises(BackendUnavailable, match=f"cannot capture this network as a CUDA graph: .*{said}"):
+        built(cuda)
+
+
+def test_blocks_are_launched_behind_a_held_stream_and_timed_by_two_events(cuda: FakeCuda) -> None:
     engine = built(cuda)
-    assert engine.launches.startswith("plain launches (")
-    assert said in engine.launches
     cuda.log.clear()
-    for a, b in zip(engine(*small_network("two_inputs").arrays()), want, strict=True):
-        assert np.array_equal(a, b)
-    assert cuda.log == ["synchronize"]
+    assert engine.run.replays(7) > 0
+    assert cuda.log == ["graph", "synchronize", "hold", "mark", *["graph"] * 7, "mark", "synchronize"]
 
 
 def test_an_output_that_is_a_constant_or_an_input_is_not_cleared(cuda: FakeCuda) -> None:
@@ -352,7 +353,6 @@ def test_flags_of_the_process_are_set_for_launches_only(
     monkeypatch.setattr(Program, "__call__", lambda self, *a: (seen.add(flags()), real(self, *a))[1])
     for base, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("fp16", "ieee")):
         seen.clear()
-        cuda.faults ^= {"capture"}
         engine = built(cuda, base=base)
         engine.run()
         engine.nodes(1)
@@ -424,7 +424,7 @@ def test_it_is_registered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(backends, "entry_points", lambda group: [entry])
     assert isinstance(backends.get("torch"), TorchBackend)
     monkeypatch.setattr("hwsearch.backends.torch.driver", _no_driver)
-    (status,) = backends.status()
+    status = {s.name: s for s in backends.status()}["torch"]
     assert not status.available
     assert status.reason.startswith("torch cannot run on a GPU here: there is no NVIDIA driver")
 
@@ -441,7 +441,7 @@ def test_every_name_of_torch_in_our_source_exists_in_the_torch_that_is_installed
     names = {name for path in (*SOURCES, Path(cuda_module.__file__)) for name in _names(path)}
     assert names >= {
         "torch._int_mm", "torch._scaled_mm", "torch._cslt_compress", "torch._cslt_sparse_mm", "torch.cuda.CUDAGraph",
-        "torch.cuda.Event", "torch.cuda._sleep", "torch.cuda.graph", "torch.backends.cudnn.version", "F.conv2d",
+        "torch.cuda.Event", "torch.cuda._sleep", "torch.cuda.graph_pool_handle", "torch.backends.cudnn.version", "F.conv2d",
         "torch.backends.cuda.matmul", "torch.backends.cudnn.rnn", "torch.backends.cusparselt.is_available",
     }  # fmt: skip
     for name in sorted(names):

@@ -40,8 +40,8 @@ class Scores(str):
 
 
 class Report:
-    def __init__(self, met: bool) -> None:
-        self.met = met
+    def __init__(self, met: bool, unexplained: list[str] | None = None) -> None:
+        self.met, self.unexplained = met, unexplained or []
         self.saved: Path | None = None
 
     def to_json(self) -> dict[str, bool]:

@@ -53,6 +53,20 @@ def test_verify_ends_with_whether_the_budget_is_met(
     assert json.loads(invoke("verify", "zoo:x", "a.json", "-o", "r.json", "--json").stdout) == {"met": met}
 
 
+def test_what_a_report_cannot_explain_is_said_at_the_end(
+    api: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
+    report = Report(True, ["the measured loss is 1,430 times the predicted; the likeliest layer is conv1"])
+    api(verify=lambda *args, **options: report)
+    result = invoke("verify", "zoo:x", "a.json", "-o", "r.json")
+    assert result.exit_code == 0
+    assert (
+        "warning: the measured loss is 1,430 times the predicted; the likeliest layer is conv1"
+        in result.stderr
+    )
+
+
 @pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
 def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
     seen: dict[str, Any] = {}

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from invoking import Install, Table, invoke, raising
 
-from hwsearch.errors import BudgetMissed, DeviceBusy, HwsearchError, Infeasible, InvalidInput
+from hwsearch.errors import (
+    BudgetMissed,
+    DeviceBusy,
+    HwsearchError,
+    Infeasible,
+    InvalidInput,
+    UntraceableModel,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +29,9 @@ from hwsearch.errors import BudgetMissed, DeviceBusy, HwsearchError, Infeasible,
         (BudgetMissed("nearest 6 ms"), 3, "error: nearest 6 ms"),
         (OSError(28, "Disk full", "t.parquet"), 1, "error: Disk full: t.parquet; run again with --debug"),
         (ValueError("odd"), 1, "error: unexpected ValueError: odd; run again with --debug"),
+        (RuntimeError("sizes differ\n\nWhile executing %mm : [num_users=1]\nOriginal traceback:\nUse tlparse to see"), 1,
+         "error: unexpected RuntimeError: sizes differ; run again with --debug"),
+        (UntraceableModel("no\nFor more, run with TORCH_LOGS=dynamic"), 1, "error: no"),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is on disk, the same command goes on from there"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hwsearch.compress.quantize import activation_ranges, quantize_weight
 from hwsearch.compress.widths import narrow
 from hwsearch.trace import trace
 from hwsearch.variants import Variant
+from tests.architectures import BLOCKS
 from tests.compress.test_compensate import small
 from tests.networks import NETWORKS
 
@@ -45,6 +47,22 @@ def test_narrow_and_simulated_are_the_same_network(name: str) -> None:
         have = slim.graph(*args)
     want = Simulator(traced, args, {}, {}, {})({}, bank.masked_weights(widths))[0]
     torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mean_over_channels_is_simulated_without_those_removed() -> None:
+    torch.manual_seed(0)
+    model, _ = BLOCKS["response_norm"](3, 8, random.Random(0))
+    x = torch.randn(4, 3, 6, 6)
+    traced = trace(model.eval(), x)
+    own: list[Batch] = [(traced, (x,), {})]
+    bank, widths = of(own), {"up": 3}
+    slim = narrow(traced, bank.kept(widths), bank.assemble(widths))
+    simulate = Simulator(traced, (x,), {}, {}, {})
+    with torch.no_grad():
+        have = slim.graph(x)
+    want = simulate({}, bank.masked_weights(widths), bank.mask(widths))[0]
+    torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(have, simulate({}, bank.masked_weights(widths))[0], rtol=1e-3, atol=1e-4)
 
 
 def test_compensation_helps() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,38 @@ def test_estimates_rank_as_losses_do() -> None:
 def test_unknown_criterion() -> None:
     with pytest.raises(ValueError, match="expected one of obs"):
         order_slots(task(Net(), torch.randn(2, 3, 9, 9)), "size")
+
+
+@pytest.mark.parametrize(
+    "operator", [lambda y: torch.special.gammainc(y, y), lambda y: torch.heaviside(y - 1.2, y)]
+)
+def test_an_operator_without_a_derivative_passes_no_gradient_and_ends_nothing(
+    operator: Callable[..., torch.Tensor],
+) -> None:
+    """Not even where torch tells so only as it goes backwards."""
+
+    class Opaque(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x).relu()
+            return self.c(operator(self.b(y).abs() + 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    own = task(Opaque(), torch.randn(8, 3, 8, 8))
+    gates, squares = gate_gradients(own)
+    assert not gates["a"][0].any()
+    assert gates["b"][0].any()
+    assert set(squares) == {"c"}
+    for criterion in CRITERIA:
+        assert set(order_slots(own, criterion)) == {"a", "b"}
+
+
+def test_outputs_without_a_gradient_give_none() -> None:
+    class Hard(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (super().forward(x) > 0).float()
+
+    own = task(Hard(), torch.randn(8, 3, 8, 8))
+    gates, squares = gate_gradients(own)
+    assert not squares
+    assert not any(g.any() for several in gates.values() for g in several)
+    assert set(order_slots(own)) == {"a", "b"}

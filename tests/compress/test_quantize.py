@@ -67,6 +67,28 @@ def test_zeros_get_a_harmless_range() -> None:
     assert next(v for k, v in found.items() if k[2] == "in0") == Range(1.0, 1.0)
 
 
+def test_infinity_within_a_network_has_no_range() -> None:
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.nan_to_num(self.b(1.0 / torch.relu(self.a(x))), 0.0, 0.0, 0.0)
+            return y
+
+    x = torch.randn(4, 8)
+    traced = trace(Inverse(), x)
+    # the infinite batch before a finite one, and after it
+    with torch.no_grad():
+        traced.graph(x)
+    found = activation_ranges([(traced, (x,), {}), (traced, (x * 0,), {}), (traced, (x,), {})], "mse")
+    assert {k[:1] + k[2:]: v.finite for k, v in found.items()} == {
+        ("a", "in0"): True, ("a", "out"): True, ("b", "in0"): False, ("b", "out"): False,
+    }  # fmt: skip
+    assert found["b", 0, "in0"] == Range(float("inf"), float("inf"))
+
+
 def test_nan_and_unknown_method() -> None:
     x = torch.randn(2, 8)
     traced = trace(nn.Linear(8, 2), x)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +37,7 @@ class TensorRTBackend:
     """
 
     quantize_outputs = False
+    int8_bits = 8  # GPUs sum products of int8 in 32 bits
     gpu = True
 
     def __init__(
@@ -89,7 +89,15 @@ class TensorRTBackend:
         return {key: value for key, value in found.items() if value} | {"gpu": f"{gpu.name} ({gpu.sm})"}
 
     def bases(self) -> tuple[str, ...]:
-        return offering.bases(self.cuda.gpu.capability, self.name)
+        """Raises BackendUnavailable, with the reason, where it offers none on this GPU."""
+        capability = self.cuda.gpu.capability
+        found = offering.bases(capability, self.name)
+        if not found:
+            why = offering.why_none(capability, self.name)
+            raise BackendUnavailable(
+                f"{self.name} cannot run on {self.cuda.gpu.name}: {why}; use another backend"
+            )
+        return found
 
     def variants(self, base: str) -> tuple[Variant, ...]:
         return offering.variants(self.cuda.gpu.capability, self.name, base)
@@ -138,13 +146,11 @@ def rtx() -> TensorRTBackend:
 
 
 def _fastest(engines: list[TensorRTEngine]) -> TensorRTEngine:
-    """The engine of the least median time, all run in turn."""
+    """The engine of the least median time on the GPU, all run in turn."""
     times: list[list[int]] = [[] for _ in engines]
     for _ in range(_COMPARED_RUNS):
         for candidate, taken in zip(engines, times, strict=True):
-            start = time.perf_counter_ns()
-            candidate.run()
-            taken.append(time.perf_counter_ns() - start)
+            taken.append(candidate.run.replays(1))
     medians = tuple(statistics.median(taken) for taken in times)
     best = engines[medians.index(min(medians))]
     best.build_times_ns = medians

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hwsearch.backends.base import Array, NodeTime, TensorSpec, check_arrays
-from hwsearch.backends.cuda import Buffer, Cuda, Graph, NotCaptured
+from hwsearch.backends.cuda import Buffer, Cuda, Graph, GraphRun, NotCaptured
 from hwsearch.backends.tensorrt.inspecting import joined, layers_of, with_picked
 from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable
@@ -26,7 +26,8 @@ _WARM_UP = 3
 class TensorRTEngine:
     """Inputs and outputs stay in device memory of fixed addresses, so that one CUDA graph serves all inferences.
 
-    launches: `CUDA graph`, or `plain launches` with the reason why there is no graph.
+    run: launches one inference and waits until the GPU is done with it. Host transfers are excluded: inputs are on the device
+    since `prepare`, outputs stay there.
     build_times_ns: where the plan is the fastest of several builds, the median time of each of them.
     """
 
@@ -36,7 +37,8 @@ class TensorRTEngine:
     ) -> None:  # fmt: skip
         """inputs, outputs: names, in the order of the ONNX graph. picked: layers that the builder's log says run sparse.
 
-        Raises BackendUnavailable with TensorRT's own reason.
+        Raises BackendUnavailable with TensorRT's own reason, also where an inference cannot be captured as a graph: launched
+        layer by layer it would be timed as something else than the engines that it is compared with.
         """
         self._trt, self._cuda, self._log = trt, cuda, log_of(trt)
         self.size_bytes, self._picked = len(plan), tuple(picked)
@@ -49,7 +51,8 @@ class TensorRTEngine:
         self._buffers = {s.name: cuda.buffer(s.shape, s.dtype) for s in (*self.inputs, *self.outputs)}
         self._context = self._new_context()
         self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
-        self._graph, self.launches = self._captured()
+        self._graph = self._captured()
+        self.run = GraphRun(cuda, self._graph)
 
     def _specs(
         self, inputs: Sequence[str], outputs: Sequence[str]
@@ -87,23 +90,22 @@ class TensorRTEngine:
                 raise BackendUnavailable(f"TensorRT does not take the address of {name}: {self._reasons()}")
         return context
 
-    def _captured(self) -> tuple[Graph | None, str]:
-        """A graph of one inference after a plain one, which prepares it; and how inferences are launched from now on."""
+    def _captured(self) -> Graph:
+        """A graph of one inference, after a plain one, which prepares it."""
         self._enqueue(self._context)
         self._cuda.synchronize()
+        why = "TensorRT's engine cannot be captured as a CUDA graph"
         capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT for RTX
         if capturable is not None and not capturable(self._cuda.stream):
-            return None, "plain launches (TensorRT says that the stream cannot be captured)"
+            raise BackendUnavailable(f"{why}: TensorRT says so")
         context = self._context
         try:
             graph = self._cuda.capture(lambda: self._enqueue(context))
         except NotCaptured as error:
-            self._enqueue(self._context)  # what could not be captured must still run
-            self._cuda.synchronize()
-            return None, f"plain launches ({error})"
+            raise BackendUnavailable(f"{why}: {error}") from error
         if not self._same_outputs(graph):
-            return None, "plain launches (the captured graph does not compute the outputs)"
-        return graph, "CUDA graph"
+            raise BackendUnavailable(f"{why}: the graph does not compute the outputs")
+        return graph
 
     def _same_outputs(self, graph: Graph) -> bool:
         """Whether a graph writes the outputs: an empty one would be timed as a very fast engine."""
@@ -141,18 +143,6 @@ class TensorRTEngine:
         """Copy the inputs to the device, where `run` reads them."""
         for spec, array in zip(self.inputs, check_arrays(arrays, self.inputs), strict=True):
             self._buffers[spec.name].write(array)
-
-    def run(self) -> None:
-        """Launch one inference and wait until the GPU is done with it.
-
-        Host transfers are excluded: inputs are on the device since `prepare`, outputs stay there. Included are the launch and
-        the wait, some ten microseconds of this process, which a network that takes as little on the GPU is not free of either.
-        """
-        if self._graph is not None:
-            self._graph.launch()
-        else:
-            self._enqueue(self._context)
-        self._cuda.synchronize()
 
     def nodes(self, runs: int = 20) -> list[NodeTime]:
         """Executed layers with their mean times over `runs` inferences, by TensorRT's profiler, in a context of its own."""

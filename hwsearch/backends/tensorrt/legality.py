@@ -61,6 +61,8 @@ SINCE = {
 }
 """The least compute capability that TensorRT offers a precision on."""
 _SINCE_NAMES = {(7, 5): "Turing", (8, 0): "Ampere", (8, 9): "Ada Lovelace", (10, 0): "Blackwell"}
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""GPUs that TensorRT for RTX compiles for: its `ComputeCapability`, of version 1.7. Others load none of its engines."""
 _PRODUCTS = ("linear", "matmul")
 _SPARSE_SINCE = (8, 0)
 
@@ -77,6 +79,9 @@ def why_not(
     precision: str, at: Target, *, base: str, op: str = "linear", pattern: str = "dense", runtime: str = RTX
 ) -> str:  # fmt: skip
     """Why a unit may not have a variant in a network of some base on a GPU; empty where it may. op: the unit's."""
+    if runtime == RTX and at.name not in RTX_TARGETS:
+        known = ", ".join(TARGETS[name].number for name in RTX_TARGETS)
+        return f"TensorRT for RTX has no compute capability {at.number}, only {known}"
     for kind in (base, precision):
         if kind not in SINCE:
             return f"{kind} is no precision of TensorRT's that is known here"

@@ -19,6 +19,12 @@ def bases(capability: tuple[int, int], runtime: str) -> tuple[str, ...]:
     return tuple(b for b in BASES if not why_not(b, at, base=b, runtime=runtime))
 
 
+def why_none(capability: tuple[int, int], runtime: str) -> str:
+    """Why there is no base precision at all."""
+    at = _here(capability)
+    return why_not(BASES[0], at, base=BASES[0], runtime=runtime)
+
+
 def variants(capability: tuple[int, int], runtime: str, base: str) -> tuple[Variant, ...]:
     """What units may ask for under a base: the base, dense quantized ones, and 2:4 in what sparse tensor cores take.
 

@@ -29,6 +29,7 @@ class TorchBackend:
 
     name = "torch"
     quantize_outputs = False
+    int8_bits = 8  # GPUs sum products of int8 in 32 bits
     gpu = True
 
     def __init__(self, cuda: Cuda | None = None) -> None:
@@ -48,10 +49,19 @@ class TorchBackend:
     @property
     def kernels(self) -> Kernels:
         """What this GPU and this torch multiply beside floats."""
-        capability = self.cuda.gpu.capability
-        from torch.backends import cusparselt
+        cuda = self.cuda
+        from torch.backends import cudnn, cusparselt
 
-        return offering.kernels(capability, cusparselt=cusparselt.is_available())
+        from hwsearch.backends.torch.quantizing import TYPES, unavailable
+
+        with cuda.work("Triton's kernel"):
+            quantizes = tuple(name for name, to in TYPES.items() if not unavailable(cuda.device, to))
+        return offering.kernels(
+            cuda.gpu.capability,
+            cusparselt=cusparselt.is_available(),
+            cudnn=bool(cudnn.is_available()),  # type: ignore[no-untyped-call]
+            quantizes=quantizes,
+        )
 
     def versions(self) -> Mapping[str, str]:
         """Of torch, the CUDA that it was built with, its cuDNN and the driver, with the GPU: times hold for that GPU only."""
@@ -59,8 +69,10 @@ class TorchBackend:
         import torch
 
         there = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+        quantizes = self.kernels.quantizes
         found = {
             "torch": torch.__version__,
+            "one kernel quantizes to": " and ".join(quantizes),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if there else None,  # type: ignore[no-untyped-call]
             "driver": gpu.driver,

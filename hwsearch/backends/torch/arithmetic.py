@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+TRIED = 4
+"""Algorithms that cuDNN times for each new shape, in the order of its own guess. Ten, torch's default, take 50 to 60 ms a shape
+on an H100 (`scripts/gpu_trial.py kernels`), and every width is a new shape."""
+
 
 @contextmanager
 def arithmetic(base: str) -> Iterator[None]:
@@ -22,13 +26,14 @@ def arithmetic(base: str) -> Iterator[None]:
     backends: Any = torch.backends
     multiplied = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     before = [flag.fp32_precision for flag in multiplied]
-    timed = backends.cudnn.benchmark
+    timed, limit = backends.cudnn.benchmark, backends.cudnn.benchmark_limit
     try:
         for flag in multiplied:
             flag.fp32_precision = "tf32" if base == "tf32" else "ieee"
         backends.cudnn.benchmark = True
+        backends.cudnn.benchmark_limit = TRIED
         yield
     finally:
         for flag, value in zip(multiplied, before, strict=True):
             flag.fp32_precision = value
-        backends.cudnn.benchmark = timed
+        backends.cudnn.benchmark, backends.cudnn.benchmark_limit = timed, limit

@@ -19,7 +19,7 @@ Run = Callable[..., Any]
 """Tensors in, a tensor (or a tuple of them, for a node of several outputs) out."""
 
 TABLE: dict[str, Callable[[Call], Run]] = {}
-"""What makes the torch call of each operator of ONNX's own domain."""
+"""What makes the torch call of each operator: of ONNX's own domain by its name, of another behind that."""
 KNOWN_BY_SHAPE = ("Shape", "Size")
 """Operators whose result is known when shapes are, whatever they read."""
 
@@ -128,7 +128,7 @@ class Call:
 def made(call: Call) -> Run:
     """What the node's call is. Raises BackendUnavailable where the table has no entry for it."""
     node = call.node
-    make = TABLE.get(node.op) if not node.domain else None
+    make = TABLE.get(f"{node.domain}.{node.op}" if node.domain else node.op)
     if make is None:
         raise refused(node, "there is no torch call for this operator here")
     return make(call)

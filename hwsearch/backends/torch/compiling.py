@@ -16,6 +16,7 @@ import torch
 
 from hwsearch.backends.torch import elementwise, layers, moves, recurrent  # noqa: F401  they fill the table
 from hwsearch.backends.torch.calls import KNOWN_BY_SHAPE, Call, Run, first_line, made, refused
+from hwsearch.backends.torch.fusing import fused
 from hwsearch.backends.torch.graph import Graph, Node
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.products import (
@@ -28,6 +29,7 @@ from hwsearch.backends.torch.products import (
     product,
 )
 from hwsearch.backends.torch.program import Program, Step, with_frees
+from hwsearch.backends.torch.quantizing import quantizer
 from hwsearch.errors import BackendUnavailable
 
 Tensor = torch.Tensor
@@ -49,7 +51,7 @@ def compiled(graph: Graph, device: torch.device, there: Kernels, base: str = "fp
     cannot run.
     """
     with torch.no_grad():
-        return _Compiler(graph, device, there, base).run()
+        return _Compiler(fused(graph, base), device, there, base).run()
 
 
 @dataclass
@@ -119,7 +121,9 @@ class _Compiler:
             inputs.append(self._keep(name, example))
         self.readers = {name: node for node in self.graph.nodes for name in node.inputs}
         for node in self.graph.nodes:
-            if node.outputs[0] not in self.done and not self._deferred(node) and not self._product(node):
+            if node.outputs[0] in self.done or self._deferred(node) or self._product(node):
+                continue
+            if not self._convolution(node):
                 self._node(node)
         outputs = [self._place(self._value(name)) for name in self.graph.outputs]
         steps = with_frees(self.steps, [*self.stored, *outputs, *inputs])
@@ -169,15 +173,17 @@ class _Compiler:
             [None if v is None else v.constant for v in values],
             torch.device("cpu") if known else self.device,
         )
-        run = made(call)
+        known = known or node.op in KNOWN_BY_SHAPE
+        one = node.op == "QuantizeLinear" and not known and self.there.quantizes
+        run = (quantizer(call, one) if one else None) or made(call)
         read = [v for i, v in enumerate(values) if v is not None and i not in call.taken]
-        if known or node.op in KNOWN_BY_SHAPE:
+        if known:
             self._fold(node, run, [] if node.op in KNOWN_BY_SHAPE else read)
             return
         self.bound += call.kept
         weight = 1 if node.op in _CONVOLUTIONS else None
         reads = [self._place(v, convolved=i == weight) for i, v in enumerate(read)]
-        self._emit(node, (node.name,), run, reads, node.outputs)
+        self._emit(node, node.sources or (node.name,), run, reads, node.outputs)
 
     def _fold(self, node: Node, run: Run, read: Sequence[_Value]) -> None:
         results = self._tried(node, run, [v.constant for v in read])
@@ -214,6 +220,53 @@ class _Compiler:
             raise refused(node, first_line(error)) from error
         return result if isinstance(result, tuple) else (result,)
 
+    def _convolution(self, node: Node) -> bool:
+        """Whether a convolution became one call with the ReLU behind it, and with an addition between them."""
+        if node.op != "Conv" or node.domain or not self.there.convolutions:
+            return False
+        behind = self._only_reader(node)
+        added, last = None, behind
+        if behind is not None and behind.op == "Add":
+            added = self.values.get(behind.inputs[1 - behind.inputs.index(node.outputs[0])])
+            last = self._only_reader(behind)
+        if behind is None or last is None or last.op != "Relu":
+            return False
+        x, w, *others = (self._value(name) if name else None for name in node.inputs)
+        bias = others[0] if others else None
+        if x is None or w is None or x.constant is not None or w.constant is None:
+            return False
+        call = Call(node, [x.shape, w.shape], [x.dtype, w.dtype], [None, w.constant], self.device)
+        made_relu = layers.conv_relu(call)
+        if made_relu is None or (bias is not None and bias.constant is None):
+            return False
+        run, shape = made_relu
+        between = behind is not last
+        if between and (added is None or added.constant is not None or added.shape != shape):
+            return False
+        reads = [self._place(x), self._place(w, convolved=True)]
+        reads += [self._place(bias)] if bias is not None else []
+        reads += [self._place(added)] if between and added is not None else []
+
+        def call_it(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+            given = iter(rest)
+            b = next(given) if bias is not None else None
+            y: Tensor = run(x, w, b, next(given) if between else None)
+            return y
+
+        parts = [node, behind, *([last] if between else [])]
+        try:
+            self._emit(node, [n.name for n in parts], call_it, reads, last.outputs)
+        except BackendUnavailable as error:
+            self.declined[node.name] = f"convolution with ReLU: {first_line(error.__cause__ or error)}"
+            return False
+        self.done |= {n.outputs[0] for n in parts[1:]}
+        return True
+
+    def _only_reader(self, node: Node) -> Node | None:
+        name = node.outputs[0]
+        found = self.readers.get(name) if self.graph.readers[name] == 1 else None
+        return found if found is not None and not found.domain else None
+
     # ---- quantized operands and products
 
     def _deferred(self, node: Node) -> bool:
@@ -245,18 +298,22 @@ class _Compiler:
         if found is None:
             return False
         bias, last = found
+        relu = None if operands.kernel or bias is None or node.op == "Conv" else self._only_reader(last)
+        behind = [relu] if relu is not None and relu.op == "Relu" else []
         try:
             if operands.kernel:
                 rows = math.prod(operands.activations.shape) // operands.weight.shape[1]
                 weight = Weight(operands.weight, conv=node.op == "Conv")
                 run, constants = product(
-                    operands.kernel, weight, operands.scales, bias, operands.to, rows, self.device
-                )
+                    operands.kernel, weight, operands.scales, bias, operands.to, rows, self.device,
+                    fp8_rows=self.there.fp8_rows,
+                )  # fmt: skip
             else:
-                run, constants = linear(operands.weight, bias, self.device)
+                run, constants = linear(operands.weight, bias, self.device, relu=bool(behind))
             sources = [*operands.dequantized, node.name, *([last.name] if last is not node else [])]
+            sources += [n.name for n in behind]
             place = self._place(operands.activations)
-            self._emit(node, sources, run, [place], last.outputs, operands.kernel)
+            self._emit(node, sources, run, [place], (behind or [last])[-1].outputs, operands.kernel)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, BackendUnavailable) as error:
@@ -266,7 +323,7 @@ class _Compiler:
             self.declined[node.name] = "; ".join(filter(None, (self.declined.get(node.name), why)))
             return False
         self.bound += constants
-        self.done.add(last.outputs[0])
+        self.done |= {last.outputs[0], *(n.outputs[0] for n in behind)}
         return True
 
     def _quantized(self, node: Node) -> Iterator[_Operands]:

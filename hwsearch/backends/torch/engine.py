@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from hwsearch.backends.base import Array, NodeTime, TensorSpec, check_arrays
-from hwsearch.backends.cuda import Cuda, Graph, Mark, NotCaptured
+from hwsearch.backends.cuda import Cuda, Graph, GraphRun, Mark, NotCaptured
 from hwsearch.backends.torch.arithmetic import arithmetic
 from hwsearch.backends.torch.graph import Graph as Network
 from hwsearch.backends.torch.program import Program
@@ -27,12 +27,16 @@ _ARRAYS = ("float32", "float16", "float64", "int8", "uint8", "int16", "int32", "
 class TorchEngine:
     """Inputs stay in device memory of fixed addresses, outputs in memory of the graph's, so that one graph serves all inferences.
 
-    launches: `CUDA graph`, or `plain launches` with the reason why there is no graph. size_bytes: of the constants on the device.
-    declined: see `Program`.
+    run: launches one inference and waits until the GPU is done with it. Host transfers are excluded: inputs are on the device
+    since `prepare`, outputs stay there. size_bytes: of the constants on the device. declined: see `Program`.
     """
 
     def __init__(self, cuda: Cuda, program: Program, network: Network, base: str) -> None:
-        """base: the precision that the program was compiled for. Raises BackendUnavailable with CUDA's own reason."""
+        """base: the precision that the program was compiled for.
+
+        Raises BackendUnavailable with CUDA's own reason, also where the network cannot be captured as a graph: launched call by
+        call it would be timed as something else than the engines that it is compared with.
+        """
         self._cuda, self._program = cuda, program
         self.size_bytes, self.declined = program.size_bytes, program.declined
         self.inputs = [TensorSpec(n, shape, _name(dtype)) for n, shape, dtype in network.inputs]
@@ -46,20 +50,21 @@ class TorchEngine:
             self._results = self._launch()
         cuda.synchronize()
         self.outputs = [_output(n, value) for n, value in zip(network.outputs, self._results, strict=True)]
-        self._graph, self.launches = self._captured()
+        self._graph = self._captured()
+        self._results = self._graph.result
+        self.run = GraphRun(cuda, self._graph)
 
-    def _captured(self) -> tuple[Graph | None, str]:
-        """A graph of one inference, and how inferences are launched from now on."""
+    def _captured(self) -> Graph:
+        """A graph of one inference."""
         try:
             graph = self._cuda.capture(self._launch)
         except NotCaptured as error:
-            self._results = self._launch()  # what could not be captured must still run
-            self._cuda.synchronize()
-            return None, f"plain launches ({error})"
+            raise BackendUnavailable(f"torch cannot capture this network as a CUDA graph: {error}") from error
         if not self._same_outputs(graph):
-            return None, "plain launches (the captured graph does not compute the outputs)"
-        self._results = graph.result
-        return graph, "CUDA graph"
+            raise BackendUnavailable(
+                "torch cannot capture this network as a CUDA graph: the graph does not compute the outputs"
+            )
+        return graph
 
     def _same_outputs(self, graph: Graph) -> bool:
         """Whether a graph writes the outputs: an empty one would be timed as a very fast engine."""
@@ -85,23 +90,12 @@ class TorchEngine:
         for buffer, array in zip(self._buffers, checked, strict=True):
             buffer.write(array)
 
-    def run(self) -> None:
-        """Launch one inference and wait until the GPU is done with it.
-
-        Host transfers are excluded: inputs are on the device since `prepare`, outputs stay there. Included are the launch and
-        the wait, some ten microseconds of this process; without a graph, the launch of every call.
-        """
-        if self._graph is not None:
-            self._graph.launch()
-        else:
-            self._results = self._launch()
-        self._cuda.synchronize()
-
     def nodes(self, runs: int = 20) -> list[NodeTime]:
         """Calls that launch something, with their mean times over `runs` inferences, launched plainly in a pass apart.
 
-        Times are between events on the stream. Launched as they come, a call's time would be that of this process preparing the
-        next; so the stream is held until a stretch of calls is waiting on it, and the GPU goes through them without gaps, as
+        Times tell what share of an inference a call has: of kernels of a few microseconds they are up to twice those of the
+        graph. They are between events on the stream. Launched as they come, a call's time would be that of this process preparing
+        the next; so the stream is held until a stretch of calls is waiting on it, and the GPU goes through them without gaps, as
         through a graph. What two events with nothing between them are apart is taken off each.
         """
         begun = time.perf_counter_ns()

@@ -27,7 +27,10 @@ _FOUR_BITS = {22: torch.int8, 23: torch.float32}
 
 @dataclass(frozen=True)
 class Node:
-    """One ONNX node. An input that is left out has the name ''. attributes: numbers, strings, lists of them, and tensors."""
+    """One ONNX node. An input that is left out has the name ''. attributes: numbers, strings, lists of them, and tensors.
+
+    sources: names of the nodes that it stands for, where it was put together from several (`fusing`); else empty.
+    """
 
     name: str
     op: str
@@ -35,6 +38,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
+    sources: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name or self.outputs[0]} ({f'{self.domain}.' if self.domain else ''}{self.op})"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from hwsearch.backends.torch.calls import Call, Run, op, paddings, torch_pads
+from hwsearch.backends.torch.fusing import OWN
 
 Tensor = torch.Tensor
 
@@ -42,6 +44,22 @@ def einsum(call: Call) -> Run:
     return lambda *x: torch.einsum(equation, *x)
 
 
+@op(f"{OWN}.Attention")
+def attention(call: Call) -> Run:
+    """softmax(scale * q k^T + mask) v of q [.., t, d], k^T [.., d, s], v [.., s, e] and a mask that broadcasts to [.., t, s]."""
+    q, kt, v = (call.shape(i) for i in range(3))
+    lead = np.broadcast_shapes(q[:-2], kt[:-2], v[:-2])
+    scale = call.attr("scale")
+
+    def run(q: Tensor, kt: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (x.expand(*lead, *x.shape[-2:]) for x in (q, kt.transpose(-1, -2), v))
+        if mask is not None:
+            mask = mask.expand(*lead, q.shape[-2], k.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    return run
+
+
 @op("Conv")
 def conv(call: Call) -> Run:
     kernel = list(call.attr("kernel_shape", call.shape(1)[2:]))
@@ -59,6 +77,30 @@ def conv(call: Call) -> Run:
         return y
 
     return convolve
+
+
+def conv_relu(call: Call) -> tuple[Run, tuple[int, ...]] | None:
+    """(a convolution, perhaps an addition, and a ReLU as one call of cuDNN, its shape); None where there is no such call.
+
+    The node is a convolution of images in halves; the run is given activations, weight, bias and what is added, None for none.
+    """
+    rank = len(call.shape(1)) - 2
+    kernel = list(call.attr("kernel_shape", call.shape(1)[2:]))
+    strides, dilations = list(call.attr("strides", [1] * rank)), list(call.attr("dilations", [1] * rank))
+    if rank != 2 or call.dtype() not in (torch.float16, torch.bfloat16):
+        return None
+    pads, groups = paddings(call, kernel, strides, dilations), call.attr("group", 1)
+    if pads[:rank] != pads[rank:]:
+        return None
+    inside = pads[:rank]
+
+    def convolve(x: Tensor, w: Tensor, b: Tensor | None, z: Tensor | None) -> Tensor:
+        if z is None:
+            return torch.cudnn_convolution_relu(x, w, b, strides, inside, dilations, groups)
+        return torch.cudnn_convolution_add_relu(x, w, z, 1.0, b, strides, inside, dilations, groups)
+
+    x, w = (torch.empty(call.shape(i), device="meta") for i in range(2))
+    return convolve, tuple(F.conv2d(x, w, None, strides, inside, dilations, groups).shape)
 
 
 @op("ConvTranspose")

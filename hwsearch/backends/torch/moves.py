@@ -230,15 +230,16 @@ def trilu(call: Call) -> Run:
 @op("OneHot")
 def one_hot(call: Call) -> Run:
     (depth,), values = call.ints(1), call.const(2)
-    off, on = values.tolist()
+    off, on = (
+        call.keep(v) for v in values
+    )  # on the device: numbers would be copied there at every inference
     axis = call.attr("axis", -1) % (len(call.shape()) + 1)
-    kind = values.dtype
+    places = call.keep(torch.arange(depth))
 
     def run(index: Tensor) -> Tensor:
-        places = torch.arange(depth, device=index.device)
         hit = torch.remainder(index, depth).unsqueeze(-1) == places
         inside = ((index >= -depth) & (index < depth)).unsqueeze(-1)
-        return torch.where(hit & inside, on, off).to(kind).movedim(-1, axis)
+        return torch.where(hit & inside, on, off).movedim(-1, axis)
 
     return run
 

@@ -17,26 +17,38 @@ BASES = ("fp16", "bf16", "fp32", "tf32")
 SINCE = {"fp32": (5, 0), "fp16": (7, 0), "int8": (7, 5), "bf16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}
 """The least compute capability with tensor cores for a precision (fp32 has none)."""
 _SPARSE_SINCE = (8, 0)
+_FP8_ROWS_SINCE = (9, 0)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which matrix products there are beside float ones.
+    """Which kernels there are beside those of one float operator.
 
     int8: `torch._int_mm`. fp8: `torch._scaled_mm`. sparse: `torch._cslt_sparse_mm` (cuSPARSELt), in fp16, bf16 and int8.
+    fp8_rows: `torch._scaled_mm` takes a scale for each row and column, and returns bf16.
+    convolutions: `torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu`.
+    quantizes: precisions to which activations are quantized by one kernel (`quantizing`), and not by torch's four.
     """
 
     int8: bool = False
     fp8: bool = False
     sparse: bool = False
+    fp8_rows: bool = False
+    convolutions: bool = False
+    quantizes: tuple[str, ...] = ()
 
 
-def kernels(capability: tuple[int, int], *, cusparselt: bool) -> Kernels:
-    """Those of a GPU. cusparselt: whether torch was built with it, which its builds for Linux are."""
+def kernels(
+    capability: tuple[int, int], *, cusparselt: bool, cudnn: bool = False, quantizes: tuple[str, ...] = ()
+) -> Kernels:
+    """Those of a GPU. cusparselt, cudnn: whether torch was built with them, which its builds for Linux are."""
     return Kernels(
         int8=capability >= SINCE["int8"],
         fp8=capability >= SINCE["fp8"],
         sparse=cusparselt and capability >= _SPARSE_SINCE,
+        fp8_rows=capability >= _FP8_ROWS_SINCE,
+        convolutions=cudnn,
+        quantizes=quantizes,
     )
 
 

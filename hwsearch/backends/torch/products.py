@@ -104,21 +104,32 @@ def kernels_for(there: Kernels, activations: torch.dtype, weight: Tensor) -> lis
     return [k for k in wanted if out % RULES[k].out == 0 and features % RULES[k].features == 0]
 
 
-def linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> tuple[Run, list[Tensor]]:
-    """(x [..., in] -> [..., out] in float, the constants of it on the device)."""
+def linear(
+    weight: Tensor, bias: Tensor | None, device: torch.device, *, relu: bool = False
+) -> tuple[Run, list[Tensor]]:
+    """(x [..., in] -> [..., out] in float, the constants of it on the device). relu: of the sum with a bias, in the same call."""
     stored = weight.contiguous().to(device)
     added = None if bias is None else bias.reshape(-1).to(device)
+    if relu and added is not None:
+        out, features = stored.shape
+
+        def rectified(x: Tensor) -> Tensor:
+            y = torch._addmm_activation(added, x.reshape(-1, features), stored.t())
+            return y.reshape(*x.shape[:-1], out)
+
+        return rectified, [stored, added]
     return lambda x: F.linear(x, stored, added), [stored, *([] if added is None else [added])]
 
 
 def product(
     kernel: str, weight: Weight, scales: Tensor | None, bias: Tensor | None, to: torch.dtype, rows: int,
-    device: torch.device,
+    device: torch.device, *, fp8_rows: bool = False,
 ) -> tuple[Run, list[Tensor]]:  # fmt: skip
     """(the call on quantized or half-precision activations, the constants of it on the device).
 
     kernel: a key of RULES. scales: of the product [out] or one for all, in fp32; None of halves. bias: [out]. rows: how many
-    the activations have as a matrix. to: the type of the result.
+    the activations have as a matrix. to: the type of the result. fp8_rows: whether `_scaled_mm` takes a scale for each column,
+    and so returns the product itself, in bf16.
     """
     values = weight.values.contiguous().to(device)
     least, multiple = RULES[kernel].least_rows, RULES[kernel].rows
@@ -132,6 +143,9 @@ def product(
             return torch._cslt_sparse_mm(packed, x.t(), bias=added, transpose_result=True)
 
         constants, finish = [packed, *([] if added is None else [added])], None
+    elif kernel == "fp8" and fp8_rows and to in _HALVES:
+        assert scales is not None
+        multiply, constants, finish = _scaled(values, scales, bias, to, padded)
     else:
         assert scales is not None
         multiply, stored = _accumulated(kernel, values)
@@ -149,6 +163,42 @@ def product(
         return y.movedim(-1, 1) if weight.conv else y
 
     return run, constants
+
+
+def _scaled(
+    values: Tensor, scales: Tensor, bias: Tensor | None, to: torch.dtype, rows: int
+) -> tuple[Run, list[Tensor], Run | None]:
+    """(matrix [rows, in] of fp8 -> [rows, out] in bf16, constants, what becomes of that where another type or a bias is wanted).
+
+    Of bf16 the bias is added by the product itself. Rounding to bf16 is a fifteenth of a step of fp8.
+    """
+    device = values.device
+    ones = torch.ones((rows, 1), dtype=torch.float32, device=device)
+    columns = scales.float().expand(values.shape[0]).reshape(1, -1).contiguous().to(device)
+    added = None if bias is None else bias.reshape(-1).to(device, to)
+    within = added if to == torch.bfloat16 else None
+    constants = [values, ones, columns, *([] if added is None else [added])]
+
+    def multiply(x: Tensor) -> Tensor:
+        return torch._scaled_mm(
+            x,
+            values.t(),
+            scale_a=ones,
+            scale_b=columns,
+            bias=within,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+
+    if to == torch.bfloat16:
+        return multiply, constants, None
+    if added is None:
+        return multiply, constants, lambda y: y.to(to)
+    return (
+        multiply,
+        constants,
+        lambda y: torch.add(y, added, out=torch.empty(y.shape, dtype=to, device=y.device)),
+    )
 
 
 def _accumulated(kernel: str, values: Tensor) -> tuple[Run, Sequence[Tensor]]:

@@ -1,0 +1,106 @@
+"""Every operator has a channel rule or a reason why not, and what has a rule computes the masked network when narrow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from operators import FOLLOWED, MIXED, ONE_BY_ONE, between
+from test_channels import check
+from test_onnx_widths import check as check_onnx
+from test_onnx_widths import made, random_kept
+
+from hwsearch.aliases import REWRITTEN, SPELLED, is_composite
+from hwsearch.canonical import ATTENTION, CONVOLUTIONS, MATMULS, aten
+from hwsearch.channels import moving
+from hwsearch.channels.reasons import reason_of
+from hwsearch.channels.rules import rule_of
+from hwsearch.errors import UntraceableModel
+from hwsearch.trace import trace
+
+UNITS = {
+    op.overloadpacket for op in (*CONVOLUTIONS, *MATMULS, ATTENTION, aten.linear.default, aten.addmm.default)
+}
+
+
+def name_of(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.removeprefix("aten::")
+
+
+def operators() -> Iterator[torch._ops.OpOverload]:
+    """All of torch's own operators that compute a tensor from a tensor and write into none."""
+    for full in sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")):
+        name, _, overload = full.removeprefix("aten::").partition(".")
+        op = getattr(getattr(aten, name, None), overload or "default", None)
+        if op is None or op._schema.is_mutable:
+            continue
+        if any("Tensor" in str(a.type) for a in op._schema.arguments) and any(
+            "Tensor" in str(r.type) for r in op._schema.returns
+        ):
+            yield op
+
+
+def fate(op: torch._ops.OpOverload) -> tuple[str, str]:
+    """(what becomes of an operator at the trace, the reason if it has no rule)"""
+    if op.overloadpacket in UNITS:
+        return "units", ""
+    if rule_of(op) is not moving.unknown:
+        return "with a rule", ""
+    if name_of(op) in (*REWRITTEN, *SPELLED) or is_composite(op):
+        return "spelled out", ""
+    if torch.Tag.view_copy in op.tags:
+        return "spelled out", ""
+    reason = reason_of(op)
+    return ("with a reason", reason) if reason else ("with neither", "")
+
+
+def group_between(network: Any) -> bool:
+    return any("a" in g.producers and "b" in g.consumers for g in network.groups)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_channels_are_followed_through(name: str) -> None:
+    """The narrow network computes the masked one, in torch."""
+    model, x = between(FOLLOWED[name])
+    traced = trace(model, x)
+    assert group_between(traced.network), traced.network.blocked
+    assert not traced.network.blocked
+    for seed in range(2):
+        check(traced, x, random.Random(seed))
+
+
+NO_ONNX = set(
+    "digamma special.digamma special.psi lgamma special.gammaln special.i0 special.ndtr special.entr kthvalue median "
+    "cumprod cummax logcumsumexp nansum".split()
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ONE_BY_ONE else ()) for n in FOLLOWED]
+)
+def test_channels_are_followed_through_in_onnx(name: str) -> None:
+    """ONNX Runtime computes what torch does, at any width; where an operator has no ONNX form at all, that is said."""
+    of = made(*between(FOLLOWED[name]))
+    if name in NO_ONNX:
+        with pytest.raises(UntraceableModel, match="has no ONNX form"):
+            of.marked  # noqa: B018
+    else:
+        check_onnx(of, random_kept(of, 0))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_channels_keeps_them_whole(name: str) -> None:
+    network = trace(*between(MIXED[name])).network
+    assert not group_between(network)
+    assert (
+        network.blocked or name == "layer_norm"
+    )  # the width that a norm reads is an axis of its own: residual
+    assert not any("not followed through operator" in why and why.count(": ") < 2 for why in network.blocked)
+
+
+def test_every_operator_has_a_rule_or_a_reason() -> None:
+    neither = sorted({name_of(op) for op in operators() if fate(op)[0] == "with neither"})
+    assert not neither, f"{len(neither)}: {' '.join(neither)}"

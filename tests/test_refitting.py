@@ -1,0 +1,166 @@
+"""Whatever is quantized is refitted, at whole widths too; losses are of what is deployed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from networks import leaves
+from test_deployment import allocation
+from torch import nn
+
+from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.formats import stored
+from hwsearch.compress.quantize import quantize_weight
+from hwsearch.compress.sequential import refit_sequential
+from hwsearch.deployment import as_deployed, deploy, parse_variants
+from hwsearch.lower import Lowering
+from hwsearch.pipeline import sensitivity_for
+from hwsearch.refitting import refitted, weight_bank
+from hwsearch.regime import Regime, regime
+from hwsearch.scoring import divergence
+from hwsearch.session import Session, uniform_candidates
+from hwsearch.testing import LatencyLaw, SimulatedBackend
+from hwsearch.trace import trace
+from hwsearch.variants import Variant, uniform
+
+NAMES = ("cnn", "transformer")
+
+
+@cache
+def made(name: str, bits: int = 8) -> Lowering:
+    return Lowering(tiny.task(name), int8_bits=bits)
+
+
+def at(name: str) -> Regime:
+    low = made(name)
+    return regime(low.task, SimulatedBackend(LatencyLaw.random(low.network)))
+
+
+def loss(low: Lowering, variants: dict[str, Variant], whole: Lowering) -> float:
+    """Divergence from the dense network's outputs on the samples that nothing was fitted on."""
+    total = 0.0
+    for (own, args, kwargs), (dense, _, _) in zip(low.scoring, whole.scoring, strict=True):
+        with torch.no_grad():
+            want = dense.graph(*args, **kwargs)
+        found = low.simulator(own, args, kwargs, quantize_outputs=False)(variants)
+        total += divergence(found, want, "auto")[0]
+    return total
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_refitting_lowers_the_loss_of_a_network_of_whole_widths(name: str, bits: int) -> None:
+    low = made(name, bits)
+    variants = uniform(low.network, "int8")
+    own = refitted(low, variants)
+    assert own.network.channels == low.network.channels
+    assert loss(own, variants, low) < (0.8 if name == "cnn" else 0.95) * loss(low, variants, low)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_weights_lie_on_the_grid_of_their_variant(precision: str) -> None:
+    low = made("cnn", 7)
+    own = refitted(low, uniform(low.network, precision))
+    assert own.replaced
+    for unit, (weight, _) in own.replaced.items():
+        again = stored(weight, low.network[unit], Variant(precision), 7)
+        torch.testing.assert_close(torch.from_numpy(again.dequantized()), weight, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_quantized_and_reads_nothing_that_is_stays() -> None:
+    low = made("cnn")
+    units = list(low.network.by_name)
+    variants = {u: Variant("int8" if u == "conv3" else "fp32") for u in units}
+    own = refitted(low, variants)
+    assert own.replaced is not None
+    assert set(own.replaced) == {"conv3", "head"}
+    assert refitted(low, uniform(low.network, "fp32")) is low
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_holds_refitted_weights_and_the_same_each_time(
+    name: str, tmp_path: Path, own_locks: None
+) -> None:
+    low, chosen = made(name), replace(allocation(name, 1.0, "int8"), backend="simulated")
+    backend = SimulatedBackend(LatencyLaw.random(low.network))
+    first, again = (deploy(low.task, chosen, tmp_path / n, backend=backend) for n in ("a.onnx", "b.onnx"))
+    assert first.path.read_bytes() == again.path.read_bytes()
+    variants, own = parse_variants(chosen), first.at.lowering
+    nearest = made(name, own.int8_bits)
+    assert loss(own, variants, nearest) < loss(nearest, variants, nearest)
+    engine = backend.build(first.path.read_bytes(), first.at.options)
+    (want,) = leaves(
+        own.simulator(own.traced, own.traced.args, own.traced.kwargs, quantize_outputs=False)(variants)
+    )
+    torch.testing.assert_close(torch.from_numpy(engine(*own.arrays())[0]), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("axes", ["precision", "both"])
+def test_the_loss_of_a_unit_is_that_of_its_refitted_weight(axes: str) -> None:
+    setup = at("cnn")
+    low = setup.lowering
+    grid = {g: [n, n // 2] for g, n in low.network.channels.items()} if axes == "both" else {}
+    table = sensitivity_for(setup, None, grid=grid)
+    bank = weight_bank(low, None, table.order or {g: range(n) for g, n in low.network.channels.items()})
+    assert bool(table.order) == bool(grid)
+    for unit in ("conv1", "head"):
+        chosen = {unit: Variant("int8")}
+        total = samples = 0.0
+        for traced, args, kwargs in low.scoring:
+            simulate = low.simulator(traced, args, kwargs, quantize_outputs=False)
+            value, count = divergence(
+                simulate(chosen, bank.masked_weights({}, chosen)), simulate.dense, "auto"
+            )
+            total, samples = total + value, samples + count
+        assert table[unit, "dense.int8"] == pytest.approx(total / samples, rel=1e-3, abs=1e-9)
+
+
+def test_uniform_allocations_are_refitted_as_well(own_locks: None) -> None:
+    setup = at("cnn")
+    session = Session(setup)
+    _, measured = session.measure_all(None, uniform_candidates(setup, {}))
+    coarse = measured["dense.int8"]
+    assert coarse.at.lowering.replaced
+    assert not measured["dense.fp32"].at.lowering.replaced
+    variants = uniform(setup.network, "int8")
+    assert loss(coarse.at.lowering, variants, setup.lowering) < loss(setup.lowering, variants, setup.lowering)
+
+
+def test_an_allocation_of_floats_is_left_alone() -> None:
+    setup = at("cnn")
+    assert as_deployed(setup, allocation("cnn", 1.0, "fp32")) is setup
+
+
+class Infinite(nn.Module):
+    """`second` reads infinity, which is legal: what it gives there is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        odd = self.second(torch.where(x > 1e30, x, torch.inf))
+        return self.last(torch.where(torch.isfinite(odd), odd, x))
+
+
+def test_a_unit_that_reads_infinity_keeps_its_weight() -> None:
+    torch.manual_seed(0)
+    model, x = Infinite().eval(), torch.randn(32, 8)
+    batches = [(trace(model, y), (y,), {}) for y in x.split(8)]
+    variants = uniform(batches[0][0].network, "int8")
+    found = refit_sequential(batches, {}, {}, variants)
+    assert "second" not in found
+    assert {"first", "last"} <= set(found)
+    order = {g: np.arange(n) for g, n in batches[0][0].network.channels.items()}
+    own = WeightBank(None, batches[0][0], batches, order)
+    weight, _ = own.weight("second", {}, "int8")
+    nearest = quantize_weight(model.second.weight, 0).dequantized()
+    torch.testing.assert_close(weight, torch.from_numpy(nearest))
+    assert all(bool(torch.isfinite(own.weight(u, {}, "int8")[0]).all()) for u in variants)
