@@ -93,7 +93,7 @@ def assemble(
         role, unit, call, port = tag_of(node)
         variant = variants.get(unit, Variant("fp32")) if role == "stored" else variants[unit]
         if role == "stored":
-            _put_stored(builder, node, unit, variant, weights)
+            _put_stored(builder, node, unit, variant, weights, ranges)
         elif role == "weight" and not variant.plain:
             builder.weight(node, unit, weights[unit, variant])
         elif role == "weight" and node.input[0] in builder.initializers:
@@ -129,6 +129,7 @@ def _put_stored(
     unit: str,
     variant: Variant,
     weights: Mapping[tuple[str, Variant], StoredWeight],
+    ranges: Ranges,
 ) -> None:
     """What others than layers read: a stored tensor in its variant, or a layer's weight where both can read the same."""
     tied = unit in builder.weight_of
@@ -138,10 +139,13 @@ def _put_stored(
         builder.alias(node)
         return
     plain = StoredWeight(variant.precision, numpy_helper.to_array(source)) if variant.plain else None
+    weight = plain or weights[unit, variant]
+    if tied and variant.precision == "int8":
+        weight = builder.suited(unit, weight, float(np.float32(int8_scale(ranges[unit, 0, "in0"], "in0"))))
     if tied:
-        builder.shared(node, unit, plain or weights[unit, variant])
+        builder.shared(node, unit, weight)
     else:
-        builder.table(node, unit, plain or weights[unit, variant])
+        builder.table(node, unit, weight)
 
 
 class _Builder:
@@ -171,7 +175,11 @@ class _Builder:
         self.turned: dict[str, tuple[str, list[int]]] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         self.makers = {output: node for node in marked.graph.node for output in node.output}
+        self.constant = set(self.initializers)
+        """Tensors that depend on no input."""
         for node in marked.graph.node:
+            if set(node.input) <= {*self.constant, ""}:
+                self.constant.update(node.output)
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
@@ -282,6 +290,15 @@ class _Builder:
         """A stored tensor that no layer reads."""
         self.weight(node, unit, stored)
         self.tables.add(node.output[0])
+
+    def suited(self, unit: str, stored: StoredWeight, activation: float) -> StoredWeight:
+        """A tied weight with scales that suit its layer's bias (`fitted`), wherever in the network the layer comes."""
+        reader = next(iter(self.readers.get(self.weight_of[unit].output[0], [])), None)
+        if reader is not None and reader.op_type == "Transpose":
+            reader = next(iter(self.readers.get(reader.output[0], [])), None)
+        bias = self._bias_of(reader) if reader is not None else None
+        assert stored.scales is not None
+        return stored if bias is None or bias.shape != stored.scales.shape else fitted(stored, bias, activation)
 
     def shared(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
         """A weight that something else reads too: as it is stored for its layer, which may be transposed."""
@@ -443,7 +460,7 @@ class _Builder:
             return False
         maker = self.makers.get(node.input[0])
         while maker is not None and maker.op_type != "Concat":
-            reads = {name for name in maker.input if name and name not in self.initializers}
+            reads = {name for name in maker.input if name and name not in self.constant}
             maker = (
                 self.makers.get(reads.pop()) if len(reads) == 1 and maker.op_type not in _PRODUCTS else None
             )

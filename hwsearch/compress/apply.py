@@ -142,7 +142,10 @@ class Simulator:
             return own
         if variant.plain:
             return rounded(own, variant.precision)
-        return rounded_weight(own, self._stored(unit, variant, replaced))
+        weight = self._stored(unit, variant, replaced)
+        if variant.precision == "int8":  # tied: with the scales that the layer's bias asks for
+            weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
+        return rounded_weight(own, weight)
 
     def _stored(
         self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
