@@ -8,7 +8,7 @@ from typing import Any
 
 from hwsearch import backends
 from hwsearch.backends.base import Backend
-from hwsearch.design import AXES, RESIDUAL, candidate_widths, check_axes
+from hwsearch.design import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.device import clocks_to_lock
 from hwsearch.errors import InvalidInput
 from hwsearch.pipeline import sensitivity_for
@@ -21,6 +21,7 @@ from hwsearch.scoring import SensitivityTable
 from hwsearch.sections import Shapes, only
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
+from hwsearch.variants import STORAGE as IN_INT8
 
 
 def _backend(which: str | Backend) -> Backend:
@@ -55,7 +56,8 @@ def profile(
     networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or `alone` (each unit by
     itself, the naive baseline); the last two keep every width whole.
     axes: what allocations may differ in, `width`, `precision` or both; beside
-    `width` also `residual`, the width of a transformer's residual stream.
+    `width` also `residual`, the width of a transformer's residual stream, and beside `precision` also `storage`: weights stored
+    in int8 and computed with in the base precision, for budgets on size.
     builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
     each: a table of a shared machine is another one. shape: of the inputs, the batch first, where not that of the example
     inputs (see `reshaping`): for timing; sensitivities, deployed files and reports want a task of that shape.
@@ -82,6 +84,7 @@ def profile(
         residual=RESIDUAL in axes,
         load=load,
         clocks=clocks,
+        storage=STORAGE in axes,
         energy=energy,
     )
     return _profile(
@@ -125,7 +128,7 @@ def sensitivity(
     """Loss of every (unit, variant) of a backend, and of every (channel group, width), on the task's calibration data.
 
     `out` is used again if it is there. batch: None for the table's, or that of the example inputs.
-    axes: without `width` the groups are left out. table: its widths are scored (None:
+    axes: without `width` the groups are left out. table: its variants and widths are scored (None:
     all that a profile would try). weights: folder to keep refitted weights in, for `deploy` and `verify`.
     Raises UntraceableModel, IncompatibleTables, InvalidInput.
     """
@@ -133,8 +136,12 @@ def sensitivity(
     residual = RESIDUAL in axes or (table is not None and bool(table.header.options.get("residual")))
     if batch is None and table is not None:
         batch = table.header.options.get("batch")
+    stored = table is not None and any(str(IN_INT8) in own for own in table.offered().values())
+    storage = STORAGE in axes or stored
     bits = table.header.int8_bits if table is not None else None
-    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual, int8_bits=bits)
+    at = regime(
+        task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, int8_bits=bits
+    )
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
         table.require(network=at.network)

@@ -5,6 +5,11 @@ output channel, activations per tensor. fp8 is the same in E4M3. int4 dequantize
 by scales that are dequantized themselves, and quantizes activations by `trt::TRT_FP4DynamicQuantize`, the operator of
 NVIDIA's ONNX parser. N:M weights are stored with their zeros. Each raises the file's opset only as far as it needs.
 
+What is only stored in int8 (w8) is made floating by Cast and Mul, not by DequantizeLinear: runtimes fold these two when they
+load the file and then run the same kernels as on floating weights. ONNX Runtime computes a DequantizeLinear of a constant in
+every inference, or makes the product one of its own 8 bits (MatMulNBits; 5e-3 off). Of a table that rows are looked up in,
+the rows are gathered in int8 and then multiplied by their scales.
+
 Two things are written so that runtimes agree. ONNX Runtime rounds the bias of an int8 product to 32-bit integers of the product's
 own step (and lets it overflow): it is stored as a multiple of that step (`hwsearch.compress.biases`). And from opset 21 on
 (int4) it cannot build a graph in which it moved Q/DQ past a Reshape or the like itself (microsoft/onnxruntime issue 25526):
@@ -32,9 +37,9 @@ from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
-from hwsearch.nodenames import unique
+from hwsearch.nodenames import unique, unit_of
 from hwsearch.typed import TYPES, float_units
-from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant
+from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
 """The first opset whose Q/DQ takes a precision; what the others need is there in the exporter's."""
@@ -50,6 +55,7 @@ ZERO_POINT = 128
 
 _CODES = {
     "int8": TensorProto.INT8,
+    "w8": TensorProto.INT8,
     "fp8": TensorProto.FLOAT8E4M3FN,
     "int4": TensorProto.INT4,
     "nvfp4": TensorProto.FLOAT4E2M1,
@@ -67,6 +73,7 @@ def assemble(
     quantize_outputs: bool = False,
     unsigned_concat: bool = False,
     metadata: Mapping[str, str] | None = None,
+    shared: bool = True,
     int8_bits: int = INT8_BITS,
 ) -> onnx.ModelProto:
     """The network with each unit in its variant.
@@ -74,17 +81,20 @@ def assemble(
     weights: of the units that are not plain (`Variant.plain`) and have one. ranges: of the activations of quantized units.
     int8_bits: of int8 weights, and of what stands in their place in a product of two activations.
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
+    shared: units that read one tensor on one scale share its Q/DQ.
     unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
-    builder = _Builder(marked, quantize_outputs, opset)
+    builder = _Builder(marked, quantize_outputs, opset, shared)
     for node in marked.graph.node:
         if node.op_type != MARK:
             builder.copy(node)
             continue
         role, unit, call, port = tag_of(node)
-        variant = variants[unit]
-        if role == "weight" and not variant.plain:
+        variant = variants.get(unit, Variant("fp32")) if role == "stored" else variants[unit]
+        if role == "stored":
+            _put_stored(builder, node, unit, variant, weights, ranges)
+        elif role == "weight" and not variant.plain:
             builder.weight(node, unit, weights[unit, variant])
         elif role == "weight" and node.input[0] in builder.initializers:
             values = numpy_helper.to_array(builder.initializers[node.input[0]])
@@ -103,24 +113,57 @@ def assemble(
             of = ranges[unit, call, where]
             scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
             unsigned = unsigned_concat and variant.precision == "int8" and builder.joined(node)
-            builder.activation(node, unit, call, variant.precision, scale, own=role == "in", unsigned=unsigned)
-    told = {tag_of(n)[1] for n in marked.graph.node if n.op_type == MARK and tag_of(n)[0] == "weight"}
-    units = {tag_of(n)[1]: variants[tag_of(n)[1]].precision for n in marked.graph.node if n.op_type == MARK}
+            builder.activation(
+                node, unit, call, variant.precision, scale, own=role == "in", unsigned=unsigned
+            )
+    marks = [tag_of(n)[:2] for n in marked.graph.node if n.op_type == MARK]
+    told = {unit for role, unit in marks if role == "weight"}
+    units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
     return builder.finish({**float_units(untold), **(metadata or {})})
+
+
+def _put_stored(
+    builder: _Builder,
+    node: onnx.NodeProto,
+    unit: str,
+    variant: Variant,
+    weights: Mapping[tuple[str, Variant], StoredWeight],
+    ranges: Ranges,
+) -> None:
+    """What others than layers read: a stored tensor in its variant, or a layer's weight where both can read the same."""
+    tied = unit in builder.weight_of
+    source = builder.initializers.get(node.input[0])
+    floating = variant.plain and variant.precision in ("fp32", "tf32")
+    if source is None or (tied and not stored_once(variant)) or (floating and not tied):
+        builder.alias(node)
+        return
+    plain = StoredWeight(variant.precision, numpy_helper.to_array(source)) if variant.plain else None
+    weight = plain or weights[unit, variant]
+    if tied and variant.precision == "int8":
+        weight = builder.suited(unit, weight, float(np.float32(int8_scale(ranges[unit, 0, "in0"], "in0"))))
+    if tied:
+        builder.shared(node, unit, weight)
+    else:
+        builder.table(node, unit, weight)
 
 
 class _Builder:
     """Copies nodes in order, replacing markers; constants of weights are stored at the variant's precision."""
 
-    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int) -> None:
-        self.marked, self.opset = marked, opset
+    def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int, shared: bool) -> None:
+        self.marked, self.opset, self.shared_grids = marked, opset, shared
         self.quantize_outputs = quantize_outputs
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
         self.initializers = {t.name: t for t in marked.graph.initializer}
         self.pending: dict[str, tuple[str, StoredWeight]] = {}
         self.stored: set[str] = set()
+        self.looked_up: set[str] = set()
+        self.tables: set[str] = set()
+        marks = [(n, *tag_of(n)[:2]) for n in marked.graph.node if n.op_type == MARK]
+        self.weight_of = {unit: n for n, role, unit in reversed(marks) if role == "weight"}
+        """The first marker of each layer's weight."""
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
         self.dequantized: dict[tuple[str, str, float, bool], str] = {}
@@ -129,9 +172,14 @@ class _Builder:
         self.grids: dict[str, tuple[str, str]] = {}
         self.steps: dict[str, NDArray[np.float32]] = {}
         self.fed: set[str] = set()
+        self.turned: dict[str, tuple[str, list[int]]] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         self.makers = {output: node for node in marked.graph.node for output in node.output}
+        self.constant = set(self.initializers)
+        """Tensors that depend on no input."""
         for node in marked.graph.node:
+            if set(node.input) <= {*self.constant, ""}:
+                self.constant.update(node.output)
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
@@ -140,13 +188,21 @@ class _Builder:
         new.CopyFrom(node)
         del new.metadata_props[:]
         inputs = [self.renamed.get(name, name) for name in node.input]
-        if node.op_type == "Transpose" and inputs[0] in self.pending:
+        if node.op_type == "Transpose" and inputs[0] in self.pending and inputs[0] not in self.tables:
             unit, stored = self.pending[inputs[0]]
             perm = list(helper.get_node_attr_value(node, "perm"))
             self._pend((inputs[0], *perm), node.output[0], unit, stored.transposed(perm))
             return
+        if (
+            node.op_type == "Gather"
+            and inputs[0] in (*self.turned, *self.pending)
+            and self._lookup(new, inputs)
+        ):
+            return
         self._step(node, inputs)
         for i, name in enumerate(inputs):
+            if name in self.turned:
+                name = self._turned_back(name)
             if name in self.pending:
                 self._store(name)
             new.input[i] = name
@@ -164,7 +220,8 @@ class _Builder:
             return
         activation = float(numpy_helper.to_array(self.initializers[self.grids[inputs[0]][0]]))
         bias = self._bias_of(node)
-        if bias is not None and bias.shape == stored.scales.shape and inputs[1] not in self.stored:
+        fixed = inputs[1] in self.stored or inputs[1] in self.looked_up
+        if bias is not None and bias.shape == stored.scales.shape and not fixed:
             stored = fitted(stored, bias, activation)
             self.pending[inputs[1]] = unit, stored
         self.steps[node.output[0]] = steps(stored, activation)
@@ -229,6 +286,102 @@ class _Builder:
     def weight(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
         self._pend((unit, stored.values.shape), node.output[0], unit, stored)
 
+    def table(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
+        """A stored tensor that no layer reads."""
+        self.weight(node, unit, stored)
+        self.tables.add(node.output[0])
+
+    def suited(self, unit: str, stored: StoredWeight, activation: float) -> StoredWeight:
+        """A tied weight with scales that suit its layer's bias (`fitted`), wherever in the network the layer comes."""
+        reader = next(iter(self.readers.get(self.weight_of[unit].output[0], [])), None)
+        if reader is not None and reader.op_type == "Transpose":
+            reader = next(iter(self.readers.get(reader.output[0], [])), None)
+        bias = self._bias_of(reader) if reader is not None else None
+        assert stored.scales is not None
+        return stored if bias is None or bias.shape != stored.scales.shape else fitted(stored, bias, activation)
+
+    def shared(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
+        """A weight that something else reads too: as it is stored for its layer, which may be transposed."""
+        own = self.weight_of[unit]
+        name = own.output[0]
+        self.weight(own, unit, stored)
+        name = self.renamed.get(name, name)
+        turn = next((n for n in self.readers.get(own.output[0], []) if n.op_type == "Transpose"), None)
+        perm = list(range(stored.values.ndim))
+        if turn is not None:
+            perm = list(helper.get_node_attr_value(turn, "perm"))
+            self._pend((name, *perm), turn.output[0], unit, stored.transposed(perm))
+            name = self.renamed.get(turn.output[0], turn.output[0])
+        self.turned[node.output[0]] = name, perm
+
+    def _turned_back(self, name: str) -> str:
+        """A shared weight with its axes as the network has them."""
+        source, perm = self.turned[name]
+        self._store(source)
+        if perm == sorted(perm):
+            return source
+        if name not in self.stored:
+            self.stored.add(name)
+            unit = self.pending[source][0]
+            own = unique(f"{unit}|0|Transpose.stored", self.names)
+            self._add("Transpose", [source], name, own, perm=list(np.argsort(perm)))
+        return name
+
+    def _lookup(self, node: onnx.NodeProto, inputs: list[str]) -> bool:
+        """Gather rows as they are stored, then make them floating; False where a Gather does something else."""
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        source, perm = self.turned.get(inputs[0], (inputs[0], [0, 1]))
+        unit, stored = self.pending[source]
+        turned, by_channel = perm != [0, 1], stored.scales is not None and not stored.block
+        rank, axis, base = self._rank(node.output[0]) - 1, perm.index(0) if axis == 0 else -1, f"{unit}|0"
+        if axis < 0 or stored.values.ndim != 2 or rank < 0 or (by_channel and stored.axis != axis):
+            return False
+
+        def gather(table: str, output: str) -> str:
+            own = unique(f"{base}|Gather.stored", self.names)
+            self._add("Gather", [table, inputs[1]], output, own, axis=axis)
+            return output
+
+        self.looked_up.add(source)
+        name = node.output[0]
+        rows = f"{name}/rows" if turned else name
+        if stored.scales is None:
+            self._store(source)
+            gather(source, rows)
+        else:
+            codes, scale = self._codes(source)
+            taken, factor = gather(codes, f"{name}/codes"), f"{name}/scales"
+            if stored.precision == "w8":
+                gather(scale, factor)
+            else:  # of one dimension, for DequantizeLinear
+                self._add("Gather", [scale, inputs[1]], factor, unique(f"{base}|Gather.stored", self.names))
+                if not turned:
+                    last = self._constant(f"{name}/last", np.array([-1], np.int64))
+                    own = unique(f"{base}|Unsqueeze.stored", self.names)
+                    self._add("Unsqueeze", [factor, last], f"{factor}/column", own)
+                    factor = f"{factor}/column"
+            self._floating(unit, taken, factor, rows)
+        if turned:
+            own = unique(f"{base}|Transpose.stored", self.names)
+            self._add("Transpose", [rows], name, own, perm=[*range(1, rank + 1), 0])
+        return True
+
+    def _codes(self, name: str) -> tuple[str, str]:
+        """The constants of a quantized weight with a scale for each channel or row: (integers, scales)."""
+        _, stored = self.pending[name]
+        assert stored.scales is not None
+        scales = stored.broadcast_scales() if stored.precision == "w8" else stored.scales
+        return (
+            self._coded(f"{name}/{stored.precision}", stored.precision, stored.values),
+            self._constant(f"{name}/scale", scales),
+        )
+
+    def _floating(self, unit: str, codes: str, scale: str, output: str) -> None:
+        """Integers times their scales, in fp32."""
+        cast = f"{output}/cast"
+        self._add("Cast", [codes], cast, unique(f"{unit}|0|Cast.stored", self.names), to=TensorProto.FLOAT)
+        self._add("Mul", [cast, scale], output, unique(f"{unit}|0|Mul.stored", self.names))
+
     def _pend(self, what: Any, name: str, unit: str, stored: StoredWeight) -> None:
         """A weight that is stored once something reads it; the calls of one unit read one constant."""
         first = self.first.setdefault(what, name)
@@ -246,6 +399,10 @@ class _Builder:
         precision = stored.precision
         if precision in ("fp32", "tf32"):
             self._constant(name, stored.values)
+            return
+        if precision == "w8":
+            codes, scale = self._codes(name)
+            self._floating(unit, codes, scale, name)
             return
         values = self._coded(f"{name}/{precision}", precision, stored.values)
         if stored.scales is None:
@@ -303,8 +460,10 @@ class _Builder:
             return False
         maker = self.makers.get(node.input[0])
         while maker is not None and maker.op_type != "Concat":
-            reads = {name for name in maker.input if name and name not in self.initializers}
-            maker = self.makers.get(reads.pop()) if len(reads) == 1 and maker.op_type not in _PRODUCTS else None
+            reads = {name for name in maker.input if name and name not in self.constant}
+            maker = (
+                self.makers.get(reads.pop()) if len(reads) == 1 and maker.op_type not in _PRODUCTS else None
+            )
         return maker is not None
 
     def activation(
@@ -317,7 +476,7 @@ class _Builder:
         """
         source = self.renamed.get(node.input[0], node.input[0])
         key = source, precision, scale_value, unsigned
-        if self.quantize_outputs or key not in self.dequantized:
+        if self.quantize_outputs or not self.shared_grids or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
@@ -408,9 +567,33 @@ class _Builder:
                         field[i] = rename[tensor]
 
 
+def bytes_of_units(model: onnx.ModelProto, paths: Mapping[str, str]) -> dict[str, int]:
+    """Unit -> bytes of an assembled file that are its own or come after it: its nodes, and the constants that they read first.
+
+    paths: unit -> name of its weight in the traced graph, under which a floating one may stand that others read.
+    """
+    owner = {path: unit for unit, path in paths.items()}
+    found: dict[str, int] = {}
+
+    def add(unit: str, message: Any) -> None:
+        size = int(message.ByteSize())
+        prefix = 1 + max((size.bit_length() + 6) // 7, 1)  # protobuf: a tag and the length, seven bits a byte
+        found[unit] = found.get(unit, 0) + prefix + size
+
+    for node in model.graph.node:
+        unit, _ = unit_of(node.name)
+        add(unit, node)
+        for name in node.input:
+            owner.setdefault(name, unit)
+    for tensor in model.graph.initializer:
+        add(owner.get(tensor.name, ""), tensor)
+    found.pop("", None)
+    return found
+
+
 def _encoded(values: np.ndarray[Any, Any], precision: str) -> bytes:
     """The raw bytes of numbers on a precision's grid; of four bits, the first of two is the lower half of a byte."""
-    if precision == "int8":
+    if precision in ("int8", "w8"):
         return values.astype(np.int8).tobytes()
     if precision in HALVES or precision == "fp8":
         tensor = torch.from_numpy(

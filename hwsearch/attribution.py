@@ -109,7 +109,7 @@ def told_apart(
         for row in rows
         if row.kind == "unit" and len(row.units) > 1
         for unit in row.units
-        if row.precision != allocation[unit].executed
+        if not allocation[unit].runs_as(row.precision)
         and not allocation[unit].quantized
         and any(allocation[other].executed == row.precision for other in row.units)
     }

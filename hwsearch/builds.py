@@ -124,7 +124,7 @@ class Build:
         if self.wrong:
             return False
         pairs = zip(self.variants, self.executed, strict=True)
-        return all(not e or not v or e == Variant.parse(v).executed for v, e in pairs)
+        return all(not e or not v or Variant.parse(v).runs_as(e) for v, e in pairs)
 
 
 def read_builds(rows: Any, network: Network, path: str | Path) -> tuple[Build, ...]:

@@ -139,8 +139,11 @@ class _Cut:
 
 
 def _owner(node: onnx.NodeProto) -> str:
+    if node.op_type == MARK:
+        role, unit, _, _ = tag_of(node)
+        return "" if role == "stored" else unit
     unit, own = unit_of(node.name)
-    return unit if own or node.op_type == MARK else ""
+    return unit if own else ""
 
 
 def _ends(node: onnx.NodeProto, units: Collection[str]) -> bool:

@@ -22,7 +22,7 @@ from hwsearch.network import Network
 from hwsearch.refitting import as_module, refitted, weight_bank
 from hwsearch.regime import Regime, regime
 from hwsearch.task import Task
-from hwsearch.variants import INT8_BITS, Variant
+from hwsearch.variants import INT8_BITS, STORAGE, Variant
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def of_allocation(
         task, runtime, threads=threads or int(options.get("threads", 1)),
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
+        storage=str(STORAGE) in allocation.variants.values(),
         energy=any(b["column"] == "energy" for b in allocation.budgets),
         int8_bits=int8_bits_of(allocation),
     )  # fmt: skip

@@ -22,6 +22,8 @@ AXES = ("width", "precision")
 """What allocations may differ in."""
 RESIDUAL = "residual"
 """A further axis on request: the residual width of transformers, which changes what LayerNorm normalises over."""
+STORAGE = "storage"
+"""A further axis: weights may be stored in int8 and computed with in the base precision. `run` adds it to a budget on size."""
 
 MOST_CANDIDATES = 8
 MOST_STEPS = 6
@@ -30,15 +32,17 @@ FASTER = 0.01
 
 
 def check_axes(axes: Sequence[str]) -> tuple[str, ...]:
-    """Raises InvalidInput on anything but `width`, `precision` and, beside `width`, `residual`."""
-    unknown = [a for a in axes if a not in (*AXES, RESIDUAL)]
+    """Raises InvalidInput on anything but `width`, `precision`, beside `width` `residual`, and beside `precision` `storage`."""
+    unknown = [a for a in axes if a not in (*AXES, RESIDUAL, STORAGE)]
     if unknown or not axes:
         raise InvalidInput(
             f"unknown axes {', '.join(unknown) or '(none)'}; expected {' and '.join(AXES)}, or one of them; "
-            f"with width also {RESIDUAL}"
+            f"with width also {RESIDUAL}, with precision also {STORAGE}"
         )
     if RESIDUAL in axes and "width" not in axes:
         raise InvalidInput(f"{RESIDUAL} is a width: ask for width,{RESIDUAL}")
+    if STORAGE in axes and "precision" not in axes:
+        raise InvalidInput(f"{STORAGE} is a precision: ask for precision,{STORAGE}")
     return tuple(axes)
 
 

@@ -50,7 +50,8 @@ class Header:
     versions called it `isolated`, and are read as such).
     reference_ns: the session's time of the reference engine, which in mode `sandwiched` is one sandwich; the absolute time of
     a build is its ratio x this.
-    graph_bytes: the most that graph structure and scales add to stored weights in the deployed file.
+    graph_bytes: what the deployed file holds beside stored tensors, whatever the allocation is. unit_bytes: unit -> {variant: what
+    its nodes and their constants add}; where it is empty, as in earlier versions, graph_bytes is the most for all together.
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
     grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
@@ -70,6 +71,7 @@ class Header:
     created: str = ""
     reference_ns: float = 0.0
     graph_bytes: int = 0
+    unit_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     dense_file_bytes: int = 0
     unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
     grid: dict[str, list[int]] = field(default_factory=dict)

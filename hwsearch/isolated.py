@@ -50,7 +50,7 @@ class Layers:
         base, network = self.at.options.base, self.at.network
         jobs = [
             (s, v, base)
-            for v in self.at.backend.variants(base)
+            for v in self.at.variants(base)
             for s in self.plan
             if any(legal(network[u], [v]) for u in s.filling)
         ]
@@ -70,8 +70,8 @@ class Layers:
     def alone(self, time_limit_s: float, reference: Engine) -> None:
         """Each distinct (unit, variant) compiled and timed by itself, beside the whole network."""
         jobs: dict[tuple[str, Variant], str] = {}
-        for unit in self.at.network.units:
-            for variant in legal(unit, self.at.backend.variants(self.at.options.base)):
+        for unit in (u for u in self.at.network.units if not u.stored):
+            for variant in legal(unit, self.at.variants()):
                 jobs.setdefault((unit.signature, variant), unit.name)
         self.progress.expect(len(jobs))
         for name, variant in self._timed([(n, v) for (_, v), n in jobs.items()], time_limit_s):
@@ -100,8 +100,12 @@ class Layers:
     def _file_bytes(self) -> None:
         """Sizes of the deployed file, from the ONNX of whole networks, which are not compiled."""
         dense = int(self.at.onnx(uniform(self.at.network, "fp32")).ByteSize())
-        most = graph_bytes(self.at, self.at.options.base)
-        self._keep(self.table.with_header(graph_bytes=most + METADATA_BYTES, dense_file_bytes=dense))
+        always, own = graph_bytes(self.at, self.at.options.base)
+        self._keep(
+            self.table.with_header(
+                graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense
+            )
+        )
 
     def _sandwich(self, sandwich: Sandwich, variant: Variant, base: str) -> None:
         """One sandwich in one variant; again where a unit of it refused that, with this unit in the base precision."""

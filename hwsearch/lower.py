@@ -278,6 +278,7 @@ class Lowering:
         quantize_outputs: bool = False,
         unsigned_concat: bool = False,
         metadata: Mapping[str, str] | None = None,
+        shared: bool = True,
     ) -> onnx.ModelProto:
         """The deployable network in one allocation; the options are those of `assemble`."""
         return self.assemble(
@@ -286,6 +287,7 @@ class Lowering:
             quantize_outputs=quantize_outputs,
             unsigned_concat=unsigned_concat,
             metadata=metadata,
+            shared=shared,
         )
 
 

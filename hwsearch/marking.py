@@ -18,7 +18,7 @@ from hwsearch.narrowing import share_graph
 from hwsearch.network import Unit
 from hwsearch.nodenames import unit_of as unit_of
 from hwsearch.trace import Traced
-from hwsearch.units import Site
+from hwsearch.units import Site, other_readers
 
 OPSET = 18
 MARK = "Mark"
@@ -37,6 +37,10 @@ def export(traced: Traced) -> onnx.ModelProto:
     """The fp32 network with markers. Raises UntraceableModel naming the module and the operator."""
     graph = share_graph(traced.graph)
     nodes = {n.name: n for n in graph.graph.nodes}
+    site_of = {site.node: site for calls in traced.sites.values() for site in calls}
+    for unit, held in traced.stored.items():
+        for index, name in enumerate(held):
+            _mark_stored(graph, nodes[name], unit, index, other_readers(nodes[name], site_of))
     for unit, calls in traced.sites.items():
         for index, site in enumerate(calls):
             _mark_site(graph, nodes[site.node], site, unit, index)
@@ -80,6 +84,15 @@ def _mark_site(graph: torch.fx.GraphModule, node: torch.fx.Node, site: Site, uni
     node.replace_all_uses_with(marked, delete_user_cb=lambda user: user is not marked)
 
 
+def _mark_stored(
+    graph: torch.fx.GraphModule, node: torch.fx.Node, unit: str, index: int, readers: list[torch.fx.Node]
+) -> None:
+    with graph.graph.inserting_before(min(readers)):
+        marked = graph.graph.call_function(mark, (node, "stored", unit, index, 0))
+    for reader in readers:
+        reader.replace_input_with(node, marked)
+
+
 def _explain(error: BaseException, traced: Traced) -> str:
     chain: BaseException | None = error
     texts = []
@@ -116,7 +129,9 @@ def _name_nodes(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         inside = [owner[i] for i in node.input if i in owner and owner[i][2]]
         sources = [owner[i] for i in node.input if i in owner]
-        if node.op_type == MARK:
+        if node.op_type == MARK and tag_of(node)[0] == "stored":
+            state = ("", 0, False)  # as any other constant
+        elif node.op_type == MARK:
             role, unit, call, _ = tag_of(node)
             order.setdefault(unit, len(order))
             state = (unit, call, role != "out")
@@ -133,7 +148,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
             name, count = f"{base}.{count}", count + 1
         names.add(name)
         node.name = name
-        for output in node.output:
+        for output in node.output if state[0] else ():
             owner[output] = state
 
 

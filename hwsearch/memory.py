@@ -92,7 +92,7 @@ class _Lives:
         return (*self._inputs(), *self._derived(), *(t for u in self.position for t in self._returned(u)))
 
     def _inputs(self) -> list[Tensor]:
-        fed = {e.dst for e in self.network.edges}
+        fed = {e.dst for e in self.network.edges} | {u.name for u in self.network.units if u.stored}
         last = max((i for name, i in self.position.items() if name not in fed), default=0)
         sizes = (_FP32 * math.prod(shape) for shape in self.network.input_shapes)
         return [Tensor((), (), 0, last, size, floating=True, external=True) for size in sizes]
@@ -145,6 +145,8 @@ class _Lives:
     def _returned(self, unit: str) -> list[Tensor]:
         """What a unit returns itself."""
         network, at = self.network, self.position[unit]
+        if network[unit].stored:
+            return []
         leaving = [e for e in network.edges if e.src == unit]
         whole = _FP32 * math.prod(network[unit].output_shape)
         if not leaving:

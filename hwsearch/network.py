@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+STORED_OPS = ("embedding", "recurrent", "constant")
+"""Units that are stored tensors: read by a look-up, by an LSTM or GRU, or by any other operator that is no product of a unit."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -29,8 +32,9 @@ class Unit:
     """One compressible layer with the operators that a runtime fuses into it.
 
     name: module path of its weight (`layer1.0.conv1`), or of the module around a MatMul of two activations.
-    op: `conv1d`, `conv2d`, `conv3d`, `conv_transpose1d`, `conv_transpose2d`, `linear` or `matmul`.
-    input_shapes, output_shape: of its first call, batch included.
+    op: `conv1d`, `conv2d`, `conv3d`, `conv_transpose1d`, `conv_transpose2d`, `linear` or `matmul`; one of `STORED_OPS` where it
+        is a stored tensor, of which nothing may change but how it is stored.
+    input_shapes, output_shape: of its first call, batch included; empty of a stored tensor.
     weight_shape: as stored; empty for a MatMul of two activations.
     out_axis: the axis of the weight that holds output channels (the axis of per-channel scales).
     attributes: stride, padding, dilation, groups, as the operator states them.
@@ -39,6 +43,8 @@ class Unit:
     macs: multiply-accumulates of all calls together.
     other_bytes: bytes stored beside the weight at every precision (the bias, in fp32).
     ways: the channel groups that its shapes depend on.
+    tied: whether something else than its calls reads its weight as well (an embedding), which is then stored once for both
+        where both can read it.
     float_only: why its activations cannot be quantized on the task's data; empty where they can.
     """
 
@@ -54,7 +60,13 @@ class Unit:
     macs: int = 0
     other_bytes: int = 0
     ways: tuple[Way, ...] = ()
+    tied: bool = False
     float_only: str = field(default="", compare=False)
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is a stored tensor and not a layer."""
+        return self.op in STORED_OPS
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -115,14 +127,16 @@ class Unit:
 
     @property
     def out_channels(self) -> int:
-        """Number of per-channel scales of the weight (0 where there is no weight)."""
+        """Number of scales of an int8 weight: one an output channel, or a row of a stored tensor (0 where there is no weight)."""
+        if self.stored:
+            return math.prod(self.weight_shape[:-1])
         return self.weight_shape[self.out_axis] if self.weight_shape else 0
 
     @cached_property
     def signature(self) -> str:
         """Units of one signature are the same work for a runtime, and share evidence."""
         parts = (self.op, self.input_shapes, self.output_shape, self.weight_shape, self.attributes, self.fused,
-                 self.calls)  # fmt: skip
+                 self.calls, *(["tied"] if self.tied else []))  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -150,6 +164,8 @@ def macs(
     op: str, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...], weight: tuple[int, ...]
 ) -> int:
     """Multiply-accumulates of one call of a unit."""
+    if op in STORED_OPS:
+        return 0
     if op.startswith("conv_transpose"):
         return math.prod(inputs[0]) * math.prod(weight[1:])
     if op.startswith("conv"):
@@ -163,7 +179,7 @@ class ChannelGroup:
 
     name: that of the first unit that produces them. channels: how many slots it has; a slot is what is kept or removed as
     one: a channel of everything tied to it, or an attention head. producers: units whose output channels they are.
-    consumers: units whose weights read them. fixed_bytes: stored for each slot outside of units (norms, embeddings).
+    consumers: units whose weights read them. fixed_bytes: stored for each slot outside of units (norms).
     """
 
     name: str
@@ -178,7 +194,8 @@ class Network:
     """Units in the order in which they run, the edges between them, and what is stored beside them.
 
     groups: the channel groups that may be made narrower. blocked: why other channels may not, by module.
-    fixed_bytes: parameters and buffers of no unit (norms, embeddings), in fp32.
+    fixed_bytes: parameters and buffers of no unit (norms, integers), as they are. fixed: the largest of them, each with its
+    bytes and why it stays.
     weights_digest: hash of all parameters; two networks of one structure may differ in it.
     """
 
@@ -190,6 +207,7 @@ class Network:
     weights_digest: str = ""
     name: str = field(default="", compare=False)
     blocked: tuple[str, ...] = field(default=(), compare=False)
+    fixed: tuple[tuple[str, int, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         names = [unit.name for unit in self.units]
@@ -297,4 +315,5 @@ class Network:
             weights_digest=data["weights_digest"],
             name=data["name"],
             blocked=tuple(data.get("blocked", ())),
+            fixed=tuple((str(p), int(n), str(why)) for p, n, why in data.get("fixed", ())),
         )  # fmt: skip

@@ -100,9 +100,9 @@ class OnnxWidths:
     def _follow(self, node: onnx.NodeProto) -> None:
         if node.op_type == "Mark":
             role, unit, call, port = json.loads(helper.get_node_attr_value(node, "tag"))
-            site = self.traced.sites[unit][call]
-            if role == "weight":
+            if role in ("weight", "stored"):
                 return
+            site = self.traced.sites[unit][call]
             of = site.node if role == "out" else self._nodes[site.node].args[site.activations[port]].name
             self._set(node.output[0], self._traced(of))
             return

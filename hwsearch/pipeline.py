@@ -15,7 +15,7 @@ from hwsearch.backends.base import Backend
 from hwsearch.budget import TAILS, Budget, parse_budgets
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment import as_deployed, deploy, parse_variants
-from hwsearch.design import AXES, RESIDUAL, check_axes
+from hwsearch.design import AXES, RESIDUAL, STORAGE, check_axes
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency import LatencyModel, Prediction, fit
 from hwsearch.plot import plot_front
@@ -28,6 +28,7 @@ from hwsearch.scoring import SensitivityTable, measure_sensitivity
 from hwsearch.session import Session
 from hwsearch.table import LatencyTable
 from hwsearch.task import Task
+from hwsearch.variants import STORAGE as IN_INT8
 from hwsearch.variants import legal
 from hwsearch.verification import verify_with_build
 
@@ -55,7 +56,8 @@ def run(
 ) -> Report:
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    axes: what may be chosen, `width`, `precision` or both, and `residual` beside `width`. keep: patterns of names of units
+    axes: what may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`, which a
+    budget on size brings with it. keep: patterns of names of units
     whose channels all stay. load: busy workers beside the network, while profiling and verifying.
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
     `weights`; another run there, with another budget, uses the table and the sensitivities again.
@@ -67,9 +69,11 @@ def run(
     progress = progress or Progress.silent()
     runtime = backends.get(backend) if isinstance(backend, str) else backend
     axes = check_axes(axes)
+    storage = STORAGE in axes or ("precision" in axes and any(b.column == "size" for b in parsed))
     energy = any(b.column == "energy" for b in parsed)
     at = regime(
-        task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load, energy=energy
+        task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load, storage=storage,
+        energy=energy,
     )  # fmt: skip
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
@@ -116,20 +120,20 @@ def sensitivity_for(
 
     grid: widths of the channel groups to score. weights: folder of refitted weights to use and to leave.
     """
-    variants = at.backend.variants(at.options.base)
+    variants = at.variants()
     wanted = {u.name: set(map(str, legal(u, variants))) for u in at.network.units}
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
         found.require(at.network, at.lowering.int8_bits)
         have = {v for row in found.loss.values() for v in row}
-        complete = all(own <= {*found.loss[u], *found.refused.get(u, {})} for u, own in wanted.items())
-        if not complete or found.quantize_outputs != at.backend.quantize_outputs:
+        missing = {v for u, own in wanted.items() for v in own - {*found.loss[u], *found.refused.get(u, {})}}
+        if missing - {str(IN_INT8)} or found.quantize_outputs != at.backend.quantize_outputs:
             raise IncompatibleTables(
                 f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
             )
         scored = {g: {f"width{w}" for w in own} for g, own in found.width_loss.items()}
-        if all(
+        if not missing and all(
             {f"width{w}" for w in steps} <= {*scored.get(g, ()), *found.refused.get(g, {})}
             for g, steps in narrower.items()
         ):

@@ -23,7 +23,7 @@ from hwsearch.recording import Recorder
 from hwsearch.regime import Regime, graph_bytes
 from hwsearch.table import LatencyTable
 from hwsearch.timelimit import TimeLimit
-from hwsearch.variants import legal, uniform
+from hwsearch.variants import STORAGE, legal, uniform
 
 MODES = ("context", *reversed(LAYERED))
 
@@ -67,12 +67,13 @@ def profile(
     with devices.lock(fingerprint["id"]), background(at.load), at.locked():
         path = Path(out) if out is not None else None
         table = _with_prior(_opened(at, path, fingerprint, mode, command), prior)
+        table = _storage_refused(at, table)
         recorder = Recorder(at, table, path, protocol, progress or Progress.silent(), seed)
         if mode == SANDWICHED:
             _layers(recorder).sandwiched(time_limit_s)
         elif mode in LAYERED:
             _alone(recorder, time_limit_s)
-        elif extend or not _ended(table, "width" in axes):
+        elif extend or not _ended(table, "width" in axes, at.storage and at.stores):
             _context(recorder, time_limit_s, builds, "width" in axes)
         return recorder.table
 
@@ -110,21 +111,23 @@ def _layers(recorder: Recorder) -> Layers:
 
 
 def _anchors(recorder: Recorder) -> None:
-    """The whole network in the base precision, in fp32, and as low as every unit goes; sizes of its file."""
+    """The whole network in the base precision, in fp32, as low as every unit goes and stored in int8; sizes of its file."""
     at = recorder.at
     base, network = at.options.base, at.network
     recorder.measure("reference", Candidate(uniform(network, base), network.channels))
     recorder.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
-    everything = {u.name: legal(u, at.backend.variants(base)) for u in network.units}
+    everything = {u.name: legal(u, at.variants(base)) for u in network.units}
     lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
     if any(v.quantized for v in lowest.values()):
         recorder.measure("uniform", Candidate(lowest, network.channels))
+    if at.storage and at.stores:  # however early the time limit ends the profile, the least size is known
+        small = {u: STORAGE if STORAGE in v else v[0] for u, v in everything.items()}
+        recorder.measure("uniform", Candidate(small, network.channels))
     table = recorder.table
+    always, own = graph_bytes(at, base)
+    dense = table.find("dense").file_bytes
     recorder.keep(
-        table.with_header(
-            graph_bytes=graph_bytes(at, base) + METADATA_BYTES,
-            dense_file_bytes=table.find("dense").file_bytes,
-        )
+        table.with_header(graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense)
     )
 
 
@@ -172,9 +175,30 @@ def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTa
     return table.with_header(prior=tuple(found.values()))
 
 
-def _ended(table: LatencyTable, widths: bool) -> bool:
+def _storage_refused(at: Regime, table: LatencyTable) -> LatencyTable:
+    """The table with the reason why weights are not stored in int8 alone, where that was asked for and cannot be had."""
+    if not at.storage:
+        return table
+    why = ""
+    if not at.stores:
+        why = (
+            f"{at.backend.name} has no weights that are stored in int8 and computed with in {at.options.base}"
+        )
+    elif table.header.mode in LAYERED:
+        why = "tables made layer by layer time layers alone; profile with --mode context"
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    for unit in table.network.units if why else ():
+        if unit.weight_shape and (unit.stored or not at.stores):
+            refused.setdefault(unit.name, {})[str(STORAGE)] = why
+    return table.with_header(unsupported=refused)
+
+
+def _ended(table: LatencyTable, widths: bool, storage: bool) -> bool:
     """Whether an earlier profile over these axes came to its end."""
-    return table.header.ended and (bool(table.header.grid) or not widths or not table.network.groups)
+    stored = not storage or any(str(STORAGE) in b.variants for b in table.builds)
+    return (
+        table.header.ended and stored and (bool(table.header.grid) or not widths or not table.network.groups)
+    )
 
 
 def _without_folder(word: str) -> str:

@@ -52,7 +52,7 @@ class Recorder:
 
     def offered(self) -> dict[str, tuple[Variant, ...]]:
         """For each unit the legal variants which nothing measured so far speaks against."""
-        variants = self.at.backend.variants(self.at.options.base)
+        variants = self.at.variants()
         refused = self.table.header.unsupported
         return {
             u.name: tuple(v for v in legal(u, variants) if str(v) not in refused.get(u.name, {}))

@@ -23,7 +23,7 @@ from hwsearch.errors import HwsearchError
 from hwsearch.lower import Lowering, with_batch
 from hwsearch.narrowing import share_graph
 from hwsearch.trace import trace
-from hwsearch.variants import Variant
+from hwsearch.variants import STORAGE, Variant
 
 SAMPLES = 512
 """Calibration samples that the last refitting sees at most."""
@@ -57,10 +57,10 @@ def refitted(
     """The task as it is deployed in these variants and at these widths: refitted in order on what really arrives.
 
     Units are rounded on the way, so that later ones make up for it. bank: holds the weights that this starts from; needed where
-    a channel goes. Where neither width nor rounding changes anything, the task as it is.
+    a channel goes. Where neither width nor rounding changes anything, the task as it is; so it is with weights only stored in int8.
     """
     narrow = {g: w for g, w in (widths or {}).items() if w < lowering.network.channels[g]}
-    if not narrow and all(v.plain for v in variants.values()):
+    if not narrow and all(v.plain or v == STORAGE for v in variants.values()):
         return lowering
     kept: Kept = {}
     weights: Weights = {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch import device, nvidia
+from hwsearch.assembling import bytes_of_units
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends import exactness
 from hwsearch.backends.apart import compiler
@@ -30,7 +31,7 @@ from hwsearch.measure import Timing
 from hwsearch.network import Network
 from hwsearch.outputs import Expected, reason
 from hwsearch.table import LatencyTable
-from hwsearch.variants import INT8_BITS, Variant, legal, network_bytes
+from hwsearch.variants import INT8_BITS, STORAGE, Variant, legal, weight_bytes
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
@@ -52,12 +53,24 @@ class Regime:
     """Workers that keep the machine busy while it is measured."""
     clocks: int = 0
     """MHz that the GPU's clock is locked to while it is measured; 0: it is not."""
+    storage: bool = False
+    """Whether weights may also be stored in int8 and computed with in the base precision."""
     energy: bool = False
     """Whether a counter of energy that asks for seconds of each engine (a GPU's) is read as well; see `energy.by_ticks`."""
 
     @property
     def network(self) -> Network:
         return self.lowering.network
+
+    def variants(self, base: str | None = None) -> tuple[Variant, ...]:
+        """What units may ask for under a base (None: the regime's own), `dense.BASE` first."""
+        own = self.backend.variants(base or self.options.base)
+        return (*own, STORAGE) if self.storage and self.stores else own
+
+    @property
+    def stores(self) -> bool:
+        """Whether the backend computes right with weights that are stored in int8 alone."""
+        return bool(getattr(self.backend, "weight_storage", False))
 
     @cached_property
     def expected(self) -> Expected:
@@ -144,13 +157,15 @@ def regime(
     residual: bool = False,
     load: int = 0,
     clocks: int = 0,
+    storage: bool = False,
     energy: bool = False,
     int8_bits: int | None = None,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
-    clocks: MHz to lock the GPU's clock to. energy: see `Regime`. int8_bits: of int8 weights; None for as many as the backend
-    sums exactly here. Raises InvalidInput on a base precision that the backend lacks.
+    clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that. energy: see
+    `Regime`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. Raises InvalidInput on a base
+    precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -162,7 +177,7 @@ def regime(
     options = BuildOptions(threads, base or bases[0])
     bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
     lowering = Lowering(task, batch, residual=residual, int8_bits=bits)
-    return Regime(lowering, backend, options, load, clocks, energy)
+    return Regime(lowering, backend, options, load, clocks, storage, energy)
 
 
 def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
@@ -180,13 +195,26 @@ def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> 
     return {name: reason(deviation) for name, deviation in guilty.items()}
 
 
-def graph_bytes(at: Regime, base: str) -> int:
-    """The most that the file of a network uniform in one of the backend's variants holds beside what units store."""
-    network, most = at.network, 0
-    for variant in at.backend.variants(base):
+def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
+    """(bytes of the deployed file that are always there, unit -> {variant: its bytes}) beside what units store.
+
+    From the file of each network that is uniform in one variant; of two units that may share a Q/DQ each counts its own. The first
+    is negative where the exporter computed something smaller from the tensors of no unit.
+    """
+    network, always = at.network, -at.network.fixed_bytes
+    paths = {unit: path for unit, (path, _) in at.lowering.traced.paths.items() if path is not None}
+    own: dict[str, dict[str, int]] = {u.name: {} for u in network.units}
+    for variant in at.variants(base):
         wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
-        most = max(most, int(at.onnx(wherever).ByteSize()) - network_bytes(network, wherever))
-    return most
+        model = at.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(at.backend))
+        found = bytes_of_units(model, paths)
+        for unit in network.units:
+            chosen = wherever[unit.name]
+            beside = found.get(unit.name, 0) - weight_bytes(unit, chosen)
+            own[unit.name][str(chosen)] = max(beside, own[unit.name].get(str(chosen), beside))
+        units = sum(found.get(u.name, 0) for u in network.units)
+        always = max(always, int(model.ByteSize()) - units - network.fixed_bytes)
+    return always, own
 
 
 def refusals(
@@ -199,6 +227,8 @@ def refusals(
             continue
         wanted = Variant.parse(variant)
         asked = wanted.executed
+        if wanted == STORAGE:
+            continue
         if wanted.kept is not None and executed == wanted.precision:
             why = f"eligible, but {table.header.backend} did not pick a sparse kernel"
             refused.setdefault(unit.name, {})[variant] = why

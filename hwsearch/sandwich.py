@@ -40,15 +40,17 @@ def neighbours(network: Network) -> dict[str, frozenset[str]]:
 def filling(network: Network, units: Collection[str]) -> tuple[str, ...]:
     """Of a part of a network the units that all neighbours stand beside."""
     inside, beside = set(units), neighbours(network)
-    return tuple(u.name for u in network.units if u.name in inside and beside[u.name] <= inside)
+    return tuple(
+        u.name for u in network.units if u.name in inside and not u.stored and beside[u.name] <= inside
+    )
 
 
 def contexts(network: Network) -> dict[str, Context]:
-    """Of each unit its context."""
+    """Of each layer its context."""
     passed: dict[str, set[tuple[str, ...]]] = {u.name: set() for u in network.units}
     for edge in network.edges:
         passed[edge.src].add(edge.via)
-    return {u.name: (u.signature, tuple(sorted(passed[u.name]))) for u in network.units}
+    return {u.name: (u.signature, tuple(sorted(passed[u.name]))) for u in network.units if not u.stored}
 
 
 def plan(network: Network) -> tuple[Sandwich, ...]:
@@ -58,7 +60,7 @@ def plan(network: Network) -> tuple[Sandwich, ...]:
     neighbours.
     """
     beside, context = neighbours(network), contexts(network)
-    names = [u.name for u in network.units]
+    names = [u.name for u in network.units if not u.stored]
     candidates: dict[tuple[str, ...], Sandwich] = {}
     for start in range(len(names)):
         for end in range(start + 1, min(start + RUN, len(names)) + 1):

@@ -239,7 +239,7 @@ def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]])
     """Every uniform allocation of this backend: each variant wherever a unit can become it, else the base."""
     base = at.options.base
     candidates = {"dense.fp32": Job(uniform(at.network, "fp32"), "fp32")}
-    for variant in at.backend.variants(base):
+    for variant in at.variants(base):
         chosen = {
             u.name: variant
             if legal(u, [variant]) and str(variant) not in unsupported.get(u.name, {})

@@ -54,6 +54,8 @@ def layer_terms(table: LatencyTable, base: str | None = None) -> Terms:
     role = "sandwich" if sandwiched else "alone"
     builds = [b for b in table.builds if b.role == role and b.base == base]
     rest, times = _between(table, builds) if sandwiched else (0.0, _alone(table, builds))
+    if times:  # a stored tensor is no work of its own
+        times |= {(u.signature, f"dense.{base}"): 0.0 for u in table.network.units if u.stored}
     if not times:
         raise InvalidInput(
             f"the table has no layer measured under base {base}; profile with --mode {'sandwiched' if sandwiched else 'alone'}"
@@ -131,7 +133,7 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
         held = filling(network, [u for u, (v, _) in asked.items() if v])
         for unit in held:
             variant, executed = asked[unit]
-            if executed in ("", Variant.parse(variant).executed):
+            if not executed or Variant.parse(variant).runs_as(executed):
                 own = sum(n.time_ns / len(n.units) for n in build.nodes if unit in n.units)
                 found.setdefault((context[unit], variant), []).append(scale * own)
         if network.units[0].name in held:

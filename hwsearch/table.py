@@ -156,6 +156,8 @@ class LatencyTable:
             seen[unit.signature].update(
                 {b.variants[i]: None for b in self.builds if b.base == base and b.variants[i]}
             )
+        for unit in (u for u in self.network.units if u.stored):
+            seen[unit.signature] = {f"dense.{base}": None}
         return {
             u.name: tuple(v for v in seen[u.signature] if v not in refused[u.signature])
             for u in self.network.units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,10 @@ from hwsearch.network import Network, Unit
 from hwsearch.nonfinite import check_finite
 from hwsearch.task import Inputs
 from hwsearch.trial import tried
-from hwsearch.units import Shapes, Site, bias_of, find_units, outside_units
+from hwsearch.units import Shapes, Site, bias_of, find_stored, find_units, outside_units, why_whole
+
+NAMED = 8
+"""Stored tensors of no unit that a network names."""
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Traced:
 
     graph: takes the model's own arguments and returns the model's own outputs; BatchNorm is folded into
         the units, attention is spelled out as MatMul, Softmax, MatMul.
-    sites: for each unit, its calls in order.
+    sites: for each unit that is a layer, its calls in order.
     args, kwargs: the example inputs it was traced with.
     """
 
@@ -46,6 +50,9 @@ class Traced:
     channels: Channels = field(default_factory=Channels)
     """How the network's channel groups run through the graph's tensors."""
 
+    stored: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each unit that is a stored tensor, or whose weight is tied to one, the nodes that hold it for others than its calls."""
+
     @cached_property
     def paths(self) -> dict[str, tuple[str | None, str | None]]:
         """For each unit where the graph holds its weight and its bias, None for what it has not."""
@@ -56,6 +63,8 @@ class Traced:
             bias = bias_of(node)
             weight = None if position is None else str(node.args[position].target)
             found[unit] = weight, None if bias is None else str(bias.target)
+        for unit, held in self.stored.items():
+            found.setdefault(unit, (str(nodes[held[0]].target), None))
         return found
 
     def weight(self, unit: str) -> torch.Tensor | None:
@@ -69,8 +78,8 @@ class Traced:
         return None if path is None else tensor_attr(self.graph, path).detach()
 
     def reads(self) -> list[tuple[str, int]]:
-        """(path of its weight, the axis of it that holds what the unit reads) of each unit with a weight."""
-        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units)
+        """(path of its weight, the axis of it that holds what the unit reads) of each layer with a weight."""
+        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units if not u.stored)
         return [(path, axis) for path, axis in weights if path is not None]
 
 
@@ -111,7 +120,8 @@ def trace(
         )
     owned, edges = find_edges(graph, sites, shapes)
     units = [replace(unit, fused=tuple(owned[unit.name])) for unit in units]
-    others = outside_units(graph, sites)
+    units, stored = find_stored(graph, sites, units)
+    others = outside_units(graph, sites, stored)
     network = Network(
         units=tuple(units),
         edges=edges,
@@ -121,9 +131,17 @@ def trace(
         ),
         weights_digest=weights_digest([*model.named_parameters(), *model.named_buffers()]),
         name=name,
+        fixed=_largest(others),
     )
-    found = Traced(network, graph, sites, args, kwargs, outputs)
+    found = Traced(network, graph, sites, args, kwargs, outputs, stored=stored)
     return _with_channels(found, residual)
+
+
+def _largest(others: Mapping[str, torch.Tensor]) -> tuple[tuple[str, int, str], ...]:
+    """(path, bytes, why it is stored as it is) of the largest stored tensors that belong to no unit."""
+    sizes = {path: t.numel() * t.element_size() for path, t in others.items()}
+    named = sorted(sizes, key=lambda path: -sizes[path])[:NAMED]
+    return tuple((path, sizes[path], why_whole(others[path])) for path in named)
 
 
 def _with_channels(traced: Traced, residual: bool) -> Traced:
@@ -139,8 +157,11 @@ def _with_channels(traced: Traced, residual: bool) -> Traced:
         unit: (calls[0].node, [nodes[calls[0].node].args[p].name for p in calls[0].activations])
         for unit, calls in sites.items()
     }
+    places |= {u.name: (traced.stored[u.name][0], []) for u in traced.network.units if u.stored}
     weights = {unit: weight for unit, (weight, _) in traced.paths.items() if weight is not None}
-    others = {path: t.numel() * t.element_size() for path, t in outside_units(graph, sites).items()}
+    others = {
+        path: t.numel() * t.element_size() for path, t in outside_units(graph, sites, traced.stored).items()
+    }
     network = channels.describe(found, traced.network, places, weights, others)
     return replace(traced, network=network, channels=found)
 

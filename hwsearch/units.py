@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from hwsearch.calling import flat_inputs
-from hwsearch.canonical import CONVOLUTIONS, MATMULS, aten, is_get_attr, module_path, tensor_attr
+from hwsearch.canonical import CONVOLUTIONS, MATMULS, aten, is_get_attr, module_path, op_name, tensor_attr
 from hwsearch.channels import same
 from hwsearch.network import Unit, macs
 
@@ -100,6 +100,79 @@ def find_units(graph: fx.GraphModule, shapes: Shapes) -> tuple[dict[str, list[Si
     return sites, list(units.values())
 
 
+LEAST_SAVED = 1024
+"""Bytes that int8 must save for a stored tensor to be a unit: what the nodes that make it floating again take in a file."""
+
+
+def find_stored(
+    graph: fx.GraphModule, sites: Mapping[str, list[Site]], units: Sequence[Unit]
+) -> tuple[list[Unit], dict[str, tuple[str, ...]]]:
+    """(units, for each that stands for a stored tensor the nodes that hold it), in the order in which the network runs.
+
+    Stored tensors that something else than a layer reads become units of their own where a scale for each row of them pays:
+    the tables of embeddings, the weights of LSTM and GRU, other constants. One that is a layer's weight as well is tied, and
+    belongs to the layer's unit.
+    """
+    site_of = {site.node: site for calls in sites.values() for site in calls}
+    order = {n.name: i for i, n in enumerate(graph.graph.nodes)}
+    first = {u.name: order[sites[u.name][0].node] for u in units}
+    found = {u.name: u for u in units}
+    nodes = {n.name: n for n in graph.graph.nodes}
+    owner: dict[Any, str] = {}
+    for name, calls in sites.items():
+        weight = calls[0].weight
+        if weight is not None:
+            path = str(nodes[calls[0].node].args[weight].target)
+            owner.setdefault(same(tensor_attr(graph, path)), name)
+    stored: dict[str, tuple[str, ...]] = {}
+    for node in graph.graph.nodes:
+        value = operator.attrgetter(str(node.target))(graph) if is_get_attr(node) else None
+        readers = other_readers(node, site_of) if isinstance(value, torch.Tensor) else []
+        if not readers or not isinstance(value, torch.Tensor):
+            continue
+        name = owner.get(same(value), "")
+        if name in sites:
+            found[name] = replace(found[name], tied=True)
+        elif not name:
+            if why_whole(value):
+                continue
+            name = owner[same(value)] = _unit_name(node, node, found)
+            found[name] = Unit(name, _stored_op(readers), (), (), tuple(value.shape))
+        first[name] = min(first.get(name, len(order)), *(order[r.name] for r in readers))
+        stored[name] = (*stored.get(name, ()), node.name)
+    return sorted(found.values(), key=lambda u: first[u.name]), stored
+
+
+def other_readers(node: fx.Node, site_of: Mapping[str, Site]) -> list[fx.Node]:
+    """What reads a stored tensor otherwise than as the weight or the bias of a unit's call."""
+    found = []
+    for user in node.users:
+        site = site_of.get(user.name)
+        weight = user.args[site.weight] if site is not None and site.weight is not None else None
+        if site is None or (node is not weight and node is not bias_of(user)):
+            found.append(user)
+    return found
+
+
+def why_whole(value: torch.Tensor) -> str:
+    """Why a stored tensor is not worth a unit; empty where it has rows of finite fp32 numbers that int8 makes smaller."""
+    if value.dtype != torch.float32:
+        return f"it is of {str(value.dtype).removeprefix('torch.')}"
+    if value.dim() < 2:
+        return "it is a vector"
+    if not bool(torch.isfinite(value).all()):
+        return "it holds NaN or infinity"
+    saved = 3 * value.numel() - 4 * (value.numel() // max(value.shape[-1], 1))
+    return "" if saved >= LEAST_SAVED else "int8 would save next to nothing"
+
+
+def _stored_op(readers: Sequence[fx.Node]) -> str:
+    names = {op_name(r) for r in readers}
+    if "embedding" in names:
+        return "embedding"
+    return "recurrent" if names & {"lstm", "gru", "rnn_tanh", "rnn_relu"} else "constant"
+
+
 def _call_site(node: fx.Node) -> tuple[Site, str, Any] | None:
     """(site, operator, weight node or None) where the node is a unit's call."""
     if node.op != "call_function":
@@ -161,21 +234,18 @@ def bias_of(node: fx.Node) -> Any:
     return bias if is_get_attr(bias) else None
 
 
-def outside_units(graph: fx.GraphModule, sites: dict[str, list[Site]]) -> dict[str, torch.Tensor]:
-    """Stored tensors that something else than a unit reads, by path.
+def outside_units(
+    graph: fx.GraphModule, sites: Mapping[str, list[Site]], stored: Mapping[str, Sequence[str]]
+) -> dict[str, torch.Tensor]:
+    """Stored tensors that belong to no unit, by path: what something else than a unit reads, and is none itself.
 
-    A tied weight that an embedding reads as well is among them: it is stored for the embedding, and once more
-    for the unit at its own precision.
+    stored: as `find_stored` returns them.
     """
+    held = {node for nodes in stored.values() for node in nodes}
     site_of = {site.node: site for calls in sites.values() for site in calls}
     found: dict[Any, tuple[str, torch.Tensor]] = {}
     for node in graph.graph.nodes:
         value = operator.attrgetter(str(node.target))(graph) if is_get_attr(node) else None
-        if not isinstance(value, torch.Tensor):
-            continue
-        for user in node.users:
-            site = site_of.get(user.name)
-            weight = user.args[site.weight] if site is not None and site.weight is not None else None
-            if site is None or (node is not weight and node is not bias_of(user)):
-                found[same(value)] = str(node.target), value
+        if isinstance(value, torch.Tensor) and node.name not in held and other_readers(node, site_of):
+            found[same(value)] = str(node.target), value
     return dict(found.values())

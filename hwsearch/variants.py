@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from hwsearch.errors import InvalidInput
 from hwsearch.network import Network, Unit
 
-WEIGHT_BITS = {"fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4, "nvfp4": 4}
+WEIGHT_BITS = {
+    "fp32": 32, "tf32": 32, "bf16": 16, "fp16": 16, "int8": 8, "w8": 8, "fp8": 8, "int4": 4, "nvfp4": 4,
+}  # fmt: skip
 PRECISIONS = tuple(WEIGHT_BITS)
 """Precisions that a variant may ask for.
 
 tf32: fp32 that is multiplied with 10 bits of mantissa. int8, fp8 (E4M3): Q/DQ, symmetric, weights per output channel,
-activations per tensor. int4: of the weights only, in blocks along the input channels. nvfp4: weights and activations as
-E2M1, in blocks of 16 along the input channels.
+activations per tensor. w8: weights stored in int8, a scale for each output channel or row, and computed with in the base
+precision. int4: of the weights only, in blocks along the input channels. nvfp4: weights and activations as E2M1, in blocks
+of 16 along the input channels.
 """
 
 QUANTIZED = ("int8", "fp8", "nvfp4")
@@ -26,6 +29,8 @@ INT4_BLOCKS = (128, 64)
 """Input channels that share a scale: TensorRT's documentation of INT4 weight-only quantization. The larger is stored smaller."""
 NVFP4_BLOCK = 16
 SCALE_BYTES = 4
+_READ_BY_ALL = ("fp32", "tf32", "int8", "w8")
+"""Precisions of a tied weight in which what else reads it can read it too: it is stored once."""
 INT8_BITS = 8
 """Bits of int8 weights. Where a device sums products of 8 bits inexactly they have 7, stored in a byte all the same
 (`hwsearch.backends.exactness`)."""
@@ -77,7 +82,7 @@ class Variant:
     @property
     def weight_only(self) -> bool:
         """Whether weights are quantized and activations are not."""
-        return self.precision == "int4"
+        return self.precision in ("int4", "w8")
 
     @property
     def plain(self) -> bool:
@@ -88,6 +93,14 @@ class Variant:
     def executed(self) -> str:
         """What an engine's record says of a unit that ran as asked: `fp16`, and `2:4.fp16` where it used the zeros."""
         return self.precision if self.kept is None else str(self)
+
+    def runs_as(self, executed: str) -> bool:
+        """Whether a unit that executed so ran as asked. Of `w8` alone nothing is asked but how it is stored."""
+        return executed == self.executed or self.precision == "w8"
+
+
+STORAGE = Variant("w8")
+"""What every weight may become that takes bytes: for budgets on size."""
 
 
 def int8_levels(bits: int) -> int:
@@ -113,11 +126,14 @@ def weight_bytes(unit: Unit, variant: Variant) -> int:
     """Bytes that a deployed network stores for one unit: weights, scales and bias.
 
     Exact for what the ONNX file holds; a runtime's own file may pad or repack it. N:M weights are stored with their zeros.
-    int8 and fp8: one byte, and an fp32 scale for each output channel. int4: two weights a byte, and an fp32 scale for each
-    block. nvfp4: two weights a byte, an fp8 scale for each block of 16 and one fp32 scale for all.
+    int8, w8 and fp8: one byte, and an fp32 scale for each output channel (row, of a stored tensor). int4: two weights a byte,
+    and an fp32 scale for each block. nvfp4: two weights a byte, an fp8 scale for each block of 16 and one fp32 scale for all.
+    A tied weight is there once more in fp32, where what else reads it cannot read the variant's.
     """
     size = (unit.weight_count * WEIGHT_BITS[variant.precision] + 7) // 8 + unit.other_bytes
-    if variant.precision in ("int8", "fp8"):
+    if unit.tied and not stored_once(variant):
+        size += unit.weight_count * WEIGHT_BITS["fp32"] // 8
+    if variant.precision in ("int8", "w8", "fp8"):
         return size + SCALE_BYTES * unit.out_channels
     block = block_of(unit, variant.precision)
     if not block:
@@ -126,14 +142,23 @@ def weight_bytes(unit: Unit, variant: Variant) -> int:
     return size + (blocks + SCALE_BYTES if variant.precision == "nvfp4" else SCALE_BYTES * blocks)
 
 
+def stored_once(variant: Variant) -> bool:
+    """Whether a tied weight in a variant serves whatever else reads it."""
+    return variant.kept is None and variant.precision in _READ_BY_ALL
+
+
 def network_bytes(network: Network, variants: Mapping[str, Variant]) -> int:
     """Bytes of a whole allocation, with what belongs to no unit."""
     return network.fixed_bytes + sum(weight_bytes(u, variants[u.name]) for u in network.units)
 
 
 def uniform(network: Network, precision: str) -> dict[str, Variant]:
-    """Every unit dense at one precision."""
-    return {unit.name: Variant(precision) for unit in network.units}
+    """Every layer dense at one precision; stored tensors too, where they can be, else in fp32."""
+    variant = Variant(precision)
+    return {
+        unit.name: variant if not unit.stored or not ineligible(unit, variant) else Variant("fp32")
+        for unit in network.units
+    }
 
 
 def ineligible(unit: Unit, variant: Variant) -> str:
@@ -142,6 +167,10 @@ def ineligible(unit: Unit, variant: Variant) -> str:
     N:M, as TensorRT documents it: N of M consecutive input channels for each output channel and kernel position. int4 and
     nvfp4 are blocks along the input channels of matrices. What a device or a runtime does not execute is for backends to say.
     """
+    if unit.stored and not variant.plain and variant != STORAGE:
+        return f"it is a stored tensor, which no kernel multiplies in {variant}; it can become {STORAGE}"
+    if variant == STORAGE and not unit.weight_shape:
+        return "it has no weight: both of its inputs are activations"
     if variant.quantized and unit.float_only:
         return unit.float_only
     if variant.kept is None and variant.precision not in ("int4", "nvfp4"):

@@ -73,6 +73,9 @@ def check_sizes(traced: Traced) -> None:
     for unit in traced.network.units:
         weight, bias = traced.weight(unit.name), traced.bias(unit.name)
         assert unit.weight_shape == (() if weight is None else tuple(weight.shape)), unit
+        if unit.stored:
+            assert unit.macs == 0
+            continue
         site, own = traced.sites[unit.name][0], 0
         assert unit.output_shape == real[site.node], unit
         sources = [nodes[site.node].args[p].name for p in site.activations]  # type: ignore[union-attr]
@@ -90,7 +93,7 @@ def check_sizes(traced: Traced) -> None:
         if bias is not None and bias.data_ptr() not in biases:
             biases.add(bias.data_ptr())
             assert unit.other_bytes == bias.numel() * bias.element_size(), unit
-    outside = outside_units(traced.graph, traced.sites)
+    outside = outside_units(traced.graph, traced.sites, traced.stored)
     assert traced.network.fixed_bytes == sum(t.numel() * t.element_size() for t in outside.values())
 
 

@@ -10,6 +10,7 @@ from hwsearch.allocate.answer import as_allocation, dense_allocation
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Solution
+from hwsearch.allocate.sizes import explained
 from hwsearch.allocate.space import Space, space
 from hwsearch.allocation import Allocation
 from hwsearch.budget import Budget, parse_budgets
@@ -58,8 +59,23 @@ def search(
     try:
         solution = _solve_with_reserve(at, bounds, kappa)
     except Infeasible as error:
-        raise _in_shares(error, parsed, at.dense, wanted, bounds) from None
+        told = _in_shares(error, parsed, at.dense, wanted, bounds)
+        raise _with_sizes(told, at, bounds) from None
     return as_allocation(at, solution, parsed, wanted)
+
+
+def _with_sizes(error: Infeasible, at: Space, bounds: Mapping[str, int]) -> Infeasible:
+    """The same error, with what the least size is made of, where size is bounded."""
+    if "size" not in error.least:
+        return error
+    others = {c: limit for c, limit in bounds.items() if c != "size"}
+    for budgets in (others, {}):
+        try:
+            least = minimise(at.with_budgets(budgets), "size")
+        except Infeasible:
+            continue
+        return Infeasible(f"{error}. The least size is made of {explained(at, least.choice)}", error.least)
+    return error
 
 
 def _in_shares(

@@ -239,6 +239,7 @@ def _costs(
         own = (_whole(t * ratio) for t in times)
         return Cost(fixed=round(models[number].rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
 
+    graph = table.header.unit_bytes
     return {
         "latency": latency(1.0),
         **{column: latency(ratio) for column, ratio in tails.items()},
@@ -246,7 +247,8 @@ def _costs(
         "size": Cost(
             fixed=network.fixed_bytes + table.header.graph_bytes,
             unary=(
-                *(np.array([weight_bytes(network.unit_at(u.name, w), v) for v, w in own], np.int64)
+                *(np.array([weight_bytes(network.unit_at(u.name, w), v) + graph.get(u.name, {}).get(str(v), 0)
+                            for v, w in own], np.int64)
                   for u, own in zip(units, at, strict=True)),
                 *(np.array([-g.fixed_bytes * (g.channels - w) for w in grid[g.name]], np.int64)
                   for name in groups for g in network.groups if g.name == name),

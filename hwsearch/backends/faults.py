@@ -39,7 +39,11 @@ class _Graph:
         self.stored = {t.name: t for t in model.graph.initializer}
         self.makers = {o: n for n in self.nodes for o in n.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.constant = {"", *self.stored}
+        """Tensors that depend on no input: stored, or made of those (weights stored in int8, by Cast and Mul)."""
         for node in self.nodes:
+            if self.constant.issuperset(node.input):
+                self.constant.update(node.output)
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
@@ -59,7 +63,7 @@ class _Graph:
         maker = self.makers.get(node.input[0])
         while maker is not None:
             yield maker
-            reads = {name for name in maker.input if name and name not in self.stored}
+            reads = {name for name in maker.input if name not in self.constant}
             ends = len(reads) != 1 or maker.op_type in _PRODUCTS or maker.op_type == "DequantizeLinear"
             maker = None if ends else self.makers.get(reads.pop())
 

@@ -44,6 +44,7 @@ class ONNXRuntimeBackend:
     name = "onnxruntime"
     quantize_outputs = True
     own_process = True
+    weight_storage = True
 
     def _runtime(self) -> Any:
         try:

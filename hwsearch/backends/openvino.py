@@ -27,6 +27,7 @@ class OpenVINOBackend:
     name = "openvino"
     quantize_outputs = False
     own_process = True
+    weight_storage = True
     unsigned_concat = True
 
     def __init__(self) -> None:

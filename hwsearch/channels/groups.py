@@ -109,7 +109,7 @@ def describe(
     units = []
     for unit in network.units:
         node, inputs = sites[unit.name]
-        own = ways("output", found.nodes.get(node, [[]])[0])
+        own = [] if unit.stored else ways("output", found.nodes.get(node, [[]])[0])
         for port, source in enumerate(inputs):
             own += ways(f"input{port}", found.nodes.get(source, [[]])[0])
         if unit.name in weights:

@@ -40,7 +40,8 @@ Axes = Annotated[
     typer.Option(
         metavar="AXIS[,AXIS]",
         help="What units may differ in: `width,precision`, or one of them; `width,residual,...` also narrows the residual "
-        "stream of transformers.",
+        "stream of transformers, `precision,storage,...` also stores weights in int8 that are computed with in floating point "
+        "(`run` does with a budget on size).",
     ),
 ]
 Keep = Annotated[

@@ -17,7 +17,7 @@ from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.narrowing import Mask, summed_gates
 from hwsearch.trace import Traced
 from hwsearch.units import Site
-from hwsearch.variants import INT8_BITS, Variant
+from hwsearch.variants import INT8_BITS, Variant, stored_once
 
 Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
@@ -50,6 +50,7 @@ class Simulator:
             for unit, calls in traced.sites.items()
             for index, site in enumerate(calls)
         }
+        self.stored = {node: unit for unit, held in traced.stored.items() for node in held}
         self.order = list(traced.graph.graph.nodes)
         self.values: dict[fx.Node, Any] = {}
         with torch.no_grad():
@@ -72,9 +73,12 @@ class Simulator:
         with torch.no_grad():
             for node in self.order:
                 site = self.site.get(node.name)
-                unit = site[0] if site is not None else ""
+                unit = site[0] if site is not None else self.stored.get(node.name, "")
                 variant = variants.get(unit, Variant("fp32"))
-                own = site is not None and (variant != Variant("fp32") or unit in weights)
+                own = bool(unit) and (variant != Variant("fp32") or unit in weights)
+                if own and site is None:
+                    changed[node] = self._constant(node, unit, variant, weights.get(unit))
+                    continue
                 gates = None if mask is None else summed_gates(node, self.traced.channels, mask)
                 if not own and gates is None and not any(i in changed for i in node.all_input_nodes):
                     continue
@@ -124,6 +128,24 @@ class Simulator:
         if variant.precision in ("int8", "fp8") and self.quantize_outputs:
             return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"], "out")
         return result
+
+    def _constant(
+        self,
+        node: fx.Node,
+        unit: str,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
+        own: torch.Tensor = self.values[node] if replaced is None else replaced[0]
+        if self.traced.network[unit].tied and not stored_once(variant):
+            return own
+        if variant.plain:
+            return rounded(own, variant.precision)
+        weight = self._stored(unit, variant, replaced)
+        if variant.precision == "int8":  # tied: with the scales that the layer's bias asks for
+            weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
+        return rounded_weight(own, weight)
 
     def _stored(
         self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None

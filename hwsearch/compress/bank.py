@@ -75,7 +75,9 @@ class WeightBank:
         self._grams = grams
         self._memory: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         self.folder = Path(folder) / self.key if folder is not None else None
-        self._axes = {u.name: in_slots(traced, u.name) for u in traced.network.units if u.weight_shape}
+        self._axes = {
+            u.name: in_slots(traced, u.name) for u in traced.network.units if u.weight_shape and not u.stored
+        }
         self._reads = {
             unit: tuple(
                 g

@@ -53,8 +53,8 @@ Quantizer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def refittable(unit: Unit) -> bool:
-    """Whether the weight can be refitted: it is a matrix product of what the unit reads, in one group, and not too large."""
-    if not unit.weight_shape or dict(unit.attributes).get("groups", "1") != "1":
+    """Whether the weight can be refitted: a matrix product of what the unit reads and nothing else, in one group, not too large."""
+    if unit.stored or unit.tied or not unit.weight_shape or dict(unit.attributes).get("groups", "1") != "1":
         return False
     return math.prod(unit.weight_shape) // unit.weight_shape[1 - reads_axis(unit)] <= MOST_FEATURES
 

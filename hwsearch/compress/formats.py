@@ -37,7 +37,7 @@ _TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 class StoredWeight:
     """A weight as a variant stores it.
 
-    values [shape of the weight]: numbers of the precision's own grid, in int8 for int8 and else in fp32. scales: None for
+    values [shape of the weight]: numbers of the precision's own grid, in int8 for int8 and w8 and else in fp32. scales: None for
     float types; one for each output channel along `axis`, or with `block` [shape with `axis` divided by it], one for each
     block of so many weights along `axis`. overall: multiplies all scales (nvfp4).
     """
@@ -56,8 +56,15 @@ class StoredWeight:
         if self.block:
             scales = np.repeat(self.scales * np.float32(self.overall), self.block, self.axis)
         else:
-            scales = self.scales.reshape([-1 if d == self.axis else 1 for d in range(self.values.ndim)])
+            scales = self.broadcast_scales()
         return np.asarray(self.values.astype(np.float32) * scales, np.float32)
+
+    def broadcast_scales(self) -> NDArray[np.float32]:
+        """The scales of whole output channels or rows, in a shape that multiplies `values`."""
+        assert self.scales is not None
+        if self.block:
+            return self.scales
+        return self.scales.reshape([-1 if d == self.axis else 1 for d in range(self.values.ndim)])
 
     def transposed(self, perm: list[int]) -> StoredWeight:
         """The same with its axes in another order."""
@@ -100,9 +107,22 @@ def stored(weight: torch.Tensor, unit: Unit, variant: Variant, int8_bits: int = 
         return StoredWeight(
             precision, _fp8(weight / scales.reshape(shape)).numpy(), scales.numpy(), unit.out_axis
         )
+    if precision == "w8" and unit.stored:
+        return _in_rows(weight)
+    if precision == "w8":
+        made = quantize_weight(weight, unit.out_axis)
+        return StoredWeight(precision, made.values, made.scales, unit.out_axis)
     if precision in ("int4", "nvfp4"):
         return _in_blocks(weight, unit, precision)
     return StoredWeight(precision, weight.numpy())
+
+
+def _in_rows(tensor: torch.Tensor) -> StoredWeight:
+    """int8 with a scale for each row, whatever the number of dimensions: a row is one block along the last."""
+    shape = tuple(tensor.shape)
+    made = quantize_weight(tensor.reshape(-1, shape[-1]), 0)
+    scales = made.scales.reshape(*shape[:-1], 1)
+    return StoredWeight("w8", made.values.reshape(shape), scales, len(shape) - 1, shape[-1])
 
 
 def _in_blocks(weight: torch.Tensor, unit: Unit, precision: str) -> StoredWeight:

@@ -36,7 +36,7 @@ from hwsearch.narrowing import cut
 from hwsearch.network import Unit
 from hwsearch.trace import Traced
 from hwsearch.units import Site
-from hwsearch.variants import INT8_BITS, Variant, ineligible, int8_levels
+from hwsearch.variants import INT8_BITS, STORAGE, Variant, ineligible, int8_levels
 
 
 def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
@@ -65,8 +65,9 @@ def refit_sequential(
     all corrections before, so that errors do not add up (He, Zhang and Sun, Channel Pruning, 2017). Where the unit's output
     is added to a tensor that is there already, the unit takes up that one's error as well. Regularised towards `weights`, by
     as much as is best, fitted on the first three quarters of the batches, on the last quarter.
-    Transposed convolutions are only recalibrated; units that run more than once, or share their bias, stay, and so does what
-    reads the dense network's own numbers. variants: units are rounded on the way (int8 by `Gptq`; other formats, N:M weights
+    Transposed convolutions are only recalibrated; units that run more than once, or share their weight with an embedding or their
+    bias, stay, and so does what reads the dense network's own numbers. Weights that are only stored in int8 (w8) count as float
+    ones. variants: units are rounded on the way (int8 by `Gptq`; other formats, N:M weights
     and convolutions in groups to nearest, with the bias for the outputs' means), so that later units see the rounding.
     int8_bits: of int8 weights.
     """
@@ -109,7 +110,9 @@ class _SideBySide:
         ]
         self.weights = dict(weights)
         self.units = {
-            calls[0].node: (unit, calls[0]) for unit, calls in self.dense.sites.items() if len(calls) == 1
+            calls[0].node: (unit, calls[0])
+            for unit, calls in self.dense.sites.items()
+            if len(calls) == 1 and not self.dense.network[unit].tied
         }
 
     def run(self, solve: Callable[[_Step], _Solved | None]) -> Weights:
@@ -254,7 +257,7 @@ class Moments:
 def _regressed(step: _Step, rows: int, seed: int, variant: Variant, int8_bits: int) -> _Solved | None:
     """Least squares of the targets on the inputs, rounded; convolutions in groups, group by group."""
     unit = step.unit
-    rounds = not variant.plain and not ineligible(unit, variant)
+    rounds = not variant.plain and variant != STORAGE and not ineligible(unit, variant)
     if not rounds and all(_alike(y, want) for y, want in zip(step.outputs(), step.targets, strict=True)):
         return None
     if "transpose" in unit.op or (step.bias is not None and not shifts_bias(step.traced, unit.name)):

@@ -26,7 +26,7 @@ from hwsearch.marking import tensor_names
 from hwsearch.regime import Regime, wrong_variants
 from hwsearch.stopwatch import times
 from hwsearch.task import Task
-from hwsearch.variants import INT8_BITS, PRECISIONS, Variant, legal, uniform
+from hwsearch.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, legal, uniform
 
 TOLERANCE = {
     "fp32": 1e-4,
@@ -34,6 +34,7 @@ TOLERANCE = {
     "bf16": 4e-2,
     "fp16": 1e-2,
     "int8": 6e-2,
+    "w8": 1e-4,
     "fp8": 2e-1,
     "int4": 4e-2,
     "nvfp4": 4e-1,
@@ -103,8 +104,23 @@ class TwoInputs(torch.nn.Module):
         return self.head(both), both.mean(-1)
 
 
+class Stored(torch.nn.Module):
+    """Weights that no product of a layer reads: an embedding tied to the last layer, a constant, an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(160, 32)
+        self.place = torch.nn.Parameter(0.1 * torch.randn(1, 16, 32))
+        self.recurrent = torch.nn.LSTM(32, 24, batch_first=True)
+        self.up = torch.nn.ConvTranspose1d(24, 32, 4, 2, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, _ = self.recurrent(self.table(ids) + self.place)
+        return F.linear(F.relu(self.up(x.transpose(1, 2))).transpose(1, 2), self.table.weight)
+
+
 def small_network(name: str, int8_bits: int = INT8_BITS) -> Lowering:
-    """`residual`, `attention` or `two_inputs`, with random weights, traced and calibrated. int8_bits: of int8 weights."""
+    """`residual`, `attention`, `two_inputs` or `stored`, with random weights, traced and calibrated. int8_bits: of int8 weights."""
     return _made(name, int8_bits)
 
 
@@ -115,6 +131,7 @@ def _made(name: str, int8_bits: int) -> Lowering:
         "residual": (Residual, lambda: torch.randn(1, 3, 32, 32)),
         "attention": (Attention, lambda: torch.randn(1, 128, 128)),
         "two_inputs": (TwoInputs, lambda: {"image": torch.randn(64, 64), "text": torch.randn(64, 96)}),
+        "stored": (Stored, lambda: torch.randint(0, 160, (2, 16))),
     }
     model, inputs = makers[name]
     example = inputs()
@@ -243,6 +260,18 @@ class BackendContract:
 
     def test_network_of_two_inputs(self, backend: Backend) -> None:
         self._check_network(backend, "two_inputs")
+
+    def test_weights_stored_in_int8(self, backend: Backend) -> None:
+        """Of a backend with `weight_storage`: what is stored in int8 alone computes as its fp32 values do."""
+        if not getattr(backend, "weight_storage", False):
+            return
+        for name, base in [(n, b) for n in ("stored", "residual", "attention") for b in backend.bases()]:
+            at = self._at(backend, name, base)
+            variants = wherever(at.lowering, base, STORAGE)
+            engine, _ = at.build(variants)
+            tolerance = max(TOLERANCE[base], TOLERANCE["w8"])
+            wanted = expected(at.lowering, variants, at.backend)
+            assert_close(engine(*at.lowering.arrays()), wanted, tolerance, f"{name}, base {base}, {STORAGE}")
 
     def _check_network(self, backend: Backend, name: str) -> None:
         for base in backend.bases():

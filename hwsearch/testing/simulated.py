@@ -167,6 +167,7 @@ class SimulatedBackend:
     """
 
     name = "simulated"
+    weight_storage = True
 
     def __init__(
         self,

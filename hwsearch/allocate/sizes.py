@@ -1,0 +1,77 @@
+"""What the size of a deployed network is made of, and what keeps it from falling further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hwsearch.allocate.space import Space
+from hwsearch.budget import quantity
+from hwsearch.variants import STORAGE, Variant, weight_bytes
+
+NOTABLE = 0.05
+"""Of the whole: smaller parts are not named."""
+NAMED = 3
+_KINDS = {
+    "embedding": "embeddings",
+    "recurrent": "weights of LSTM and GRU",
+    "constant": "constants",
+    "linear": "linear layers",
+    "matmul": "matrix products",
+}
+_FIXED, _GRAPH = "norms, buffers and other tensors of no layer", "the graph"
+
+
+def parts(at: Space, choice: Sequence[int]) -> dict[str, int]:
+    """Kind of what is stored -> its bytes under a choice; they sum to its size."""
+    network = at.table.network
+    widths = at.widths(choice)
+    sizes: dict[str, int] = {}
+    for unit, variant in at.variants(choice).items():
+        own = network.unit_at(unit, widths)
+        kind = "transposed convolutions" if "transpose" in own.op else _KINDS.get(own.op, "convolutions")
+        sizes[kind] = sizes.get(kind, 0) + weight_bytes(own, variant)
+    sizes[_FIXED] = network.narrow(widths).fixed_bytes
+    graph = at.problem.cost("size", choice) - sum(sizes.values())
+    sizes[_FIXED] += min(graph, 0)  # what the exporter made smaller
+    sizes[_GRAPH] = max(graph, 0)
+    return sizes
+
+
+def explained(at: Space, choice: Sequence[int]) -> str:
+    """What keeps the size of a choice from falling, the largest first; for the choice of least size."""
+    sizes = parts(at, choice)
+    whole = sum(sizes.values())
+    told = []
+    for kind, size in sorted(sizes.items(), key=lambda pair: -pair[1]):
+        if size < NOTABLE * whole:
+            continue
+        told.append(f"{kind} {size / whole:.0%} ({quantity('size', size)})")
+        if kind == _FIXED:
+            named = (
+                f"{path} {quantity('size', n)}: {why}" for path, n, why in at.table.network.fixed[:NAMED]
+            )
+            told[-1] += f" [{'; '.join(named)}]"
+    return ", ".join(told) + _floating(at, choice, whole)
+
+
+def _floating(at: Space, choice: Sequence[int], whole: int) -> str:
+    """The units that stay floating in a choice of least size, and why."""
+    network, refused = at.table.network, at.table.header.unsupported
+    reasons: dict[str, list[str]] = {}
+    bytes_of: dict[str, int] = {}
+    for unit, variant in at.variants(choice).items():
+        if not variant.plain or not network[unit].weight_shape:
+            continue
+        why = refused.get(unit, {}).get(str(STORAGE)) or (
+            f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
+            if not any(str(STORAGE) in own for own in at.table.offered().values())
+            else "no smaller form of it was measured, or its loss is not known"
+        )
+        reasons.setdefault(why, []).append(unit)
+        bytes_of[why] = bytes_of.get(why, 0) + weight_bytes(network[unit], Variant(variant.precision))
+    told = [
+        f"; {size / whole:.0%} stays floating ({', '.join(units[:NAMED])}{', ...' if len(units) > NAMED else ''}): {why}"
+        for why, units in reasons.items()
+        if (size := bytes_of[why]) >= NOTABLE * whole
+    ]
+    return "".join(told)
