@@ -3,8 +3,8 @@
 Every question is asked by itself. What a GPU, a driver or a permission does not answer is absent (None, and left out of
 JSON), never zero. Source: NVIDIA's NVML API reference, by its binding nvidia-ml-py (module `pynvml`).
 
-No line of this ran on a GPU yet: tests hold it against a simulated `pynvml`, the names and arguments of the real one, and
-the real one's error where there is no driver.
+Read on an H100 (docs/gpu_trial.md): what a GPU is, its states, and how often its counter of energy moves. Tests hold it
+against a simulated `pynvml`, the names and arguments of the real one, and the real one's error where there is no driver.
 """
 
 from __future__ import annotations

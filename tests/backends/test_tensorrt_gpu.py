@@ -46,17 +46,14 @@ def built(
     return engine
 
 
-def test_a_cuda_graph_is_captured(tensorrt: TensorRTBackend) -> None:
-    assert built(tensorrt).launches == "CUDA graph"
-
-
 def test_a_graph_computes_what_plain_launches_compute(tensorrt: TensorRTBackend) -> None:
     engine = built(tensorrt)
     inputs = small_network("residual").arrays()
     by_graph = engine(*inputs)
-    engine._graph = None
-    for a, b in zip(engine(*inputs), by_graph, strict=True):
-        assert np.allclose(a, b, atol=1e-3)
+    engine._enqueue(engine._context)
+    engine._cuda.synchronize()
+    for spec, b in zip(engine.outputs, by_graph, strict=True):
+        assert np.allclose(engine._buffers[spec.name].read(), b, atol=1e-3)
 
 
 def test_layer_times_come_to_about_the_time_of_a_run(tensorrt: TensorRTBackend) -> None:
