@@ -1,6 +1,6 @@
 """torch on an NVIDIA GPU: the network's ONNX as torch calls under one CUDA graph, quantized where torch has kernels for it.
 
-It makes tables of a GPU without TensorRT; its rows say `torch`. Each call is a kernel (or several) of torch's own libraries. What is
+It makes tables of a GPU without TensorRT; its rows say `torch`. Each call is a kernel (or several) of torch's own. What is
 one call together is said in `fusing`, `products` and `_Compiler._convolution`; which layers run in int8, fp8 and 2:4 in `products`:
 matrix products with a constant weight, and convolutions of 1x1. All other quantized layers compute in float what Q/DQ says, and are
 recorded as executed so. What ran on an H100 is in docs/gpu_trial.md. Elsewhere the calls run on the CPU and are compared with ONNX
