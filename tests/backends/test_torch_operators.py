@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -337,3 +338,22 @@ def test_what_torch_counts_in_another_way_is_refused(op: str, inputs: Any, attri
     model, _ = Case(op, inputs, tuple(range(1, len(inputs))), outputs, 18, attributes, False).model()
     with pytest.raises(BackendUnavailable, match=why):
         program(model)
+
+
+def test_one_hot_copies_no_number_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.where` of numbers would, at every inference; and a copy from the host cannot be captured in a CUDA graph."""
+    depth = numpy_helper.from_array(np.array(4, np.int64), "depth")
+    values = numpy_helper.from_array(np.array([0.5, 2.0], np.float32), "values")
+    graph = helper.make_graph(
+        [helper.make_node("OneHot", ["x", "depth", "values"], ["y"], name="y")], "g",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, (3,))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (3, 4))], [depth, values],
+    )  # fmt: skip
+    made = program(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    given: list[Any] = []
+    real = torch.where
+    monkeypatch.setattr(torch, "where", lambda *a: (given.extend(a), real(*a))[1])
+    (y,) = run(made, [np.array([0, 3, -1], np.int64)])
+    assert y.tolist() == [[2.0, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 2.0], [0.5, 0.5, 0.5, 2.0]]
+    assert len(given) == 3
+    assert all(isinstance(v, torch.Tensor) for v in given)
