@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ def for_tensorrt(
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "model.onnx", model.SerializeToString())
     buffer = io.BytesIO()
-    np.savez(buffer, **example)
+    np.savez(buffer, allow_pickle=False, **cast("dict[str, Any]", example))
     write_bytes(out / "example.npz", buffer.getvalue())
     lines = Path(standalone.__file__).read_text().splitlines()
     script = [f"SETTINGS: dict[str, Any] = {settings!r}" if li.startswith("SETTINGS") else li for li in lines]
