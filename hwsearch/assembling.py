@@ -386,7 +386,7 @@ class _Builder:
         """A weight that is stored once something reads it; the calls of one unit read one constant."""
         first = self.first.setdefault(what, name)
         if first == name:
-            self.pending[name] = unit, stored
+            self.pending.setdefault(name, (unit, stored))  # a tied one may have its layer's scales already
         else:
             self.renamed[name] = first
 
