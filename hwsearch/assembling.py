@@ -298,7 +298,9 @@ class _Builder:
             reader = next(iter(self.readers.get(reader.output[0], [])), None)
         bias = self._bias_of(reader) if reader is not None else None
         assert stored.scales is not None
-        return stored if bias is None or bias.shape != stored.scales.shape else fitted(stored, bias, activation)
+        return (
+            stored if bias is None or bias.shape != stored.scales.shape else fitted(stored, bias, activation)
+        )
 
     def shared(self, node: onnx.NodeProto, unit: str, stored: StoredWeight) -> None:
         """A weight that something else reads too: as it is stored for its layer, which may be transposed."""
@@ -386,7 +388,7 @@ class _Builder:
         """A weight that is stored once something reads it; the calls of one unit read one constant."""
         first = self.first.setdefault(what, name)
         if first == name:
-            self.pending[name] = unit, stored
+            self.pending.setdefault(name, (unit, stored))  # a tied one may have its layer's scales already
         else:
             self.renamed[name] = first
 

@@ -16,11 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.faults import SIGNED_CONCAT, faults
 from hwsearch.compress.apply import Simulator
 from hwsearch.errors import Infeasible
 from hwsearch.lower import Lowering
 from hwsearch.network import Network
 from hwsearch.pipeline import run
+from hwsearch.refitting import refitted
 from hwsearch.regime import Regime, graph_bytes
 from hwsearch.task import Task
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -58,6 +60,35 @@ class Tied(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.inner(self.table(ids)))
         return F.linear(x if self.deep else x.mean(1), self.table.weight)
+
+
+class TiedFirst(nn.Module):
+    """A tied layer with a bias, before or after its rows are looked up; one row of zeros, one of next to nothing."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.table = nn.Embedding(70, 24)
+        self.bias = nn.Parameter(torch.zeros(70))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.first:
+            x = x + self.table((x[..., 0] * 0).to(torch.int64) + torch.arange(2))
+        said = F.linear(x, self.table.weight, self.bias)
+        return said, self.table(torch.arange(9) % 3) if self.first else x
+
+
+class Joined(nn.Module):
+    """A stored tensor between a Concat and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.place = nn.Parameter(torch.randn(1, 16, 10, 10))
+        self.out = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([F.silu(self.left(x)), 3 * F.silu(self.right(x))], 1) + self.place)
 
 
 class Constants(nn.Module):
@@ -243,6 +274,58 @@ def test_a_tied_weight_serves_its_other_readers_where_they_can_read_it() -> None
         model = low.onnx(variants)
         copies = [t for t in model.graph.initializer if np.prod(t.dims) == unit.weight_count]
         assert len(copies) == (1 if variant in (INT8, STORAGE) else 2)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_bias_of_a_tied_layer_suits_the_rows_that_are_looked_up(first: bool) -> None:
+    """Of rows of zeros and of next to nothing the bias is no number that overflows, and both readers have one scale."""
+    model = TiedFirst(first)
+    low = lowered(model, lambda: torch.randn(3, 2, 24))
+    with torch.no_grad():
+        model.table.weight[0], model.table.weight[1], model.bias[:2] = 0.0, 1e-9 * torch.randn(24), 5.0
+    low = Lowering(low.task)
+    (unit,) = (u for u in low.network.units if u.tied)
+    variants = {unit.name: INT8}
+    file = low.onnx(variants)
+    held = {t.name: numpy_helper.to_array(t) for t in file.graph.initializer}
+    (product,) = (n for n in file.graph.node if n.op_type in ("Gemm", "MatMul"))
+    makers = {o: n for n in file.graph.node for o in n.output}
+    activation, weight = (makers[name] for name in product.input[:2])
+    step = held[activation.input[1]] * held[weight.input[1]]
+    (bias,) = (
+        v for v in held.values() if v.dtype == np.float32 and v.shape[-1:] == (70,) and 5 in np.round(v)
+    )
+    assert np.abs(bias / step).max() <= 2.0**24
+    np.testing.assert_allclose(bias[:2], 5.0, rtol=1e-5)
+    version = next(o for o in file.opset_import if not o.domain)
+    version.version = max(version.version, 19)
+    simulate = low.simulator(low.traced, low.traced.args, low.traced.kwargs, quantize_outputs=False)
+    have = ReferenceEvaluator(file).run(None, {file.graph.input[0].name: low.arrays()[0]})
+    for a, b in zip(have, torch.utils._pytree.tree_leaves(simulate(variants)), strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=2e-5 * float(b.abs().max()))
+
+
+def test_a_stored_tensor_behind_a_concat_hides_it_from_no_one() -> None:
+    low = lowered(Joined(), lambda: torch.randn(2, 3, 12, 12))
+    for place in ("fp32", "w8"):
+        variants = {**uniform(low.network, "int8"), "place": Variant(place)}
+        assert low.network["place"].stored
+        assert faults(low.onnx(variants), "openvino") == [SIGNED_CONCAT]
+        assert faults(low.onnx(variants, unsigned_concat=True), "openvino") == []
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_weights_that_are_only_stored_are_no_fault(low: Lowering, runtime: str) -> None:
+    assert faults(low.onnx(wherever(low, "fp32", STORAGE)), runtime) == []
+
+
+def test_refitting_leaves_what_is_only_stored_and_what_is_tied(low: Lowering) -> None:
+    assert refitted(low, wherever(low, "fp32", STORAGE)) is low
+    new = refitted(low, wherever(low, "fp32", INT8))
+    assert new is not low
+    for unit in low.network.units:
+        if unit.stored or unit.tied:
+            assert torch.equal(new.traced.weight(unit.name), low.traced.weight(unit.name))
 
 
 def test_rows_are_looked_up_before_they_become_floating() -> None:
