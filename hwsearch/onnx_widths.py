@@ -28,6 +28,10 @@ MOVES = frozenset(
 )
 _LIKE_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _OVER_CHANNELS = frozenset("ReduceMean ReduceSum ReduceL1 ReduceL2 ReduceSumSquare".split())
+_INDEXED = frozenset(
+    "GatherND GatherElements Scatter ScatterND ScatterElements TopK ReverseSequence Compress NonZero Unique Einsum OneHot".split()
+)
+"""Operators for which the place of an element means something: they do not leave channels where they are."""
 _PARAMETERS = frozenset(
     "BatchNormalization InstanceNormalization GroupNormalization PRelu LayerNormalization".split()
 )
@@ -181,6 +185,8 @@ class OnnxWidths:
     def _pass(self, node: onnx.NodeProto, came: Sequence[tuple[str, Axis]]) -> None:
         """Channels stay where they are; stored operands along them are cut too."""
         name, axis = came[0]
+        if node.op_type in _INDEXED:
+            raise NotFollowed(f"{node.op_type} {node.name} picks elements by their places")
         if node.op_type in _OVER_CHANNELS and axis.axis in self._reduced(node, len(self.shape[name])):
             if node.op_type == "ReduceMean":
                 self._mean(node, axis)
