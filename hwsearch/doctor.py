@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,7 +252,7 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
     sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
     yield sofar
     with devices.lock(device.id):
-        for result in (*sums(backend), *_at_work(backend, progress)):
+        for result in chain(sums(backend), _at_work(backend, progress)):
             sofar = replace(sofar, results=(*sofar.results, result))
             yield sofar
 

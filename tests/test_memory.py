@@ -92,14 +92,14 @@ class Joined(nn.Module):
         return self.last(torch.cat([self.left(x), self.right(x)], 1))
 
 
-@pytest.mark.parametrize("slots", [4, 3, 1])
-def test_a_concatenation_is_one_tensor_at_every_width(slots: int) -> None:
-    """A slot holds two channels of the one and three of the other; beside the whole stands the output of four."""
+@pytest.mark.parametrize(("left", "right"), [(8, 12), (6, 9), (2, 3), (1, 12)])
+def test_a_concatenation_is_one_tensor_at_every_width(left: int, right: int) -> None:
+    """Each branch has its own channels; beside the whole stands the output of four."""
     torch.manual_seed(0)
     network = trace(Joined(), torch.randn(1, 3, 6, 6)).network
-    assert network.channels == {"left": 4}
-    found = peak_bytes(network, uniform(network, "fp32"), {"left": slots}, base="fp32")
-    assert found == 4 * 36 * (5 * slots + 4)
+    assert network.channels == {"left": 8, "right": 12}
+    found = peak_bytes(network, uniform(network, "fp32"), {"left": left, "right": right}, base="fp32")
+    assert found == 4 * 36 * (left + right + 4)
 
 
 class Attention(nn.Module):

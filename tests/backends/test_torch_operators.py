@@ -294,7 +294,8 @@ def test_it_computes_what_onnx_says(case: Case) -> None:
 
 def test_every_operator_of_the_table_is_tried() -> None:
     tried = {param.values[0].op for param in CASES}
-    assert set(TABLE) == tried
+    own = {name for name in TABLE if name.startswith("hwsearch.")}  # tried in test_torch_fusing.py
+    assert set(TABLE) - own == tried
 
 
 def test_an_unknown_operator_is_named_with_what_to_do() -> None:

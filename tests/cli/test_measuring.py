@@ -49,7 +49,7 @@ def test_profile_defaults(api: Install) -> None:
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
         "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": (),
-        "shape": None, "lock_clocks": False,
+        "shape": None, "lock_clocks": False, "energy": False,
     }  # fmt: skip
 
 

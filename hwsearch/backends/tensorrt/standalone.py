@@ -151,24 +151,25 @@ def build(trt: Any, onnx: bytes, log: Any) -> bytes:
         raise Failed(
             "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors)) or "it is not parsed"
         )
-    config, known = builder.create_builder_config(), trt.BuilderFlag
-    if hasattr(known, "TF32"):
-        (config.set_flag if SETTINGS["base"] == "tf32" else config.clear_flag)(known.TF32)
-    if SETTINGS["sparse"] and hasattr(known, "SPARSE_WEIGHTS"):
-        config.set_flag(known.SPARSE_WEIGHTS)
+    config, flags = builder.create_builder_config(), trt.BuilderFlag
+    if hasattr(flags, "TF32"):
+        (config.set_flag if SETTINGS["base"] == "tf32" else config.clear_flag)(flags.TF32)
+    if SETTINGS["sparse"] and hasattr(flags, "SPARSE_WEIGHTS"):
+        config.set_flag(flags.SPARSE_WEIGHTS)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Failed("TensorRT does not build the network; its log is above")
     return bytes(plan)
 
 
-class Engine:
+class Loaded:
     """An engine on buffers of fixed addresses."""
 
     def __init__(self, trt: Any, cuda: Any, plan: bytes, log: Any) -> None:
         self._cuda = cuda
-        self._runtime = trt.Runtime(log)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        runtime = trt.Runtime(log)
+        self._kept = runtime  # an engine needs it as long as it lives
+        self._engine = runtime.deserialize_cuda_engine(plan)
         self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
             raise Failed("TensorRT cannot load the engine on this GPU; its log is above")
@@ -196,9 +197,9 @@ class Engine:
         return {name: buffer.read() for name, buffer in self.buffers.items() if name not in self.inputs}
 
 
-def check(engine: Engine, example: dict[str, Any]) -> None:
+def check(loaded: Loaded, example: dict[str, Any]) -> None:
     """Raises Failed where an output is further from the expected one than rounding explains; NaN is."""
-    got = engine({name: example[f"input:{name}"] for name in engine.inputs})
+    got = loaded({name: example[f"input:{name}"] for name in loaded.inputs})
     for name, value in got.items():
         want, allowed = example[f"output:{name}"].astype(np.float64), float(SETTINGS["tolerance"][name])
         size = float(np.sqrt(np.mean(want**2))) or 1.0
@@ -209,9 +210,9 @@ def check(engine: Engine, example: dict[str, Any]) -> None:
         print(f"[I] {said}")
 
 
-def timed(engine: Engine, cuda: Any, duration_s: float) -> list[float]:
+def timed(loaded: Loaded, cuda: Any, duration_s: float) -> list[float]:
     """Milliseconds of inferences on the GPU, one after another, each launched as a CUDA graph."""
-    graph = cuda.capture(engine.enqueue)
+    graph = cuda.capture(loaded.enqueue)
     ends = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < ends:
         graph.launch()
@@ -239,10 +240,10 @@ def report(times_ms: list[float]) -> str:
 
 def main(argv: list[str] | None = None, trt: Any = None, cuda: Any = None, folder: Path | None = None) -> int:
     """trt, cuda: in place of the package tensorrt and of the CUDA runtime. folder: of the files, that of this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--duration", type=float, default=3.0, metavar="SECONDS", help="how long to time (3)")
-    parser.add_argument("--save-engine", type=Path, metavar="FILE", help="keep the serialised engine")
-    args = parser.parse_args(argv)
+    words = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    words.add_argument("--duration", type=float, default=3.0, metavar="SECONDS", help="how long to time (3)")
+    words.add_argument("--save-engine", type=Path, metavar="FILE", help="keep the serialised engine")
+    args = words.parse_args(argv)
     folder = folder or Path(__file__).resolve().parent
     try:
         trt = trt or importlib.import_module("tensorrt")
@@ -252,10 +253,10 @@ def main(argv: list[str] | None = None, trt: Any = None, cuda: Any = None, folde
         if args.save_engine:
             args.save_engine.write_bytes(plan)
         cuda = cuda or Cudart()
-        engine = Engine(trt, cuda, plan, log)
+        loaded = Loaded(trt, cuda, plan, log)
         with np.load(folder / "example.npz", allow_pickle=False) as arrays:
-            check(engine, dict(arrays))
-        print(report(timed(engine, cuda, args.duration)))
+            check(loaded, dict(arrays))
+        print(report(timed(loaded, cuda, args.duration)))
     except (Failed, ImportError, OSError, KeyError) as error:
         print(f"[E] {error}\n&&&& FAILED hwsearch.run_tensorrt", file=sys.stderr)
         return 1
