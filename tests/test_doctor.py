@@ -25,7 +25,7 @@ from hwsearch.testing.contract import checks, small_network
 from hwsearch.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("own_locks")
-NETWORKS = [small_network(name) for name in doctor.NETWORKS]
+NETWORKS = [small_network(name) for name in (*doctor.NETWORKS, "stored")]
 
 
 class Simulated(SimulatedBackend):
