@@ -59,7 +59,7 @@ def test_kernels_are_kept_as_they_come(tmp_path: Path) -> None:
 
 def test_rivals_are_timed_beside_the_dense_network_and_a_summary_says_so(tmp_path: Path) -> None:
     out = tmp_path / "rivals-transformer.json"
-    words = ("--task", f"{TRIAL}:transformer", "--batch", "2", "--limit", "1", "-o", str(out))
+    words = ("--task", f"{TRIAL}:transformer", "--batch", "2", "--limit", "600", "-o", str(out))
     step("rivals", str(tmp_path), *words)
     found = json.loads(out.read_text())
     assert found["rows"][0]["name"] == found["reference"] == "hwsearch fp16"
