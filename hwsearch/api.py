@@ -138,10 +138,10 @@ def sensitivity(
         batch = table.header.options.get("batch")
     stored = table is not None and any(str(IN_INT8) in own for own in table.offered().values())
     storage = STORAGE in axes or stored
-    bits = table.header.int8_bits if table is not None else None
-    at = regime(
-        task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, int8_bits=bits
-    )
+    int8: dict[str, Any] = {}
+    if table is not None:
+        int8 = {"int8_bits": table.header.int8_bits, "unsigned": table.header.unsigned}
+    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, **int8)
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
         table.require(network=at.network)

@@ -38,6 +38,7 @@ from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_l
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique, unit_of
+from hwsearch.padding import fold_pads
 from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
@@ -112,10 +113,12 @@ def assemble(
             where = "out" if role == "out" else f"in{port}"
             of = ranges[unit, call, where]
             scale = int8_scale(of, where, int8_bits) if variant.precision == "int8" else of.top / FP8_TOP
-            unsigned = unsigned_concat and variant.precision == "int8" and builder.joined(node)
-            builder.activation(
-                node, unit, call, variant.precision, scale, own=role == "in", unsigned=unsigned
-            )
+            zero = None
+            if variant.precision == "int8" and of.unsigned:
+                zero = 0
+            elif variant.precision == "int8" and unsigned_concat and builder.joined(node):
+                zero = ZERO_POINT
+            builder.activation(node, unit, call, variant.precision, scale, own=role == "in", zero_point=zero)
     marks = [tag_of(n)[:2] for n in marked.graph.node if n.op_type == MARK]
     told = {unit for role, unit in marks if role == "weight"}
     units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
@@ -166,7 +169,7 @@ class _Builder:
         """The first marker of each layer's weight."""
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
-        self.dequantized: dict[tuple[str, str, float, bool], str] = {}
+        self.dequantized: dict[tuple[str, str, float, int | None], str] = {}
         self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
         self.shapes: list[onnx.ValueInfoProto] = []
         self.grids: dict[str, tuple[str, str]] = {}
@@ -429,7 +432,7 @@ class _Builder:
     def dynamic(self, node: onnx.NodeProto, unit: str, call: int, overall: float) -> None:
         """Quantize an activation to nvfp4, with scales of its blocks that are found as the network runs, and dequantize it."""
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, "nvfp4", overall, False
+        key = source, "nvfp4", overall, None
         if key not in self.dequantized:
             base, port, name = f"{unit}|{call}", tag_of(node)[3], node.output[0]
             scale = self._constant(f"{name}/overall", np.asarray(overall, np.float32))
@@ -469,22 +472,22 @@ class _Builder:
         return maker is not None
 
     def activation(
-        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool, unsigned: bool,
+        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool, zero_point: int | None,
     ) -> None:  # fmt: skip
         """Quantize and dequantize; two units which read one tensor on one scale share it.
 
         Not where outputs are quantized too: ONNX Runtime keeps a Q/DQ with two consumers signed, and has no fast
-        kernel for that. unsigned: int8 is written as uint8 with zero point 128.
+        kernel for that. zero_point: of uint8; None for the precision's own signed type.
         """
         source = self.renamed.get(node.input[0], node.input[0])
-        key = source, precision, scale_value, unsigned
+        key = source, precision, scale_value, zero_point
         if self.quantize_outputs or not self.shared_grids or key not in self.dequantized:
             role = "in" if own else "out"
             base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
             zero = f"{node.output[0]}/zero"
-            if unsigned:
-                self._constant(zero, np.asarray(ZERO_POINT, np.uint8))
+            if zero_point is not None:
+                self._constant(zero, np.asarray(zero_point, np.uint8))
             else:
                 self._zero(zero, precision, ())
             quantized, output = f"{node.output[0]}/{precision}", f"{node.output[0]}/dq"
@@ -528,6 +531,7 @@ class _Builder:
     def finish(self, metadata: dict[str, str]) -> onnx.ModelProto:
         old = self.marked.graph
         self._name_outputs()
+        self.nodes = fold_pads(self.nodes, self.initializers, [v.name for v in old.output])
         used = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,

@@ -133,6 +133,7 @@ def check(
         task, runtime, threads=int(options["threads"]), base=str(options["base"]), batch=int(options["batch"]),
         residual=bool(options.get(RESIDUAL)), load=int(options.get("load", 0)),
         clocks=int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0,
+        unsigned=table.header.unsigned,
     )  # fmt: skip
     fingerprint = devices.fingerprint_for(runtime).to_json()
     table.require(

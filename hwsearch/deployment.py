@@ -77,6 +77,7 @@ def of_allocation(
         storage=str(STORAGE) in allocation.variants.values(),
         energy=any(b["column"] == "energy" for b in allocation.budgets),
         int8_bits=int8_bits_of(allocation),
+        unsigned=bool(options.get("unsigned", False)) and bool(getattr(runtime, "unsigned_activations", False)),
     )  # fmt: skip
     check_allocation(allocation, at.network)
     if "dense.int8" in allocation.variants.values():

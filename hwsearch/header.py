@@ -90,6 +90,11 @@ class Header:
         """Bits of int8 weights: 7 where the device sums products of 8 inexactly."""
         return int(self.section["int8_bits"])
 
+    @property
+    def unsigned(self) -> bool:
+        """Whether int8 activations that were never negative on calibration data are unsigned."""
+        return bool(self.section["unsigned"])
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "network": self.network.to_json()}
 

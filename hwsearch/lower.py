@@ -45,7 +45,7 @@ class Lowering:
 
     batch: batch size of the deployed network; that of the example inputs where it is None. residual: the residual width
     of transformers is a channel group as well. int8_bits: of int8 weights, 8 or (for devices that sum products of 8 bits
-    inexactly) 7.
+    inexactly) 7. unsigned: int8 activations that were never negative on calibration data are uint8.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class Lowering:
         *,
         residual: bool = False,
         int8_bits: int = INT8_BITS,
+        unsigned: bool = False,
     ) -> None:
-        self.task, self.method, self.residual, self.int8_bits = task, method, residual, int8_bits
+        self.task, self.method, self.residual = task, method, residual
+        self.int8_bits, self.unsigned = int8_bits, unsigned
         self.inputs = with_batch(task.example_inputs, batch)
         self.traced = trace(task.model, self.inputs, task.name, residual=residual)
         check_calibration(task)
@@ -202,7 +204,7 @@ class Lowering:
     def ranges(self) -> dict[Key, Range]:
         if self.whole is not None and not self.calibrate:
             return self.whole.ranges
-        return activation_ranges(self.calibration, self.method)
+        return activation_ranges(self.calibration, self.method, unsigned=self.unsigned)
 
     @cached_property
     def weights(self) -> StoredWeights:

@@ -78,7 +78,7 @@ def run(
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
         try:
-            SensitivityTable.load(sens_path).require(at.network, at.lowering.int8_bits)
+            SensitivityTable.load(sens_path).require(at.network, at.lowering.int8_bits, at.lowering.unsigned)
         except IncompatibleTables as error:
             raise IncompatibleTables(
                 f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "
@@ -125,7 +125,7 @@ def sensitivity_for(
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
-        found.require(at.network, at.lowering.int8_bits)
+        found.require(at.network, at.lowering.int8_bits, at.lowering.unsigned)
         have = {v for row in found.loss.values() for v in row}
         missing = {v for u, own in wanted.items() for v in own - {*found.loss[u], *found.refused.get(u, {})}}
         if missing - {str(IN_INT8)} or found.quantize_outputs != at.backend.quantize_outputs:

@@ -105,6 +105,8 @@ class Regime:
         own: dict[str, Any] = {**self.options.to_json(), "batch": self.lowering.batch}
         if self.lowering.int8_bits != INT8_BITS:
             own["int8_bits"] = self.lowering.int8_bits
+        if self.lowering.unsigned:
+            own["unsigned"] = True
         if self.lowering.residual:
             own["residual"] = True
         if self.load:
@@ -160,12 +162,13 @@ def regime(
     storage: bool = False,
     energy: bool = False,
     int8_bits: int | None = None,
+    unsigned: bool | None = None,
 ) -> Regime:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
     clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that. energy: see
-    `Regime`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. Raises InvalidInput on a base
-    precision that the backend lacks.
+    `Regime`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. unsigned: see `Lowering`; None
+    for what the backend prefers. Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -176,7 +179,9 @@ def regime(
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
     bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
-    lowering = Lowering(task, batch, residual=residual, int8_bits=bits)
+    if unsigned is None:
+        unsigned = bool(getattr(backend, "unsigned_activations", False))
+    lowering = Lowering(task, batch, residual=residual, int8_bits=bits, unsigned=unsigned)
     return Regime(lowering, backend, options, load, clocks, storage, energy)
 
 

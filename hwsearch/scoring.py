@@ -54,7 +54,7 @@ class SensitivityTable:
     measured, but follows the Fisher estimate from the group's narrowest measured width on.
     refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
     quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it. int8_bits: of the
-    int8 weights, as the backend deploys them.
+    int8 weights, as the backend deploys them; unsigned: likewise whether int8 activations that were never negative are unsigned.
     rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
     """
 
@@ -70,6 +70,7 @@ class SensitivityTable:
     order: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     estimated: frozenset[tuple[str, int]] = frozenset()
     int8_bits: int = INT8_BITS
+    unsigned: bool = False
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
@@ -102,12 +103,13 @@ class SensitivityTable:
         chosen = [*((u, str(v)) for u, v in variants.items()), *((g, f"width{w}") for g, w in widths.items())]
         return not any(what in self.refused.get(of, ()) for of, what in chosen)
 
-    def require(self, network: Network, int8_bits: int | None = None) -> None:
-        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 weights of so many bits."""
+    def require(self, network: Network, int8_bits: int | None = None, unsigned: bool | None = None) -> None:
+        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 of this kind."""
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
             ("weights", self.network.weights_digest, network.weights_digest),
             ("bits of int8 weights", self.int8_bits, int8_bits or self.int8_bits),
+            ("int8 activations (unsigned)", self.unsigned, self.unsigned if unsigned is None else unsigned),
         ):
             if own != other:
                 raise IncompatibleTables(
@@ -140,6 +142,7 @@ class SensitivityTable:
             "divergence": self.divergence,
             "quantize_outputs": self.quantize_outputs,
             "int8_bits": self.int8_bits,
+            "unsigned": self.unsigned,
             "rank_correlation": self.rank_correlation,
             "created": self.created,
             "validation": [list(pair) for pair in self.validation],
@@ -170,6 +173,7 @@ class SensitivityTable:
                 divergence=header["divergence"],
                 quantize_outputs=bool(header["quantize_outputs"]),
                 int8_bits=int(header.get("int8_bits", INT8_BITS)),
+                unsigned=bool(header.get("unsigned", False)),
                 rank_correlation=header["rank_correlation"],
                 created=header["created"],
                 validation=tuple((float(a), float(b)) for a, b in header["validation"]),
@@ -278,6 +282,7 @@ def measure_sensitivity(
         kind,
         quantize_outputs,
         lowering.int8_bits,
+        lowering.unsigned,
         [str(v) for v in variants],
         samples,
         cuts,
@@ -318,6 +323,7 @@ def measure_sensitivity(
         divergence=kind,
         quantize_outputs=quantize_outputs,
         int8_bits=lowering.int8_bits,
+        unsigned=lowering.unsigned,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         width_loss=width_loss,
         order={g: tuple(map(int, bank.order[g])) for g in network.channels}

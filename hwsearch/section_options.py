@@ -52,6 +52,12 @@ OPTIONS: dict[str, Any] = {
             "--int8-bits", min=7, max=8, metavar="BITS", help=f"{_WHICH} of int8 weights of so many bits."
         ),
     ],
+    "unsigned": Annotated[
+        bool | None,
+        typer.Option(
+            "--unsigned/--signed", help=f"{_WHICH} of unsigned int8 activations, or of signed ones."
+        ),
+    ],
 }
 
 

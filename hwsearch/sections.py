@@ -16,7 +16,15 @@ Shape = tuple[int, ...]
 Shapes = str | Sequence[str | Sequence[int]]
 """Input shapes as a user gives them: `"1x3x160x160"`, or a sequence of such texts or of sequences of sizes."""
 
-ABSENT: dict[str, Any] = {"load": 0, "residual": False, "cpus": "", "clocks": 0, "mps": 0.0, "int8_bits": 8}
+ABSENT: dict[str, Any] = {
+    "load": 0,
+    "residual": False,
+    "cpus": "",
+    "clocks": 0,
+    "mps": 0.0,
+    "int8_bits": 8,
+    "unsigned": False,
+}
 """Options that a table has only where they are not this."""
 ALWAYS = ("threads", "batch", "base")
 

@@ -357,41 +357,63 @@ def test_clocks_are_locked_in_the_main_thread_only() -> None:
     assert "nvmlDeviceSetGpuLockedClocks" not in dict(nvml.calls)
 
 
+RETURNS = """
+import os, signal
+from simulated_nvml import Nvml
+from hwsearch.clocks import lock_clocks
+from hwsearch.nvidia import find
+nvml, seen = Nvml(), []
+signal.signal(signal.SIGTERM, lambda number, frame: seen.append((int(number), nvml.locked)))
+with lock_clocks(find(nvml, {}), 1410):
+    signal.raise_signal(signal.SIGTERM)
+    print(seen, nvml.locked)
+    signal.raise_signal(signal.SIGTERM)
+    print(len(seen))
+print(nvml.locked)
+signal.raise_signal(signal.SIGTERM)
+print(len(seen))
+"""
+
+
 def test_a_handler_that_returns_finds_the_clock_free_and_leaves_it_locked() -> None:
-    nvml, seen = Nvml(), []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append((number, nvml.locked)))
-    try:
-        with lock_clocks(find(nvml, {}), 1410):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert seen == [(signal.SIGTERM, None)]
-            assert nvml.locked == 1410
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert len(seen) == 2
-        assert nvml.locked is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(seen) == 3
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    number = int(signal.SIGTERM)
+    assert _run(RETURNS) == [f"[({number}, None)] 1410", "2", "None", "3"]
+
+
+WHILE_LETTING_GO = """
+import signal
+from simulated_nvml import Nvml
+from hwsearch.clocks import lock_clocks
+from hwsearch.nvidia import find
+nvml, seen, times = Nvml(), [], []
+let_go = nvml.answers["nvmlDeviceResetGpuLockedClocks"]
+
+def interrupted(handle):
+    let_go(handle)
+    times.append(len(seen))
+    if len(times) == 1:
+        signal.raise_signal(signal.SIGTERM)
+
+nvml.answers["nvmlDeviceResetGpuLockedClocks"] = interrupted
+signal.signal(signal.SIGTERM, lambda number, frame: seen.append(int(number)))
+with lock_clocks(find(nvml, {}), 1410):
+    pass
+print(seen, nvml.locked)
+"""
 
 
 def test_a_signal_while_the_clock_is_let_go_does_not_lock_it_again() -> None:
-    nvml, seen, times = Nvml(), [], []
-    let_go = nvml.answers["nvmlDeviceResetGpuLockedClocks"]
+    assert _run(WHILE_LETTING_GO) == [f"[{int(signal.SIGTERM)}] None"]
 
-    def interrupted(handle: Handle) -> None:
-        let_go(handle)
-        times.append(len(seen))
-        if len(times) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    nvml.answers["nvmlDeviceResetGpuLockedClocks"] = interrupted
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        with lock_clocks(find(nvml, {}), 1410):
-            pass
-        assert (seen, nvml.locked) == ([signal.SIGTERM], None)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _run(script: str) -> list[str]:
+    """The lines that a script prints in a process of its own, which is all that a signal gone astray could end."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 SCRIPT = """

@@ -110,7 +110,7 @@ def space(
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
     space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
-    sensitivity.require(table.network, table.header.int8_bits)
+    sensitivity.require(table.network, table.header.int8_bits, table.header.unsigned)
     check_axes(axes)
     model = model or fit(table)
     energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None

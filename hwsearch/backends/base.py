@@ -89,9 +89,11 @@ class Backend(Protocol):
 
     A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
     `weight_storage = True`: it computes right with weights that a file stores in int8 and makes floating by Cast and Mul.
-    `unsigned_concat = True`: Q/DQ between a Concat and a convolution has to be uint8, see `assemble`. And `int8_bits = 8`, where
-    int8 products are summed exactly on every device that it runs on (7: with weights of 7 bits only); without it a small network
-    is built and run to find out, see `exactness`.
+    `unsigned_activations = True`: int8 activations that were never negative on calibration data are uint8 with zero point 0. It
+    gives them one more bit, and CPUs whose products take unsigned inputs need not convert them. `unsigned_concat = True`: Q/DQ
+    between a Concat and a convolution has to be uint8, see `assemble`. And `int8_bits = 8`, where int8 products are summed
+    exactly on every device that it runs on (7: with weights of 7 bits only); without it a small network is built and run to find
+    out, see `exactness`.
     """
 
     name: str

@@ -45,6 +45,7 @@ class ONNXRuntimeBackend:
     quantize_outputs = True
     own_process = True
     weight_storage = True
+    unsigned_activations = True
 
     def _runtime(self) -> Any:
         try:

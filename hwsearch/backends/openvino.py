@@ -28,6 +28,7 @@ class OpenVINOBackend:
     quantize_outputs = False
     own_process = True
     weight_storage = True
+    unsigned_activations = True
     unsigned_concat = True
 
     def __init__(self) -> None:

@@ -170,7 +170,7 @@ def quantized_activation(
     """What the Q/DQ of an activation returns. of: its range on calibration data. port, int8_bits: as for `int8_scale`."""
     assert of is not None
     if precision == "int8":
-        return on_grid(x, int8_scale(of, port, int8_bits))
+        return on_grid(x, int8_scale(of, port, int8_bits), unsigned=of.unsigned)
     if precision == "fp8":
         scale = float(np.float32(of.top / FP8_TOP))
         return _fp8(x / scale) * scale

@@ -18,6 +18,7 @@ from hwsearch.trace import Traced
 from hwsearch.variants import INT8_BITS, int8_levels
 
 LEVELS = int8_levels(INT8_BITS)
+UNSIGNED_LEVELS = 255
 METHODS = ("mse", "percentile", "minmax")
 BINS = 2048
 PERCENTILE = 99.99
@@ -34,11 +35,13 @@ class Range:
     """What calibration says of one tensor.
 
     limit: the largest magnitude that int8 should represent; top: the largest seen, which floats of few bits represent.
-    Both are infinite where NaN or infinity was seen.
+    Both are infinite where NaN or infinity was seen. unsigned: whether its int8 is uint8 with zero point 0, as nothing negative
+    was seen.
     """
 
     limit: float
     top: float
+    unsigned: bool = False
 
     @property
     def finite(self) -> bool:
@@ -122,10 +125,10 @@ class _Observer(torch.fx.Interpreter):
 
 
 class _Seen:
-    """What calibration saw of one tensor: its largest magnitude and a random sample of all magnitudes."""
+    """What calibration saw of one tensor: its largest magnitude, its least value and a random sample of all magnitudes."""
 
     def __init__(self) -> None:
-        self.top = 0.0
+        self.top = self.low = 0.0
         self.parts: list[torch.Tensor] = []
 
     def add(self, value: torch.Tensor, keep: int, generator: torch.Generator) -> None:
@@ -134,6 +137,7 @@ class _Seen:
         if not (np.isfinite(low) and np.isfinite(high)):
             self.top = float("inf")
         self.top = max(self.top, -low, high)  # which NaN is never
+        self.low = min(self.low, low)
         if not keep or not np.isfinite(self.top):
             return
         flat = value.reshape(-1)
@@ -143,12 +147,16 @@ class _Seen:
 
 
 def activation_ranges(
-    batches: Iterable[tuple[Traced, tuple[Any, ...], dict[str, Any]]], method: str = "mse"
+    batches: Iterable[tuple[Traced, tuple[Any, ...], dict[str, Any]]],
+    method: str = "mse",
+    *,
+    unsigned: bool = False,
 ) -> dict[Key, Range]:
     """The range of each tensor that may be quantized.
 
     batches: calibration batches, each with a trace for its shape; each runs once. method: of the limit, `minmax` (the largest
-    seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping).
+    seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping). unsigned: what was
+    never negative is quantized to uint8, but for the second activation of a product, which stands where weights do.
     Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an output of the network is NaN or
     infinite; within the network both are legal.
     """
@@ -169,25 +177,40 @@ def activation_ranges(
             inputs = flat_inputs(traced.graph, args, kwargs)
             outputs = _Observer(traced, see).run(*inputs, enable_io_processing=False)
             check_finite(outputs, traced.graph, inputs, f"batch {number} of the calibration data")
-    return {key: found for keys, own in seen.items() for found in [_range(own, method)] for key in keys}
+    found: dict[Key, Range] = {}
+    for keys, own in seen.items():
+        signed = (
+            _range(own, method, unsigned=False) if any(k[2] == "in1" for k in keys) or not unsigned else None
+        )
+        free = _range(own, method, unsigned=own.low >= 0.0) if unsigned else signed
+        for key in keys:
+            which = signed if key[2] == "in1" else free
+            assert which is not None
+            found[key] = which
+    return found
 
 
-def _range(seen: _Seen, method: str) -> Range:
+def _range(seen: _Seen, method: str, *, unsigned: bool) -> Range:
     if not np.isfinite(seen.top):
         return Range(float("inf"), float("inf"))
-    return Range(_limit(seen, method), seen.top) if seen.top >= VANISHING else Range(1.0, 1.0)
+    if seen.top < VANISHING:
+        return Range(1.0, 1.0)
+    return Range(_limit(seen, method, UNSIGNED_LEVELS if unsigned else LEVELS), seen.top, unsigned)
 
 
-def _limit(seen: _Seen, method: str) -> float:
+def _limit(seen: _Seen, method: str, levels: int) -> float:
     if method == "minmax":
         return seen.top
     sample = torch.cat(seen.parts)
     counts = torch.histc(sample, BINS, 0.0, seen.top).double().numpy()
     if method == "percentile":
         return _percentile_limit(counts, seen.top)
-    limit = _mse_limit(counts, seen.top)
+    limit = _mse_limit(counts, seen.top, levels)
     # The histogram rounds; the sample itself has the last word between clipping and not.
-    error, unclipped = (float((fake_quantize(sample, x) - sample).square().mean()) for x in (limit, seen.top))
+    error, unclipped = (
+        float((on_grid(sample, x / levels, unsigned=levels == UNSIGNED_LEVELS) - sample).square().mean())
+        for x in (limit, seen.top)
+    )
     return limit if error <= unclipped else seen.top
 
 
@@ -197,11 +220,11 @@ def _percentile_limit(counts: NDArray[np.float64], top: float) -> float:
     return top * (min(index, BINS - 1) + 1) / BINS
 
 
-def _mse_limit(counts: NDArray[np.float64], top: float) -> float:
+def _mse_limit(counts: NDArray[np.float64], top: float, levels: int) -> float:
     centers = (np.arange(BINS) + 0.5) * top / BINS
     limits = top * np.geomspace(0.05, 1.0, 80)
-    steps = limits[:, None] / LEVELS
-    rounded = np.minimum(np.round(centers / steps), LEVELS) * steps
+    steps = limits[:, None] / levels
+    rounded = np.minimum(np.round(centers / steps), levels) * steps
     errors = ((centers - rounded) ** 2 * counts).sum(axis=1)
     return float(limits[int(np.argmin(errors))])
 
@@ -214,7 +237,7 @@ def int8_scale(of: Range, port: str, bits: int = INT8_BITS) -> float:
     """
     if port == "in1" and bits < INT8_BITS:
         return of.top / int8_levels(bits)
-    return of.limit / LEVELS
+    return of.limit / (UNSIGNED_LEVELS if of.unsigned else LEVELS)
 
 
 def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
@@ -222,7 +245,8 @@ def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
     return on_grid(x, limit / LEVELS)
 
 
-def on_grid(x: torch.Tensor, step: float) -> torch.Tensor:
-    """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, of this scale in fp32."""
+def on_grid(x: torch.Tensor, step: float, *, unsigned: bool = False) -> torch.Tensor:
+    """What QuantizeLinear then DequantizeLinear return: int8 or uint8, zero point 0, of this scale in fp32."""
     scale = float(np.float32(step))
-    return (x / scale).round().clamp(-LEVELS - 1, LEVELS) * scale
+    low, high = (0, UNSIGNED_LEVELS) if unsigned else (-LEVELS - 1, LEVELS)
+    return (x / scale).round().clamp(low, high) * scale

@@ -119,13 +119,16 @@ class Stored(torch.nn.Module):
         return F.linear(F.relu(self.up(x.transpose(1, 2))).transpose(1, 2), self.table.weight)
 
 
-def small_network(name: str, int8_bits: int = INT8_BITS) -> Lowering:
-    """`residual`, `attention`, `two_inputs` or `stored`, with random weights, traced and calibrated. int8_bits: of int8 weights."""
-    return _made(name, int8_bits)
+def small_network(name: str, int8_bits: int = INT8_BITS, *, unsigned: bool = False) -> Lowering:
+    """`residual`, `attention`, `two_inputs` or `stored`, with random weights, traced and calibrated.
+
+    int8_bits: of int8 weights. unsigned: see `Lowering`.
+    """
+    return _made(name, int8_bits, unsigned)
 
 
 @cache
-def _made(name: str, int8_bits: int) -> Lowering:
+def _made(name: str, int8_bits: int, unsigned: bool) -> Lowering:
     torch.manual_seed(0)
     makers: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
         "residual": (Residual, lambda: torch.randn(1, 3, 32, 32)),
@@ -136,13 +139,14 @@ def _made(name: str, int8_bits: int) -> Lowering:
     model, inputs = makers[name]
     example = inputs()
     task = Task(model().eval(), example, [example, inputs()], lambda predict: 0.0, name)
-    return Lowering(task, int8_bits=int8_bits)
+    return Lowering(task, int8_bits=int8_bits, unsigned=unsigned)
 
 
 def small_regime(name: str, backend: Backend, base: str | None = None) -> Regime:
-    """One of these networks for a backend, its int8 weights of as many bits as that sums exactly here."""
+    """One of these networks for a backend, in the int8 that it takes on this device."""
     options = BuildOptions(1, base or backend.bases()[0])
-    return Regime(small_network(name, int8_bits(backend, options)), backend, options)
+    unsigned = bool(getattr(backend, "unsigned_activations", False))
+    return Regime(small_network(name, int8_bits(backend, options), unsigned=unsigned), backend, options)
 
 
 def mixed(lowering: Lowering, base: str, variant: Variant = Variant("int8")) -> dict[str, Variant]:  # noqa: B008

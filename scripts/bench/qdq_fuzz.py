@@ -86,7 +86,8 @@ def networks(runtimes: Sequence[Backend], seed: int, levels: int) -> Iterator[Ca
     """A random torch module in random allocations, as hwsearch lowers them for each runtime."""
     model, inputs = random_networks.network(seed)
     task = hs.Task(model, inputs, [inputs], lambda predict: 0.0, f"network {seed}")
-    low = Lowering(task, method="minmax")
+    forms = {b.name: Lowering(task, method="minmax", unsigned=getattr(b, "unsigned_activations", False)) for b in runtimes}
+    low = next(iter(forms.values()))
     rng, seen = np.random.default_rng(seed), set[frozenset[str]]()
     for number in range(ALLOCATIONS):
         chosen = frozenset(u.name for u in low.network.units if not number or rng.random() < 0.6)
@@ -95,7 +96,7 @@ def networks(runtimes: Sequence[Backend], seed: int, levels: int) -> Iterator[Ca
         seen.add(chosen)
         variants = {u.name: Variant("int8" if u.name in chosen else "fp32") for u in low.network.units}
         for backend in runtimes:
-            made = low.onnx(variants, **qdq_form(backend))
+            made = forms[backend.name].onnx(variants, **qdq_form(backend))
             made = with_levels(made, levels) if levels < FULL else made
             feed = dict(zip((v.name for v in made.graph.input), low.arrays(), strict=True))
             about = f"{model} with int8 in {', '.join(sorted(chosen))}"

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from hwsearch.compress.quantize import Range, activation_ranges, fake_quantize, quantize_weight
+from hwsearch.compress.quantize import (
+    Range,
+    activation_ranges,
+    fake_quantize,
+    int8_scale,
+    on_grid,
+    quantize_weight,
+)
 from hwsearch.errors import InvalidInput
 from hwsearch.trace import trace
 
@@ -65,6 +72,40 @@ def test_outliers_are_clipped() -> None:
 def test_zeros_get_a_harmless_range() -> None:
     found = ranges([torch.zeros(4, 8)], "mse")
     assert next(v for k, v in found.items() if k[2] == "in0") == Range(1.0, 1.0)
+
+
+class Gated(nn.Module):
+    """`b` reads what a ReLU left, `c` what may be negative, and a product takes a ReLU's output on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x))
+        z: torch.Tensor = torch.bmm(y, y.transpose(1, 2)) @ self.c(self.b(y))
+        return z
+
+
+def test_what_is_never_negative_is_unsigned_but_in_the_place_of_a_weight() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 8)
+    batches = [(trace(Gated(), x), (x,), {})]
+    for method in ("mse", "minmax"):
+        found = activation_ranges(batches, method, unsigned=True)
+        signed = activation_ranges(batches, method)
+        assert {k[:1] + k[2:] for k, v in found.items() if v.unsigned} == {
+            ("a", "out"), ("b", "in0"), ("matmul", "in0"), ("matmul", "out"), ("matmul_1", "in0"),
+        }  # fmt: skip
+        assert not any(v.unsigned for v in signed.values())
+        assert {k: v for k, v in found.items() if not v.unsigned} == {
+            k: signed[k] for k, v in found.items() if not v.unsigned
+        }
+    y = torch.rand(64, 8) * 3.0
+    of = Range(3.0, 3.0, unsigned=True)
+    assert int8_scale(of, "in0") == 3.0 / 255
+    assert float((on_grid(y, int8_scale(of, "in0"), unsigned=True) - y).abs().max()) <= 0.5001 * 3.0 / 255
+    assert on_grid(torch.tensor([-1.0, 4.0]), 3.0 / 255, unsigned=True).tolist() == pytest.approx([0.0, 3.0])
 
 
 def test_infinity_within_a_network_has_no_range() -> None:

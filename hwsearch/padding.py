@@ -1,0 +1,94 @@
+"""Zeros that a Pad puts around what convolutions read, made the convolutions' own padding.
+
+Runtimes do that themselves in a float network (OpenVINO's PadFusion, ONNX Runtime's), and not where Q/DQ stands between the two:
+the Pad then runs by itself and the quantizer after it is not fused into the layer before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def fold_pads(
+    nodes: Sequence[onnx.NodeProto], stored: Mapping[str, onnx.TensorProto], outputs: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """The nodes without each Pad whose zeros only convolutions read, directly or through Q/DQ. The other nodes may be changed.
+
+    stored: the graph's constants. outputs: names of the graph's outputs, which stay.
+    """
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in nodes:
+        for position, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, position))
+    left = []
+    for node in nodes:
+        widths = _zeros(node, stored)
+        layers = _convolutions(node.output[0], readers, outputs) if widths is not None else None
+        if widths is None or not layers:
+            left.append(node)
+            continue
+        for layer in layers:
+            _pad(layer, widths)
+        for reader, position in readers[node.output[0]]:
+            reader.input[position] = node.input[0]
+            readers.setdefault(node.input[0], []).append((reader, position))
+    return left
+
+
+def _zeros(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> list[int] | None:
+    """What a Pad puts before and after each spatial axis (begins, then ends), where that is zeros and nothing else; else None."""
+    if node.op_type != "Pad" or (len(node.input) > 3 and node.input[3]):
+        return None
+    if any(a.name == "mode" and helper.get_attribute_value(a) != b"constant" for a in node.attribute):
+        return None
+    if len(node.input) > 2 and node.input[2]:
+        value = stored.get(node.input[2])
+        if value is None or np.any(numpy_helper.to_array(value) != 0):
+            return None
+    tensor = stored.get(node.input[1])
+    if tensor is None:
+        return None
+    begins, ends = np.split(numpy_helper.to_array(tensor).astype(int), 2)
+    if len(begins) < 3 or begins[:2].any() or ends[:2].any() or (begins < 0).any() or (ends < 0).any():
+        return None
+    return [*begins[2:].tolist(), *ends[2:].tolist()]
+
+
+def _convolutions(
+    name: str, readers: Mapping[str, Sequence[tuple[onnx.NodeProto, int]]], outputs: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """The convolutions that are all that reads a tensor, directly or through Q/DQ; empty where anything else does."""
+    found: list[onnx.NodeProto] = []
+    todo = [name]
+    while todo:
+        current = todo.pop()
+        if current in outputs:
+            return []
+        for node, position in readers.get(current, ()):
+            if position:
+                return []
+            if node.op_type in _QDQ:
+                todo.append(node.output[0])
+            elif node.op_type == "Conv" and _explicit(node):
+                found.append(node)
+            else:
+                return []
+    return found
+
+
+def _explicit(node: onnx.NodeProto) -> bool:
+    return all(a.name != "auto_pad" or helper.get_attribute_value(a) == b"NOTSET" for a in node.attribute)
+
+
+def _pad(node: onnx.NodeProto, widths: Sequence[int]) -> None:
+    own = next((a for a in node.attribute if a.name == "pads"), None)
+    if own is None:
+        node.attribute.append(helper.make_attribute("pads", list(widths)))
+        return
+    own.ints[:] = [a + b for a, b in zip(own.ints, widths, strict=True)]

@@ -1,0 +1,124 @@
+"""Zeros around what a convolution reads become its own padding, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from hwsearch.padding import fold_pads
+
+SIDE, CHANNELS = 7, 3
+
+
+def model(
+    widths: Sequence[int],
+    own: Sequence[int],
+    *,
+    quantized: str = "",
+    convolutions: int = 1,
+    mode: str = "constant",
+    value: float | None = None,
+    beside: str = "",
+    channels: int = 0,
+) -> onnx.ModelProto:
+    """x -> Pad -> [Q/DQ of a type] -> so many Conv; beside: another operator that reads the padded tensor."""
+    rng = np.random.default_rng(0)
+    begins, ends = [0, channels, *widths[:2]], [0, 0, *widths[2:]]
+    stored = {
+        "pads": np.array([*begins, *ends], np.int64),
+        "weight": rng.normal(size=(4, CHANNELS + channels, 3, 3)).astype(np.float32),
+        "scale": np.float32(0.05),
+        "zero": np.array({"": 0, "int8": 0, "uint8": 128}[quantized], quantized or "int8"),
+    }
+    inputs = ["x", "pads"]
+    if value is not None:
+        stored["value"] = np.float32(value)
+        inputs.append("value")
+    nodes = [helper.make_node("Pad", inputs, ["padded"], name="Pad", mode=mode)]
+    source = "padded"
+    if quantized:
+        nodes += [
+            helper.make_node("QuantizeLinear", ["padded", "scale", "zero"], ["codes"]),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["grid"]),
+        ]
+        source = "grid"
+    attributes: dict[str, Any] = {"pads": list(own)} if any(own) else {}
+    outputs = [f"y{i}" for i in range(convolutions)]
+    nodes += [helper.make_node("Conv", [source, "weight"], [y], **attributes) for y in outputs]
+    if beside:
+        nodes.append(helper.make_node(beside, ["padded"], ["z"]))
+        outputs.append("z")
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, CHANNELS, SIDE, SIDE])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, None) for y in outputs],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)])
+
+
+def folded(made: onnx.ModelProto) -> onnx.ModelProto:
+    new = onnx.ModelProto()
+    new.CopyFrom(made)
+    stored = {t.name: t for t in new.graph.initializer}
+    nodes = fold_pads(list(new.graph.node), stored, [v.name for v in new.graph.output])
+    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del new.graph.node[:]
+    new.graph.node.extend(kept)
+    return new
+
+
+def pads_left(made: onnx.ModelProto) -> int:
+    return sum(n.op_type == "Pad" for n in made.graph.node)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*[st.integers(0, 3)] * 4),
+    st.tuples(*[st.integers(0, 2)] * 4),
+    st.sampled_from(["", "int8", "uint8"]),
+    st.integers(1, 2),
+    st.sampled_from([None, 0.0]),
+)
+def test_the_same_numbers_without_the_pad(
+    widths: tuple[int, ...], own: tuple[int, ...], quantized: str, convolutions: int, value: float | None
+) -> None:
+    made = model(widths, own, quantized=quantized, convolutions=convolutions, value=value)
+    new = folded(made)
+    assert (pads_left(made), pads_left(new)) == (1, 0)
+    x = np.random.default_rng(1).normal(size=(2, CHANNELS, SIDE, SIDE)).astype(np.float32)
+    for a, b in zip(ReferenceEvaluator(made).run(None, {"x": x}), ReferenceEvaluator(new).run(None, {"x": x}), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mode": "reflect"},
+        {"value": 1.0},
+        {"beside": "Relu"},
+        {"beside": "Identity"},
+        {"channels": 1},
+    ],
+    ids=str,
+)
+def test_any_other_pad_stays(other: dict[str, Any]) -> None:
+    made = model((1, 1, 1, 1), (0, 0, 0, 0), **other)
+    assert folded(made) == made
+
+
+def test_a_pad_that_is_cut_or_an_output_stays() -> None:
+    made = model((-1, 0, 0, -1), (0, 0, 0, 0))
+    assert folded(made) == made
+    made = model((1, 0, 0, 1), (0, 0, 0, 0))
+    made.graph.output.append(helper.make_tensor_value_info("padded", TensorProto.FLOAT, None))
+    assert folded(made) == made
