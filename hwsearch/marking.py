@@ -6,6 +6,9 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import torch
@@ -23,6 +26,8 @@ from hwsearch.units import Site, other_readers
 OPSET = 18
 MARK = "Mark"
 DOMAIN = "hwsearch"
+_REGISTRIES: dict[str, Any] = {}
+"""Tables of ONNX operators, by how torch asked for them."""
 
 
 def mark(x: torch.Tensor, role: str, unit: str, call: int, port: int) -> torch.Tensor:
@@ -53,7 +58,7 @@ def export(traced: Traced) -> onnx.ModelProto:
     ):
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _one_registry():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph.eval(),
@@ -69,6 +74,33 @@ def export(traced: Traced) -> onnx.ModelProto:
     model = program.model_proto
     _name_nodes(model)
     return model
+
+
+@contextmanager
+def _one_registry() -> Iterator[None]:
+    """Exports in this block share torch's table of ONNX operators, which torch builds anew for each: about a second.
+
+    Nothing here registers operators, so that the table stays as it is. A torch that keeps it elsewhere builds its own.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def kept(cls: Any, **options: Any) -> Any:
+        key = json.dumps(options, sort_keys=True)
+        if key not in _REGISTRIES:
+            _REGISTRIES[key] = original.__get__(None, cls)(**options)
+        return _REGISTRIES[key]
+
+    ONNXRegistry.from_torchlib = classmethod(kept)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
 
 
 def _mark_site(graph: torch.fx.GraphModule, node: torch.fx.Node, site: Site, unit: str, index: int) -> None:
