@@ -38,7 +38,7 @@ from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_l
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.marking import DOMAIN, MARK, tag_of
 from hwsearch.nodenames import unique, unit_of
-from hwsearch.padding import fold_pads
+from hwsearch.rewrites import fold_pads, keep_float
 from hwsearch.typed import TYPES, float_units
 from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
@@ -87,6 +87,7 @@ def assemble(
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset, shared)
+    builder.quantized = {unit for unit, v in variants.items() if v.quantized}
     for node in marked.graph.node:
         if node.op_type != MARK:
             builder.copy(node)
@@ -157,6 +158,7 @@ class _Builder:
     def __init__(self, marked: onnx.ModelProto, quantize_outputs: bool, opset: int, shared: bool) -> None:
         self.marked, self.opset, self.shared_grids = marked, opset, shared
         self.quantize_outputs = quantize_outputs
+        self.quantized: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
         self.initializers = {t.name: t for t in marked.graph.initializer}
@@ -532,6 +534,8 @@ class _Builder:
         old = self.marked.graph
         self._name_outputs()
         self.nodes = fold_pads(self.nodes, self.initializers, [v.name for v in old.output])
+        if self.quantize_outputs:
+            self.nodes = keep_float(self.nodes, self.initializers, self.quantized, self.names)
         used = {name for node in self.nodes for name in node.input}
         graph = helper.make_graph(
             self.nodes,

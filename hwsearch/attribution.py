@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from hwsearch.backends.base import NodeTime
 from hwsearch.builds import NodeRow
 from hwsearch.marking import unit_of
-from hwsearch.network import Network
+from hwsearch.network import STORED_OPS, Network
 from hwsearch.variants import Variant
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
@@ -49,7 +50,63 @@ def attribute(nodes: Sequence[NodeTime], network: Network, names: Mapping[str, s
             mentioned = _mentioned(node.name, known)
             kind, units = ("edge" if _moves(node.op) else "rest"), mentioned[-1:]
         rows.append(NodeRow(node.name, node.op, kind, tuple(units), node.precision, node.time_ns))
-    return tuple(rows)
+    return _placed(rows, network)
+
+
+def _placed(rows: Sequence[NodeRow], network: Network) -> tuple[NodeRow, ...]:
+    """Products that no source names as the work of layers that no product names, where their place leaves one choice.
+
+    OpenVINO calls some products after a constant that it made (`Multiply_7169`). Nodes stand in the order of execution: a layer
+    runs after all that it reads, and before all that reads it. Of several layers for as many products in a row, in their order.
+    """
+    where: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        if row.kind == "unit" and not _moves(row.op):
+            for unit in row.units:
+                where.setdefault(unit, i)
+    layers = [u.name for u in network.units if u.name not in where and u.op not in STORED_OPS]
+    nameless = [
+        i for i, r in enumerate(rows) if r.kind == "rest" and not r.units and r.op.startswith(_PRODUCTS)
+    ]
+    if not layers or not nameless:
+        return tuple(rows)
+    before, after = _reached(network, backwards=True), _reached(network, backwards=False)
+    fits = {
+        i: frozenset(
+            layer
+            for layer in layers
+            if all(where.get(u, -1) < i for u in before[layer])
+            and all(where.get(u, len(rows)) > i for u in after[layer])
+        )
+        for i in nameless
+    }
+    new = list(rows)
+    for fitting in dict.fromkeys(fits.values()):
+        places = [i for i in nameless if fits[i] == fitting]
+        others = [i for i in nameless if i not in places and fits[i] & fitting]
+        if len(places) == len(fitting) and not others:
+            for i, layer in zip(places, (u for u in layers if u in fitting), strict=True):
+                new[i] = replace(rows[i], kind="unit", units=(layer,))
+    return tuple(new)
+
+
+def _reached(network: Network, *, backwards: bool) -> dict[str, set[str]]:
+    """For each unit the units before it (or after it) along the tensors that flow between them."""
+    nearest: dict[str, set[str]] = {u.name: set() for u in network.units}
+    for edge in network.edges:
+        start, end = (edge.dst, edge.src) if backwards else (edge.src, edge.dst)
+        if start in nearest and end in nearest:
+            nearest[start].add(end)
+    found: dict[str, set[str]] = {}
+    for name in nearest:
+        reached, todo = set[str](), list(nearest[name])
+        while todo:
+            unit = todo.pop()
+            if unit not in reached:
+                reached.add(unit)
+                todo += nearest[unit]
+        found[name] = reached
+    return found
 
 
 def _resolve(source: str, names: Mapping[str, str]) -> str:

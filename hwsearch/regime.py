@@ -239,8 +239,6 @@ def refusals(
             refused.setdefault(unit.name, {})[variant] = why
         elif executed and executed != asked and asked != build.base:
             refused.setdefault(unit.name, {})[variant] = f"executed in {executed}"
-        elif not executed and asked != build.base:
-            refused.setdefault(unit.name, {})[variant] = "the engine's record does not name this layer"
     return refused
 
 

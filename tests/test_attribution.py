@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+import pytest
+import torch
+
+import hwsearch as hs
 from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import NodeTime
-from hwsearch.network import Network, Unit
-from hwsearch.variants import Variant
+from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.marking import tensor_names
+from hwsearch.network import Edge, Network, Unit
+from hwsearch.regime import regime
+from hwsearch.variants import Variant, uniform
 
 SHAPE = (1, 8, 4, 4)
 NETWORK = Network(
@@ -86,3 +94,69 @@ def test_a_fused_node_says_nothing_of_a_float_unit_that_it_holds() -> None:
     assert told_apart(("fp32", "int8", "int8"), rows, allocation, NETWORK) == ("fp32", "", "int8")
     alone = [replace(rows[1], units=("layer1.conv1",))]
     assert told_apart(("fp32", "int8", ""), alone, allocation, NETWORK) == ("fp32", "int8", "")
+
+
+def chain(*names: str, branches: bool = False) -> Network:
+    """Layers one after the other; branches: all but the first and the last side by side."""
+    units = tuple(Unit(n, "linear", ((1, 8),), (1, 8)) for n in names)
+    if branches:
+        pairs = [(names[0], n) for n in names[1:-1]] + [(n, names[-1]) for n in names[1:-1]]
+    else:
+        pairs = list(pairwise(names))
+    return Network(units, tuple(Edge(a, b, 32) for a, b in pairs))
+
+
+def product(name: str, *sources: str) -> NodeTime:
+    return node(name, "FullyConnected", *(sources or (name,)), precision="int8")
+
+
+def owners(nodes: list[NodeTime], network: Network) -> dict[str, tuple[str, ...]]:
+    return {r.name: r.units for r in attribute(nodes, network, {}) if r.kind == "unit"}
+
+
+def test_a_product_without_a_name_is_known_by_its_place() -> None:
+    """OpenVINO calls some after a constant that it made: those of BERT's `attention.output.dense`."""
+    a, c, d = (product(f"{n}|0|MatMul") for n in "acd")
+    nodes = [a, product("Multiply_7169"), c, product("Multiply_7170"), d]
+    found = owners(nodes, chain("a", "b", "c", "x", "d"))
+    assert found["Multiply_7169"] == ("b",)
+    assert found["Multiply_7170"] == ("x",)
+    side_by_side = [a, product("Multiply_1"), product("Multiply_2"), d]
+    found = owners(side_by_side, chain("a", "b", "c", "d", branches=True))
+    assert (found["Multiply_1"], found["Multiply_2"]) == (("b",), ("c",))
+
+
+def test_a_place_that_leaves_a_choice_tells_nothing() -> None:
+    a, d = (product(f"{n}|0|MatMul") for n in "ad")
+    assert set(owners([a, product("Multiply_1"), d], chain("a", "b", "c", "d"))) == {a.name, d.name}
+    two = [a, product("Multiply_1"), product("Multiply_2"), d]
+    assert set(owners(two, chain("a", "b", "d"))) == {a.name, d.name}
+    before = [product("Multiply_1"), a, d]  # what b reads is not there yet
+    assert set(owners(before, chain("a", "b", "d"))) == {a.name, d.name}
+
+
+def test_every_layer_of_berts_is_known_in_openvino() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval()
+
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.model(ids).last_hidden_state
+            return hidden
+
+    ids = torch.randint(0, 50, (1, 16))
+    at = regime(hs.Task(Hidden(), ids, [ids], lambda predict: 0.0, "bert"), OpenVINOBackend())
+    variants = uniform(at.network, "int8")
+    engine, made = at.build(variants)
+    executed = executed_precisions(attribute(engine.nodes(), at.network, tensor_names(made)), at.network)
+    asked = {u.name: e for u, e in zip(at.network.units, executed, strict=True) if variants[u.name].quantized}
+    assert asked
+    assert all(asked.values()), asked

@@ -14,12 +14,17 @@ from onnx import TensorProto
 _PRODUCTS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 _MOVES = frozenset("Transpose Reshape Squeeze Unsqueeze".split())
 """What ONNX Runtime moves Q/DQ past, up to a layer."""
+_ONWARDS = _MOVES | frozenset("Split Slice MaxPool Clip".split())
+"""What OpenVINO moves a dequantizer past."""
 _MEANS = frozenset("AveragePool GlobalAveragePool ReduceMean".split())
 
 SIGNED_CONCAT = "int8 Q/DQ beside a Concat: OpenVINO aligns the branches and loses their scale; uint8 with zero point 128 keeps it"
 MIXED_CONCAT = "a Concat of quantizers of several types: OpenVINO computes with the scale of another branch"
 ROUNDED_MEAN = "a mean between Q/DQ and a layer: OpenVINO rounds it to whole steps"
 TWICE = "one quantizer straight after another, behind a Concat: OpenVINO crashes as it compiles them"
+SPLIT = "a part of a dequantized tensor read by a convolution, and the rest by others: OpenVINO loses its scale"
+CLIPPED = "a Clip behind Q/DQ: OpenVINO rounds its bounds to whole steps"
+REPEATED = "one quantizer behind another, read by a layer through a move and by others: OpenVINO loses a scale"
 DYNAMIC = "an int8 weight whose layer reads floats: ONNX Runtime quantizes these as the network runs"
 
 
@@ -27,7 +32,15 @@ def faults(model: onnx.ModelProto, runtime: str) -> list[str]:
     """Why a runtime (`openvino`, `onnxruntime`) would compute a graph wrongly, each reason once; empty where none is known."""
     graph = _Graph(model)
     known: dict[str, dict[str, Callable[[_Graph], bool]]] = {
-        "openvino": {TWICE: _twice, MIXED_CONCAT: _mixed, SIGNED_CONCAT: _signed, ROUNDED_MEAN: _mean},
+        "openvino": {
+            TWICE: _twice,
+            MIXED_CONCAT: _mixed,
+            SIGNED_CONCAT: _signed,
+            ROUNDED_MEAN: _mean,
+            CLIPPED: _clipped,
+            REPEATED: _repeated,
+            SPLIT: _split,
+        },
         "onnxruntime": {DYNAMIC: _dynamic},
     }
     return [why for why, found in known.get(runtime, {}).items() if found(graph)]
@@ -58,6 +71,11 @@ class _Graph:
         """The integer type of a quantizer or dequantizer, as its zero point has it; uint8 without one."""
         return self.stored[node.input[2]].data_type if len(node.input) > 2 else TensorProto.UINT8
 
+    def quantized(self, node: onnx.NodeProto) -> bool:
+        """Whether it is a product whose second operand, a weight or an activation, is dequantized."""
+        maker = self.makers.get(node.input[1]) if node.op_type in _PRODUCTS else None
+        return maker is not None and maker.op_type == "DequantizeLinear"
+
     def before(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The nodes that an activation came through, up to one that reads several, a product or another quantizer."""
         maker = self.makers.get(node.input[0])
@@ -85,13 +103,7 @@ def _has(nodes: Iterator[onnx.NodeProto], *operators: str) -> bool:
 
 def _feeds(graph: _Graph, node: onnx.NodeProto, *operators: str) -> bool:
     """Whether a quantized layer of these kinds reads what a dequantizer makes, through whatever stands between."""
-    return any(
-        n.op_type in operators
-        and len(n.input) > 1
-        and (maker := graph.makers.get(n.input[1])) is not None
-        and maker.op_type == "DequantizeLinear"
-        for n in graph.after(node)
-    )
+    return any(n.op_type in operators and graph.quantized(n) for n in graph.after(node))
 
 
 def _signed(graph: _Graph) -> bool:
@@ -120,7 +132,58 @@ def _mixed(graph: _Graph) -> bool:
 
 
 def _mean(graph: _Graph) -> bool:
-    return any(_has(graph.after(n), *_MEANS) and _feeds(graph, n, *_PRODUCTS) for n in graph.dequantizers())
+    starts = [*graph.dequantizers(), *(n for n in graph.nodes if graph.quantized(n))]
+    return any(_has(graph.after(n), *_MEANS) and _feeds(graph, n, *_PRODUCTS) for n in starts)
+
+
+def _clipped(graph: _Graph) -> bool:
+    for node in graph.nodes:
+        if node.op_type != "Clip":
+            continue
+        maker = graph.makers.get(node.input[0])
+        joined = maker.input if maker is not None and maker.op_type == "Concat" else ()
+        branches = [graph.makers.get(name) for name in joined]
+        if _from_dequantizer(graph, node) or any(
+            b is not None and b.op_type == "DequantizeLinear" for b in branches
+        ):
+            return True
+    return False
+
+
+def _split(graph: _Graph) -> bool:
+    """A convolution that reads a part of what a dequantizer or a quantized product made, with no quantizer of its own."""
+    for node in graph.nodes:
+        if node.op_type != "Conv" or not graph.quantized(node):
+            continue
+        way = [n.op_type for n in graph.before(node)]
+        if "Split" in way and way[-1] in ("DequantizeLinear", *_PRODUCTS):
+            return True
+    return False
+
+
+def _repeated(graph: _Graph) -> bool:
+    """Of the second quantizer's values some must reach a layer through a move, and others another way."""
+    for node in graph.quantizers():
+        if not _from_dequantizer(graph, node):
+            continue
+        todo = [o for n in graph.readers.get(node.output[0], ()) for o in n.output]
+        several = moved = False
+        while todo:
+            readers = graph.readers.get(todo.pop(), ())
+            several |= len(readers) > 1
+            for reader in readers:
+                if reader.op_type in _ONWARDS:
+                    todo += reader.output
+                    moved |= any(graph.quantized(r) for o in reader.output for r in graph.readers.get(o, ()))
+        if several and moved:
+            return True
+    return False
+
+
+def _from_dequantizer(graph: _Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node reads what a dequantizer of activations made, with nothing but moves between."""
+    *between, first = [*graph.before(node)] or [node]
+    return first.op_type == "DequantizeLinear" and all(n.op_type in _ONWARDS for n in between)
 
 
 def _twice(graph: _Graph) -> bool:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import random_graphs
 import random_networks
-from judging import Meaning, Off, with_levels
+from judging import OWN_NORM, ROUGH_NORM, Meaning, Off, rough, with_levels
 
 import hwsearch as hs
 from hwsearch import backends
@@ -60,6 +60,8 @@ class Counts:
     refused: Counter[str] = field(default_factory=Counter)
     """By reason; those that turned out wrong, and those that did not."""
     wrong_refused: Counter[str] = field(default_factory=Counter)
+    rough: Counter[str] = field(default_factory=Counter)
+    """Right but for what a runtime is known to round itself, by reason."""
     unseen: list[str] = field(default_factory=list)
     not_built: list[str] = field(default_factory=list)
     disputed: list[str] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Counts:
 
     @property
     def graphs(self) -> int:
-        return self.right + self.refused.total() + len(self.unseen) + len(self.not_built) + len(self.disputed)
+        return self.right + self.rough.total() + self.refused.total() + len(self.unseen) + len(self.not_built) + len(self.disputed)
 
     def __str__(self) -> str:
         lines = [
@@ -77,6 +79,7 @@ class Counts:
         lines += [
             f"  refused {n} (wrong {self.wrong_refused[why]}): {why}" for why, n in self.refused.most_common()
         ]
+        lines += [f"  rounded by itself {n}: {why}" for why, n in self.rough.most_common()]
         for what in ("unseen", "not_built", "disputed"):
             lines += [f"  {what}: {text}" for text in getattr(self, what)]
         return "\n".join(lines)
@@ -124,15 +127,19 @@ def judge(case: Case, counts: Counts) -> None:
         else:
             counts.not_built.append(f"{case.name}: {str(error)[:200]} {case.about}")
         return
-    wrong = off.wrong and meaning.agreed
+    why = rough(meaning.model, backend.name)
+    beyond = off.beyond(ROUGH_NORM if why else OWN_NORM)
+    wrong = beyond and meaning.agreed
     if reasons:
         counts.refused.update(reasons[:1])
         counts.wrong_refused.update(reasons[:1] if wrong else [])
     elif wrong:
         counts.unseen.append(f"{case.name}: {_said(off)} {case.about}")
         print(f"{backend.name}: {counts.unseen[-1]}", file=sys.stderr)
-    elif off.wrong:
+    elif beyond:
         counts.disputed.append(f"{case.name}: {_said(off)} {case.about}")
+    elif off.wrong:
+        counts.rough[why] += 1
     else:
         counts.right += 1
 
@@ -153,7 +160,8 @@ def fuzz(
             for case in makers[kind]([backends.get(name) for name in runtimes], seed, levels):
                 own = counts[case.backend.name]
                 progress = f"{case.backend.name}: {own.graphs} of {count}, {case.name}"
-                print(progress, end="\r", file=sys.stderr)
+                if sys.stderr.isatty():
+                    print(progress, end="\r", file=sys.stderr)
                 judge(case, own)
             seed += 1
     except KeyboardInterrupt:

@@ -1,17 +1,25 @@
-"""Zeros that a Pad puts around what convolutions read, made the convolutions' own padding.
+"""An assembled network rewritten where Q/DQ would make a runtime do something else than in a float network.
 
-Runtimes do that themselves in a float network (OpenVINO's PadFusion, ONNX Runtime's), and not where Q/DQ stands between the two:
-the Pad then runs by itself and the quantizer after it is not fused into the layer before.
+`fold_pads`: zeros that a Pad puts around what convolutions read become the convolutions' own padding. Runtimes do that themselves
+in a float network (OpenVINO's PadFusion, ONNX Runtime's), and not where Q/DQ stands between the two: the Pad then runs by itself,
+and the quantizer after it is not fused into the layer before.
+
+`keep_float`: ONNX Runtime 1.32 quantizes the float weight of a layer between Q/DQ by itself, with one scale for all channels
+(its optimizer WeightBiasQuantization), and multiplies two dequantized activations in int8 (MatMulIntegerToFloat), of 8 bits, whose
+sums not every CPU has exactly. A Max of one input, which it leaves alone, before the layer keeps that float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from hwsearch.nodenames import unique, unit_of
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -92,3 +100,66 @@ def _pad(node: onnx.NodeProto, widths: Sequence[int]) -> None:
         node.attribute.append(helper.make_attribute("pads", list(widths)))
         return
     own.ints[:] = [a + b for a, b in zip(own.ints, widths, strict=True)]
+
+
+def keep_float(
+    nodes: Sequence[onnx.NodeProto],
+    stored: Mapping[str, onnx.TensorProto],
+    quantized: Collection[str],
+    names: set[str],
+) -> list[onnx.NodeProto]:
+    """The nodes with a Max before each float layer that stands between Q/DQ of activations, or multiplies two dequantized ones.
+
+    stored: the graph's constants. quantized: names of the units whose activations are quantized. names: of nodes, which those of
+    new ones join.
+    """
+    makers = {output: node for node in nodes for output in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    new = []
+    for node in nodes:
+        floating = node.op_type in _LAYERS and unit_of(node.name)[0] not in quantized
+        if floating and _dequantized(node.input[0], makers, stored) and (
+            _dequantized(node.input[1], makers, stored)
+            if node.input[1] not in stored
+            else _quantized(node, readers)
+        ):
+            kept = f"{node.output[0]}/read"
+            new.append(
+                helper.make_node("Max", [node.input[0]], [kept], name=unique(f"{_base(node)}|Max.float", names))
+            )
+            node.input[0] = kept
+        new.append(node)
+    return new
+
+
+def _dequantized(
+    name: str, makers: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether a tensor is a dequantized activation, or made of one by operators that read nothing else."""
+    while (maker := makers.get(name)) is not None:
+        reads = [i for i in maker.input if i and i not in stored]
+        if len(reads) != 1 or maker.op_type in _LAYERS:
+            return False
+        if maker.op_type == "DequantizeLinear":
+            return True
+        name = reads[0]
+    return False
+
+
+def _quantized(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether what a node returns is quantized, at once or behind operators that may be fused with it."""
+    todo = list(node.output)
+    while todo:
+        for reader in readers.get(todo.pop(), ()):
+            if reader.op_type == "QuantizeLinear":
+                return True
+            if reader.op_type not in _LAYERS:
+                todo += reader.output
+    return False
+
+
+def _base(node: onnx.NodeProto) -> str:
+    return node.name.rpartition("|")[0] or "~|0"

@@ -1,4 +1,4 @@
-"""Zeros around what a convolution reads become its own padding, and nothing else does."""
+"""Pads before convolutions become their padding; float layers between Q/DQ stay float in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from exact import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
-from hwsearch.padding import fold_pads
+import hwsearch as hs
+from hwsearch.attribution import attribute, executed_precisions
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
+from hwsearch.lower import Lowering
+from hwsearch.marking import tensor_names
+from hwsearch.rewrites import fold_pads
+from hwsearch.variants import Variant
 
 SIDE, CHANNELS = 7, 3
 
@@ -122,3 +132,37 @@ def test_a_pad_that_is_cut_or_an_output_stays() -> None:
     made = model((1, 0, 0, 1), (0, 0, 0, 0))
     made.graph.output.append(helper.make_tensor_value_info("padded", TensorProto.FLOAT, None))
     assert folded(made) == made
+
+
+class Between(nn.Module):
+    """A float layer (`b`, and the product of attention) between two that are quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        flat = y.flatten(2)
+        z: torch.Tensor = self.c(torch.relu(self.b(torch.nn.functional.max_pool2d(y, 2))))
+        return z + (flat.transpose(1, 2) @ flat).mean()
+
+
+def test_onnx_runtime_leaves_a_float_layer_between_quantized_ones_as_it_is() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 20, 20)
+    low = Lowering(hs.Task(Between(), x, [x], lambda predict: 0.0, "between"), int8_bits=bits())
+    variants = {u.name: Variant("int8" if u.name in "ac" else "fp32") for u in low.network.units}
+    backend = ONNXRuntimeBackend()
+    model = low.onnx(variants, quantize_outputs=True)
+    assert [n.name for n in model.graph.node if n.op_type == "Max"] == ["b|0|Max.float", "matmul|0|Max.float"]
+    engine = backend.build(model.SerializeToString(), BuildOptions(1, "fp32"))
+    simulate = low.simulator(low.traced, (x,), {}, quantize_outputs=True)
+    want, dense = (np.asarray(y.detach()) for y in (simulate(variants)[0], simulate.dense[0]))
+    (have,) = engine(*low.arrays())
+    quantization = float(np.linalg.norm(want - dense))
+    assert float(np.linalg.norm(have - want)) < 0.05 * quantization
+    executed = executed_precisions(attribute(engine.nodes(), low.network, tensor_names(model)), low.network)
+    assert dict(zip((u.name for u in low.network.units), executed, strict=True))["b"] == "fp32"
+    whole = low.onnx(dict.fromkeys(variants, Variant("int8")), quantize_outputs=True)
+    assert not [n for n in whole.graph.node if n.op_type == "Max"]
