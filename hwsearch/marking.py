@@ -90,17 +90,17 @@ def _one_registry() -> Iterator[None]:
         yield
         return
 
-    def kept(cls: Any, **options: Any) -> Any:
+    def kept(cls: Any, /, **options: Any) -> Any:
         key = json.dumps(options, sort_keys=True)
         if key not in _REGISTRIES:
             _REGISTRIES[key] = original.__get__(None, cls)(**options)
         return _REGISTRIES[key]
 
-    ONNXRegistry.from_torchlib = classmethod(kept)  # type: ignore[method-assign]
+    type.__setattr__(ONNXRegistry, "from_torchlib", classmethod(kept))
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
+        type.__setattr__(ONNXRegistry, "from_torchlib", original)
 
 
 def _mark_site(graph: torch.fx.GraphModule, node: torch.fx.Node, site: Site, unit: str, index: int) -> None:
