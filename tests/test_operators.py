@@ -79,7 +79,12 @@ NO_ONNX = set(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ONE_BY_ONE else ()) for n in FOLLOWED]
+    "name",
+    [
+        # a second or two each: every fifth of those that stand for themselves, all of them among the slow tests
+        pytest.param(n, marks=pytest.mark.slow if n in ONE_BY_ONE or i % 5 else ())
+        for i, n in enumerate(FOLLOWED)
+    ],
 )
 def test_channels_are_followed_through_in_onnx(name: str) -> None:
     """ONNX Runtime computes what torch does, at any width; where an operator has no ONNX form at all, that is said."""

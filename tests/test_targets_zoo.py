@@ -18,6 +18,8 @@ from hwsearch.zoo import load
 pytest.importorskip("tensorrt_rtx")
 
 LARGE = ("minilm", "efficientnet_lite0")
+
+pytestmark = pytest.mark.slow
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 LACKING = {
     "sm75": {"dense.bf16", "dense.fp8", "dense.int4", "dense.nvfp4"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from hwsearch.lower import Lowering
 from hwsearch.network import Unit
 from hwsearch.pipeline import sensitivity_for
 from hwsearch.refitting import weight_bank
-from hwsearch.regime import regime
+from hwsearch.regime import Regime
 from hwsearch.scoring import SensitivityTable, divergence
 from hwsearch.testing import BackendContract, SimulatedBackend
 from hwsearch.variants import Variant, int8_levels, uniform
@@ -219,14 +220,18 @@ def test_an_engine_computes_what_is_simulated(backend: Any, seed: int, positive:
     assert relative(have, leaves(simulate(variants))) < 0.02
 
 
+@cache
+def fashion(bits: int) -> Lowering:
+    return Lowering(hs.load("zoo:fashion_resnet"), 250, int8_bits=bits, unsigned=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: str(b.name))
 @pytest.mark.parametrize(
     ("images", "points"), [(500, 0.004), pytest.param(5000, 0.001, marks=pytest.mark.slow)]
 )
 def test_fashion_resnet_scores_as_simulated(backend: Any, images: int, points: float) -> None:
     """All int8: accuracy within a tenth of a point of the simulation's (of few images: two of them), divergence 1.5 times."""
-    task = hs.load("zoo:fashion_resnet")
-    at = regime(task, backend, batch=250)
+    at = Regime(fashion(int8_bits(backend, BuildOptions())), backend, BuildOptions())
     variants = uniform(at.network, "int8")
     engine, _ = at.build(variants)
     low, kind = at.lowering, "kl"

@@ -129,7 +129,9 @@ def test_bases(network: str, base: str, products: Products) -> None:
             assert {s.precision for s in made.steps if s.op in ("Conv", "MatMul", "Gemm")} <= {base, *RULES}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n != "fashion_resnet" else ()) for n in ZOO]
+)
 def test_zoo(name: str) -> None:
     from zoo.test_zoo import fetched
 
