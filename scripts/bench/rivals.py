@@ -41,6 +41,7 @@ def main() -> None:
         default="none",
         help="print the time by operator, or node by node",
     )
+    parser.add_argument("--signed", action="store_true", help="also ours with signed activations everywhere")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not given.tasks:
@@ -50,7 +51,7 @@ def main() -> None:
     if given.here:
         with tempfile.TemporaryDirectory() as folder:
             for task in given.tasks:
-                compare(task, Path(folder), given.seconds, given.nodes)
+                compare(task, Path(folder), given.seconds, given.nodes, signed=given.signed)
         return
     print(f"{_cpu()}; {os.cpu_count()} CPUs; one thread", flush=True)
     for isa in given.isa:
@@ -60,11 +61,11 @@ def main() -> None:
         print(f"{isa}:", flush=True)
         for task in given.tasks:
             command = [sys.executable, __file__, task, "--here", "--seconds", str(given.seconds)]
-            command += ["--nodes", given.nodes]
+            command += ["--nodes", given.nodes, *["--signed"] * given.signed]
             subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa}, check=True)
 
 
-def compare(spec: str, folder: Path, seconds: float, nodes: str) -> None:
+def compare(spec: str, folder: Path, seconds: float, nodes: str, *, signed: bool) -> None:
     """Print one line of ratios and scores, and where the time goes. folder: for NNCF's network."""
     import openvino
 
@@ -87,15 +88,20 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str) -> None:
     refit = refitted(lowering, int8)
     ours = type(at)(refit, backend, at.options).onnx(int8).SerializeToString()
     options = BuildOptions(1, "fp32")
+    rest: dict[str, Any] = {}
+    if signed:
+        other = regime(task, backend, unsigned=False)
+        other = type(at)(refitted(other.lowering, int8), backend, at.options)
+        rest["signed"] = other.onnx(int8).SerializeToString()
     theirs = _quantized(dense, lowering, folder / "nncf.xml")
-    files: dict[str, Any] = {"fp32": dense, "ours": ours, "nncf": theirs}
+    files: dict[str, Any] = {"fp32": dense, "ours": ours, "nncf": theirs, **rest}
     engines = {name: OpenVINOEngine(openvino.Core(), file, options) for name, file in files.items()}
     for engine in engines.values():
         engine.prepare(*lowering.arrays())
     runs = {name: engine.run for name, engine in engines.items()}
     protocol = Protocol(width=0.003, limit_s=seconds)
     against_nncf = paired(runs["nncf"], {"ours": runs["ours"]}, protocol)["ours"]
-    against_fp32 = paired(runs["fp32"], {n: runs[n] for n in ("ours", "nncf")}, protocol)
+    against_fp32 = paired(runs["fp32"], {n: runs[n] for n in ("ours", "nncf", *rest)}, protocol)
     scores = {n: score(task, predictor(lowering, e), n) for n, e in engines.items()}
     floats = sum(v != Variant("int8") for v in int8.values())
     print(
@@ -105,6 +111,8 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str) -> None:
         f"score fp32 {scores['fp32']:.4f}, ours {scores['ours']:.4f}, nncf {scores['nncf']:.4f}",
         flush=True,
     )
+    for name in rest:
+        print(f"  {name}: {against_fp32[name].ratio:.3f} of fp32, score {scores[name]:.4f}", flush=True)
     for name, engine in engines.items() if nodes != "none" else ():
         _print_nodes(name, engine, each=nodes == "each")
 
