@@ -6,35 +6,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hwsearch.allocate.allocation import Allocation as Allocation
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
-    from hwsearch.allocation import Allocation as Allocation
-    from hwsearch.api import profile as profile
-    from hwsearch.api import sensitivity as sensitivity
-    from hwsearch.checking import check as check
-    from hwsearch.deployment import deploy as deploy
-    from hwsearch.pipeline import run as run
+    from hwsearch.deployment.api import profile as profile
+    from hwsearch.deployment.api import sensitivity as sensitivity
+    from hwsearch.deployment.closed_loop import run as run
+    from hwsearch.deployment.deploy import deploy as deploy
+    from hwsearch.deployment.recheck import check as check
+    from hwsearch.deployment.targets import build as build
+    from hwsearch.deployment.targets import check_targets as check_targets
+    from hwsearch.deployment.verify import verify as verify
+    from hwsearch.loss.sensitivity import SensitivityTable as SensitivityTable
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_predictions as plot_predictions
     from hwsearch.plot import plot_staircase as plot_staircase
-    from hwsearch.scoring import SensitivityTable as SensitivityTable
-    from hwsearch.table import LatencyTable as LatencyTable
-    from hwsearch.targets import build as build
-    from hwsearch.targets import check_targets as check_targets
+    from hwsearch.table.table import LatencyTable as LatencyTable
     from hwsearch.task import Task as Task
     from hwsearch.task import load as load
-    from hwsearch.verification import verify as verify
 
 __version__ = "0.1.0"
 _HOMES = {
-    "allocation": ["Allocation"], "api": ["profile", "sensitivity"], "checking": ["check"],
-    "deployment": ["deploy"], "pipeline": ["run"], "verification": ["verify"],
+    "allocate.allocation": ["Allocation"], "deployment.api": ["profile", "sensitivity"], "deployment.recheck": ["check"],
+    "deployment.deploy": ["deploy"], "deployment.closed_loop": ["run"], "deployment.verify": ["verify"],
     "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
     "allocate.search": ["front", "search"],
-    "scoring": ["SensitivityTable"], "table": ["LatencyTable"],
-    "targets": ["build", "check_targets"], "task": ["Task", "load"],
+    "loss.sensitivity": ["SensitivityTable"], "table.table": ["LatencyTable"],
+    "deployment.targets": ["build", "check_targets"], "task": ["Task", "load"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from hwsearch.errors import InvalidInput
-from hwsearch.unwrapping import unwrapped
+from hwsearch.graph.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import hwsearch as hs
-from hwsearch import backends, device
+from hwsearch import backends
 from hwsearch.backends.base import Engine, example_arrays
-from hwsearch.background import background
-from hwsearch.measure import paired
-from hwsearch.regime import regime
-from hwsearch.variants import uniform
+from hwsearch.device import fingerprint as device
+from hwsearch.device.load import background
+from hwsearch.device.timing import paired
+from hwsearch.engine.setup import regime
+from hwsearch.network.variants import uniform
 
 COUNTED = 200
 """Inferences over which switches of threads are counted."""

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import hwsearch as hs
-from hwsearch.latency import fit
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import fit
+from hwsearch.table.table import LatencyTable
 
 CLI = [sys.executable, "-c", "from hwsearch.cli import main; main()"]
 

@@ -23,24 +23,25 @@ import numpy as np
 from scipy.stats import kendalltau
 
 import hwsearch as hs
-from hwsearch import backends, device
+from hwsearch import backends
+from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import space
-from hwsearch.budget import parse_budgets
-from hwsearch.builds import Build
-from hwsearch.design import Candidate, random_allocation
+from hwsearch.cli.overview import disturbed
+from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
+from hwsearch.deployment.session import Session
+from hwsearch.device import fingerprint as device
+from hwsearch.device.timing import Timing, paired
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import Regime, regime
 from hwsearch.errors import HwsearchError
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.measure import Timing, paired
-from hwsearch.overview import disturbed
-from hwsearch.pipeline import closed_loop, sensitivity_for
-from hwsearch.profiler import profile
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.network.choices import Candidate, random_allocation
+from hwsearch.network.variants import Variant
+from hwsearch.profiler.profile import profile
 from hwsearch.progress import Progress
-from hwsearch.reference import reference_engine
-from hwsearch.regime import Regime, regime
-from hwsearch.session import Session
-from hwsearch.table import LatencyTable, usable
-from hwsearch.variants import Variant
+from hwsearch.table.build import Build
+from hwsearch.table.table import LatencyTable, usable
 
 ATTEMPTS = 3
 

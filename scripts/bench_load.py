@@ -18,18 +18,19 @@ from pathlib import Path
 import numpy as np
 
 import hwsearch as hs
-from hwsearch import backends, device
-from hwsearch.background import background
-from hwsearch.design import random_allocation
-from hwsearch.latency import fit
-from hwsearch.measure import paired
-from hwsearch.overview import disturbed
-from hwsearch.profiler import profile
+from hwsearch import backends
+from hwsearch.cli.overview import disturbed
+from hwsearch.device import fingerprint as device
+from hwsearch.device.load import background
+from hwsearch.device.timing import paired
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import regime
+from hwsearch.latency.model import fit
+from hwsearch.network.choices import random_allocation
+from hwsearch.network.variants import Variant
+from hwsearch.profiler.profile import profile
 from hwsearch.progress import Progress
-from hwsearch.reference import reference_engine
-from hwsearch.regime import regime
-from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant
+from hwsearch.table.table import LatencyTable
 
 
 def main() -> None:

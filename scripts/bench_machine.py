@@ -19,15 +19,16 @@ import numpy as np
 from bench_processes import build, drawn
 
 import hwsearch as hs
-from hwsearch import backends, device
+from hwsearch import backends
 from hwsearch.backends.base import Engine
-from hwsearch.design import Candidate
-from hwsearch.equations import MOODS
-from hwsearch.measure import QUIET, Protocol
-from hwsearch.regime import Regime, regime
-from hwsearch.session import uniform_candidates
-from hwsearch.stopwatch import times
-from hwsearch.variants import uniform
+from hwsearch.deployment.session import uniform_candidates
+from hwsearch.device import fingerprint as device
+from hwsearch.device.stopwatch import times
+from hwsearch.device.timing import QUIET, Protocol
+from hwsearch.engine.setup import Regime, regime
+from hwsearch.latency.regression import MOODS
+from hwsearch.network.choices import Candidate
+from hwsearch.network.variants import uniform
 
 WINDOW = 6
 """Rounds of one window."""

@@ -13,13 +13,14 @@ import argparse
 from pathlib import Path
 
 import hwsearch as hs
-from hwsearch import backends, device
+from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
+from hwsearch.deployment.evaluate import predictor, score
+from hwsearch.deployment.report import Report
+from hwsearch.device import fingerprint as device
 from hwsearch.errors import BudgetMissed, Infeasible
-from hwsearch.evaluation import predictor, score
-from hwsearch.lower import Lowering
+from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
-from hwsearch.report import Report
 
 
 def main() -> None:

@@ -22,16 +22,17 @@ from bench_latency_model import errors
 from torch import nn
 
 import hwsearch as hs
-from hwsearch import backends, device
-from hwsearch.design import Candidate, random_candidate
-from hwsearch.latency import fit
-from hwsearch.measure import paired
-from hwsearch.profiler import profile
+from hwsearch import backends
+from hwsearch.device import fingerprint as device
+from hwsearch.device.timing import paired
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import Regime, regime
+from hwsearch.latency.model import fit
+from hwsearch.network.choices import Candidate, random_candidate
+from hwsearch.network.variants import Variant
+from hwsearch.profiler.profile import profile
 from hwsearch.progress import Progress
-from hwsearch.reference import reference_engine
-from hwsearch.regime import Regime, regime
-from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant
+from hwsearch.table.table import LatencyTable
 from hwsearch.zoo.fashion_resnet import WIDTHS, Block, FashionResNet
 
 DEPTHS = (2, 3, 2)

@@ -20,13 +20,14 @@ from unittest.mock import patch
 import numpy as np
 
 import hwsearch as hs
-from hwsearch import backends, device
+from hwsearch import backends
 from hwsearch.backends.base import Engine
-from hwsearch.design import Candidate, random_allocation
-from hwsearch.measure import paired
-from hwsearch.regime import Regime, regime
-from hwsearch.stopwatch import times
-from hwsearch.variants import legal, uniform
+from hwsearch.device import fingerprint as device
+from hwsearch.device.stopwatch import times
+from hwsearch.device.timing import paired
+from hwsearch.engine.setup import Regime, regime
+from hwsearch.network.choices import Candidate, random_allocation
+from hwsearch.network.variants import legal, uniform
 
 BETWEEN = 2
 """Other networks that are built, run and dropped between two builds of the same."""

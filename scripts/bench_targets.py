@@ -31,15 +31,15 @@ from torch.utils import _pytree as pytree
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import Array, BuildOptions, Engine
-from hwsearch.backends.tensorrt.building import serialise
+from hwsearch.backends.tensorrt.builder import serialise
 from hwsearch.backends.tensorrt.buildlog import executed, fused_layers
+from hwsearch.backends.typed import strongly_typed
+from hwsearch.cli.printing import plainly
+from hwsearch.deployment.evaluate import predictor, score
+from hwsearch.deployment.targets import objections, offered, otherwise, request_of, runtime, verdicts
 from hwsearch.errors import BackendUnavailable
-from hwsearch.evaluation import predictor, score
-from hwsearch.lower import Lowering
-from hwsearch.show import plainly
-from hwsearch.targets import objections, offered, otherwise, request_of, runtime, verdicts
-from hwsearch.typed import strongly_typed
-from hwsearch.variants import Variant
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
 from hwsearch.zoo import NAMES
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")

@@ -23,19 +23,20 @@ import numpy as np
 import torch
 
 import hwsearch as hs
-from hwsearch import backends, device
-from hwsearch.budget import parse_budgets
-from hwsearch.compress.apply import Simulator
+from hwsearch import backends
+from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.simulate import Simulator
+from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
+from hwsearch.deployment.session import Job, Session, uniform_candidates
+from hwsearch.device import fingerprint as device
+from hwsearch.engine.setup import Regime, regime
 from hwsearch.errors import HwsearchError
-from hwsearch.pipeline import closed_loop, sensitivity_for
-from hwsearch.profiler import profile
+from hwsearch.loss.sensitivity import divergence
+from hwsearch.lowering.refitted import refitted, weight_bank
+from hwsearch.network.variants import Variant
+from hwsearch.profiler.profile import profile
 from hwsearch.progress import Progress
-from hwsearch.refitting import refitted, weight_bank
-from hwsearch.regime import Regime, regime
-from hwsearch.scoring import divergence
-from hwsearch.session import Job, Session, uniform_candidates
-from hwsearch.variants import Variant
 
 
 @dataclass(frozen=True)

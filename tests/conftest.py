@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hwsearch.backends.cuda import driver
-from hwsearch.device import cache_dir
+from hwsearch.device.fingerprint import cache_dir
 from hwsearch.errors import BackendUnavailable
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hwsearch.tablefile import KEY
+from hwsearch.table.parquet import KEY
 
 
 def rewrite(

@@ -9,11 +9,11 @@ from typing import Any
 import tiny
 
 from hwsearch.backends.base import BuildOptions
-from hwsearch.lower import Lowering
-from hwsearch.measure import Protocol
-from hwsearch.profiler import profile
-from hwsearch.regime import Regime
-from hwsearch.table import LatencyTable
+from hwsearch.device.timing import Protocol
+from hwsearch.engine.setup import Regime
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.profiler.profile import profile
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import small_network
 

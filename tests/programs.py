@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from hwsearch.network import Edge, Network, Unit
-from hwsearch.variants import Variant
+from hwsearch.network.network import Edge, Network, Unit
+from hwsearch.network.variants import Variant
 
 OPERATORS = {"max_pool1d": True, "avg_pool1d": False, "cat": True}
 """Operators between units, and whether int8 passes them as it is."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import NodeTime
-from hwsearch.builds import Build
-from hwsearch.design import (
+from hwsearch.engine.attribution import attribute, executed_precisions
+from hwsearch.latency.staircase import group_times
+from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.network.choices import (
     Candidate,
     Grid,
     all_cells,
@@ -21,13 +22,12 @@ from hwsearch.design import (
     whole,
     worth,
 )
-from hwsearch.header import Header
-from hwsearch.network import ChannelGroup, Edge, Network, Unit, Way
-from hwsearch.scoring import SensitivityTable
-from hwsearch.staircase import group_times
-from hwsearch.table import LatencyTable
+from hwsearch.network.network import ChannelGroup, Edge, Network, Unit, Way
+from hwsearch.network.variants import Variant, network_bytes, uniform
+from hwsearch.table.build import Build
+from hwsearch.table.header import Header
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
-from hwsearch.variants import Variant, network_bytes, uniform
 
 DEVICE = {"id": "0123456789ab", "chip": "Simulated CPU"}
 OFFERED = (Variant("fp32"), Variant("int8"))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from simulation import OFFERED, chain, grouped, header, simulated_build, simulated_table
 
-from hwsearch.acquisition import Belief, propose
-from hwsearch.design import Candidate, cover, whole
-from hwsearch.network import Network
-from hwsearch.table import LatencyTable
+from hwsearch.network.choices import Candidate, cover, whole
+from hwsearch.network.network import Network
+from hwsearch.network.variants import uniform
+from hwsearch.profiler.proposal import Belief, propose
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
-from hwsearch.variants import uniform
 
 GROUPED = grouped()
 GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16], "conv2": [16, 8]}

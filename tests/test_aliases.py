@@ -10,8 +10,8 @@ from networks import Apply
 from torch import nn
 from torch.nn import functional as F
 
-from hwsearch.aliases import is_composite, op_name
-from hwsearch.trace import trace
+from hwsearch.graph.aliases import is_composite, op_name
+from hwsearch.graph.trace import trace
 
 
 def operators(forward: Any, x: torch.Tensor, **modules: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.allocation import SCHEMA, Allocation
+from hwsearch.allocate.allocation import SCHEMA, Allocation
 from hwsearch.errors import IncompatibleTables, InvalidInput
 
 ALLOCATION = Allocation(

@@ -12,14 +12,14 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.apply import Simulator
 from hwsearch.compress.patterns import follows
+from hwsearch.compress.simulate import Simulator
 from hwsearch.errors import UnsupportedVariant
-from hwsearch.lower import Lowering
-from hwsearch.marking import unit_of
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import unit_of
+from hwsearch.network.variants import Variant, legal, weight_bytes
 from hwsearch.testing.contract import TOLERANCE, mixed, small_network, wherever
 from hwsearch.testing.reference import dynamic_quantize
-from hwsearch.variants import Variant, legal, weight_bytes
 
 NETWORKS = ("residual", "attention", "two_inputs")
 VARIANTS = {

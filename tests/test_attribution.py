@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import hwsearch as hs
-from hwsearch.attribution import attribute, executed_precisions, told_apart
 from hwsearch.backends.base import NodeTime
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.marking import tensor_names
-from hwsearch.network import Edge, Network, Unit
-from hwsearch.regime import regime
-from hwsearch.variants import Variant, uniform
+from hwsearch.engine.attribution import attribute, executed_precisions, told_apart
+from hwsearch.engine.setup import regime
+from hwsearch.lowering.marked import tensor_names
+from hwsearch.network.network import Edge, Network, Unit
+from hwsearch.network.variants import Variant, uniform
 
 SHAPE = (1, 8, 4, 4)
 NETWORK = Network(

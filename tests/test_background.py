@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hwsearch.background import background, cpus
+from hwsearch.device.load import background, cpus
 from hwsearch.errors import InvalidInput
 
 
@@ -52,7 +52,7 @@ def test_workers_end_where_the_block_fails() -> None:
 
 def test_workers_end_with_a_killed_parent() -> None:
     code = (
-        "import os, signal\nfrom hwsearch.background import background\nfrom pathlib import Path\n"
+        "import os, signal\nfrom hwsearch.device.load import background\nfrom pathlib import Path\n"
         "with background(1):\n"
         "    kids = Path(f'/proc/self/task/{os.getpid()}/children').read_text()\n"
         "    print(kids, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from hwsearch.backends.base import TensorSpec
-from hwsearch.batching import BatchAxis, put_together
+from hwsearch.deployment.evaluate import predictor
 from hwsearch.errors import InvalidInput
-from hwsearch.evaluation import predictor
-from hwsearch.lower import Lowering
-from hwsearch.scoring import divergence
+from hwsearch.graph.batching import BatchAxis, put_together
+from hwsearch.loss.sensitivity import divergence
+from hwsearch.lowering.lowering import Lowering
 from hwsearch.task import Task
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.budget import Budget, parse_budgets, quantity
+from hwsearch.allocate.budget import Budget, parse_budgets, quantity
 from hwsearch.errors import InvalidInput
 
 DENSE = 10_000_000.0

@@ -10,11 +10,11 @@ import pytest
 from damaging import column, rewrite
 from simulation import chain, grouped, simulated_build, simulated_table
 
+from hwsearch.device.nvidia import State
 from hwsearch.errors import InvalidInput
-from hwsearch.nvidia import State
-from hwsearch.table import LatencyTable
+from hwsearch.network.variants import uniform
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw
-from hwsearch.variants import uniform
 
 NETWORK, GROUPED = chain(5), grouped()
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from networks import NETWORKS
 
-from hwsearch.calling import flat_inputs
 from hwsearch.errors import InvalidInput
-from hwsearch.trace import trace
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.graph.trace import trace
 
 
 def test_inputs_by_position_or_by_name() -> None:

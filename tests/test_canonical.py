@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from networks import NETWORKS
 
-from hwsearch.canonical import aten, bound, op_name
-from hwsearch.trace import trace
+from hwsearch.graph.canonical import aten, bound, op_name
+from hwsearch.graph.trace import trace
 
 
 def test_a_canonical_graph_holds_no_batch_norm_no_attention_and_nothing_in_place() -> None:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hwsearch.calling import as_call, flat_inputs
 from hwsearch.compress.widths import masked, narrow
-from hwsearch.network import macs
-from hwsearch.trace import Traced, trace
-from hwsearch.units import outside_units
+from hwsearch.graph.calls import as_call, flat_inputs
+from hwsearch.graph.trace import Traced, trace
+from hwsearch.graph.units import outside_units
+from hwsearch.network.network import macs
 
 settings.register_profile(
     "architectures",

@@ -13,15 +13,15 @@ import tiny
 
 import hwsearch as hs
 from hwsearch.backends.base import BuildOptions
-from hwsearch.checking import spread
+from hwsearch.deployment.recheck import spread
+from hwsearch.deployment.session import Job, Session
+from hwsearch.device.timing import Protocol
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.measure import Protocol
-from hwsearch.profiler import profile
-from hwsearch.regime import Regime
-from hwsearch.session import Job, Session
-from hwsearch.table import LatencyTable
+from hwsearch.network.variants import uniform
+from hwsearch.profiler.profile import profile
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.variants import uniform
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 LAW = LatencyLaw.random(tiny.lowering("cnn").network, 2)

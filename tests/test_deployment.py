@@ -15,15 +15,15 @@ from exact import bits
 from networks import leaves
 from torch.nn import functional as F
 
-from hwsearch.allocation import Allocation
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.calling import as_call
-from hwsearch.deployment import Deployed, deploy, parse_variants
+from hwsearch.deployment.deploy import Deployed, deploy, parse_variants
 from hwsearch.errors import IncompatibleTables
-from hwsearch.refitting import weight_bank
-from hwsearch.variants import network_bytes
+from hwsearch.graph.calls import as_call
+from hwsearch.lowering.refitted import weight_bank
+from hwsearch.network.variants import network_bytes
 
 BACKENDS = {"onnxruntime": ONNXRuntimeBackend(), "openvino": OpenVINOBackend()}
 NAMES = ("cnn", "transformer")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import OFFERED, chain, grouped
 
-from hwsearch.design import (
+from hwsearch.errors import InvalidInput
+from hwsearch.network.choices import (
     FASTER,
     MOST_STEPS,
     Candidate,
@@ -25,9 +26,8 @@ from hwsearch.design import (
     whole,
     worth,
 )
-from hwsearch.errors import InvalidInput
-from hwsearch.network import ChannelGroup, Network, Unit, Way
-from hwsearch.variants import Variant
+from hwsearch.network.network import ChannelGroup, Network, Unit, Way
+from hwsearch.network.variants import Variant
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from profiling import DESIGN, law, lowering, regime, run
 
-from hwsearch.design import all_cells
-from hwsearch.latency import fit, validate
-from hwsearch.overview import summary
-from hwsearch.table import LatencyTable
+from hwsearch.cli.overview import summary
+from hwsearch.latency.model import fit, validate
+from hwsearch.network.choices import all_cells
+from hwsearch.network.variants import Variant
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
-from hwsearch.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from hwsearch import device
-from hwsearch.device import Device, fingerprint, lock
+from hwsearch.device import fingerprint as device
+from hwsearch.device.fingerprint import Device, fingerprint, lock
 from hwsearch.errors import DeviceBusy, InvalidInput
 
 HOLD = """
 import sys, time
 sys.argv = ["/usr/bin/hwsearch", "profile", "zoo:some task"]
-from hwsearch.device import lock
+from hwsearch.device.fingerprint import lock
 with lock("dev"):
     print("held", flush=True)
     time.sleep(60)
@@ -99,7 +99,7 @@ def test_fingerprint_is_stable_across_processes_and_json() -> None:
     here = fingerprint()
     assert here.same_as(fingerprint())
     printed = subprocess.run(
-        [sys.executable, "-c", "from hwsearch.device import fingerprint; print(fingerprint().id)"],
+        [sys.executable, "-c", "from hwsearch.device.fingerprint import fingerprint; print(fingerprint().id)"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert printed.stdout.strip() == here.id

@@ -11,10 +11,10 @@ import pytest
 from simulation import alone_table, chain, simulated_table
 
 import hwsearch as hs
-from hwsearch.diagnosis import CAUSES, diagnose
 from hwsearch.errors import InvalidInput
-from hwsearch.latency import fit, validate
-from hwsearch.table import LatencyTable
+from hwsearch.latency.diagnosis import CAUSES, diagnose
+from hwsearch.latency.model import fit, validate
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw
 
 NETWORK = chain(16)

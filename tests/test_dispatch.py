@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.dispatch import EXPECTED, MOST, dispatch_ns
+from hwsearch.latency.overhead import EXPECTED, MOST, dispatch_ns
 
 
 def builds(

@@ -15,14 +15,16 @@ import pytest
 from simulated_nvml import NO_PERMISSION, NOT_SUPPORTED, Nvml
 from typer.testing import CliRunner
 
-from hwsearch import backends, cli, device, doctor
+from hwsearch import backends, cli
 from hwsearch.backends.base import BuildOptions
-from hwsearch.doctor import Examination, Result, examine
+from hwsearch.device import fingerprint as device
+from hwsearch.doctor import checks as doctor
+from hwsearch.doctor.checks import Examination, Result, examine
+from hwsearch.doctor.sharing import shared
 from hwsearch.errors import BackendUnavailable, DeviceBusy, InvalidInput
-from hwsearch.sharing import shared
+from hwsearch.network.variants import Variant
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import checks, small_network
-from hwsearch.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 NETWORKS = [small_network(name) for name in (*doctor.NETWORKS, "stored")]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hwsearch.trace import trace
+from hwsearch.graph.trace import trace
 
 OPS = ("conv", "relu", "add", "cat", "pool")
 

@@ -15,12 +15,12 @@ from test_measure import Machine
 
 import hwsearch as hs
 from hwsearch.allocate.search import search
-from hwsearch.builds import Build
-from hwsearch.consumption import energy_table, fit_energy
-from hwsearch.energy import find, rapl
+from hwsearch.device.energy import find, rapl
+from hwsearch.device.timing import Protocol, paired
 from hwsearch.errors import InvalidInput
-from hwsearch.measure import Protocol, paired
-from hwsearch.table import LatencyTable
+from hwsearch.latency.energy_model import energy_table, fit_energy
+from hwsearch.table.build import Build
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
 
 GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16, 8], "conv2": [16, 8]}

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwsearch.errors import HwsearchError, InvalidInput, UntraceableModel
-from hwsearch.lower import Lowering
+from hwsearch.graph.trace import trace
+from hwsearch.lowering.lowering import Lowering
 from hwsearch.task import Task
-from hwsearch.trace import trace
 
 
 class _Net(nn.Module):

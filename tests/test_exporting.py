@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hwsearch.errors import InvalidInput, UntraceableModel
-from hwsearch.trace import trace
+from hwsearch.graph.trace import trace
 
 
 class Branch(nn.Module):

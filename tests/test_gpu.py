@@ -12,13 +12,13 @@ import tiny
 from simulated_nvml import NO_PERMISSION, NOT_SUPPORTED, Nvml
 
 import hwsearch as hs
-from hwsearch import device
 from hwsearch.backends.base import BuildOptions
-from hwsearch.energy import tick_s
+from hwsearch.cli.overview import summary
+from hwsearch.device import fingerprint as device
+from hwsearch.device.energy import tick_s
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
-from hwsearch.overview import summary
-from hwsearch.regime import Regime
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")

@@ -10,7 +10,7 @@ from damaging import rewrite
 from simulation import grouped, simulated_table
 
 from hwsearch.errors import InvalidInput
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw
 
 GROUPED = grouped()

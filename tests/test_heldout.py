@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from profiling import FAST, narrow_regime
 
-from hwsearch.heldout import LEAST, HeldOut
-from hwsearch.latency import fit, validate
+from hwsearch.latency.model import fit, validate
+from hwsearch.profiler.heldout import LEAST, HeldOut
+from hwsearch.profiler.recorder import Recorder
+from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.progress import Progress
-from hwsearch.recording import Recorder
-from hwsearch.table import LatencyTable
-from hwsearch.timelimit import TimeLimit
+from hwsearch.table.table import LatencyTable
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

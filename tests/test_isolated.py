@@ -14,27 +14,27 @@ import torch
 from torch import nn
 
 import hwsearch as hs
-from hwsearch import overview
+from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.search import search
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.budget import parse_budgets
+from hwsearch.cli import overview
+from hwsearch.deployment.closed_loop import closed_loop
+from hwsearch.deployment.session import Session, uniform_candidates
+from hwsearch.device.timing import Protocol
+from hwsearch.engine.reference import INSTANCES
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.lower import Lowering
-from hwsearch.measure import Protocol
-from hwsearch.network import Network
-from hwsearch.pipeline import closed_loop
-from hwsearch.profiler import profile
-from hwsearch.reference import INSTANCES
-from hwsearch.regime import Regime
-from hwsearch.sandwich import contexts, filling, plan
-from hwsearch.scoring import SensitivityTable
-from hwsearch.session import Session, uniform_candidates
-from hwsearch.sums import dense_ns
-from hwsearch.table import LatencyTable
+from hwsearch.latency.layer_sum import dense_ns
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.network import Network
+from hwsearch.network.sandwich import contexts, filling, plan
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.profiler.profile import profile
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.variants import Variant, uniform
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 FAST = Protocol(width=0.02, block_ns=1, warmup_ns=1, limit_s=0.5)

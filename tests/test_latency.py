@@ -15,14 +15,14 @@ from simulation import (
     simulated_table,
 )
 
-from hwsearch.design import candidate_widths
-from hwsearch.equations import MIDDLE, Equations
 from hwsearch.errors import InvalidInput
-from hwsearch.latency import LatencyModel, Prediction, fit, layer_sum, noise_floor, validate
-from hwsearch.network import Network
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import LatencyModel, Prediction, fit, layer_sum, noise_floor, validate
+from hwsearch.latency.regression import MIDDLE, Equations
+from hwsearch.network.choices import candidate_widths
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw
-from hwsearch.variants import Variant, uniform
 
 NETWORK = chain(16)
 LAW = LatencyLaw.random(NETWORK, 1)

@@ -14,12 +14,12 @@ from torch import nn
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.calling import as_call
 from hwsearch.errors import InvalidInput, UntraceableModel
-from hwsearch.lower import Lowering, check_calibration, with_batch
-from hwsearch.marking import isolate, unit_of
+from hwsearch.graph.calls import as_call
+from hwsearch.lowering.lowering import Lowering, check_calibration, with_batch
+from hwsearch.lowering.marked import isolate, unit_of
+from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.task import Task
-from hwsearch.variants import Variant, legal, uniform
 
 BACKENDS = {"onnxruntime": ONNXRuntimeBackend(), "openvino": OpenVINOBackend()}
 QUICK = set(

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
-from hwsearch.canonical import op_name
-from hwsearch.compress.apply import Simulator
-from hwsearch.lower import Lowering
+from hwsearch.compress.simulate import Simulator
+from hwsearch.graph.canonical import op_name
+from hwsearch.graph.trace import trace
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import uniform
 from hwsearch.task import Task
-from hwsearch.trace import trace
-from hwsearch.variants import uniform
 
 Mask = Callable[[torch.Tensor], torch.Tensor]
 

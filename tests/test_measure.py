@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwsearch.measure import Protocol, Timing, paired
+from hwsearch.device.timing import Protocol, Timing, paired
 
 
 class Machine:

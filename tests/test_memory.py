@@ -8,10 +8,10 @@ from programs import Program, programs
 from simulation import grouped
 from torch import nn
 
-from hwsearch.memory import peak_bytes, steps, tensors
-from hwsearch.network import Edge, Network, Unit
-from hwsearch.trace import trace
-from hwsearch.variants import Variant, uniform
+from hwsearch.graph.trace import trace
+from hwsearch.network.memory import peak_bytes, steps, tensors
+from hwsearch.network.network import Edge, Network, Unit
+from hwsearch.network.variants import Variant, uniform
 
 BASES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import hwsearch as hs
 from hwsearch import cli
 from hwsearch.compress.patterns import follows
-from hwsearch.marking import unit_of
-from hwsearch.scoring import SensitivityTable
-from hwsearch.table import LatencyTable
+from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.lowering.marked import unit_of
+from hwsearch.network.variants import Variant, legal
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.variants import Variant, legal
 
 OFFERED = ("2:4.fp16", "dense.fp8")
 SPARSE = "conv2"

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from networks import NETWORKS
 
-from hwsearch.channels import Axis
-from hwsearch.narrowing import cut, left_channels, narrow_graph, share_graph
-from hwsearch.trace import trace
+from hwsearch.graph.channels import Axis
+from hwsearch.graph.narrow import cut, left_channels, narrow_graph, share_graph
+from hwsearch.graph.trace import trace
 
 
 def test_the_whole_graph_stays_as_it_was() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulation import chain, grouped
 
 from hwsearch.compress.widths import narrow
-from hwsearch.network import ChannelGroup, Network, Unit, Way
+from hwsearch.network.network import ChannelGroup, Network, Unit, Way
 
 NETWORK = grouped((24, 40, 16))
 WIDTHS = st.fixed_dictionaries(

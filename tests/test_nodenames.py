@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.nodenames import call_of, unique, unit_of
+from hwsearch.backends.nodenames import call_of, unique, unit_of
 
 
 def test_a_name_says_its_unit_and_call() -> None:

@@ -14,13 +14,13 @@ import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
 from hwsearch.compress.quantize import Range
-from hwsearch.design import candidate_widths
-from hwsearch.lower import Lowering
-from hwsearch.network import Network
-from hwsearch.refitting import refitted, weight_bank
-from hwsearch.scoring import SensitivityTable, measure_sensitivity
+from hwsearch.loss.sensitivity import SensitivityTable, measure_sensitivity
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import refitted, weight_bank
+from hwsearch.network.choices import candidate_widths
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant, ineligible, legal
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.variants import Variant, ineligible, legal
 
 INT8, FP32 = Variant("int8"), Variant("fp32")
 

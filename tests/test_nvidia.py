@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from simulated_nvml import FUNCTION_NOT_FOUND, GIB, GPU_IS_LOST, NO_PERMISSION, NOT_SUPPORTED, Handle, Nvml
 
-from hwsearch import clocks, device, nvidia
-from hwsearch.clocks import lock_clocks, sustained_mhz
-from hwsearch.energy import find as find_energy
+from hwsearch.device import clocks, nvidia
+from hwsearch.device import fingerprint as device
+from hwsearch.device.clocks import lock_clocks, sustained_mhz
+from hwsearch.device.energy import find as find_energy
+from hwsearch.device.nvidia import REASONS, State, decoded, every, find
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.nvidia import REASONS, State, decoded, every, find
 
 FIELDS = {
     "nvmlDeviceGetUUID": ["uuid"],
@@ -360,8 +361,8 @@ def test_clocks_are_locked_in_the_main_thread_only() -> None:
 RETURNS = """
 import os, signal
 from simulated_nvml import Nvml
-from hwsearch.clocks import lock_clocks
-from hwsearch.nvidia import find
+from hwsearch.device.clocks import lock_clocks
+from hwsearch.device.nvidia import find
 nvml, seen = Nvml(), []
 signal.signal(signal.SIGTERM, lambda number, frame: seen.append((int(number), nvml.locked)))
 with lock_clocks(find(nvml, {}), 1410):
@@ -383,8 +384,8 @@ def test_a_handler_that_returns_finds_the_clock_free_and_leaves_it_locked() -> N
 WHILE_LETTING_GO = """
 import signal
 from simulated_nvml import Nvml
-from hwsearch.clocks import lock_clocks
-from hwsearch.nvidia import find
+from hwsearch.device.clocks import lock_clocks
+from hwsearch.device.nvidia import find
 nvml, seen, times = Nvml(), [], []
 let_go = nvml.answers["nvmlDeviceResetGpuLockedClocks"]
 
@@ -420,8 +421,8 @@ SCRIPT = """
 import signal, sys, time
 from pathlib import Path
 from simulated_nvml import Nvml
-from hwsearch.clocks import lock_clocks
-from hwsearch.nvidia import find
+from hwsearch.device.clocks import lock_clocks
+from hwsearch.device.nvidia import find
 if sys.argv[2] == "ignored":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:  # whoever runs the tests in the background has them ignored

@@ -15,15 +15,15 @@ from networks import NETWORKS, leaves
 from torch import nn
 from torch.nn import functional as F
 
-from hwsearch import lower
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
-from hwsearch.calling import as_call
 from hwsearch.compress.widths import Kept
-from hwsearch.lower import Lowering
-from hwsearch.onnx_widths import NotFollowed
+from hwsearch.graph.calls import as_call
+from hwsearch.lowering import lowering as lower
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.onnx_widths import NotFollowed
+from hwsearch.network.variants import uniform
 from hwsearch.task import Task
-from hwsearch.variants import uniform
 
 BACKEND = ONNXRuntimeBackend()
 QUICK = set(

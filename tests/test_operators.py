@@ -13,13 +13,13 @@ from test_channels import check
 from test_onnx_widths import check as check_onnx
 from test_onnx_widths import made, random_kept
 
-from hwsearch.aliases import REWRITTEN, SPELLED, is_composite
-from hwsearch.canonical import ATTENTION, CONVOLUTIONS, MATMULS, aten
-from hwsearch.channels import moving
-from hwsearch.channels.reasons import reason_of
-from hwsearch.channels.rules import rule_of
 from hwsearch.errors import UntraceableModel
-from hwsearch.trace import trace
+from hwsearch.graph.aliases import REWRITTEN, SPELLED, is_composite
+from hwsearch.graph.canonical import ATTENTION, CONVOLUTIONS, MATMULS, aten
+from hwsearch.graph.channels import moving
+from hwsearch.graph.channels.reasons import reason_of
+from hwsearch.graph.channels.rules import rule_of
+from hwsearch.graph.trace import trace
 
 UNITS = {
     op.overloadpacket for op in (*CONVOLUTIONS, *MATMULS, ATTENTION, aten.linear.default, aten.addmm.default)

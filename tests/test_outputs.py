@@ -13,12 +13,12 @@ from exact import bits
 from networks import leaves
 from torch import nn
 
+from hwsearch.engine.outputs import MULTIPLE, ROUNDING, Deviation, Expected
+from hwsearch.engine.setup import Regime, wrong_variants
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering
-from hwsearch.outputs import MULTIPLE, ROUNDING, Deviation, Expected
-from hwsearch.regime import Regime, wrong_variants
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.task import Task
-from hwsearch.variants import Variant, uniform
 
 
 @pytest.fixture(scope="module")

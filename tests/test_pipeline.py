@@ -13,11 +13,11 @@ import tiny
 import torch
 
 import hwsearch as hs
-from hwsearch import pipeline
+from hwsearch.deployment import closed_loop as pipeline
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.latency import LatencyModel, Prediction, Spread, fit
-from hwsearch.lower import Lowering
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import LatencyModel, Prediction, Spread, fit
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")

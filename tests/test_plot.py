@@ -17,18 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from simulation import probed
 
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.front import Front, Point
-from hwsearch.allocation import Allocation
-from hwsearch.builds import Build, NodeRow
 from hwsearch.errors import InvalidInput
-from hwsearch.header import Header
-from hwsearch.latency import fit
-from hwsearch.network import Edge, Network, Unit
+from hwsearch.latency.model import fit
+from hwsearch.latency.staircase import staircase
+from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.plot import plot_allocation, plot_front, plot_predictions, plot_staircase
 from hwsearch.plot.style import shorten
-from hwsearch.scoring import SensitivityTable
-from hwsearch.staircase import staircase
-from hwsearch.table import LatencyTable
+from hwsearch.table.build import Build, NodeRow
+from hwsearch.table.header import Header
+from hwsearch.table.table import LatencyTable
 
 OPTIONS = {"threads": 2, "base": "bf16", "batch": 1}
 DEVICE = {"id": "d", "chip": "A chip"}

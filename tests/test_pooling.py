@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwsearch.pooling import TAUS, VAGUE, Cell, foretell
+from hwsearch.latency.pooling import TAUS, VAGUE, Cell, foretell
 
 WIDTHS = (None, 48, 32, 16)
 

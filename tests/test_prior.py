@@ -10,15 +10,15 @@ import tiny
 from simulation import alone_table, chain, header, random_variants, simulated_table
 
 from hwsearch.backends.base import BuildOptions
+from hwsearch.device.timing import Protocol
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import IncompatibleTables
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.measure import Protocol
-from hwsearch.prior import evidence, signatures
-from hwsearch.profiler import profile
-from hwsearch.regime import Regime
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.profiler.profile import profile
+from hwsearch.profiler.transfer import evidence, signatures
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
-from hwsearch.variants import Variant, uniform
 
 FIRST, SECOND = chain(18), chain(10)
 LAW = LatencyLaw.random(FIRST, 1)

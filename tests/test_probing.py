@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from profiling import narrow_law, narrow_regime, run_widths
 
-from hwsearch.latency import fit
-from hwsearch.staircase import staircase
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import fit
+from hwsearch.latency.staircase import staircase
+from hwsearch.network.variants import uniform
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
-from hwsearch.variants import uniform
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

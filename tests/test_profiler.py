@@ -15,13 +15,13 @@ import pytest
 import tiny
 from profiling import DESIGN, law, narrow_law, narrow_regime, regime, run, run_widths
 
-from hwsearch import device as devices
+from hwsearch.device import fingerprint as devices
+from hwsearch.engine.reference import INSTANCES
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
-from hwsearch.latency import fit
-from hwsearch.reference import INSTANCES
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import fit
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
-from hwsearch.variants import Variant, uniform
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from hwsearch import backends
 from hwsearch.backends import faults
 from hwsearch.backends.base import BuildOptions, qdq_form
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering
-from hwsearch.regime import Regime
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.task import Task
-from hwsearch.variants import Variant, uniform
 
 RUNTIMES = ("openvino", "onnxruntime")
 LEVELS = 63

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from profiling import FAST, law, narrow_law, regime, run
 
-from hwsearch.design import Candidate
+from hwsearch.engine.reference import INSTANCES
+from hwsearch.network.choices import Candidate
+from hwsearch.network.variants import uniform
+from hwsearch.profiler.recorder import Recorder
 from hwsearch.progress import Progress
-from hwsearch.recording import Recorder
-from hwsearch.reference import INSTANCES
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend, sizes_of
-from hwsearch.variants import uniform
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

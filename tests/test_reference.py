@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from hwsearch.reference import reference_engine
-from hwsearch.regime import Regime
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import Regime
 from tests import tiny
 
 

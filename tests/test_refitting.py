@@ -18,16 +18,16 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import refit_sequential
-from hwsearch.deployment import as_deployed, deploy, parse_variants
-from hwsearch.lower import Lowering
-from hwsearch.pipeline import sensitivity_for
-from hwsearch.refitting import refitted, weight_bank
-from hwsearch.regime import Regime, regime
-from hwsearch.scoring import divergence
-from hwsearch.session import Session, uniform_candidates
+from hwsearch.deployment.closed_loop import sensitivity_for
+from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
+from hwsearch.deployment.session import Session, uniform_candidates
+from hwsearch.engine.setup import Regime, regime
+from hwsearch.graph.trace import trace
+from hwsearch.loss.sensitivity import divergence
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import refitted, weight_bank
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.trace import trace
-from hwsearch.variants import Variant, uniform
 
 NAMES = ("cnn", "transformer")
 

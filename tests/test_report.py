@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hwsearch.report import SCHEMA, Report
+from hwsearch.deployment.report import SCHEMA, Report
 
 REPORT = Report(
     task="tiny",

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hwsearch as hs
-from hwsearch.calling import as_call
 from hwsearch.errors import InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.reshaping import own_shapes, reshaped, to_shape
+from hwsearch.graph.calls import as_call
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.profiler.reshape import own_shapes, reshaped, to_shape
 
 
 class TwoInputs(nn.Module):

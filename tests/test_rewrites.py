@@ -17,13 +17,13 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import hwsearch as hs
-from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
-from hwsearch.lower import Lowering
-from hwsearch.marking import tensor_names
-from hwsearch.rewrites import fold_pads
-from hwsearch.variants import Variant
+from hwsearch.engine.attribution import attribute, executed_precisions
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import tensor_names
+from hwsearch.lowering.rewrites import fold_pads
+from hwsearch.network.variants import Variant
 
 SIDE, CHANNELS = 7, 3
 

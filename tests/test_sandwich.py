@@ -12,14 +12,14 @@ from simulation import chain, grouped
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.cutting import cut
 from hwsearch.errors import InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.marking import unit_of
-from hwsearch.network import Edge, Network, Unit
-from hwsearch.sandwich import MOST, contexts, filling, largest, neighbours, plan
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import unit_of
+from hwsearch.lowering.parts import cut
+from hwsearch.network.network import Edge, Network, Unit
+from hwsearch.network.sandwich import MOST, contexts, filling, largest, neighbours, plan
+from hwsearch.network.variants import Variant
 from hwsearch.task import Task
-from hwsearch.variants import Variant
 
 
 @st.composite

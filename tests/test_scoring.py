@@ -16,18 +16,19 @@ import torch
 from simulation import grouped, scores
 
 import hwsearch as hs
-from hwsearch import lower, scoring
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
-from hwsearch.design import candidate_widths
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.header import Header
-from hwsearch.refitting import weight_bank
-from hwsearch.scoring import SCHEMA, SensitivityTable, divergence, measure_sensitivity
-from hwsearch.table import LatencyTable
-from hwsearch.tablefile import KEY
+from hwsearch.loss import sensitivity as scoring
+from hwsearch.loss.sensitivity import SCHEMA, SensitivityTable, divergence, measure_sensitivity
+from hwsearch.lowering import lowering as lower
+from hwsearch.lowering.refitted import weight_bank
+from hwsearch.network.choices import candidate_widths
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.table.header import Header
+from hwsearch.table.parquet import KEY
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.variants import Variant, uniform
 
 NAMES = ("cnn", "transformer")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwsearch.errors import InvalidInput
-from hwsearch.sections import Section, Shape, matching, only, parse_shapes, written
+from hwsearch.table.section import Section, Shape, matching, only, parse_shapes, written
 
 SMALL, LARGE = (1, 3, 8, 8), (1, 3, 12, 12)
 

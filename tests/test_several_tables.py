@@ -13,11 +13,12 @@ import tiny
 from typer.testing import CliRunner, Result
 
 import hwsearch as hs
-from hwsearch import cli, overview
-from hwsearch.api import table_of_task
+from hwsearch import cli
+from hwsearch.cli import overview
+from hwsearch.deployment.api import table_of_task
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.prior import of_sections, signatures
-from hwsearch.table import LatencyTable
+from hwsearch.profiler.transfer import of_sections, signatures
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hwsearch.spread import Spread, rescaled, scale_of, surprise
+from hwsearch.latency.uncertainty import Spread, rescaled, scale_of, surprise
 
 
 @pytest.mark.parametrize("degrees", [4, 200])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from simulation import grouped, probed, simulated_table
 
-from hwsearch.design import candidate_widths
-from hwsearch.staircase import as_json, group_times, staircase
+from hwsearch.latency.staircase import as_json, group_times, staircase
+from hwsearch.network.choices import candidate_widths
 from hwsearch.testing import LatencyLaw, sizes_of
 
 LAW = LatencyLaw.random(grouped(), 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hwsearch.calling import evaluating
-from hwsearch.state import State
+from hwsearch.graph.calls import evaluating
+from hwsearch.graph.state import State
 
 
 class _Changing(nn.Module):

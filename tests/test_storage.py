@@ -17,17 +17,25 @@ from torch.nn import functional as F
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.faults import SIGNED_CONCAT, faults
-from hwsearch.compress.apply import Simulator
+from hwsearch.compress.simulate import Simulator
+from hwsearch.deployment.closed_loop import run
+from hwsearch.engine.setup import Regime, graph_bytes
 from hwsearch.errors import Infeasible
-from hwsearch.lower import Lowering
-from hwsearch.network import Network
-from hwsearch.pipeline import run
-from hwsearch.refitting import refitted
-from hwsearch.regime import Regime, graph_bytes
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import refitted
+from hwsearch.network.network import Network
+from hwsearch.network.variants import (
+    STORAGE,
+    Variant,
+    ineligible,
+    legal,
+    network_bytes,
+    uniform,
+    weight_bytes,
+)
 from hwsearch.task import Task
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import Attention, small_network, wherever
-from hwsearch.variants import STORAGE, Variant, ineligible, legal, network_bytes, uniform, weight_bytes
 
 INT8, FP8, HALF = Variant("int8"), Variant("fp8"), Variant("fp16")
 

@@ -16,7 +16,7 @@ from damaging import numbered, rewrite
 from simulation import DEVICE, alone_table, chain, grouped, simulated_table
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.table import SCHEMA, LatencyTable
+from hwsearch.table.table import SCHEMA, LatencyTable
 from hwsearch.testing import LatencyLaw
 
 NETWORK = chain(5)
@@ -134,7 +134,7 @@ def test_a_table_of_schema_2_has_no_energies(saved: Path) -> None:
 
 _WRITER = """
 import os, sys
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 table = LatencyTable.load(sys.argv[1])
 replace = os.replace
 os.replace = lambda *a: os.kill(os.getpid(), 9)   # everything is written, nothing is in place
@@ -311,7 +311,7 @@ def test_a_file_that_is_no_table_is_not_overwritten(table: LatencyTable, tmp_pat
 
 _SECTION_WRITER = """
 import os, sys
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 table = LatencyTable.load(sys.argv[1], threads=4)
 os.replace = lambda *a: os.kill(os.getpid(), 9)
 os.fsync = (lambda f: os.kill(os.getpid(), 9)) if sys.argv[2] == "fsync" else os.fsync

@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 
 import hwsearch as hs
 from hwsearch import cli
-from hwsearch.allocation import Allocation
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.backends.tensorrt.legality import BASES, target
-from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.targets import (
+from hwsearch.backends.typed import strongly_typed
+from hwsearch.deployment.targets import (
     build,
     check_targets,
     objections,
@@ -31,9 +30,10 @@ from hwsearch.targets import (
     serialise,
     verdicts,
 )
+from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
 from hwsearch.testing.contract import small_network
-from hwsearch.typed import strongly_typed
-from hwsearch.variants import Variant
 from hwsearch.zoo import load
 
 pytest.importorskip("tensorrt_rtx")

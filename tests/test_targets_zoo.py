@@ -7,12 +7,12 @@ from functools import cache
 
 import pytest
 
-from hwsearch.backends.tensorrt.building import serialise
+from hwsearch.backends.tensorrt.builder import serialise
+from hwsearch.backends.typed import strongly_typed
+from hwsearch.deployment.targets import objections, offered, request_of, runtime, verdicts
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.targets import objections, offered, request_of, runtime, verdicts
-from hwsearch.typed import strongly_typed
-from hwsearch.variants import Variant
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
 from hwsearch.zoo import load
 
 pytest.importorskip("tensorrt_rtx")

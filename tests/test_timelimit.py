@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hwsearch.timelimit import TimeLimit
+from hwsearch.profiler.timelimit import TimeLimit
 
 
 def test_each_share_that_is_used_up_is_told_once() -> None:

@@ -5,9 +5,9 @@ import torch
 from networks import NETWORKS, leaves
 from torch import nn
 
-from hwsearch.calling import as_call
 from hwsearch.errors import UntraceableModel
-from hwsearch.trace import trace
+from hwsearch.graph.calls import as_call
+from hwsearch.graph.trace import trace
 
 OFFLINE = [n for n in NETWORKS if not n.startswith("hf_")]
 

@@ -11,16 +11,16 @@ from networks import NETWORKS
 from onnx import TensorProto, helper, numpy_helper
 from test_lower import error, lowering
 
-from hwsearch.attribution import attribute
 from hwsearch.backends.base import BuildOptions, NodeTime
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.backends.typed import TYPES, strongly_typed, unit_precisions
+from hwsearch.engine.attribution import attribute
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering
-from hwsearch.marking import unit_of
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import unit_of
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.testing.contract import small_network
-from hwsearch.typed import TYPES, strongly_typed, unit_precisions
-from hwsearch.variants import Variant, uniform
 
 SMALL = ("residual", "attention", "two_inputs")
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import hwsearch as hs
-from hwsearch.allocation import Allocation
-from hwsearch.lower import Lowering
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.deployment.unexplained import fall_explained, unforeseen
+from hwsearch.deployment.verify import verify
+from hwsearch.lowering.lowering import Lowering
 from hwsearch.testing import LatencyLaw, SimulatedBackend
-from hwsearch.unexplained import fall_explained, unforeseen
-from hwsearch.verification import verify
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

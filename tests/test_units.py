@@ -10,8 +10,8 @@ import torch
 from networks import NETWORKS
 from torch import nn
 
-from hwsearch.calling import as_call
-from hwsearch.trace import trace
+from hwsearch.graph.calls import as_call
+from hwsearch.graph.trace import trace
 
 
 def counted(model: nn.Module, inputs: Any) -> dict[str, int]:

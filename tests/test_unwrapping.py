@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hwsearch.calling import evaluating
 from hwsearch.errors import InvalidInput
-from hwsearch.lower import Lowering
+from hwsearch.graph.calls import evaluating
+from hwsearch.graph.trace import trace
+from hwsearch.graph.unwrapping import unwrapped
+from hwsearch.lowering.lowering import Lowering
 from hwsearch.task import Task
-from hwsearch.trace import trace
-from hwsearch.unwrapping import unwrapped
 
 
 def _plain() -> nn.Sequential:

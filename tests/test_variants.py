@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwsearch.errors import InvalidInput
-from hwsearch.network import ChannelGroup, Network, Unit, Way
-from hwsearch.variants import PRECISIONS, Variant, ineligible, legal, settled, weight_bytes
+from hwsearch.network.network import ChannelGroup, Network, Unit, Way
+from hwsearch.network.variants import PRECISIONS, Variant, ineligible, legal, settled, weight_bytes
 
 NAMES = [
     "2:4.fp16",

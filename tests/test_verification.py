@@ -7,8 +7,8 @@ import tiny
 from test_deployment import allocation
 
 import hwsearch as hs
+from hwsearch.deployment.verify import verify
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
-from hwsearch.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from profiling import narrow_law, narrow_regime, run_widths
 from test_deployment import allocation
 
 from hwsearch.backends.base import Array, BuildOptions
+from hwsearch.deployment.verify import verify
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend, SimulatedEngine
 from hwsearch.testing.contract import small_network
-from hwsearch.verification import verify
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hwsearch as hs
-from hwsearch.lower import Lowering
+from hwsearch.lowering.lowering import Lowering
 
 CLASSES = 5
 

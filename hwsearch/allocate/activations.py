@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hwsearch.allocate.problem import Cost, Problem, Tie
-from hwsearch.memory import Tensor, element_bytes, steps, tensors
-from hwsearch.network import Network
-from hwsearch.variants import Variant
+from hwsearch.network.memory import Tensor, element_bytes, steps, tensors
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant
 
 _EXTERNAL_BYTES = 4
 

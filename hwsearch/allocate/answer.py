@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.allocate.budget import Budget
 from hwsearch.allocate.problem import Solution
 from hwsearch.allocate.space import Space
-from hwsearch.allocation import Allocation
-from hwsearch.budget import Budget
-from hwsearch.sums import dense_ns
-from hwsearch.variants import uniform
+from hwsearch.latency.layer_sum import dense_ns
+from hwsearch.network.variants import uniform
 
 
 def as_allocation(

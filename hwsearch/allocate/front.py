@@ -18,7 +18,7 @@ import numpy as np
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Problem, Solution
 from hwsearch.errors import InvalidInput
-from hwsearch.tablefile import read_parquet, write_parquet
+from hwsearch.table.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd

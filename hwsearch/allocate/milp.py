@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.allocate.budget import quantity
 from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
 from hwsearch.allocate.program import Found, OutOfTime, Program
-from hwsearch.budget import quantity
 from hwsearch.errors import Infeasible
 
 TIME_LIMIT_S = 60.0

@@ -6,21 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.answer import as_allocation, dense_allocation
+from hwsearch.allocate.budget import Budget, parse_budgets
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Solution
 from hwsearch.allocate.sizes import explained
 from hwsearch.allocate.space import Space, space
-from hwsearch.allocation import Allocation
-from hwsearch.budget import Budget, parse_budgets
-from hwsearch.design import AXES
 from hwsearch.errors import Infeasible
-from hwsearch.latency import LatencyModel
-from hwsearch.table import LatencyTable
+from hwsearch.latency.model import LatencyModel
+from hwsearch.network.choices import AXES
+from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
-    from hwsearch.scoring import SensitivityTable
+    from hwsearch.loss.sensitivity import SensitivityTable
 
 KAPPA = 1.0
 """How many standard errors of the prediction a latency budget keeps in reserve."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hwsearch.allocate.budget import quantity
 from hwsearch.allocate.space import Space
-from hwsearch.budget import quantity
-from hwsearch.variants import STORAGE, Variant, weight_bytes
+from hwsearch.network.variants import STORAGE, Variant, weight_bytes
 
 NOTABLE = 0.05
 """Of the whole: smaller parts are not named."""

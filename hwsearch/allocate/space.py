@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch.allocate.activations import with_memory
+from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.problem import Cost, Problem, Tie
-from hwsearch.budget import TAILS, Budget
-from hwsearch.consumption import energy_table, fit_energy
-from hwsearch.design import AXES, check_axes
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.latency import LatencyModel, Prediction, fit
-from hwsearch.memory import peak_bytes
-from hwsearch.sums import dense_ns
-from hwsearch.table import LatencyTable
-from hwsearch.variants import Variant, legal, uniform, weight_bytes
+from hwsearch.latency.energy_model import energy_table, fit_energy
+from hwsearch.latency.layer_sum import dense_ns
+from hwsearch.latency.model import LatencyModel, Prediction, fit
+from hwsearch.network.choices import AXES, check_axes
+from hwsearch.network.memory import peak_bytes
+from hwsearch.network.variants import Variant, legal, uniform, weight_bytes
+from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
-    from hwsearch.scoring import SensitivityTable
+    from hwsearch.loss.sensitivity import SensitivityTable
 
 
 @dataclass(frozen=True)

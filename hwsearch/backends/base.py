@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 Array = NDArray[Any]
 

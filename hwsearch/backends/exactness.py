@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hwsearch.backends.apart import compiler
 from hwsearch.backends.base import Array, Backend, BuildOptions
-from hwsearch.variants import INT8_BITS, Variant, int8_levels
+from hwsearch.backends.process import compiler
+from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
 
 DEPTH = 64
 """Channels that each output of the probe sums over: a multiple of what any vector instruction takes at once."""
@@ -82,7 +82,7 @@ def probe(levels: int, quantize_outputs: bool) -> tuple[onnx.ModelProto, list[Ar
 
 
 class _Probe:
-    """Puts the probe's graph together, in the Q/DQ form of `hwsearch.assembling`."""
+    """Puts the probe's graph together, in the Q/DQ form of `hwsearch.lowering.assemble`."""
 
     def __init__(self, quantize_outputs: bool) -> None:
         self.quantize_outputs = quantize_outputs

@@ -16,7 +16,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 _INT8_KERNELS = (
     "QLinear",

@@ -13,7 +13,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}

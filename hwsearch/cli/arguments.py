@@ -105,7 +105,8 @@ def seconds(duration: str) -> float:
 
 def require_backend(backend: str, lock_clocks: bool = False) -> None:
     """Raises BackendUnavailable, or what forbids to lock clocks, before torch and a model take their time to load."""
-    from hwsearch import backends, device
+    from hwsearch import backends
+    from hwsearch.device import fingerprint as device
 
     runtime = backends.get(backend)
     runtime.versions(), runtime.bases()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AllocationFile,
     AsJson,
@@ -34,7 +34,7 @@ from hwsearch.cli.ending import MISSED, say
 from hwsearch.errors import BudgetMissed, InvalidInput
 
 if TYPE_CHECKING:
-    from hwsearch.report import Report
+    from hwsearch.deployment.report import Report
 
 
 def deploy(
@@ -57,7 +57,7 @@ def deploy(
 ) -> None:
     """Write the ONNX file of an allocation."""
     import hwsearch as hs
-    from hwsearch.allocation import Allocation
+    from hwsearch.allocate.allocation import Allocation
 
     chosen = Allocation.load(allocation)
     if target is not None and backend != "tensorrt":
@@ -69,7 +69,7 @@ def deploy(
         deployed = hs.deploy(hs.load(task), chosen, output, backend=backend, weights=weights)
         path, size = deployed.path, deployed.size_bytes
     else:
-        from hwsearch.targets import for_tensorrt
+        from hwsearch.deployment.targets import for_tensorrt
 
         path = for_tensorrt(hs.load(task), chosen, output, target=target, weights=weights)
         size = path.stat().st_size
@@ -96,7 +96,7 @@ def verify(
 ) -> None:
     """Measure an allocation. Latency, score and size, beside what was predicted; exit 3 if a budget is missed."""
     import hwsearch as hs
-    from hwsearch.allocation import Allocation
+    from hwsearch.allocate.allocation import Allocation
 
     chosen = Allocation.load(allocation)
     require_backend(backend or chosen.backend, lock_clocks)

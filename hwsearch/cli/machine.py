@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import AsJson
 
 
 def devices(as_json: AsJson = False) -> None:
     """Show this machine, its GPUs and its runtimes."""
-    from hwsearch import backends, device, energy, nvidia
+    from hwsearch import backends
+    from hwsearch.device import energy, nvidia
+    from hwsearch.device import fingerprint as device
 
     here, found, counter = device.fingerprint(), backends.status(), energy.find()
     gpus, no_gpu = nvidia.told()
@@ -64,7 +66,7 @@ def doctor(
 
     Exit 1 where something that should work does not.
     """
-    from hwsearch.doctor import examine
+    from hwsearch.doctor.checks import examine
     from hwsearch.errors import BackendUnavailable
     from hwsearch.progress import Progress
 

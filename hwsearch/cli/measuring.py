@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AsJson,
     Axes,
@@ -26,8 +26,8 @@ from hwsearch.cli.arguments import (
     require_backend,
     seconds,
 )
+from hwsearch.cli.sections import choosing
 from hwsearch.errors import InvalidInput
-from hwsearch.section_options import choosing
 
 
 def profile(
@@ -113,7 +113,7 @@ def sensitivity(
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
     require_backend(backend)
     import hwsearch as hs
-    from hwsearch.api import table_of_task
+    from hwsearch.deployment.api import table_of_task
     from hwsearch.progress import Progress
 
     own = hs.load(task)

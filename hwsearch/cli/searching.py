@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AsJson,
     Axes,
@@ -19,7 +19,7 @@ from hwsearch.cli.arguments import (
     TableFile,
     axes_of,
 )
-from hwsearch.section_options import choosing
+from hwsearch.cli.sections import choosing
 
 
 @choosing

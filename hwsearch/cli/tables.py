@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import AnyTable, AsJson, LockClocks, Plot
-from hwsearch.section_options import choosing
+from hwsearch.cli.sections import choosing
 
 app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.")
 
@@ -57,8 +57,8 @@ def table_diagnose(
 ) -> None:
     """Show what the latency model gets wrong. Each build predicted without itself, and what the errors go with."""
     import hwsearch as hs
-    from hwsearch.diagnosis import diagnose
-    from hwsearch.latency import fit
+    from hwsearch.latency.diagnosis import diagnose
+    from hwsearch.latency.model import fit
 
     model = fit(hs.LatencyTable.load(file, **section))
     if plot is not None:
@@ -81,7 +81,7 @@ def table_check(
 ) -> None:
     """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
     import hwsearch as hs
-    from hwsearch.api import table_of_task
+    from hwsearch.deployment.api import table_of_task
     from hwsearch.progress import Progress
 
     own = None if task is None else hs.load(task)

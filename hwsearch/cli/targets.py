@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hwsearch import show
+from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import AllocationFile, AsJson, Batch, EngineBackend, Output, TaskSpec, Weights
 
 
@@ -28,7 +28,7 @@ def build(
 ) -> None:
     """Write the serialised engine of an allocation for a GPU. With `tensorrt-rtx` no GPU is needed here."""
     import hwsearch as hs
-    from hwsearch.allocation import Allocation
+    from hwsearch.allocate.allocation import Allocation
 
     chosen = Allocation.load(allocation)
     made = hs.build(hs.load(task), chosen, output, target=target, backend=backend, base=base, weights=weights)

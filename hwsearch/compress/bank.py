@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.compensate import (
+from hwsearch.compress.gram import (
     ROWS,
     Batch,
     Gptq,
@@ -38,9 +38,9 @@ from hwsearch.compress.importance import Order
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.widths import Kept, Weights, in_slots
 from hwsearch.files import write_bytes
-from hwsearch.narrowing import Mask, cut
-from hwsearch.trace import Traced, reads_axis
-from hwsearch.variants import INT8_BITS, Variant, int8_levels
+from hwsearch.graph.narrow import Mask, cut
+from hwsearch.graph.trace import Traced, reads_axis
+from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
 
 if TYPE_CHECKING:
     from hwsearch.progress import Progress

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from hwsearch.compress.patterns import prune
 from hwsearch.compress.quantize import Range, int8_scale, on_grid, quantize_weight
 from hwsearch.errors import UnsupportedVariant
-from hwsearch.network import Unit
-from hwsearch.trace import Traced
-from hwsearch.variants import INT8_BITS, NVFP4_BLOCK, Variant, block_of, ineligible, int8_levels
+from hwsearch.graph.trace import Traced
+from hwsearch.network.network import Unit
+from hwsearch.network.variants import INT8_BITS, NVFP4_BLOCK, Variant, block_of, ineligible, int8_levels
 
 FP8_TOP = 448.0
 INT4_TOP = 7

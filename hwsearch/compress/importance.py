@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from hwsearch.calling import flat_inputs
-from hwsearch.compress.compensate import Batch, Grams, as_columns, damped, feature_columns, shifts_bias
+from hwsearch.compress.gram import Batch, Grams, as_columns, damped, feature_columns, shifts_bias
 from hwsearch.compress.widths import in_slots, out_slots
-from hwsearch.trace import Traced
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.graph.trace import Traced
 
 CRITERIA = ("obs", "fisher", "taylor", "magnitude")
 Order = Mapping[str, NDArray[np.int64]]

@@ -1,7 +1,7 @@
 """N:M masks: of every M consecutive input channels N weights stay, those of the largest magnitude.
 
 As TensorRT takes them: for each output channel and each position of the kernel on its own. Which units can have a pattern is
-told by `hwsearch.variants.ineligible`.
+told by `hwsearch.network.variants.ineligible`.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hwsearch.calling import flat_inputs
-from hwsearch.edges import output_node
 from hwsearch.errors import InvalidInput
-from hwsearch.nonfinite import check_finite
-from hwsearch.trace import Traced
-from hwsearch.variants import INT8_BITS, int8_levels
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.graph.edges import output_node
+from hwsearch.graph.nonfinite import check_finite
+from hwsearch.graph.trace import Traced
+from hwsearch.network.variants import INT8_BITS, int8_levels
 
 LEVELS = int8_levels(INT8_BITS)
 UNSIGNED_LEVELS = 255

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from hwsearch.calling import flat_inputs
-from hwsearch.canonical import aten
-from hwsearch.compress.compensate import (
+from hwsearch.compress.formats import stored
+from hwsearch.compress.gram import (
     MOST_FEATURES,
     RIDGE,
     RIDGES,
@@ -30,13 +29,14 @@ from hwsearch.compress.compensate import (
     seeded,
     shifts_bias,
 )
-from hwsearch.compress.formats import stored
 from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
-from hwsearch.narrowing import cut
-from hwsearch.network import Unit
-from hwsearch.trace import Traced
-from hwsearch.units import Site
-from hwsearch.variants import INT8_BITS, STORAGE, Variant, ineligible, int8_levels
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.graph.canonical import aten
+from hwsearch.graph.narrow import cut
+from hwsearch.graph.trace import Traced
+from hwsearch.graph.units import Site
+from hwsearch.network.network import Unit
+from hwsearch.network.variants import INT8_BITS, STORAGE, Variant, ineligible, int8_levels
 
 
 def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:

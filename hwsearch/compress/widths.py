@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from hwsearch.canonical import set_attr
-from hwsearch.channels import Axis
-from hwsearch.narrowing import left_channels, masked_graph, narrow_graph
-from hwsearch.trace import Traced, reads_axis
+from hwsearch.graph.canonical import set_attr
+from hwsearch.graph.channels import Axis
+from hwsearch.graph.narrow import left_channels, masked_graph, narrow_graph
+from hwsearch.graph.trace import Traced, reads_axis
 
 Kept = Mapping[str, Sequence[int]]
 """For each channel group the positions (0 .. channels - 1) of the slots that stay; groups left out stay whole."""

@@ -15,9 +15,11 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Curve
 
 from hwsearch.errors import InvalidInput
-from hwsearch.header import SANDWICHED
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.network import Network
+from hwsearch.latency.layer_sum import dense_unit_ns
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.network.network import Network
+from hwsearch.network.variants import WEIGHT_BITS, Variant
 from hwsearch.plot.style import (
     FAINT,
     HATCH,
@@ -31,13 +33,11 @@ from hwsearch.plot.style import (
     titles,
     where,
 )
-from hwsearch.scoring import SensitivityTable
-from hwsearch.sums import dense_unit_ns
-from hwsearch.table import LatencyTable
-from hwsearch.variants import WEIGHT_BITS, Variant
+from hwsearch.table.header import SANDWICHED
+from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
-    from hwsearch.allocation import Allocation
+    from hwsearch.allocate.allocation import Allocation
 
 
 def plot_allocation(

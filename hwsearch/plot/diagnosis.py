@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from hwsearch.diagnosis import CAUSES, Diagnosis, Point, diagnose
-from hwsearch.latency import LatencyModel, fit
+from hwsearch.latency.diagnosis import CAUSES, Diagnosis, Point, diagnose
+from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, Picture, done, where
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 
 FITTED = "#0072B2"
 SHOWN = tuple(c for c in CAUSES if c != "measured time")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
+from hwsearch.network.variants import WEIGHT_BITS, Variant
 from hwsearch.plot.style import (
     FAINT,
     HIGHLIGHT,
@@ -25,7 +26,6 @@ from hwsearch.plot.style import (
     titles,
     where,
 )
-from hwsearch.variants import WEIGHT_BITS, Variant
 
 if TYPE_CHECKING:
     from hwsearch.allocate.front import Front, Point

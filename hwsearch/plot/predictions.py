@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hwsearch.builds import Build
 from hwsearch.errors import InvalidInput
-from hwsearch.header import LAYERED
-from hwsearch.latency import LatencyModel, fit, noise_floor, validate
+from hwsearch.latency.model import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
-from hwsearch.table import LatencyTable, usable
+from hwsearch.table.build import Build
+from hwsearch.table.header import LAYERED
+from hwsearch.table.table import LatencyTable, usable
 
 
 def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:

@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hwsearch.errors import InvalidInput
+from hwsearch.latency.staircase import staircase
 from hwsearch.plot.style import INK, PRECISION_COLORS, Picture, done, shorten, where
-from hwsearch.staircase import staircase
-from hwsearch.table import LatencyTable
+from hwsearch.table.table import LatencyTable
 
 MOST_PANELS = 30
 

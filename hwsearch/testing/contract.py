@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.backends.exactness import OFF, int8_bits, sum_error
-from hwsearch.builds import NodeRow
+from hwsearch.device.stopwatch import times
+from hwsearch.engine.attribution import attribute, executed_precisions
+from hwsearch.engine.setup import Regime, wrong_variants
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.marking import tensor_names
-from hwsearch.regime import Regime, wrong_variants
-from hwsearch.stopwatch import times
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import tensor_names
+from hwsearch.network.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, legal, uniform
+from hwsearch.table.build import NodeRow
 from hwsearch.task import Task
-from hwsearch.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, legal, uniform
 
 TOLERANCE = {
     "fp32": 1e-4,
@@ -41,7 +41,7 @@ TOLERANCE = {
 }
 """Largest error of a number, relative to the largest magnitude of its output, by the coarsest precision in the network.
 
-For comparisons number by number, where there is no engine that `hwsearch.outputs` could judge.
+For comparisons number by number, where there is no engine that `hwsearch.engine.outputs` could judge.
 
 A value that a rounding error puts on the other side of a tie is a whole step of the format off: a sixteenth of itself in fp8,
 up to a third in E2M1.
@@ -313,7 +313,7 @@ class BackendContract:
         self._check_sum(at, engine, what)
 
     def _check_outputs(self, at: Regime, engine: Engine, variants: Mapping[str, Variant], what: str) -> None:
-        """By the measure of every profile (`hwsearch.outputs`), and in its words: a layer that is off is named."""
+        """By the measure of every profile (`hwsearch.engine.outputs`), and in its words: a layer that is off is named."""
         wanted = expected(at.lowering, variants, at.backend)
         found = engine(*at.lowering.arrays())
         assert [a.shape for a in found] == [b.shape for b in wanted], (

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hwsearch.assembling import TRT_DOMAIN
 from hwsearch.compress.formats import nvfp4_blocks
+from hwsearch.lowering.assemble import TRT_DOMAIN
 
 
 def dynamic_quantize() -> Any:

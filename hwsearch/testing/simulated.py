@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
-from hwsearch.marking import unit_of
-from hwsearch.network import Edge, Network
+from hwsearch.lowering.marked import unit_of
+from hwsearch.network.network import Edge, Network
+from hwsearch.network.variants import INT8_BITS, Variant, executes_quantized
 from hwsearch.testing.reference import dynamic_quantize
-from hwsearch.variants import INT8_BITS, Variant, executes_quantized
 
 Pair = tuple[bool, bool]
 """Whether the producer and the consumer of an edge quantize their activations."""

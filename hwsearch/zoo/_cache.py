@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hwsearch import device
+from hwsearch.device import fingerprint as device
 from hwsearch.errors import InvalidInput
 
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parents[2]
 def tried() -> None:
     from operators import FOLLOWED, MIXED, between
 
-    from hwsearch.trace import trace
+    from hwsearch.graph.trace import trace
 
     found: dict[str, str] = {}
     for name, operator in {**FOLLOWED, **MIXED}.items():

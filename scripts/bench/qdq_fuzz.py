@@ -30,12 +30,12 @@ from judging import OWN_NORM, ROUGH_NORM, Meaning, Off, rough, with_levels
 
 import hwsearch as hs
 from hwsearch import backends
-from hwsearch.backends.apart import compiler
 from hwsearch.backends.base import Backend, BuildOptions, qdq_form
 from hwsearch.backends.faults import TWICE, faults
+from hwsearch.backends.process import compiler
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering
-from hwsearch.variants import Variant
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
 
 ALLOCATIONS = 6
 """Of one random network: all layers int8, then random ones."""

@@ -72,11 +72,11 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str, *, signed: bool
     import hwsearch as hs
     from hwsearch.backends.base import BuildOptions
     from hwsearch.backends.openvino import OpenVINOBackend, OpenVINOEngine
-    from hwsearch.evaluation import predictor, score
-    from hwsearch.measure import Protocol, paired
-    from hwsearch.refitting import refitted
-    from hwsearch.regime import regime
-    from hwsearch.variants import Variant, legal
+    from hwsearch.deployment.evaluate import predictor, score
+    from hwsearch.device.timing import Protocol, paired
+    from hwsearch.engine.setup import regime
+    from hwsearch.lowering.refitted import refitted
+    from hwsearch.network.variants import Variant, legal
 
     task = hs.load(spec)
     backend = OpenVINOBackend()
@@ -152,7 +152,7 @@ def _deployed(lowering: Any) -> list[tuple[Any, Any, Any]]:
 
 
 def _arrays(lowering: Any, args: Any, kwargs: Any) -> list[Any]:
-    from hwsearch.calling import flat_inputs
+    from hwsearch.graph.calls import flat_inputs
 
     return [v.detach().numpy() for v in flat_inputs(lowering.traced.graph, args, kwargs)]
 

@@ -15,9 +15,9 @@ from hwsearch.allocate.activations import with_memory
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Choice, Cost, Problem
 from hwsearch.errors import Infeasible
-from hwsearch.memory import peak_bytes
-from hwsearch.network import Network
-from hwsearch.variants import Variant
+from hwsearch.network.memory import peak_bytes
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant
 
 OFFERED = (Variant("bf16"), Variant("int8"))
 

@@ -6,7 +6,7 @@ import pytest
 from three_groups import NETWORK, SCORES, chosen, memory, model, narrow, table
 
 from hwsearch.allocate.search import search
-from hwsearch.variants import network_bytes
+from hwsearch.network.variants import network_bytes
 
 
 @pytest.mark.parametrize("budget", ["latency=60%", "size=20%", "macs=2x", "macs=20%"])

@@ -19,7 +19,7 @@ from hwsearch.allocate.front import Front, Point, as_front, dominated, sweep
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.problem import Problem
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.tablefile import KEY
+from hwsearch.table.parquet import KEY
 
 PROBLEM = network(12, 4)
 

@@ -12,14 +12,14 @@ import pytest
 from three_groups import ADDITIVE, LAW, NETWORK, SCORES, chosen, everything, memory, model, narrow, table
 from typer.testing import CliRunner
 
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.allocate.budget import Budget
 from hwsearch.allocate.search import front, search
-from hwsearch.allocation import Allocation
-from hwsearch.budget import Budget
 from hwsearch.cli import app
-from hwsearch.design import Candidate
 from hwsearch.errors import Infeasible
+from hwsearch.network.choices import Candidate
+from hwsearch.network.variants import Variant, network_bytes, uniform
 from hwsearch.testing import LatencyLaw, sizes_of
-from hwsearch.variants import Variant, network_bytes, uniform
 
 
 def law_ns(of: Candidate, law: LatencyLaw) -> float:

@@ -10,8 +10,8 @@ from three_groups import LAW, NETWORK, SCORES, model, narrow, table
 
 from hwsearch.allocate.search import search
 from hwsearch.allocate.space import space
-from hwsearch.design import Candidate
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
+from hwsearch.network.choices import Candidate
 
 
 def test_every_choice_costs_what_the_model_says_within_rounding() -> None:

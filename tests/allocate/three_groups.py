@@ -8,14 +8,14 @@ from itertools import product
 
 from simulation import OFFERED, grouped, scores, simulated_table
 
-from hwsearch.allocation import Allocation
-from hwsearch.design import Candidate
-from hwsearch.latency import LatencyModel, fit
-from hwsearch.memory import peak_bytes
-from hwsearch.network import Network
-from hwsearch.table import LatencyTable
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.network.choices import Candidate
+from hwsearch.network.memory import peak_bytes
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw
-from hwsearch.variants import Variant
 
 NETWORK = grouped()
 GRID = {"conv0": [24, 16, 8], "conv1": [40, 24, 16, 8], "conv2": [16, 8]}

@@ -24,7 +24,7 @@ import onnxruntime
 from onnx import TensorProto
 
 from hwsearch.backends.cuda import Gpu, NotCaptured
-from hwsearch.nodenames import unit_of
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.testing.simulated import asked_precisions
 
 DEFAULT_STREAM, SIDE_STREAM = 0, 77

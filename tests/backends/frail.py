@@ -12,7 +12,7 @@ import numpy as np
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays
 from hwsearch.errors import BackendUnavailable
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 
 class FrailBackend:

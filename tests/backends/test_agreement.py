@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import hwsearch as hs
 from hwsearch.backends.base import BuildOptions
-from hwsearch.lower import Lowering
-from hwsearch.variants import uniform
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import uniform
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 pytest.importorskip("openvino", reason="OpenVINO is not installed")

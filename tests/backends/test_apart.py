@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from frail import FrailBackend
 
-from hwsearch.backends.apart import ENVIRONMENT, ApartEngine, compiler, huge_pages
 from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.backends.process import ENVIRONMENT, ApartEngine, compiler, huge_pages
+from hwsearch.device.stopwatch import times
+from hwsearch.device.timing import Protocol, paired
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.measure import Protocol, paired
-from hwsearch.stopwatch import times
 
 ZEROS = np.zeros((2, 3), np.float32)
 
@@ -159,7 +159,7 @@ IMPORTS = """
 import os, signal, threading, time
 import numpy as np
 from frail import FrailBackend
-from hwsearch.backends.apart import compiler
+from hwsearch.backends.process import compiler
 from hwsearch.backends.base import BuildOptions
 from hwsearch.errors import BackendUnavailable
 """

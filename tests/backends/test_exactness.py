@@ -27,16 +27,16 @@ from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import Range, int8_scale
-from hwsearch.deployment import of_allocation
+from hwsearch.deployment.closed_loop import sensitivity_for
+from hwsearch.deployment.deploy import of_allocation
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.lower import Lowering
-from hwsearch.network import Unit
-from hwsearch.pipeline import sensitivity_for
-from hwsearch.refitting import weight_bank
-from hwsearch.regime import Regime
-from hwsearch.scoring import SensitivityTable, divergence
+from hwsearch.loss.sensitivity import SensitivityTable, divergence
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import weight_bank
+from hwsearch.network.network import Unit
+from hwsearch.network.variants import Variant, int8_levels, uniform
 from hwsearch.testing import BackendContract, SimulatedBackend
-from hwsearch.variants import Variant, int8_levels, uniform
 from hwsearch.zoo import fashion_resnet
 
 BACKENDS = [ONNXRuntimeBackend(), OpenVINOBackend()]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from hwsearch.backends.base import BuildOptions
-from hwsearch.outputs import Expected
+from hwsearch.engine.outputs import Expected
+from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import small_network
-from hwsearch.variants import Variant, legal, uniform
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 

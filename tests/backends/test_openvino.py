@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from hwsearch.backends.base import BuildOptions
+from hwsearch.network.variants import uniform
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import small_network
-from hwsearch.variants import uniform
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hwsearch.marking import isolate
+from hwsearch.lowering.marked import isolate
+from hwsearch.network.variants import Variant, legal
 from hwsearch.testing.contract import mixed, small_network, wherever
-from hwsearch.variants import Variant, legal
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install tensorrt-rtx-cu12)"

@@ -3,15 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import Backend, BuildOptions
+from hwsearch.engine.attribution import attribute, executed_precisions
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lower import Lowering
-from hwsearch.marking import tensor_names
-from hwsearch.regime import Regime
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import tensor_names
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import mixed, small_network, wherever
-from hwsearch.variants import Variant, uniform
 
 NETWORKS = ("residual", "attention", "two_inputs")
 

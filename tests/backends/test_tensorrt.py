@@ -20,14 +20,14 @@ from hwsearch.backends import cuda as cuda_module
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
+from hwsearch.device.timing import Protocol, paired
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.measure import Protocol, paired
-from hwsearch.profiler import profile
-from hwsearch.regime import Regime
-from hwsearch.table import LatencyTable
+from hwsearch.network.variants import Variant, uniform
+from hwsearch.profiler.profile import profile
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import TOLERANCE, assert_close, expected, readback, small_network, wherever
-from hwsearch.variants import Variant, uniform
 from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT
 
 

@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hwsearch.backends.tensorrt.building import BuildRequest, serialise, targets
+from hwsearch.backends.tensorrt.builder import BuildRequest, serialise, targets
 from hwsearch.backends.tensorrt.buildlog import executed, fused_layers
 from hwsearch.backends.tensorrt.legality import target, why_not
+from hwsearch.backends.typed import strongly_typed
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.typed import strongly_typed
 
 FIVE = ("sm75", "sm80", "sm86", "sm89", "sm120")
 K, N, BLOCK = 128, 64, 64

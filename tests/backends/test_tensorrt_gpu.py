@@ -10,11 +10,11 @@ import pytest
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
+from hwsearch.device.timing import Protocol, paired
 from hwsearch.errors import BackendUnavailable
-from hwsearch.measure import Protocol, paired
+from hwsearch.network.variants import uniform
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import small_network
-from hwsearch.variants import uniform
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from hwsearch.attribution import attribute, executed_precisions
 from hwsearch.backends.base import NodeTime
-from hwsearch.backends.tensorrt.inspecting import joined, layers_of
-from hwsearch.builds import NodeRow
+from hwsearch.backends.tensorrt.inspector import joined, layers_of
+from hwsearch.engine.attribution import attribute, executed_precisions
 from hwsearch.errors import BackendUnavailable
-from hwsearch.network import Network, Unit
+from hwsearch.network.network import Network, Unit
+from hwsearch.table.build import NodeRow
 
 SAMPLES = Path(__file__).parents[1] / "fixtures" / "tensorrt"
 SHAPE = (1, 8, 4, 4)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import hwsearch as hs
 from hwsearch import cli
 from hwsearch.backends.tensorrt import standalone
+from hwsearch.deployment.targets import for_tensorrt
 from hwsearch.errors import InvalidInput
-from hwsearch.targets import for_tensorrt
 from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT
 
 SPEC = f"{Path(tiny.__file__)}:cnn"

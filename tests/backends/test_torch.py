@@ -22,21 +22,22 @@ import torch
 from simulated_nvml import Nvml
 
 import hwsearch.backends.torch as package
-from hwsearch import backends, device
+from hwsearch import backends
 from hwsearch.backends import cuda as cuda_module
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.torch import TorchBackend
 from hwsearch.backends.torch.arithmetic import arithmetic
 from hwsearch.backends.torch.engine import TorchEngine
 from hwsearch.backends.torch.program import Program
+from hwsearch.device import fingerprint as device
+from hwsearch.device.timing import Protocol, paired
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.measure import Protocol, paired
-from hwsearch.profiler import profile
-from hwsearch.regime import Regime
-from hwsearch.table import LatencyTable
+from hwsearch.network.variants import Variant
+from hwsearch.profiler.profile import profile
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import readback, small_network, wherever
-from hwsearch.variants import Variant
 from tests.backends.fake_cuda import FakeCuda, Products
 
 SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from hwsearch.backends.torch.compiling import compiled
+from hwsearch.backends.torch.compiler import compiled
 from hwsearch.backends.torch.graph import read
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.program import Program
+from hwsearch.backends.typed import strongly_typed
+from hwsearch.network.variants import uniform
 from hwsearch.testing.contract import small_network
-from hwsearch.typed import strongly_typed
-from hwsearch.variants import uniform
 from tests.backends.fake_cuda import Products
 from tests.backends.torch_programs import CPU, by_onnxruntime, error, program, run
 

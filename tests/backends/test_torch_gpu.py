@@ -15,12 +15,12 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.cuda import NotCaptured
 from hwsearch.backends.torch import TorchBackend
 from hwsearch.backends.torch.engine import TorchEngine
+from hwsearch.device.timing import Protocol, paired
+from hwsearch.engine.setup import Regime
 from hwsearch.errors import BackendUnavailable
-from hwsearch.measure import Protocol, paired
-from hwsearch.regime import Regime
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import TOLERANCE, assert_close, expected, readback, small_network, wherever
-from hwsearch.variants import Variant, uniform
 
 pytestmark = pytest.mark.gpu
 

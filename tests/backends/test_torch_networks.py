@@ -17,10 +17,10 @@ import hwsearch as hs
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.products import RULES
 from hwsearch.backends.torch.program import Program
-from hwsearch.lower import Lowering
+from hwsearch.backends.typed import strongly_typed
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.testing.contract import TOLERANCE, expected, mixed, small_network, wherever
-from hwsearch.typed import strongly_typed
-from hwsearch.variants import Variant, legal, uniform
 from tests.backends.fake_cuda import Products
 from tests.backends.torch_programs import FLOATS, ON_CPU, Arrays, by_onnxruntime, error, program, run
 

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hwsearch.backends.torch import compiling  # noqa: F401  it fills the table
+from hwsearch.backends.torch import compiler  # noqa: F401  it fills the table
 from hwsearch.backends.torch.calls import TABLE
 from hwsearch.errors import BackendUnavailable
 from tests.backends.torch_programs import Arrays, by_onnxruntime, error, program, run

@@ -164,7 +164,7 @@ def test_half_products_of_2_4_weights(op: str, sparse: bool, kind: str, products
     case = Case(op, precision="none", sparse=sparse, base=np.float16)
     model = case.model
     if kind == "bf16":
-        from hwsearch.typed import strongly_typed
+        from hwsearch.backends.typed import strongly_typed
 
         model = strongly_typed(Case(op, precision="none", sparse=sparse).model, "bf16")
     made = program(model, ALL, kind)

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import torch
 
-from hwsearch.backends.torch.compiling import compiled
+from hwsearch.backends.torch.compiler import compiled
 from hwsearch.backends.torch.graph import read
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.program import Program

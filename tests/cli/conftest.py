@@ -21,11 +21,11 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     install(load=lambda spec: f"task {spec}")
     monkeypatch.setattr("hwsearch.backends.get", lambda name: SimpleNamespace(versions=dict, bases=tuple))
-    monkeypatch.setattr("hwsearch.device.clocks_to_lock", lambda runtime: 1410)
+    monkeypatch.setattr("hwsearch.device.fingerprint.clocks_to_lock", lambda runtime: 1410)
     return install
 
 
 @pytest.fixture(autouse=True)
 def overview(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hwsearch.overview.as_json", lambda table: {"backend": "openvino"})
-    monkeypatch.setattr("hwsearch.overview.summary", lambda table: "a table of 24 builds")
+    monkeypatch.setattr("hwsearch.cli.overview.as_json", lambda table: {"backend": "openvino"})
+    monkeypatch.setattr("hwsearch.cli.overview.summary", lambda table: "a table of 24 builds")

@@ -12,7 +12,7 @@ import pytest
 from invoking import invoke
 
 import hwsearch as hs
-from hwsearch.allocation import Allocation
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.cli.arguments import seconds
 from hwsearch.errors import InvalidInput
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from invoking import Install, Report, Scores, Table, invoke, raising
 
-from hwsearch.allocation import Allocation
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.errors import BudgetMissed
 
 

@@ -43,7 +43,8 @@ def test_devices_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_devices_says_whether_energy_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hwsearch import backends, energy
+    from hwsearch import backends
+    from hwsearch.device import energy
 
     monkeypatch.setattr(backends, "status", list)
     monkeypatch.setattr(energy, "find", lambda: energy.Found(reason="no RAPL package"))

@@ -8,8 +8,8 @@ from typing import Any
 
 from invoking import Install, Scores, Table, invoke
 
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.front import Front, Point
-from hwsearch.allocation import Allocation
 
 
 def test_search(api: Install, tmp_path: Path) -> None:

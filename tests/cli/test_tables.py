@@ -11,7 +11,7 @@ import pytest
 from invoking import Install, Table, invoke
 from simulation import chain, grouped, probed, simulated_table
 
-from hwsearch.staircase import staircase
+from hwsearch.latency.staircase import staircase
 from hwsearch.testing import LatencyLaw
 
 
@@ -65,7 +65,7 @@ def checked(holds: bool) -> Any:
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
 def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool, code: int) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("hwsearch.api.table_of_task", lambda path, task: f"table {path} of {task}")
+    monkeypatch.setattr("hwsearch.deployment.api.table_of_task", lambda path, task: f"table {path} of {task}")
     api(
         LatencyTable=Table,
         check=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),

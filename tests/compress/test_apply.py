@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hwsearch.compress.apply import Simulator
-from hwsearch.lower import Lowering
+from hwsearch.compress.simulate import Simulator
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
 from hwsearch.task import Task
-from hwsearch.variants import Variant
 
 
 class TwoHeads(nn.Module):

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from hwsearch.compress import bank as bank_module
-from hwsearch.compress.apply import Simulator
 from hwsearch.compress.bank import WeightBank
-from hwsearch.compress.compensate import Batch
+from hwsearch.compress.gram import Batch
 from hwsearch.compress.importance import order_slots
 from hwsearch.compress.quantize import activation_ranges, quantize_weight
+from hwsearch.compress.simulate import Simulator
 from hwsearch.compress.widths import narrow
-from hwsearch.trace import trace
-from hwsearch.variants import Variant
+from hwsearch.graph.trace import trace
+from hwsearch.network.variants import Variant
 from tests.architectures import BLOCKS
 from tests.compress.test_compensate import small
 from tests.networks import NETWORKS

@@ -21,8 +21,8 @@ from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.compress.biases import MOST_STEPS, fitted, on_steps, steps
 from hwsearch.compress.formats import StoredWeight
-from hwsearch.lower import Lowering
-from hwsearch.variants import uniform
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import uniform
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 6, 3), (4, 8, 8)),

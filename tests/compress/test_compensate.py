@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hwsearch.compress.compensate import (
+from hwsearch.compress.gram import (
     RIDGE,
     RIDGES,
     Batch,
@@ -27,8 +27,8 @@ from hwsearch.compress.compensate import (
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import Moments, recalibrate, refit_sequential
 from hwsearch.compress.widths import narrow
-from hwsearch.trace import trace
-from hwsearch.variants import Variant
+from hwsearch.graph.trace import trace
+from hwsearch.network.variants import Variant
 from tests.networks import NETWORKS
 
 

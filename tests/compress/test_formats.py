@@ -14,8 +14,8 @@ from hwsearch.compress.formats import E2M1, StoredWeight, e2m1, quantized_activa
 from hwsearch.compress.patterns import follows
 from hwsearch.compress.quantize import Range
 from hwsearch.errors import UnsupportedVariant
-from hwsearch.network import Unit
-from hwsearch.variants import Variant, ineligible
+from hwsearch.network.network import Unit
+from hwsearch.network.variants import Variant, ineligible
 
 finite = st.floats(-100, 100, width=32)
 

@@ -8,11 +8,11 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from hwsearch.compress.compensate import Batch
+from hwsearch.compress.gram import Batch
 from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots, removal_losses
-from hwsearch.narrowing import masked_graph
-from hwsearch.scoring import divergence
-from hwsearch.trace import trace
+from hwsearch.graph.narrow import masked_graph
+from hwsearch.graph.trace import trace
+from hwsearch.loss.sensitivity import divergence
 from tests.networks import NETWORKS
 
 

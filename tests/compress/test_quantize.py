@@ -17,7 +17,7 @@ from hwsearch.compress.quantize import (
     quantize_weight,
 )
 from hwsearch.errors import InvalidInput
-from hwsearch.trace import trace
+from hwsearch.graph.trace import trace
 
 finite = st.floats(-100, 100, width=32)
 

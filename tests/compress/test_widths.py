@@ -4,7 +4,7 @@ import torch
 from networks import NETWORKS
 
 from hwsearch.compress.widths import in_slots, masked, narrow, out_slots
-from hwsearch.trace import Traced, trace
+from hwsearch.graph.trace import Traced, trace
 
 
 def compute(traced: Traced, x: torch.Tensor) -> torch.Tensor:

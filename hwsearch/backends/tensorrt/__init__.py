@@ -20,9 +20,9 @@ from hwsearch.backends.cuda import Cuda, driver
 from hwsearch.backends.parsing import parsed
 from hwsearch.backends.tensorrt import offering
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
-from hwsearch.device import cache_dir
+from hwsearch.device.fingerprint import cache_dir
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 _COMPARED_RUNS = 25
 """Inferences by which builds of one network are compared."""
@@ -109,9 +109,9 @@ class TensorRTBackend:
             )
         if options.threads != 1:
             raise InvalidInput(f"{self.name} runs on the GPU; leave --threads at 1, got {options.threads}")
-        from hwsearch.backends.tensorrt.building import BuildRequest, serialise
+        from hwsearch.backends.tensorrt.builder import BuildRequest, serialise
         from hwsearch.backends.tensorrt.buildlog import sparsity
-        from hwsearch.typed import strongly_typed
+        from hwsearch.backends.typed import strongly_typed
 
         model, inputs, outputs = parsed(onnx, "TensorRT")
         typed = strongly_typed(model, options.base).SerializeToString()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hwsearch.nodenames import unit_of
+from hwsearch.backends.nodenames import unit_of
 
 PRECISION_OF = {
     "Float": "fp32",

@@ -11,7 +11,7 @@ from typing import Any
 
 from hwsearch.backends.base import Array, NodeTime, TensorSpec, check_arrays
 from hwsearch.backends.cuda import Buffer, Cuda, Graph, GraphRun, NotCaptured
-from hwsearch.backends.tensorrt.inspecting import joined, layers_of, with_picked
+from hwsearch.backends.tensorrt.inspector import joined, layers_of, with_picked
 from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable
 

@@ -1,8 +1,8 @@
 """Which precisions and patterns an NVIDIA GPU executes, by its compute capability, and why not the others.
 
-What a unit can become on any device is `hwsearch.variants.ineligible`'s to say. Sources: TensorRT's and TensorRT-RTX's support
-matrices ("GPU Architecture and Precision Support"), TensorRT's chapter on structured sparsity (2:4, from Ampere on). What
-NVIDIA's builder itself says is read from a build (`hwsearch.targets`); where the two differ, that is shown.
+What a unit can become on any device is `hwsearch.network.variants.ineligible`'s to say. Sources: TensorRT's and TensorRT-RTX's
+support matrices ("GPU Architecture and Precision Support"), TensorRT's chapter on structured sparsity (2:4, from Ampere on). What
+NVIDIA's builder itself says is read from a build (`hwsearch.deployment.targets`); where the two differ, that is shown.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What a backend offers on the GPU that it runs on: what `legality` allows there, in the order in which to prefer it.
 
-Which units can become it is `hwsearch.variants.legal`'s to say; whether one then *executed* as asked is read back from every
-engine.
+Which units can become it is `hwsearch.network.variants.legal`'s to say; whether one then *executed* as asked is read back from
+every engine.
 """
 
 from __future__ import annotations
 
 from hwsearch.backends.tensorrt.legality import BASES, RTX, Target, why_not
-from hwsearch.variants import SPARSE_PRECISIONS, Variant
+from hwsearch.network.variants import SPARSE_PRECISIONS, Variant
 
 _QUANTIZED = ("int8", "fp8", "int4", "nvfp4")
 _SPARSE = "2:4"

@@ -17,7 +17,7 @@ from hwsearch.backends.cuda import Cuda, driver
 from hwsearch.backends.parsing import parsed
 from hwsearch.backends.torch import offering
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 if TYPE_CHECKING:
     from hwsearch.backends.torch.engine import TorchEngine
@@ -94,10 +94,10 @@ class TorchBackend:
         if options.threads != 1:
             raise InvalidInput(f"backend torch runs on the GPU; leave --threads at 1, got {options.threads}")
         from hwsearch.backends.torch.arithmetic import arithmetic
-        from hwsearch.backends.torch.compiling import compiled
+        from hwsearch.backends.torch.compiler import compiled
         from hwsearch.backends.torch.engine import TorchEngine
         from hwsearch.backends.torch.graph import read
-        from hwsearch.typed import strongly_typed
+        from hwsearch.backends.typed import strongly_typed
 
         model, _, _ = parsed(onnx, "torch")
         network = read(strongly_typed(model, options.base))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hwsearch.variants import Variant
+from hwsearch.network.variants import Variant
 
 BASES = ("fp16", "bf16", "fp32", "tf32")
 """Base precisions of a network, the one to prefer first."""

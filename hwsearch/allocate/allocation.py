@@ -1,0 +1,133 @@
+"""Allocation: the answer. One variant for each unit, with predicted costs, the proof, and what it belongs to; JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import write_bytes
+from hwsearch.network.variants import Variant
+
+SCHEMA = 2
+
+_MAKE = "expected an allocation from `hwsearch search`"
+_KEYS = {
+    "predicted": ("latency_ns", "sigma_ns", "size_bytes", "loss"),
+    "dense": ("latency_ns", "size_bytes"),
+    "solver": ("status", "gap"),
+}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One variant for each unit and one width for each channel group, in network order.
+
+    widths: slots kept of each group. order: where any group is narrower, the slots of each, the most important first, apart
+    by spaces; a group keeps as many from the front.
+    predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never measured),
+    `macs`, `loss`. dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its
+    latency is a sum over layers and not measured. budgets: each with its `text`, `column` and integer `limit` (ns or bytes).
+    solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that). network, weights_digest:
+    fingerprints of what it is for. options: threads, batch, base.
+    """
+
+    variants: dict[str, str]
+    predicted: dict[str, int | float]
+    dense: dict[str, int | float]
+    budgets: list[dict[str, Any]]
+    solver: dict[str, Any]
+    network: str
+    weights_digest: str
+    device: dict[str, Any]
+    backend: str
+    options: dict[str, Any]
+    widths: dict[str, int] = field(default_factory=dict)
+    order: dict[str, str] = field(default_factory=dict)
+    network_name: str = ""
+    created: str = ""
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def uniform(self) -> str | None:
+        """The variant that every unit has, or None where they differ."""
+        kinds = set(self.variants.values())
+        return kinds.pop() if len(kinds) == 1 and not self.narrow else None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether any channel goes."""
+        return any(self.widths[g] < len(slots) for g, slots in self.slots.items())
+
+    @property
+    def slots(self) -> dict[str, list[int]]:
+        """`order` as numbers."""
+        return {group: [int(i) for i in text.split()] for group, text in self.order.items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many units have each variant, the most frequent first."""
+        names = list(self.variants.values())
+        return {v: names.count(v) for v in sorted(set(names), key=lambda v: (-names.count(v), v))}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, in place in one step."""
+        write_bytes(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
+
+    @staticmethod
+    def load(path: str | Path) -> Allocation:
+        """Raises InvalidInput (absent, malformed, unknown variants) or IncompatibleTables (another schema)."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{path} cannot be read: {error.strerror}; {_MAKE}") from error
+        try:
+            data = json.loads(text, parse_constant=_refuse)
+        except ValueError as error:
+            raise InvalidInput(f"{path} is not JSON ({error}); {_MAKE}") from error
+        if not isinstance(data, dict) or "schema" not in data:
+            raise InvalidInput(f"{path} is not an allocation: it has no schema; {_MAKE}")
+        if data["schema"] != SCHEMA:
+            raise IncompatibleTables(
+                f"{path} has schema {data['schema']}, this hwsearch reads {SCHEMA}; search again"
+            )
+        try:
+            allocation = TypeAdapter(Allocation).validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InvalidInput(
+                f"{path} is not an allocation: {where}: {first['msg']}; search again"
+            ) from error
+        if not allocation.variants:
+            raise InvalidInput(f"{path} allocates no unit; search again")
+        for variant in allocation.variants.values():
+            Variant.parse(variant)
+        try:
+            slots = allocation.slots
+        except ValueError as error:
+            raise InvalidInput(f"{path} is not an allocation: order: {error}; search again") from error
+        for group, own in slots.items():
+            if sorted(own) != list(range(len(own))) or not 0 < allocation.widths.get(group, 0) <= len(own):
+                raise InvalidInput(
+                    f"{path} is not an allocation: width and order of {group} do not fit together; search again"
+                )
+        parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
+        parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
+        for key, part, wanted in parts:
+            missing = [name for name in wanted if name not in part]
+            if missing:
+                raise InvalidInput(
+                    f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again"
+                )
+        return allocation
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,0 +1,1 @@
+"""From budgets to a file that meets them as measured."""

@@ -1,0 +1,179 @@
+"""Allocation -> the task as the allocation wants it, narrow and refitted -> ONNX file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from hwsearch import backends
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.backends.base import Backend
+from hwsearch.backends.exactness import int8_bits
+from hwsearch.compress.bank import WeightBank
+from hwsearch.device import fingerprint as devices
+from hwsearch.engine.setup import Regime, regime
+from hwsearch.errors import IncompatibleTables
+from hwsearch.files import write_bytes
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import as_module, refitted, weight_bank
+from hwsearch.network.network import Network
+from hwsearch.network.variants import INT8_BITS, STORAGE, Variant
+from hwsearch.task import Task
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """An ONNX file that runs without hwsearch, and what it was made from."""
+
+    path: Path
+    size_bytes: int
+    allocation: Allocation
+    base: str
+    at: Regime = field(repr=False)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The same network in torch, in fp32: really narrower, with parameters that can be fine-tuned."""
+        return as_module(self.at.lowering)
+
+
+def check_allocation(allocation: Allocation, network: Network) -> None:
+    """Raises IncompatibleTables where the allocation is of another network or of other weights."""
+    for what, own, current in (
+        ("network", allocation.network, network.fingerprint),
+        ("weights", allocation.weights_digest, network.weights_digest),
+    ):
+        if own != current:
+            raise IncompatibleTables(
+                f"the allocation is of other {what}: allocation={own}, current={current}; search again for this task"
+            )
+
+
+def of_allocation(
+    task: Task,
+    allocation: Allocation,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+    lock_clocks: bool = False,
+) -> Regime:
+    """The task under the allocation's own options, on its own backend or another.
+
+    lock_clocks: at the clock of its table, where that was locked. Raises IncompatibleTables where its int8 weights have more bits
+    than the runtime sums exactly here, or it is of another network.
+    """
+    options = allocation.options
+    which = backend or allocation.backend
+    runtime = backends.get(which) if isinstance(which, str) else which
+    clocks = int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0
+    base = str(options.get("base", "fp32"))
+    at = regime(
+        task, runtime, threads=threads or int(options.get("threads", 1)),
+        base=base if base in runtime.bases() else None, batch=options.get("batch"),
+        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
+        storage=str(STORAGE) in allocation.variants.values(),
+        energy=any(b["column"] == "energy" for b in allocation.budgets),
+        int8_bits=int8_bits_of(allocation),
+        unsigned=bool(options.get("unsigned", False)) and bool(getattr(runtime, "unsigned_activations", False)),
+    )  # fmt: skip
+    check_allocation(allocation, at.network)
+    if "dense.int8" in allocation.variants.values():
+        _check_bits(at)
+    return at
+
+
+def int8_bits_of(allocation: Allocation) -> int:
+    """Bits of its int8 weights, as its table says."""
+    return int(allocation.options.get("int8_bits", INT8_BITS))
+
+
+def _check_bits(at: Regime) -> None:
+    own, exact = at.lowering.int8_bits, int8_bits(at.backend, at.options)
+    if own > exact:
+        raise IncompatibleTables(
+            f"the allocation has int8 weights of {own} bits, and {at.backend.name} sums products of such inexactly on this device "
+            f"(it takes {exact} bits): what it would compute here is not what was searched; profile and search on this device"
+        )
+
+
+def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None = None) -> Lowering:
+    """The task as an allocation wants it, narrow and refitted, whichever backend it was searched on.
+
+    weights: folder of refitted weights; without it they are refitted anew. Raises IncompatibleTables (another network).
+    """
+    options = allocation.options
+    whole = Lowering(
+        task,
+        options.get("batch"),
+        residual=bool(options.get("residual", False)),
+        int8_bits=int8_bits_of(allocation),
+    )
+    check_allocation(allocation, whole.network)
+    bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
+    return _refitted(whole, allocation, bank)
+
+
+def as_deployed(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
+    """The regime with the channels that an allocation keeps, its weights refitted (from `bank`, or anew) and rounded."""
+    lowering = _refitted(at.lowering, allocation, bank)
+    return at if lowering is at.lowering else replace(at, lowering=lowering)
+
+
+def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
+    if not allocation.narrow:
+        return refitted(lowering, parse_variants(allocation))
+    if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
+        raise IncompatibleTables(
+            "the allocation is of other channel groups than the network has; search again"
+        )
+    bank = bank or weight_bank(lowering, None, allocation.slots)
+    return refitted(lowering, parse_variants(allocation), allocation.widths, bank)
+
+
+def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
+    """The weights that an allocation is put together from, kept in `folder`."""
+    return weight_bank(at.lowering, folder, allocation.slots) if allocation.narrow else None
+
+
+def parse_variants(allocation: Allocation) -> dict[str, Variant]:
+    return {unit: Variant.parse(v) for unit, v in allocation.variants.items()}
+
+
+def deploy(
+    task: Task,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    backend: str | Backend | None = None,
+    weights: str | Path | None = None,
+    at: Regime | None = None,
+) -> Deployed:
+    """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
+
+    weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; without it they are refitted anew.
+    at: the allocation's own regime, at its widths. Raises IncompatibleTables (another network), BackendUnavailable
+    (it does not build).
+    """
+    if at is None:
+        whole = of_allocation(task, allocation, backend)
+        at = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
+    base = str(allocation.options.get("base", at.options.base))
+    model = at.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
+    data = model.SerializeToString()
+    at.backend.build(data, replace(at.options, base=base if base in at.backend.bases() else at.options.base))
+    path = Path(out)
+    write_bytes(path, data)
+    return Deployed(path, len(data), allocation, base, at)
+
+
+def metadata_of(allocation: Allocation, base: str) -> dict[str, str]:
+    """What someone who finds the file needs to run it as it was measured."""
+    return {
+        "hwsearch.base_precision": base,
+        "hwsearch.backend": allocation.backend,
+        "hwsearch.options": json.dumps(allocation.options, sort_keys=True),
+        "hwsearch.budgets": json.dumps([b["text"] for b in allocation.budgets]),
+    }

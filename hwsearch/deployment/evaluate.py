@@ -1,0 +1,74 @@
+"""An engine in the place of the model: called as the model is, and scored by the task's `evaluate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from hwsearch.backends.base import Engine
+from hwsearch.errors import InvalidInput
+from hwsearch.graph.batching import put_together
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.task import Task
+
+
+def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
+    """A callable with the model's signature that runs the engine, in pieces of the engine's batch.
+
+    Returns what the model returns: the same structure, on the CPU, in the model's dtypes. Outputs are put together along the axis
+    that follows the batch; see `put_together` for those that have none.
+    """
+    count = len(engine.inputs)
+
+    def run(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if len(values) != count:
+            raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
+        return [torch.from_numpy(r) for r in engine(*(v.detach().cpu().numpy() for v in values))]
+
+    return _in_pieces(at, run)
+
+
+def _in_pieces(
+    at: Lowering, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+) -> Callable[..., Any]:
+    batch = at.batch
+    leaves, out_spec = pytree.tree_flatten(at.traced.outputs)
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        values = [v for v in flat_inputs(at.traced.graph, args, kwargs) if isinstance(v, torch.Tensor)]
+        total = next((len(v) for v in values if v.dim()), 1)
+        counts = [min(batch, total - start) for start in range(0, total, batch)]
+        pieces = []
+        for number, count in enumerate(counts):
+            part = [v[number * batch : number * batch + count] if v.dim() else v for v in values]
+            if count < batch:
+                part = [
+                    torch.cat([v, v[-1:].expand(batch - count, *v.shape[1:])]) if v.dim() else v for v in part
+                ]
+            pieces.append(run(part))
+        merged = iter(put_together(list(zip(*pieces, strict=True)), at.batch_axes, counts, batch))
+        filled = [next(merged).to(leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(filled, out_spec)
+
+    return predict
+
+
+def score(task: Task, predict: Callable[..., Any], what: str) -> float:
+    """evaluate(predict), checked. Raises InvalidInput where it fails or does not return a finite number."""
+    try:
+        with torch.no_grad():
+            value = float(task.evaluate(predict))
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise InvalidInput(
+            f"evaluate returned {value} for {what}; expected a finite number, higher is better"
+        )
+    return value

@@ -1,0 +1,260 @@
+"""What engines really do, measured side by side in one session: latency, score, loss, size, energy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from hwsearch.allocate.budget import TAILS, Budget
+from hwsearch.backends.base import Engine
+from hwsearch.deployment.evaluate import predictor, score
+from hwsearch.deployment.recheck import Check, measure_again, spread
+from hwsearch.device import fingerprint as devices
+from hwsearch.device.load import background
+from hwsearch.device.timing import Protocol, Timing, paired
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import Regime, record
+from hwsearch.errors import InvalidInput
+from hwsearch.graph.calls import evaluating
+from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.latency.regression import MOODS
+from hwsearch.loss.sensitivity import divergence
+from hwsearch.lowering.refitted import refitted
+from hwsearch.network.memory import peak_bytes
+from hwsearch.network.variants import Variant, legal, uniform
+from hwsearch.profiler.layerwise import sandwich_engine
+from hwsearch.table.build import Build
+from hwsearch.table.header import SANDWICHED
+from hwsearch.table.table import LatencyTable
+
+VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
+LOSS_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be built: variants, base precision, the metadata of the file, and at which widths (None: whole)."""
+
+    variants: dict[str, Variant]
+    base: str
+    metadata: Mapping[str, str] | None = None
+    at: Regime | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One allocation measured beside the reference in one session."""
+
+    variants: dict[str, Variant]
+    timing: Timing
+    build: Build
+    engine: Engine
+    file_bytes: int
+    at: Regime
+
+
+class Session:
+    """Engines of one task, timed together: the deployed one, the dense one and uniform ones, on one scale.
+
+    table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
+    slower than the table's was, times are those of the quiet machine, by what the table tells of slowdowns (`LatencyModel.quiet`).
+    """
+
+    def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
+        self.at, self.table = at, table
+        if table is not None and table.header.mode == SANDWICHED:
+            self.reference = sandwich_engine(at)
+        else:
+            self.reference = reference_engine(at)
+        self.scale_ns = table.header.reference_ns if table is not None else 0.0
+        self.reference_now_ns = 0.0
+        self.slowdown = 0.0
+        """Of the machine against the table's quiet one, in the last measurement, as far as it counts."""
+        self._uniforms: dict[str, Measured] = {}
+        self._scores: dict[str, float] = {}
+        self._check: Check | None = None
+
+    def check(self, table: LatencyTable) -> Check:
+        """Whether the table still holds, by three of its builds; looked at once."""
+        if self._check is None:
+            with self._quiet():
+                self._check = measure_again(table, self.at, spread(table, 3), reference=self.reference)
+        return self._check
+
+    def measure_all(
+        self, deployed: Job | None, uniforms: Mapping[str, Job]
+    ) -> tuple[Measured | None, dict[str, Measured]]:
+        """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once."""
+        missing = {n: self._as_deployed(job) for n, job in uniforms.items() if n not in self._uniforms}
+        jobs = {**({"deployed": deployed} if deployed else {}), **missing}
+        measured = self.measure(jobs) if jobs else {}
+        found = measured.pop("deployed", None)
+        self._uniforms.update(measured)
+        return found, dict(self._uniforms)
+
+    def _as_deployed(self, job: Job) -> Job:
+        """A uniform job with its weights refitted, as those of an allocation are."""
+        at = job.at or self.at
+        return replace(job, at=replace(at, lowering=refitted(at.lowering, job.variants)))
+
+    def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
+        """Each job measured, all interleaved with the reference and each other."""
+        with self._quiet():
+            return self._measure(wanted)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
+        with ExitStack() as stack:
+            if self.at.clocks:
+                stack.enter_context(devices.lock(devices.fingerprint_for(self.at.backend).id))
+            stack.enter_context(background(self.at.load))
+            stack.enter_context(self.at.locked())
+            yield
+
+    def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
+        ats = {n: job.at or self.at for n, job in wanted.items()}
+        built = {n: ats[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
+        timings = paired(
+            self.reference.run,
+            {name: engine.run for name, (engine, _) in built.items()},
+            VERIFY,
+            clock=self.at.clock,
+            meter=self.at.meter,
+            quiet_ns=self.table.quiet_ns if self.table is not None else None,
+            sample=self.at.sample,
+        )
+        self.reference_now_ns = next(iter(timings.values())).reference_median_ns
+        self.slowdown = self._slowdown(next(iter(timings.values())))
+        if not self.scale_ns:
+            self.scale_ns = self.reference_now_ns
+        return {
+            name: Measured(
+                variants=job.variants,
+                timing=timings[name],
+                build=replace(
+                    record(ats[name], "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
+                    widths=tuple(ats[name].network.channels.values()),
+                ),
+                engine=built[name][0],
+                file_bytes=int(built[name][1].ByteSize()),
+                at=ats[name],
+            )
+            for name, job in wanted.items()
+        }
+
+    def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[dict[str, int], dict[str, int]]:
+        """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
+        _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
+        dense = self.costs(measured["dense.fp32"])
+        require_energy(budgets, dense)
+        return {b.column: b.resolve(dense[b.column]) for b in budgets}, {c: int(x) for c, x in dense.items()}
+
+    def ms(self, measured: Measured) -> float:
+        """Time on the session's scale, in ms."""
+        return self.time_ns(measured) / 1e6
+
+    def time_ns(self, measured: Measured) -> float:
+        """Time on the session's scale, on the quiet machine."""
+        ratio, slowdown = measured.timing.ratio, self._slowdown(measured.timing)
+        if self.table is None or not slowdown:
+            return ratio * self.scale_ns
+        return self._model.quiet(ratio, self.table.nodes(measured.build), slowdown).time_ns
+
+    def _slowdown(self, timing: Timing) -> float:
+        """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
+        if self.table is None or self.table.header.mode != "context":
+            return 0.0
+        slowdown = timing.quiet_ns / self.table.quiet_ns - 1.0
+        return slowdown if abs(slowdown) > MOODS else 0.0
+
+    @cached_property
+    def _model(self) -> LatencyModel:
+        assert self.table is not None
+        return fit(self.table)
+
+    def costs(self, measured: Measured) -> dict[str, float]:
+        """Everything that a budget may bound, in ns, bytes and MACs."""
+        time_ns = self.time_ns(measured)
+        tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
+        size, macs = float(measured.file_bytes), float(measured.at.network.macs)
+        return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured),
+                **self._energy(measured)}  # fmt: skip
+
+    def _energy(self, measured: Measured) -> dict[str, float]:
+        """Energy of an inference in nJ on the session's scale: that of the table's reference, where it has energies."""
+        ratio, own = measured.build.energy_ratio, measured.build.reference_energy_j
+        if ratio is None or own is None:
+            return {}
+        told = [b.reference_energy_j for b in self.table.builds if b.reference_energy_j] if self.table else []
+        return {"energy": ratio * (float(np.median(told)) if told else own) * 1e9}
+
+    def _memory(self, measured: Measured) -> float:
+        """Peak of the activations in bytes: computed, not measured."""
+        widths = measured.at.network.channels
+        peak = peak_bytes(
+            self.at.network, measured.variants, widths,
+            base=measured.build.base, quantize_outputs=self.at.backend.quantize_outputs,
+        )  # fmt: skip
+        return float(peak)
+
+    def score(self, measured: Measured, what: str) -> float:
+        """The task's score through the engine; of each uniform allocation it is taken once."""
+        if what not in self._uniforms:
+            return score(self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what)
+        if what not in self._scores:
+            self._scores[what] = score(
+                self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what
+            )
+        return self._scores[what]
+
+    @cached_property
+    def dense_score(self) -> float:
+        """The task's score of the module itself."""
+        with evaluating(self.at.lowering.task.model) as model:
+            return score(self.at.lowering.task, model, "the dense model")
+
+    def loss(self, measured: Measured) -> float:
+        """Divergence of the engine's outputs from the dense module's, mean over the calibration samples kept apart for it."""
+        kind = self.at.lowering.task.divergence
+        predict = predictor(measured.at.lowering, measured.engine)
+        axes = self.at.lowering.batch_axes
+        total, count = 0.0, 0
+        for traced, args, kwargs in self.at.lowering.comparable:
+            with torch.no_grad():
+                dense = traced.graph(*args, **kwargs)
+            value, samples = divergence(predict(*args, **kwargs), dense, kind, axes)
+            total, count = total + value, count + samples
+            if count >= LOSS_SAMPLES:
+                break
+        return total / max(count, 1)
+
+
+def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
+    """Every uniform allocation of this backend: each variant wherever a unit can become it, else the base."""
+    base = at.options.base
+    candidates = {"dense.fp32": Job(uniform(at.network, "fp32"), "fp32")}
+    for variant in at.variants(base):
+        chosen = {
+            u.name: variant
+            if legal(u, [variant]) and str(variant) not in unsupported.get(u.name, {})
+            else Variant(base)
+            for u in at.network.units
+        }
+        if variant == Variant(base) or set(chosen.values()) != {Variant(base)}:
+            candidates.setdefault(str(variant), Job(chosen, base))
+    return candidates
+
+
+def require_energy(budgets: Sequence[Budget], costs: Mapping[str, float]) -> None:
+    """Raises InvalidInput where energy is bounded and this machine measures none."""
+    if "energy" not in costs and any(b.column == "energy" for b in budgets):
+        raise InvalidInput(
+            "a budget on energy can only be verified where energy is counted, and no counter moved here; "
+            "`hwsearch devices` says why, or leave the budget out"
+        )

@@ -1,0 +1,188 @@
+"""Predicted beside measured: whether an allocation meets its budgets on this device, as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hwsearch.allocate.allocation import Allocation
+from hwsearch.allocate.budget import TAILS, parse_budgets
+from hwsearch.backends.base import Backend
+from hwsearch.deployment.deploy import as_deployed, bank_of, metadata_of, of_allocation, parse_variants
+from hwsearch.deployment.report import Report
+from hwsearch.deployment.session import Job, Measured, Session, require_energy, uniform_candidates
+from hwsearch.deployment.unexplained import unexplained
+from hwsearch.device import fingerprint as devices
+from hwsearch.engine.setup import Regime, wrong_variants
+from hwsearch.loss.sensitivity import NOT_FINITE
+from hwsearch.network.variants import Variant
+from hwsearch.table.build import Build
+from hwsearch.table.header import SANDWICHED
+from hwsearch.table.table import LatencyTable
+from hwsearch.task import Task
+
+
+def verify(
+    task: Task,
+    allocation: Allocation,
+    *,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+    out: str | Path | None = None,
+    table: LatencyTable | None = None,
+    weights: str | Path | None = None,
+    lock_clocks: bool = False,
+    at: Regime | None = None,
+    rounds: int = 1,
+    session: Session | None = None,
+) -> Report:
+    """Measure an allocation on this device and report predicted beside measured.
+
+    Latencies are ratios to engines timed in the same session, on the scale of the table's session where one is
+    given. The budget holds only as measured. weights: as for `deploy`. lock_clocks: as for `profile`.
+    Raises IncompatibleTables where the table is of another device.
+    """
+    report, _ = verify_with_build(
+        task, allocation, backend=backend, threads=threads, table=table, weights=weights, lock_clocks=lock_clocks,
+        at=at, rounds=rounds, session=session,
+    )  # fmt: skip
+    if out is not None:
+        report.save(out)
+    return report
+
+
+def verify_with_build(
+    task: Task,
+    allocation: Allocation,
+    *,
+    backend: str | Backend | None = None,
+    threads: int | None = None,
+    table: LatencyTable | None = None,
+    weights: str | Path | None = None,
+    lock_clocks: bool = False,
+    at: Regime | None = None,
+    own: Regime | None = None,
+    rounds: int = 1,
+    session: Session | None = None,
+) -> tuple[Report, Build]:
+    """As `verify`, with the measured build for the table. own: `at` at the allocation's widths."""
+    at = at or of_allocation(task, allocation, backend, threads, lock_clocks)
+    device = devices.fingerprint_for(at.backend)
+    if table is not None:
+        table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
+    session = session or Session(at, table)
+    base = str(allocation.options.get("base", at.options.base))
+    variants = parse_variants(allocation)
+    unsupported = table.header.unsupported if table is not None else {}
+    candidates = uniform_candidates(at, unsupported)
+    base = base if base in at.backend.bases() else at.options.base
+    own = own or as_deployed(at, allocation, bank_of(at, allocation, weights))
+    job = Job(variants, base, metadata_of(allocation, base), own)
+    deployed, measured = session.measure_all(job, candidates)
+    assert deployed is not None
+    dense = measured["dense.fp32"]
+    budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
+    require_energy(budgets, session.costs(dense))
+    limit = {b.column: b.resolve(session.costs(dense)[b.column]) for b in budgets}
+
+    def within(m: Measured) -> bool:
+        costs = session.costs(m)
+        # a nanosecond (or nanojoule) of slack: a time of 100 % is rounded down to whole ones; bytes and MACs are whole
+        slack = {c: int(c.startswith("latency") or c == "energy") for c in limit}
+        return not m.build.wrong and all(costs[c] <= bound + slack[c] for c, bound in limit.items())
+
+    costs = session.costs(deployed)
+    drift = None
+    if table is not None and table.header.mode != SANDWICHED and _parted(costs["latency"], allocation):
+        drift = session.check(table).to_json()
+
+    scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
+    best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
+    loss = {"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)}
+    score = {"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")}
+    report = Report(
+        task=task.name,
+        backend=at.backend.name,
+        device=device.to_json(),
+        options={**at.described, "base": base},
+        met=within(deployed),
+        rounds=rounds,
+        latency_ms={
+            "dense": session.ms(dense),
+            "budget": limit["latency"] / 1e6 if "latency" in limit else None,
+            "predicted": allocation.predicted["latency_ns"] / 1e6,
+            "sigma": allocation.predicted["sigma_ns"] / 1e6,
+            "measured": session.ms(deployed),
+            "measured_low": deployed.timing.low / deployed.timing.ratio * session.ms(deployed),
+            "measured_high": deployed.timing.high / deployed.timing.ratio * session.ms(deployed),
+            "measured_unconverted": deployed.timing.ratio * session.scale_ns / 1e6,
+            "measured_now": deployed.timing.median_ns / 1e6,
+            "reference": session.scale_ns / 1e6,
+            "reference_now": session.reference_now_ns / 1e6,
+            **{column.removeprefix("latency_"): costs[column] / 1e6 for column in TAILS},
+            **{f"budget_{c.removeprefix('latency_')}": limit[c] / 1e6 for c in TAILS if c in limit},
+        },
+        score=score,
+        loss=loss,
+        size_bytes={
+            "dense": dense.file_bytes,
+            "budget": limit.get("size"),
+            "predicted": allocation.predicted["size_bytes"],
+            "deployed": deployed.file_bytes,
+        },
+        macs={"dense": at.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
+        memory={
+            "dense": session.costs(dense)["memory"],
+            "budget": limit.get("memory"),
+            "deployed": costs["memory"],
+            "source": "estimated",
+        },
+        energy_mj={
+            "dense": session.costs(dense)["energy"] / 1e6,
+            "budget": limit["energy"] / 1e6 if "energy" in limit else None,
+            "predicted": allocation.predicted["energy_nj"] / 1e6 if "energy_nj" in allocation.predicted else None,
+            "measured": costs["energy"] / 1e6,
+        }
+        if "energy" in costs
+        else {},
+        widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
+        solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
+        uniform=None
+        if best is None
+        else {"variant": best, "latency_ms": session.ms(measured[best]), "score": scores[best],
+              "size_bytes": measured[best].file_bytes},
+        uniforms=[
+            {"variant": n, "latency_ms": session.ms(m), "size_bytes": m.file_bytes, "met": within(m)}
+            for n, m in measured.items()
+        ],
+        variants=dict(allocation.variants),
+        not_as_asked={
+            u.name: f"asked {v}, executed in {e}"
+            for u, v, e in zip(at.network.units, deployed.build.variants, deployed.build.executed, strict=True)
+            if e and not Variant.parse(v).runs_as(e)
+        },
+        unstable=deployed.timing.unstable or dense.timing.unstable,
+        output_error=deployed.build.output_error,
+        wrong_outputs=deployed.build.wrong,
+        wrong_units=wrong_variants(own, variants, base) if deployed.build.wrong else {},
+        unexplained=unexplained(own, at, variants, base, loss, score),
+        table_check=drift,
+        slowdown=session.slowdown,
+        float_only=_float_only(at, unsupported),
+    )  # fmt: skip
+    return report, deployed.build
+
+
+def _float_only(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Units that are not quantized for what they read, or for what their simulation returns, and why."""
+    read = {u.name: u.float_only for u in at.network.units if u.float_only}
+    lost = {
+        u: f"as {v}, {why}" for u, own in unsupported.items() for v, why in own.items() if why == NOT_FINITE
+    }
+    return {**lost, **read}
+
+
+def _parted(measured_ns: float, allocation: Allocation) -> bool:
+    """Whether a measurement is further from the prediction than that is uncertain."""
+    predicted, sigma = allocation.predicted["latency_ns"], allocation.predicted["sigma_ns"]
+    return bool(abs(measured_ns - predicted) > max(3 * sigma, 0.05 * predicted))

@@ -1,0 +1,1 @@
+"""What is measured on, and how anything is timed: fingerprints, locks, clocks, energy, load, timing."""

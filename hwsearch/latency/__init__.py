@@ -1,0 +1,1 @@
+"""The latency model: terms, regression, what it does not know."""

@@ -1,0 +1,284 @@
+"""LatencyModel: the time of any allocation, fitted on a table, with its uncertainty.
+
+    T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
+
+All terms are linear, and every build says something of each: its executed nodes give one equation a unit
+(what the unit and the conversions around it took), its end-to-end time one more. They are solved together as a
+Bayesian linear regression: boundary terms are pooled over edges by tensor size and shrunk towards that pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.linalg import cho_solve
+from scipy.stats import kendalltau
+
+from hwsearch.errors import InvalidInput
+from hwsearch.latency.layer_sum import layer_terms
+from hwsearch.latency.regression import (
+    FEW_SCALES,
+    MANY,
+    MIDDLE,
+    PAIRS,
+    PER_NODE,
+    SCALES,
+    Equations,
+    Feature,
+    Floats,
+    all_features,
+    edge_features,
+    error_ns,
+    informed,
+    slowed,
+)
+from hwsearch.latency.uncertainty import KNOWN, Spread, calibrated, rescaled, surprise
+from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant
+from hwsearch.table.build import Build
+from hwsearch.table.header import LAYERED
+from hwsearch.table.table import LatencyTable, usable
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """time_ns of one inference and its standard error sigma_ns."""
+
+    time_ns: float
+    sigma_ns: float
+
+
+class LatencyModel:
+    """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
+
+    def __init__(
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, spread: Spread,
+        left_out: Sequence[tuple[Build, Prediction]] = (),
+    ) -> None:  # fmt: skip
+        self.table = table
+        self._index = {f: i for i, f in enumerate(features)}
+        self._mean, self._covariance = mean, covariance
+        self.spread = spread
+        self.left_out = tuple(left_out)
+        """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
+        self.network: Network = table.network
+
+    def predict(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> Prediction:
+        """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured.
+
+        widths: slots kept, of the channel groups that are not whole.
+        """
+        row = self._row(variants, widths or {})
+        time_ns = float(row @ self._mean)
+        return Prediction(time_ns, float(self.spread.sigma(float(row @ self._covariance @ row), time_ns)))
+
+    def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
+        row = np.zeros(len(self._index))
+        for features in all_features(self.network, variants, widths).values():
+            for feature, value in features:
+                if feature not in self._index:
+                    if feature[0] == "unit":
+                        raise InvalidInput(
+                            f"the table has no measurement of {feature[2]} for unit signature {feature[1]}"
+                        )
+                    continue
+                row[self._index[feature]] += value
+        return row
+
+    def predict_build(self, build: Build) -> Prediction:
+        """What a build of the table should have been measured to take, on the machine as it was just then.
+
+        Raises InvalidInput where it holds what no build of the fit does.
+        """
+        at = self.table.candidate(build)
+        found = self.predict(at.variants, at.widths)
+        off = slowed(self.table.slowdown(build), self.table.nodes(build), build.ratio)
+        return replace(found, time_ns=found.time_ns + self.per_node * off * self.table.header.reference_ns)
+
+    def quiet(self, ratio: float, nodes: float, slowdown: float) -> Prediction:
+        """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
+
+        nodes: executed nodes / the reference's. sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
+        """
+        reference = self.table.header.reference_ns
+        off = slowed(slowdown, nodes, ratio) * reference
+        _, error = self.terms().get(PER_NODE, (0.0, 0.0))
+        return Prediction(ratio * reference - self.per_node * off, error * abs(off))
+
+    @cached_property
+    def per_node(self) -> float:
+        """How much of a slowdown is the same time for every executed node: 0 none of it, 1 all. 0 where no build of the fit was
+        measured on a slower machine: then the table does not tell."""
+        return float(np.clip(self._mean[self._index[PER_NODE]], 0.0, 1.0)) if PER_NODE in self._index else 0.0
+
+    @cached_property
+    def drift(self) -> float:
+        """The share by which times changed against the reference's over the profile."""
+        return float(self._mean[self._index["drift",]]) if ("drift",) in self._index else 0.0
+
+    @cached_property
+    def rest_ns(self) -> float:
+        """b0: what no unit and no edge accounts for."""
+        return float(self._mean[self._index["rest",]])
+
+    def unit_ns(self, unit: str, variant: Variant, widths: Mapping[str, int] | None = None) -> float:
+        """t[u, v] without any boundary, at some widths. Raises InvalidInput on what was not measured."""
+        feature = ("unit", self.network.unit_at(unit, widths or {}).signature, str(variant))
+        if feature not in self._index:
+            raise InvalidInput(
+                f"the table has no measurement of {variant} for unit {unit} at widths {widths or 'whole'}"
+            )
+        return float(self._mean[self._index[feature]])
+
+    def terms(self) -> dict[Feature, tuple[float, float]]:
+        """Every term of the model with its value and its standard error, in ns."""
+        deviation = np.sqrt(np.maximum(np.diag(self._covariance), 0.0))
+        return {f: (float(self._mean[i]), float(deviation[i])) for f, i in self._index.items()}
+
+    def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
+        """Whether a unit was measured in a variant at some widths."""
+        return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self._index
+
+    def foretells(self, build: Build) -> bool:
+        """Whether every unit of a build was measured as it was built."""
+        candidate = self.table.candidate(build)
+        return all(self.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
+
+    def edge_ns(self, src: str, dst: str, share: float = 1.0) -> dict[tuple[bool, bool], float]:
+        """Sum over the edges from src to dst of r[e, class pair]; float to float is 0.
+
+        share: of its whole size that src's output has.
+        """
+        totals = {(False, False): 0.0}
+        for pair in PAIRS:
+            total = 0.0
+            for edge in self.network.edges:
+                if (edge.src, edge.dst) == (src, dst):
+                    edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
+                    for feature, value in (
+                        *edge_features(edge, pair, "src", share),
+                        *edge_features(edge, pair, "dst", share),
+                    ):
+                        if feature in self._index:
+                            total += value * float(self._mean[self._index[feature]])
+            totals[pair] = total
+        return totals
+
+
+def fit(
+    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True
+) -> LatencyModel:
+    """Fit on a table's builds, held-out ones excepted, or on the given ones.
+
+    The held-out ones only say how large sigma has to be (`spread`).
+    boundaries: False leaves the boundary terms out (a baseline).
+    Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
+    """
+    if table.header.mode in LAYERED:
+        return layer_sum(table)
+    heldout: list[Build] = []
+    if builds is None:
+        heldout = [b for b in usable(table) if b.role == "heldout"]
+        builds = [b for b in usable(table) if b.role != "heldout"]
+    if len(builds) < 2:
+        raise InvalidInput(
+            f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
+        )
+    equations = Equations(table, builds, boundaries)
+    everything = np.arange(len(builds))
+    pooled = equations.pooled(equations.vague(MIDDLE), everything)
+    tried = FEW_SCALES if len(equations.features) > MANY else SCALES
+    priors = [informed(equations.vague(scales), pooled) for scales in (tried if boundaries else SCALES[:1])]
+    measured, errors = equations.measured, equations.errors
+    foretold = [equations.left_out(*equations.solve(prior, everything)) for prior in priors]
+    best = int(np.argmin([surprise(*each, measured, errors) for each in foretold]))
+    guess, variances = foretold[best]
+    spread = calibrated(builds, guess, variances, measured, errors)
+    mean, factor = equations.solve(priors[best], everything, bounded=True)
+    covariance = cho_solve((factor, True), np.eye(len(mean)))
+    known = np.sqrt(variances) < KNOWN * guess
+    each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
+    left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
+    model = LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+    if heldout := [b for b in heldout if model.foretells(b)]:
+        times, measured, sigma = _against(model, heldout)
+        model.spread = rescaled(spread, (measured - times) / sigma)
+    return model
+
+
+def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:
+    """(predicted, measured, standard error of their difference) of builds, in ns."""
+    table = model.table
+    predicted = [model.predict_build(b) for b in builds]
+    sigma = np.hypot([p.sigma_ns for p in predicted], [error_ns(table, b) for b in builds])
+    return (
+        np.array([p.time_ns for p in predicted]),
+        np.array([table.time_ns(b) for b in builds]),
+        np.maximum(sigma, 1.0),
+    )
+
+
+def layer_sum(table: LatencyTable) -> LatencyModel:
+    """The sum over layers of a table made layer by layer; boundaries between precisions count in sigma only."""
+    terms = layer_terms(table)
+    return LatencyModel(table, terms.features, terms.mean, terms.covariance, spread=Spread(1.0, terms.floor))
+
+
+# ---------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Errors are |predicted / measured - 1|. noise: the same for one allocation built again, where there is one."""
+
+    builds: int
+    median_error: float
+    p90_error: float
+    kendall_tau: float
+    inside_sigma: float
+    inside_two_sigma: float
+    noise: float | None
+
+
+def validate(model: LatencyModel, builds: Sequence[Build]) -> Validation:
+    """Predicted against measured on builds that the fit has not seen.
+
+    Sigma was scaled on the table's own held-out builds, where the model was fitted by `fit(table)`: how many of those are
+    inside it is no proof of it.
+    """
+    return summarise(*_against(model, builds), noise_floor(model.table))
+
+
+def summarise(times: Floats, measured: Floats, sigma: Floats, noise: float | None) -> Validation:
+    """Predicted times against measured ones. sigma: standard errors of their differences."""
+    errors = np.abs(times / measured - 1.0)
+    z = np.abs(times - measured) / np.maximum(sigma, 1.0)
+    tau = float(kendalltau(times, measured).statistic) if len(times) > 2 else float("nan")
+    return Validation(
+        builds=len(times),
+        median_error=float(np.median(errors)),
+        p90_error=float(np.percentile(errors, 90)),
+        kendall_tau=tau,
+        inside_sigma=float(np.mean(z <= 1)),
+        inside_two_sigma=float(np.mean(z <= 2)),
+        noise=noise,
+    )
+
+
+def noise_floor(table: LatencyTable) -> float | None:
+    """Median relative difference between builds of one and the same allocation.
+
+    The `reference` build is a second build of the engine that everything is timed against: its ratio would be 1.
+    """
+    groups: dict[Any, list[float]] = {}
+    for build in table.builds:
+        if build.role == "reference":
+            groups.setdefault(build.key, []).insert(0, 1.0)
+        if not build.partial:
+            groups.setdefault(build.key, []).append(build.ratio)
+    spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
+    return float(np.median(spread)) if spread else None

@@ -1,0 +1,1 @@
+"""What each choice loses: sensitivities, measured in torch."""

@@ -1,0 +1,1 @@
+"""A traced network and an allocation -> ONNX."""

@@ -1,0 +1,165 @@
+"""An assembled network rewritten where Q/DQ would make a runtime do something else than in a float network.
+
+`fold_pads`: zeros that a Pad puts around what convolutions read become the convolutions' own padding. Runtimes do that themselves
+in a float network (OpenVINO's PadFusion, ONNX Runtime's), and not where Q/DQ stands between the two: the Pad then runs by itself,
+and the quantizer after it is not fused into the layer before.
+
+`keep_float`: ONNX Runtime 1.32 quantizes the float weight of a layer between Q/DQ by itself, with one scale for all channels
+(its optimizer WeightBiasQuantization), and multiplies two dequantized activations in int8 (MatMulIntegerToFloat), of 8 bits, whose
+sums not every CPU has exactly. A Max of one input, which it leaves alone, before the layer keeps that float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from hwsearch.backends.nodenames import unique, unit_of
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def fold_pads(
+    nodes: Sequence[onnx.NodeProto], stored: Mapping[str, onnx.TensorProto], outputs: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """The nodes without each Pad whose zeros only convolutions read, directly or through Q/DQ. The other nodes may be changed.
+
+    stored: the graph's constants. outputs: names of the graph's outputs, which stay.
+    """
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in nodes:
+        for position, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, position))
+    left = []
+    for node in nodes:
+        widths = _zeros(node, stored)
+        layers = _convolutions(node.output[0], readers, outputs) if widths is not None else None
+        if widths is None or not layers:
+            left.append(node)
+            continue
+        for layer in layers:
+            _pad(layer, widths)
+        for reader, position in readers[node.output[0]]:
+            reader.input[position] = node.input[0]
+            readers.setdefault(node.input[0], []).append((reader, position))
+    return left
+
+
+def _zeros(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> list[int] | None:
+    """What a Pad puts before and after each spatial axis (begins, then ends), where that is zeros and nothing else; else None."""
+    if node.op_type != "Pad" or (len(node.input) > 3 and node.input[3]):
+        return None
+    if any(a.name == "mode" and helper.get_attribute_value(a) != b"constant" for a in node.attribute):
+        return None
+    if len(node.input) > 2 and node.input[2]:
+        value = stored.get(node.input[2])
+        if value is None or np.any(numpy_helper.to_array(value) != 0):
+            return None
+    tensor = stored.get(node.input[1])
+    if tensor is None:
+        return None
+    begins, ends = np.split(numpy_helper.to_array(tensor).astype(int), 2)
+    if len(begins) < 3 or begins[:2].any() or ends[:2].any() or (begins < 0).any() or (ends < 0).any():
+        return None
+    return [*begins[2:].tolist(), *ends[2:].tolist()]
+
+
+def _convolutions(
+    name: str, readers: Mapping[str, Sequence[tuple[onnx.NodeProto, int]]], outputs: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """The convolutions that are all that reads a tensor, directly or through Q/DQ; empty where anything else does."""
+    found: list[onnx.NodeProto] = []
+    todo = [name]
+    while todo:
+        current = todo.pop()
+        if current in outputs:
+            return []
+        for node, position in readers.get(current, ()):
+            if position:
+                return []
+            if node.op_type in _QDQ:
+                todo.append(node.output[0])
+            elif node.op_type == "Conv" and _explicit(node):
+                found.append(node)
+            else:
+                return []
+    return found
+
+
+def _explicit(node: onnx.NodeProto) -> bool:
+    return all(a.name != "auto_pad" or helper.get_attribute_value(a) == b"NOTSET" for a in node.attribute)
+
+
+def _pad(node: onnx.NodeProto, widths: Sequence[int]) -> None:
+    own = next((a for a in node.attribute if a.name == "pads"), None)
+    if own is None:
+        node.attribute.append(helper.make_attribute("pads", list(widths)))
+        return
+    own.ints[:] = [a + b for a, b in zip(own.ints, widths, strict=True)]
+
+
+def keep_float(
+    nodes: Sequence[onnx.NodeProto],
+    stored: Mapping[str, onnx.TensorProto],
+    quantized: Collection[str],
+    names: set[str],
+) -> list[onnx.NodeProto]:
+    """The nodes with a Max before each float layer that stands between Q/DQ of activations, or multiplies two dequantized ones.
+
+    stored: the graph's constants. quantized: names of the units whose activations are quantized. names: of nodes, which those of
+    new ones join.
+    """
+    makers = {output: node for node in nodes for output in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    new = []
+    for node in nodes:
+        floating = node.op_type in _LAYERS and unit_of(node.name)[0] not in quantized
+        if floating and _dequantized(node.input[0], makers, stored) and (
+            _dequantized(node.input[1], makers, stored)
+            if node.input[1] not in stored
+            else _quantized(node, readers)
+        ):
+            kept = f"{node.output[0]}/read"
+            new.append(
+                helper.make_node("Max", [node.input[0]], [kept], name=unique(f"{_base(node)}|Max.float", names))
+            )
+            node.input[0] = kept
+        new.append(node)
+    return new
+
+
+def _dequantized(
+    name: str, makers: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether a tensor is a dequantized activation, or made of one by operators that read nothing else."""
+    while (maker := makers.get(name)) is not None:
+        reads = [i for i in maker.input if i and i not in stored]
+        if len(reads) != 1 or maker.op_type in _LAYERS:
+            return False
+        if maker.op_type == "DequantizeLinear":
+            return True
+        name = reads[0]
+    return False
+
+
+def _quantized(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether what a node returns is quantized, at once or behind operators that may be fused with it."""
+    todo = list(node.output)
+    while todo:
+        for reader in readers.get(todo.pop(), ()):
+            if reader.op_type == "QuantizeLinear":
+                return True
+            if reader.op_type not in _LAYERS:
+                todo += reader.output
+    return False
+
+
+def _base(node: onnx.NodeProto) -> str:
+    return node.name.rpartition("|")[0] or "~|0"

@@ -1,0 +1,1 @@
+"""The sequential experiment that fills a latency table."""

@@ -1,0 +1,206 @@
+"""Measure a latency table: whole networks built by design, or a network layer by layer, each build on disk when it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hwsearch.device import fingerprint as devices
+from hwsearch.device.load import background
+from hwsearch.device.timing import Protocol
+from hwsearch.engine.setup import Regime, graph_bytes
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.network.choices import AXES, Candidate, check_axes
+from hwsearch.network.variants import STORAGE, legal, uniform
+from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
+from hwsearch.profiler.probe import find_grid
+from hwsearch.profiler.recorder import Recorder
+from hwsearch.profiler.sequential import build_by_design, most_builds
+from hwsearch.profiler.timelimit import TimeLimit
+from hwsearch.profiler.transfer import evidence, of_sections, signatures
+from hwsearch.progress import Progress
+from hwsearch.table.header import LAYERED, SANDWICHED, Header
+from hwsearch.table.table import LatencyTable
+
+MODES = ("context", *reversed(LAYERED))
+
+
+def profile(
+    at: Regime,
+    out: str | Path | None,
+    *,
+    time_limit_s: float = 600.0,
+    mode: str = "context",
+    axes: Sequence[str] = AXES,
+    seed: int = 0,
+    builds: int | None = None,
+    protocol: Protocol | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    extend: bool = True,
+    prior: Sequence[LatencyTable] = (),
+) -> LatencyTable:
+    """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
+
+    A file of other regimes or input shapes of the same model gets a section more, which begins with what those tell.
+    mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or
+    `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
+    extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
+    axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
+    and regime; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
+    Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
+    """
+    if mode not in MODES:
+        before = (
+            "; what was `isolated` is `alone` now, and `sandwiched` does better" if mode == "isolated" else ""
+        )
+        raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}{before}")
+    if prior and mode in LAYERED:
+        raise InvalidInput(f"other tables tell of layers in context; mode {mode} takes no prior")
+    if time_limit_s <= 0:
+        raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    axes = check_axes(axes)
+    fingerprint = devices.fingerprint_for(at.backend).to_json()
+    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
+        path = Path(out) if out is not None else None
+        table = _with_prior(_opened(at, path, fingerprint, mode, command), prior)
+        table = _storage_refused(at, table)
+        recorder = Recorder(at, table, path, protocol, progress or Progress.silent(), seed)
+        if mode == SANDWICHED:
+            _layers(recorder).sandwiched(time_limit_s)
+        elif mode in LAYERED:
+            _alone(recorder, time_limit_s)
+        elif extend or not _ended(table, "width" in axes, at.storage and at.stores):
+            _context(recorder, time_limit_s, builds, "width" in axes)
+        return recorder.table
+
+
+def _context(recorder: Recorder, time_limit_s: float, builds: int | None, widths: bool) -> None:
+    """Whole networks: the anchors, the widths worth knowing, and what the design asks for."""
+    at, progress = recorder.at, recorder.progress
+    limit = TimeLimit(time_limit_s, at.clock, progress.say)
+    title = f"profile {at.network.name} on {at.backend.name}"
+    progress.start(3 + (builds or most_builds(recorder)), title, limit_s=time_limit_s)
+    try:
+        _anchors(recorder)
+        if widths:
+            find_grid(recorder, limit)
+        build_by_design(recorder, limit, builds)
+        recorder.keep(recorder.table.with_header(ended=True))
+    finally:
+        progress.stop()
+
+
+def _alone(recorder: Recorder, time_limit_s: float) -> None:
+    """The anchors, and every layer by itself beside the whole network."""
+    at, progress = recorder.at, recorder.progress
+    progress.start(3, f"profile {at.network.name} layer by layer on {at.backend.name}")
+    try:
+        _anchors(recorder)
+        _layers(recorder).alone(time_limit_s, recorder.reference)
+    finally:
+        progress.stop()
+
+
+def _layers(recorder: Recorder) -> Layers:
+    protocol = recorder.protocol or Protocol()
+    return Layers(recorder.at, recorder.table, recorder.keep, protocol, recorder.progress, recorder.seed)
+
+
+def _anchors(recorder: Recorder) -> None:
+    """The whole network in the base precision, in fp32, as low as every unit goes and stored in int8; sizes of its file."""
+    at = recorder.at
+    base, network = at.options.base, at.network
+    recorder.measure("reference", Candidate(uniform(network, base), network.channels))
+    recorder.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
+    everything = {u.name: legal(u, at.variants(base)) for u in network.units}
+    lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
+    if any(v.quantized for v in lowest.values()):
+        recorder.measure("uniform", Candidate(lowest, network.channels))
+    if at.storage and at.stores:  # however early the time limit ends the profile, the least size is known
+        small = {u: STORAGE if STORAGE in v else v[0] for u, v in everything.items()}
+        recorder.measure("uniform", Candidate(small, network.channels))
+    table = recorder.table
+    always, own = graph_bytes(at, base)
+    dense = table.find("dense").file_bytes
+    recorder.keep(
+        table.with_header(graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense)
+    )
+
+
+def _opened(
+    at: Regime, out: Path | None, device: dict[str, Any], mode: str, command: str | None
+) -> LatencyTable:
+    """The table to go on with: this regime's section of the file, or a new one with what the other sections tell."""
+    header = Header(
+        network=at.network,
+        device=device,
+        backend=at.backend.name,
+        versions=dict(at.backend.versions()),
+        options=at.described,
+        mode=mode,
+        command=command if command is not None else " ".join(_without_folder(word) for word in sys.argv),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=_without_folder(at.lowering.task.spec),
+    )
+    table = LatencyTable(header)
+    if out is None or not out.exists():
+        return table
+    sections = LatencyTable.sections(out)
+    sections[0].require_beside(header)
+    for old in sections:
+        if old.header.section != header.section:
+            continue
+        old.require(network=header.network)
+        if old.header.mode != mode:
+            raise IncompatibleTables(
+                f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
+            )
+        return old
+    told = of_sections(sections, table, signatures(at.network)) if mode == "context" else ()
+    return table.with_header(prior=tuple(told))
+
+
+def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTable:
+    """What other tables tell of this network's layers joins the table; each table's networks once."""
+    if not prior:
+        return table
+    wanted = signatures(table.network)
+    found = {(e.table, e.feature): e for e in table.header.prior}
+    for other in prior:
+        found |= {(e.table, e.feature): e for e in evidence(other, table, wanted)}
+    return table.with_header(prior=tuple(found.values()))
+
+
+def _storage_refused(at: Regime, table: LatencyTable) -> LatencyTable:
+    """The table with the reason why weights are not stored in int8 alone, where that was asked for and cannot be had."""
+    if not at.storage:
+        return table
+    why = ""
+    if not at.stores:
+        why = (
+            f"{at.backend.name} has no weights that are stored in int8 and computed with in {at.options.base}"
+        )
+    elif table.header.mode in LAYERED:
+        why = "tables made layer by layer time layers alone; profile with --mode context"
+    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
+    for unit in table.network.units if why else ():
+        if unit.weight_shape and (unit.stored or not at.stores):
+            refused.setdefault(unit.name, {})[str(STORAGE)] = why
+    return table.with_header(unsupported=refused)
+
+
+def _ended(table: LatencyTable, widths: bool, storage: bool) -> bool:
+    """Whether an earlier profile over these axes came to its end."""
+    stored = not storage or any(str(STORAGE) in b.variants for b in table.builds)
+    return (
+        table.header.ended and stored and (bool(table.header.grid) or not widths or not table.network.groups)
+    )
+
+
+def _without_folder(word: str) -> str:
+    """Absolute paths say where somebody's files are: their names will do."""
+    return Path(word).name if Path(word).is_absolute() else word

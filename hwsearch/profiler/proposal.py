@@ -1,0 +1,305 @@
+"""The next whole networks to build: those that most reduce the variance of what a search will ask for.
+
+After a first batch that covers (`design.cover`), the builds so far give every term of the latency model a posterior. What
+matters is not that posterior but the error of the allocations that a search is likely to pick; so a few dozen of those are
+drawn, and of a pool of candidates the one is built whose equations, as far as can be foreseen, leave the least mean variance
+over them (A-optimal design; Pukelsheim, Optimal Design of Experiments, 2006). Several are chosen at a time, each as if those
+before it had been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+
+from hwsearch.latency.pooling import Cell, foretell
+from hwsearch.latency.regression import (
+    MIDDLE,
+    NODE_SHARE,
+    NODE_SPREAD,
+    PAIRS,
+    Equations,
+    Feature,
+    all_features,
+    edge_features,
+    informed,
+)
+from hwsearch.network.choices import Candidate, Grid, Offered, cover, random_candidate
+from hwsearch.network.variants import Variant, legal
+from hwsearch.table.table import LatencyTable, usable
+
+Floats = NDArray[np.float64]
+
+_Choice = TypeVar("_Choice")
+
+TARGETS = 48
+POOL = 24
+SWEEPS = 2
+UNKNOWN = 0.6
+"""Relative standard error of a cell of which nothing is known."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to build next, and what is expected of it.
+
+    error: relative standard error, root mean square over the likely allocations, that the builds so far leave; after: what
+    it will be with the proposed ones. Neither holds what the model's form cannot tell.
+    """
+
+    candidates: tuple[Candidate, ...]
+    error: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """By how much each proposed build is expected to lower the error, relatively."""
+        return 1.0 - (self.after / self.error) ** (1.0 / max(len(self.candidates), 1)) if self.error else 0.0
+
+
+def propose(
+    table: LatencyTable, offered: Offered, grid: Grid, rng: np.random.Generator, count: int = 4
+) -> Proposal:
+    """The next `count` builds of a table that has at least two.
+
+    offered: variants of each unit; grid: widths of each channel group.
+    """
+    network = table.network
+    belief = Belief(table, offered, grid)
+    done = [table.candidate(b) for b in table.builds if b.base == table.header.options["base"]]
+    targets = [belief.likely(rng) for _ in range(TARGETS * 3 // 4)]
+    targets += [random_candidate(network, offered, grid, rng) for _ in range(TARGETS - len(targets))]
+    pool = [belief.likely(rng) for _ in range(POOL // 3)]
+    covering: list[Candidate] = []
+    for _ in range(POOL - len(pool)):
+        covering.append(cover(network, offered, grid, [*done, *covering[-count:]], rng, pool=16))
+    pool += covering
+    pool = [c for c in pool if c not in done] or pool
+    state = _State(belief, [*targets, *pool])
+    aims = np.stack([state.row(c) for c in targets])
+    times = aims @ state.mean
+    error = state.error(aims, times)
+    chosen: list[Candidate] = []
+    rows = [state.equations(c) for c in pool]
+    for _ in range(min(count, len(pool))):
+        gains = [state.gain(own, aims, times) for own in rows]
+        best = int(np.argmax(gains))
+        state.learn(rows[best])
+        chosen.append(pool[best])
+        rows.pop(best)
+        pool.pop(best)
+    return Proposal(tuple(chosen), error, state.error(aims, times))
+
+
+class Belief:
+    """What the builds of a table tell of every cell of a grid, built or not, and of boundaries."""
+
+    def __init__(self, table: LatencyTable, offered: Offered, grid: Grid) -> None:
+        self.network, self.offered, self.grid = table.network, offered, grid
+        builds = [b for b in usable(table) if b.role != "heldout"]
+        self.equations = equations = Equations(table, builds)
+        everything = np.arange(len(builds))
+        vague = equations.vague(MIDDLE)
+        prior = informed(vague, equations.pooled(vague, everything))
+        self.mean, self._factor = equations.solve(prior, everything, bounded=True)
+        self.covariance: Floats = cho_solve((self._factor, True), np.eye(len(self.mean)))
+        self.build_error = float(np.median(equations.errors / equations.measured))
+        self.unbuilt = self._unbuilt()
+        """Mean and standard error, in ns, of the cells of the grid that no build holds."""
+        self._edges = {(e.src, e.dst): self._edge_ns(e.src, e.dst) for e in self.network.edges}
+
+    def _unbuilt(self) -> dict[Feature, tuple[float, float]]:
+        index, network = self.equations.index, self.network
+        cells: dict[Feature, Cell] = {}
+        fallback: dict[Feature, float] = {}
+        for unit in network.units:
+            whole = [network.channels[g] for g in unit.groups]
+            for widths in product(*(self.grid[g] for g in unit.groups)):
+                at = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+                for variant in legal(at, self.offered[unit.name]):
+                    feature = ("unit", at.signature, str(variant))
+                    if feature not in index and feature not in cells:
+                        levels = tuple(None if w == n else w for w, n in zip(widths, whole, strict=True))
+                        cells[feature] = Cell((unit.signature, tuple(whole), str(variant)), levels)
+                        fallback[feature] = self._whole_ns(unit.name, variant)
+        known = self.equations.cells
+        place = np.array(list(known), dtype=np.intp)
+        time = self.mean[place]
+        error = np.sqrt(np.diag(self.covariance)[place]) / np.maximum(time, 1e-9)
+        absent = np.full(len(cells), np.nan)
+        found = foretell(
+            [*known.values(), *cells.values()],
+            np.concatenate([time, absent]),
+            np.concatenate([error, absent]),
+        )
+        return {
+            feature: (t, t * e) if np.isfinite(t) else (fallback[feature], UNKNOWN * fallback[feature])
+            for feature, t, e in zip(cells, found.time[len(known) :], found.error[len(known) :], strict=True)
+        }
+
+    def _whole_ns(self, unit: str, variant: Variant) -> float:
+        """Time of a unit at whole widths in this variant or in any other, else a typical one."""
+        signature = self.network[unit].signature
+        for other in (variant, *self.offered[unit]):
+            place = self.equations.index.get(("unit", signature, str(other)))
+            if place is not None:
+                return float(self.mean[place])
+        return self.equations.typical / len(self.network.units)
+
+    def unit_ns(self, unit: str, widths: Mapping[str, int], variant: Variant) -> float:
+        """Expected time of a unit at some widths of the grid."""
+        feature = ("unit", self.network.unit_at(unit, widths).signature, str(variant))
+        place = self.equations.index.get(feature)
+        if place is not None:
+            return float(self.mean[place])
+        # infinite where the unit cannot become the variant at these widths
+        return self.unbuilt.get(feature, (float("inf"), 0.0))[0]
+
+    def _edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
+        totals = {(False, False): 0.0, **dict.fromkeys(PAIRS, 0.0)}
+        for edge in self.network.edges:
+            if (edge.src, edge.dst) != (src, dst):
+                continue
+            for pair in PAIRS:
+                both = (*edge_features(edge, pair, "src", 1.0), *edge_features(edge, pair, "dst", 1.0))
+                for feature, value in both:
+                    place = self.equations.index.get(feature)
+                    totals[pair] += value * float(self.mean[place]) if place is not None else 0.0
+        return totals
+
+    def likely(self, rng: np.random.Generator) -> Candidate:
+        """An allocation as a search might pick it: near the least time under random losses and a random price of them.
+
+        By coordinate descent (iterated conditional modes: Besag, 1986), over widths and variants.
+        """
+        units = self.network.units
+        price = self.equations.typical / len(units) * 10.0 ** rng.uniform(-1.5, 1.5)
+        loss = {
+            (u.name, v): price * float(rng.exponential())
+            for u in units
+            for v in [v for v in self.offered[u.name] if not v.plain] or [Variant("int8")]
+        }
+        stairs = {
+            g: dict(zip(steps, price * np.cumsum([0.0, *rng.exponential(size=len(steps) - 1)]), strict=True))
+            for g, steps in self.grid.items()
+        }
+        widths = {g: int(rng.choice(list(steps))) for g, steps in self.grid.items()}
+        variants = {u: vs[int(rng.integers(len(vs)))] for u, vs in self.offered.items()}
+        touched = {g: [u.name for u in units if g in u.groups] for g in self.grid}
+        beside: dict[str, list[tuple[str, str]]] = {u.name: [] for u in units}
+        for src, dst in self._edges:
+            beside[src].append((src, dst))
+            beside[dst].append((src, dst))
+
+        def boundaries(unit: str) -> float:
+            return sum(
+                self._edges[e][variants[e[0]].quantized, variants[e[1]].quantized] for e in beside[unit]
+            )
+
+        def set_width(group: str, width: int) -> float:
+            widths[group] = width
+            return float(stairs[group][width]) + sum(
+                self.unit_ns(u, widths, variants[u]) for u in touched[group]
+            )
+
+        def set_variant(unit: str, variant: Variant) -> float:
+            variants[unit] = variant
+            own = self.unit_ns(unit, widths, variant) + boundaries(unit)
+            return float(own + loss.get((unit, variant), 0.0))
+
+        for _ in range(SWEEPS):
+            for group in rng.permutation(list(self.grid)):
+                _least(self.grid[group], partial(set_width, str(group)))
+            for unit in rng.permutation([u.name for u in units]):
+                can = legal(self.network.unit_at(str(unit), widths), self.offered[unit])
+                _least(can, partial(set_variant, str(unit)))
+        return Candidate(variants, widths)
+
+
+def _least(choices: Sequence[_Choice], cost: Callable[[_Choice], float]) -> None:
+    """Leave the choice of least cost set."""
+    cost(min(choices, key=cost))
+
+
+class _State:
+    """Posterior over the built terms and those unbuilt cells that some allocations hold, as builds are foreseen."""
+
+    def __init__(self, belief: Belief, candidates: Sequence[Candidate]) -> None:
+        self.belief, self.network = belief, belief.network
+        self.index = dict(belief.equations.index)
+        deviation = []
+        for candidate in candidates:
+            for own in all_features(self.network, candidate.variants, candidate.widths).values():
+                for feature, _ in own:
+                    if feature not in self.index:
+                        self.index[feature] = len(self.index)
+                        deviation.append(
+                            belief.unbuilt.get(feature) or (0.0, belief.equations.scale(feature))
+                        )
+        self.mean = np.concatenate([belief.mean, [t for t, _ in deviation]])
+        self.variance = np.square([s for _, s in deviation])
+        self.learnt: list[Floats] = []
+        """Covariance minus U U^T for each of these U [parameters, equations]."""
+
+    def row(self, candidate: Candidate) -> Floats:
+        """[parameters]: terms of the whole build."""
+        row = np.zeros(len(self.index))
+        for own in all_features(self.network, candidate.variants, candidate.widths).values():
+            self._add(row, own)
+        return row
+
+    def _add(self, row: Floats, features: Sequence[tuple[Feature, float]]) -> None:
+        for feature, value in features:
+            row[self.index[feature]] += value
+
+    def equations(self, candidate: Candidate) -> Floats:
+        """[equations, parameters]: what a build would say, each divided by its standard error."""
+        features = all_features(self.network, candidate.variants, candidate.widths)
+        a = np.zeros((1 + len(features), len(self.index)))
+        for i, own in enumerate(features.values()):
+            self._add(a[1 + i], own)
+        a[0] = a[1:].sum(axis=0)
+        times = a @ self.mean
+        error = np.hypot(NODE_SPREAD, self.belief.build_error) * times + NODE_SHARE * times[0]
+        error[0] = self.belief.build_error * times[0]
+        return np.asarray(a / np.maximum(error, 1e-9)[:, None])
+
+    def _covary(self, rows: Floats) -> Floats:
+        """Covariance @ rows^T."""
+        built = len(self.belief.mean)
+        product_ = np.concatenate(
+            [self.belief.covariance @ rows.T[:built], self.variance[:, None] * rows.T[built:]]
+        )
+        for u in self.learnt:
+            product_ -= u @ (u.T @ rows.T)
+        return np.asarray(product_)
+
+    def _whiten(self, rows: Floats) -> tuple[Floats, Floats]:
+        covaried = self._covary(rows)
+        return covaried, cholesky(np.eye(len(rows)) + rows @ covaried, lower=True)
+
+    def gain(self, rows: Floats, aims: Floats, times: Floats) -> float:
+        """By how much measuring these equations lowers the mean relative variance of the aims."""
+        covaried, lower = self._whiten(rows)
+        return float(
+            np.mean(
+                np.square(solve_triangular(lower, covaried.T @ aims.T, lower=True)).sum(axis=0) / times**2
+            )
+        )
+
+    def learn(self, rows: Floats) -> None:
+        """As if the equations had been measured."""
+        covaried, lower = self._whiten(rows)
+        self.learnt.append(np.asarray(solve_triangular(lower, covaried.T, lower=True)).T)
+
+    def error(self, aims: Floats, times: Floats) -> float:
+        """Root mean square over the aims of their relative standard error."""
+        variance = np.einsum("ij,ji->i", aims, self._covary(aims))
+        return float(np.sqrt(np.mean(np.maximum(variance, 0.0) / times**2)))

@@ -1,0 +1,129 @@
+"""Build, time and read back one whole network after another, and keep each in the table and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hwsearch.backends.base import Engine
+from hwsearch.device.energy import Meter
+from hwsearch.device.timing import QUIET, Protocol, paired
+from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.setup import Regime, record, refusals, wrong_variants
+from hwsearch.network.choices import Candidate
+from hwsearch.network.variants import Variant, legal
+from hwsearch.progress import Progress
+from hwsearch.table.build import Build
+from hwsearch.table.table import LatencyTable
+
+SHORT = Protocol(width=0.015, limit_s=1.0)
+"""Builds of a design over widths are many: what one lacks in rounds the others give."""
+
+RECENT = 12
+"""Builds which say how fast the quiet machine is."""
+
+
+@dataclass
+class Recorder:
+    """Measures allocations beside one reference engine. table: what is known so far, replaced as it grows.
+
+    out: where the table is saved after every build; None keeps it in memory. protocol: of every build, where one is given.
+    """
+
+    at: Regime
+    table: LatencyTable
+    out: Path | None
+    protocol: Protocol | None
+    progress: Progress
+    seed: int = 0
+
+    @cached_property
+    def reference(self) -> Engine:
+        """What everything is timed against: the whole network in the base precision."""
+        return reference_engine(self.at)
+
+    @cached_property
+    def _meter(self) -> Meter | None:
+        return self.at.meter
+
+    def offered(self) -> dict[str, tuple[Variant, ...]]:
+        """For each unit the legal variants which nothing measured so far speaks against."""
+        variants = self.at.variants()
+        refused = self.table.header.unsupported
+        return {
+            u.name: tuple(v for v in legal(u, variants) if str(v) not in refused.get(u.name, {}))
+            for u in self.at.network.units
+        }
+
+    def candidates(self) -> list[Candidate]:
+        """What was built under the table's base so far."""
+        return [self.table.candidate(b) for b in self.table.builds if b.base == self.at.options.base]
+
+    def count(self, *roles: str) -> int:
+        """Builds of these roles."""
+        return sum(b.role in roles for b in self.table.builds)
+
+    def measure(
+        self, role: str, candidate: Candidate, base: str | None = None, *, short: bool = False
+    ) -> Build:
+        """Build, time and read back one allocation, unless the table has it; it is on disk on return."""
+        base = base or self.at.options.base
+        variants = tuple(str(candidate.variants[u.name]) for u in self.at.network.units)
+        widths = tuple(candidate.widths[g] for g in self.at.network.channels)
+        for old in self.table.builds:
+            if old.key == (base, variants, widths) and old.role == role and role not in ("design", "heldout"):
+                return old
+        reference = self.reference
+        begun = self.at.clock()
+        at = self.at.narrow({g: range(w) for g, w in candidate.widths.items()})
+        engine, model = at.build(candidate.variants, base)
+        build_s = (self.at.clock() - begun) / 1e9
+        timing = paired(
+            reference.run,
+            {role: engine.run},
+            self.protocol or (SHORT if short else Protocol()),
+            clock=self.at.clock,
+            seed=self.seed,
+            meter=self._meter,
+            quiet_ns=self._quiet_ns(),
+            sample=at.sample,
+        )[role]
+        build = replace(
+            record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
+        )
+        self._note_unsupported(build)
+        if build.wrong:
+            self._note_wrong(at, candidate.variants, base)
+        self.keep(self.table.with_build(build).rescaled())
+        self.progress.step(
+            f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
+        )
+        return build
+
+    def keep(self, table: LatencyTable) -> None:
+        """Go on with this table; it is on disk on return."""
+        self.table = table
+        if self.out is not None:
+            table.save(self.out)
+
+    def _quiet_ns(self) -> float | None:
+        """Time of the reference on the quiet machine, by the last builds; machines have moods that last."""
+        last = [b.quiet_ns for b in self.table.builds[-RECENT:]]
+        return float(np.quantile(last, QUIET)) if len(last) >= RECENT // 4 else None
+
+    def _note_unsupported(self, build: Build) -> None:
+        if build.role == "dense":
+            return
+        self.table = self.table.with_header(unsupported=refusals(self.table, build))
+
+    def _note_wrong(self, at: Regime, allocation: Mapping[str, Variant], base: str) -> None:
+        """Find the units whose variants make the engine return wrong outputs, and offer those no more."""
+        found = wrong_variants(at, allocation, base)
+        refused = {unit: dict(reasons) for unit, reasons in self.table.header.unsupported.items()}
+        for name, why in found.items():
+            refused.setdefault(name, {})[str(allocation[name])] = why
+        self.table = self.table.with_header(unsupported=refused)

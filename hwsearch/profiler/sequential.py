@@ -1,0 +1,139 @@
+"""Build whole networks until more of them would tell little more: the sequential design of a profile, and what ends it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hwsearch.network.choices import Candidate, all_cells, cover, whole
+from hwsearch.profiler.heldout import HeldOut
+from hwsearch.profiler.proposal import Proposal, propose
+from hwsearch.profiler.recorder import Recorder
+from hwsearch.profiler.timelimit import TimeLimit
+
+MOST_BUILDS = 400
+FIRST = 4
+"""Builds of a design that cover, before the first is chosen for what it tells; one more than a unit has variants, if more."""
+BATCH = 4
+"""Builds chosen at a time."""
+LATE = "the time limit"
+NOTHING = "there is nothing to choose between"
+DESIGN_SHARE = 0.9
+"""Of the time limit, after which no build of the design begins; the rest is for held-out ones."""
+HELDOUT_EVERY = 5
+"""Every so many builds one is kept from the fit, to report its error on."""
+GOAL, GAIN, HELD_GOAL, DOUBT = 0.01, 0.01, 0.015, 0.03
+"""A design ends where the standard error of likely allocations is below the first, where another build lowers it by less than
+the second, or where it is near the first and three of four held-out builds are predicted to within the third; but not while
+one in four of those is further off than the fourth."""
+
+
+def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = None) -> None:
+    """Builds until more of them would tell little more, every fifth held out; `count` of them where one is given.
+
+    A first batch covers variants and classes of boundaries; the next are those that most lower the standard error of what
+    a search is likely to pick. What stopped it is kept in the header.
+    """
+    begun, steps = recorder.at.clock(), sum(map(len, recorder.table.grid().values()))
+    before = recorder.table.header.design
+    built = recorder.count("design", "heldout")
+    if not count and (before.get("builds"), before.get("steps")) == (built, steps) and before["enough"]:
+        return
+    held = HeldOut(recorder, limit)
+    stopped, proposal = _until_enough(recorder, limit, held, count)
+    if not count and stopped != NOTHING:
+        held.complete()
+    recorder.keep(
+        recorder.table.with_header(
+            design={
+                "stopped": stopped,
+                "enough": stopped != LATE,
+                "builds": recorder.count("design", "heldout"),
+                "steps": steps,
+                "seconds": round(before.get("seconds", 0.0) + (recorder.at.clock() - begun) / 1e9, 1),
+                "error": round(proposal.error, 5) if proposal else None,
+                "gain": round(proposal.gain, 5) if proposal else None,
+            }
+        )
+    )
+
+
+def most_builds(recorder: Recorder) -> int:
+    """Builds of a design: with those before it a third of the (unit, widths, variant), if those are many.
+
+    Fewer where other tables of the device tell the same layers: boundaries and the whole are then left to learn.
+    """
+    network, grid, offered = recorder.at.network, recorder.table.grid(), recorder.offered()
+    cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
+    others = len(recorder.table.builds) - recorder.count("design", "heldout")
+    least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
+    most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
+    return max(4, round(most * (1.0 - 0.4 * _told(recorder))))
+
+
+def _until_enough(
+    recorder: Recorder, limit: TimeLimit, held: HeldOut, count: int | None
+) -> tuple[str, Proposal | None]:
+    """(why no further build is made, the last proposal)."""
+    network, grid = recorder.at.network, recorder.table.grid()
+    queue: list[Candidate] = []
+    proposal: Proposal | None = None
+    most = count or most_builds(recorder)
+    first = round(max(FIRST, 1 + max(map(len, recorder.offered().values()))) * (1.0 - _told(recorder)))
+    while True:
+        offered = recorder.offered()
+        designed = recorder.count("design")
+        # what a resumed profile draws depends on what is on disk, not on when it was killed
+        rng = np.random.default_rng([recorder.seed, designed])
+        if all(len(v) == 1 for v in (*offered.values(), *grid.values())):
+            return NOTHING, proposal
+        if designed + (held.number if count else 0) >= most:
+            return f"{most} builds were asked for" if count else f"{most} builds are enough", proposal
+        if limit.late(DESIGN_SHARE):
+            return LATE, proposal
+        if (designed + held.number) % HELDOUT_EVERY == HELDOUT_EVERY - 1 and held.add(rng):
+            continue
+        if designed < first:
+            candidate = cover(
+                network, offered, grid, recorder.candidates(), rng, known=recorder.table.known()
+            )
+        else:
+            if not queue:
+                proposal = propose(recorder.table, offered, grid, rng, BATCH)
+                queue = list(proposal.candidates)
+                if count is None:
+                    recorder.progress.expect(BATCH if proposal.error > GOAL else 0)
+                    if why := _told_enough(proposal, held):
+                        held.complete()
+                        if not _doubted(held):
+                            return why, proposal
+            candidate = queue.pop(0)
+            if any(str(v) not in map(str, offered[u]) for u, v in candidate.variants.items()):
+                continue  # refused since it was proposed
+        recorder.measure("design", candidate, short=True)
+
+
+def _told_enough(proposal: Proposal, held: HeldOut) -> str:
+    """Why no further build is worth its time; empty where one is."""
+    if proposal.error <= GOAL:
+        return f"likely allocations are known to {proposal.error:.1%}"
+    if proposal.gain < GAIN:
+        return f"another build would lower the error of likely allocations, {proposal.error:.1%}, by {proposal.gain:.1%} of it"
+    error = held.error()
+    if error is not None and error <= HELD_GOAL and proposal.error <= 2 * GOAL:
+        return f"held-out builds are predicted to {error:.1%}"
+    return ""
+
+
+def _doubted(held: HeldOut) -> bool:
+    """Whether held-out builds contradict what the model believes of its own errors: then more builds are to tell."""
+    error = held.error()
+    return error is not None and error > DOUBT
+
+
+def _told(recorder: Recorder) -> float:
+    """Share of the cells at whole widths that other tables of the device tell."""
+    network = recorder.at.network
+    cells = all_cells(network, recorder.offered(), whole(network))
+    return len(cells & recorder.table.known()) / len(cells)

@@ -1,0 +1,122 @@
+"""The header of a latency table: what it was measured on and with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwsearch.errors import InvalidInput
+from hwsearch.network.network import Network
+from hwsearch.table.build import now_called
+from hwsearch.table.section import Section
+
+SANDWICHED = "sandwiched"
+LAYERED = ("alone", SANDWICHED)
+"""Modes of tables made layer by layer."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What another table of the same device and regime says of one term of the latency model.
+
+    feature: as `equations` names it: a unit's signature and variant, or a kind of boundary. ns, error_ns: on the scale of
+    that table's session. table: the network that it was measured in.
+    """
+
+    feature: tuple[Any, ...]
+    ns: float
+    error_ns: float
+    table: str
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Evidence:
+        """Raises KeyError, TypeError or ValueError on anything else than `asdict` gives."""
+        return Evidence(
+            _tuples(data["feature"]), float(data["ns"]), float(data["error_ns"]), str(data["table"])
+        )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a table was measured on and with.
+
+    mode: `context` (whole networks), `sandwiched` (units between their neighbours) or `alone` (units by themselves; earlier
+    versions called it `isolated`, and are read as such).
+    reference_ns: the session's time of the reference engine, which in mode `sandwiched` is one sandwich; the absolute time of
+    a build is its ratio x this.
+    graph_bytes: what the deployed file holds beside stored tensors, whatever the allocation is. unit_bytes: unit -> {variant: what
+    its nodes and their constants add}; where it is empty, as in earlier versions, graph_bytes is the most for all together.
+    dense_file_bytes: size of the dense fp32 ONNX file.
+    unsupported: unit -> {variant: reason}; these are never offered.
+    grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
+    ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
+    of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
+    design: why the design ended (`stopped`), its builds and seconds, the relative standard error of likely allocations that was
+    left (`error`) and how much of it another build would have taken away (`gain`).
+    """
+
+    network: Network
+    device: dict[str, Any]
+    backend: str
+    versions: dict[str, str]
+    options: dict[str, Any]
+    mode: str = "context"
+    command: str = ""
+    created: str = ""
+    reference_ns: float = 0.0
+    graph_bytes: int = 0
+    unit_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    dense_file_bytes: int = 0
+    unsupported: dict[str, dict[str, str]] = field(default_factory=dict)
+    grid: dict[str, list[int]] = field(default_factory=dict)
+    ended: bool = False
+    task: str = ""
+    prior: tuple[Evidence, ...] = ()
+    design: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def section(self) -> Section:
+        """What tells this table apart from the others in its file."""
+        return Section(self.options, self.network.input_shapes)
+
+    @property
+    def int8_bits(self) -> int:
+        """Bits of int8 weights: 7 where the device sums products of 8 inexactly."""
+        return int(self.section["int8_bits"])
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether int8 activations that were never negative on calibration data are unsigned."""
+        return bool(self.section["unsigned"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "network": self.network.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Header:
+        fields = {k: v for k, v in data.items() if k in Header.__dataclass_fields__}
+        prior = tuple(Evidence.from_json(e) for e in data.get("prior", ()))
+        mode = now_called(data.get("mode", "context"))
+        return Header(
+            **{**fields, "mode": mode, "network": Network.from_json(data["network"]), "prior": prior}
+        )
+
+
+def read_header(data: Mapping[str, Any], path: str | Path) -> Header:
+    """Raises InvalidInput on anything else than `Header.to_json` gives."""
+    try:
+        header = Header.from_json(data)
+        for group, steps in header.grid.items():
+            whole = header.network.channels[group]
+            if sorted({whole, *map(int, steps)}, reverse=True) != steps or steps[-1] < 1:
+                raise ValueError(f"widths {steps} of {group}")
+        _ = header.section.key, header.options["base"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
+    return header
