@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hwsearch.deployment.targets import build as build
     from hwsearch.deployment.targets import check_targets as check_targets
     from hwsearch.deployment.verify import verify as verify
+    from hwsearch.loading import load as load
     from hwsearch.loss.sensitivity import SensitivityTable as SensitivityTable
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_staircase as plot_staircase
     from hwsearch.table.table import LatencyTable as LatencyTable
     from hwsearch.task import Task as Task
-    from hwsearch.task import load as load
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
     "allocate.search": ["front", "search"],
     "loss.sensitivity": ["SensitivityTable"], "table.table": ["LatencyTable"],
-    "deployment.targets": ["build", "check_targets"], "task": ["Task", "load"],
+    "deployment.targets": ["build", "check_targets"], "loading": ["load"], "task": ["Task"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

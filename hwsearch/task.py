@@ -1,17 +1,14 @@
-"""What the user brings: a trained module, inputs, calibration data and a score."""
+"""What the user brings: a trained module, inputs, calibration data and a score; and the module inside a wrapper."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
 from hwsearch.errors import InvalidInput
-from hwsearch.graph.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -53,98 +50,75 @@ class Task:
             object.__setattr__(self, "model", unwrapped(self.model))
 
 
-def load(spec: str) -> Task:
-    """A task from `file.py:function`, `package.module:function` or `zoo:NAME`.
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The trained module inside of all its wrappers; the module itself where it has none.
 
-    The function is called without arguments and returns a Task. Raises InvalidInput.
+    A module whose class has no `forward` (a keeper of averaged weights, for instance) stands for the only module in it.
+    Raises InvalidInput on a ScriptModule, whose Python module is gone, and on a module without `forward` that holds several.
     """
-    source, separator, name = spec.rpartition(":")
-    if not separator or not source or not name:
-        raise InvalidInput(
-            f"task {spec!r} is not understood; expected file.py:function, package.module:function or zoo:NAME"
-        )
-    if source == "zoo":
-        from hwsearch import zoo
-
-        return replace(zoo.load(name), spec=spec)
-    function = getattr(_module(source, spec), name, None)
-    if not callable(function):
-        raise InvalidInput(
-            f"{source} has no function {name!r}; expected a function that returns a hwsearch.Task"
-        )
-    try:
-        task = function()
-    except InvalidInput:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InvalidInput(f"{spec} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(task, Task):
-        raise InvalidInput(f"{spec} returned {type(task).__name__}; expected a hwsearch.Task")
-    _check(task, spec)
-    return replace(task, spec=spec)
-
-
-def _module(source: str, spec: str) -> Any:
-    try:
-        if not source.endswith(".py"):
-            sys.path.insert(0, "")
-            try:
-                return importlib.import_module(source)
-            finally:
-                sys.path.remove("")
-        path = Path(source).resolve()
-        if not path.is_file():
-            raise InvalidInput(f"task file {source} does not exist")
-        return _execute(path)
-    except InvalidInput:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name and not source.endswith(".py") and f"{source}.".startswith(f"{error.name}."):
-            raise InvalidInput(f"there is no module {source!r} for task {spec!r}") from error
-        raise InvalidInput(f"task {spec!r} imports {error.name!r}, which is not installed") from error
-    except (Exception, SystemExit) as error:
-        raise InvalidInput(f"task {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _execute(path: Path) -> Any:
-    """The module of a file, whose folder stays on the path: its functions may import siblings when they are called."""
-    name = path.stem
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        name = f"hwsearch_task_{name}"  # a file named like a library must not replace it
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise InvalidInput(f"{path} cannot be loaded as a Python module")
-    module = importlib.util.module_from_spec(found)
-    folder, before = str(path.parent), sys.modules.get(name)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    sys.modules[name] = module
-    try:
-        found.loader.exec_module(module)
-    except BaseException:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-        raise
-    return module
-
-
-def _check(task: Task, spec: str) -> None:
     import torch
 
-    if not isinstance(task.model, torch.nn.Module):
-        raise InvalidInput(f"{spec}: model is {type(task.model).__name__}; expected a torch.nn.Module")
-    if not callable(task.evaluate):
-        raise InvalidInput(f"{spec}: evaluate is not callable; expected evaluate(predict) -> float")
-    if not isinstance(task.example_inputs, torch.Tensor | tuple | list | Mapping):
-        kind = type(task.example_inputs).__name__
-        raise InvalidInput(f"{spec}: example_inputs is {kind}; expected a tensor, tuple or dict")
-    if task.divergence not in ("auto", "kl", "mse"):
-        raise InvalidInput(f"{spec}: divergence is {task.divergence!r}; expected auto, kl or mse")
-    if not isinstance(task.name, str):
-        raise InvalidInput(f"{spec}: name is {type(task.name).__name__}; expected a string")
-    if isinstance(task.calibration, torch.Tensor | str) or not isinstance(task.calibration, Sequence):
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise InvalidInput(
+                f"the model is a {type(model).__name__} (torch.jit), which holds no module that can be traced; "
+                "give the nn.Module that it was scripted or traced from"
+            )
+        inner = _inside(model)
+        if inner is None and not _callable(model):
+            inner = _only_child(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+@contextmanager
+def without_wrappers(model: torch.nn.Module) -> Iterator[None]:
+    """Wrappers of modules inside a model, and compiled calls, are off; afterwards they are as they were."""
+    replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            inner, found = child, None if child is None else _inside(child)
+            while found is not None:
+                inner, found = found, _inside(found)
+            if child is not None and inner is not None and inner is not child:
+                replaced.append((parent, name, child))
+                parent._modules[name] = inner
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        for parent, name, child in replaced:
+            parent._modules[name] = child
+
+
+def _inside(model: torch.nn.Module) -> torch.nn.Module | None:
+    """What a wrapper of torch's own calls with its own arguments; None where the module is no such wrapper."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel
+
+    if (compiled := model._modules.get("_orig_mod")) is not None:  # an OptimizedModule
+        return compiled
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    return model._modules["module"] if isinstance(model, (*parallel, AveragedModel)) else None
+
+
+def _callable(model: torch.nn.Module) -> bool:
+    import torch
+
+    return type(model).forward is not torch.nn.Module.forward or "forward" in vars(model)
+
+
+def _only_child(model: torch.nn.Module) -> torch.nn.Module:
+    children = dict(model.named_children())
+    if len(children) != 1:
+        held = f"it holds {', '.join(children)}" if children else "it holds no module"
         raise InvalidInput(
-            f"{spec}: calibration is {type(task.calibration).__name__}; expected a list of batches"
+            f"the model is a {type(model).__name__}, whose class has no forward; {held}: "
+            "give the module that is to be deployed"
         )
+    return next(iter(children.values()))

@@ -7,7 +7,8 @@ import numpy
 import pytest
 
 from hwsearch.errors import InvalidInput
-from hwsearch.task import Task, load
+from hwsearch.loading import load
+from hwsearch.task import Task
 
 GOOD = """
 import torch

@@ -11,9 +11,8 @@ from torch import nn
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import trace
-from hwsearch.graph.unwrapping import unwrapped
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.task import Task
+from hwsearch.task import Task, unwrapped
 
 
 def _plain() -> nn.Sequential:

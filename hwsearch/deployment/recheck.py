@@ -18,12 +18,12 @@ from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Regime, regime
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import fit
+from hwsearch.loading import load
 from hwsearch.network.choices import RESIDUAL
 from hwsearch.profiler.reshape import own_shapes, reshaped
 from hwsearch.progress import Progress
 from hwsearch.table.build import Build
 from hwsearch.table.table import LatencyTable, usable
-from hwsearch.task import load
 
 if TYPE_CHECKING:
     from hwsearch.task import Task

@@ -14,8 +14,7 @@ from torch.utils import _pytree as pytree
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.export import first_line
 from hwsearch.graph.state import State
-from hwsearch.graph.unwrapping import without_wrappers
-from hwsearch.task import Inputs
+from hwsearch.task import Inputs, without_wrappers
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
