@@ -1,7 +1,8 @@
 """Q/DQ graphs that a runtime is known to compute wrongly, found by their patterns.
 
-hwsearch's own lowering makes none of them (`tests/test_qdq_fuzz.py`); an engine of one is not built. Each was found by comparing
-engines of random graphs with ONNX's reference evaluator (`scripts/bench/qdq_fuzz.py`), OpenVINO 2026.4.1 and ONNX Runtime 1.32.
+hwsearch's own lowering makes none of them (`tests/backends/test_qdq_fuzz.py`); an engine of one is not built. Each was found by
+comparing engines of random graphs with ONNX's reference evaluator (`scripts/bench/qdq_fuzz.py`), OpenVINO 2026.4.1 and ONNX Runtime
+1.32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How many operators leave a network's channels free: python scripts/bench/operators.py [CHECKOUT]
 
-Each operator of tests/operators.py stands between two convolutions; it is followed where the channels between these form a
+Each operator of tests/torch_operators.py stands between two convolutions; it is followed where the channels between these form a
 group. CHECKOUT: another working tree of hwsearch to count with (an earlier commit); the operators are those of this one. With
 this tree also torch's own list of operators: how many have a rule, are spelled out at the trace, or have a reason.
 """
@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parents[2]
 
 
 def tried() -> None:
-    from operators import FOLLOWED, MIXED, between
+    from torch_operators import FOLLOWED, MIXED, between
 
     from hwsearch.graph.trace import trace
 
@@ -38,7 +38,7 @@ def tried() -> None:
 
 
 def listed() -> None:
-    from test_operators import fate, operators
+    from graph.test_operators import fate, operators
 
     counts = Counter(fate(op)[0] for op in operators())
     print(

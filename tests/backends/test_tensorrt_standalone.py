@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from test_deployment import allocation
+from deployment.test_deploy import allocation
 from typer.testing import CliRunner
 
 import hwsearch as hs

@@ -40,7 +40,7 @@ from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import readback, small_network, wherever
 from tests.backends.fake_cuda import FakeCuda, Products
 
-SOURCES = sorted(Path(package.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(package.__file__).parent.glob("**/*.py"))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_deployment import allocation as of_cnn
-from test_report import REPORT
+from deployment.test_deploy import allocation as of_cnn
+from deployment.test_report import REPORT
 from torch import nn
 from torch.nn import functional as F
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_deployment import allocation
+from deployment.test_deploy import allocation
 from typer.testing import CliRunner
 
 import hwsearch as hs
@@ -38,7 +38,7 @@ from hwsearch.zoo import load
 
 pytest.importorskip("tensorrt_rtx")
 FIVE = ["sm75", "sm80", "sm86", "sm89", "sm120"]
-SPEC = f"{Path(__file__).with_name('tiny.py')}:cnn"
+SPEC = f"{Path(__file__).parents[1] / 'tiny.py'}:cnn"
 
 
 @cache

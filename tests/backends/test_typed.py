@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from lowering.test_lowering import error, lowering
 from networks import NETWORKS
 from onnx import TensorProto, helper, numpy_helper
-from test_lower import error, lowering
 
 from hwsearch.backends.base import BuildOptions, NodeTime
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from operators import FOLLOWED, MIXED, ONE_BY_ONE, between
-from test_channels import check
-from test_onnx_widths import check as check_onnx
-from test_onnx_widths import made, random_kept
+from graph.test_channels import check
+from lowering.test_onnx_widths import check as check_onnx
+from lowering.test_onnx_widths import made, random_kept
+from torch_operators import FOLLOWED, MIXED, ONE_BY_ONE, between
 
 from hwsearch.errors import UntraceableModel
 from hwsearch.graph.aliases import REWRITTEN, SPELLED, is_composite

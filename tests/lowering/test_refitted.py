@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from deployment.test_deploy import allocation
 from networks import leaves
-from test_deployment import allocation
 from torch import nn
 
 from hwsearch.compress.bank import WeightBank

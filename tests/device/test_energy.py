@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from device.test_timing import Machine
 from simulation import grouped, header, scores, simulated_table
-from test_measure import Machine
 
 import hwsearch as hs
 from hwsearch.allocate.search import search

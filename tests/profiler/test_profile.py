@@ -85,7 +85,7 @@ t.run(t.regime(Dies(t.law(), noise=0.01)), Path(sys.argv[1]))
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_killed_profile_loses_at_most_one_build(tmp_path: Path) -> None:
-    out, here = tmp_path / "t.parquet", Path(__file__).resolve().parent
+    out, here = tmp_path / "t.parquet", Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(here.parent)}
     done = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(here)], env=environment, check=False)
     assert done.returncode == -9

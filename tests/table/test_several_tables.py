@@ -22,7 +22,7 @@ from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CNN, LARGER = f"{HERE / 'tiny.py'}:cnn", f"{HERE / 'tiny.py'}:larger"
 OPTIONS: dict[str, Any] = {"axes": ["precision"], "builds": 5}
 

@@ -147,7 +147,7 @@ LatencyTable(table.header, table.builds[:1]).save(sys.argv[1])
 @pytest.mark.parametrize("when", ["fsync", "replace"])
 def test_a_killed_writer_leaves_the_old_file(saved: Path, when: str) -> None:
     before = saved.read_bytes()
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", _WRITER, str(saved), when], env=environment, check=False)
     assert done.returncode == -9
@@ -327,7 +327,7 @@ def test_a_killed_writer_loses_nothing_of_any_section(
     several: tuple[Path, list[LatencyTable]], when: str, threads: int
 ) -> None:
     path, made = several
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", _SECTION_WRITER, str(path), when, str(threads)],
         env={**os.environ, "PYTHONPATH": str(root)}, check=False,
@@ -383,7 +383,7 @@ def test_a_file_of_schema_2_is_one_of_one_section(saved: Path, table: LatencyTab
 
 
 def test_the_published_tables_load() -> None:
-    files = sorted((Path(__file__).resolve().parent.parent / "profiles").glob("*.parquet"))
+    files = sorted((Path(__file__).resolve().parents[2] / "profiles").glob("*.parquet"))
     assert files
     for file in files:
         table = LatencyTable.load(file)

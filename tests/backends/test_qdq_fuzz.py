@@ -31,7 +31,7 @@ LEVELS = 63
 
 
 def _bench(name: str) -> ModuleType:
-    folder = Path(__file__).parents[1] / "scripts" / "bench"
+    folder = Path(__file__).parents[2] / "scripts" / "bench"
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")

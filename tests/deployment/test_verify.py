@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_deployment import allocation
+from deployment.test_deploy import allocation
 
 import hwsearch as hs
 from hwsearch.deployment.verify import verify

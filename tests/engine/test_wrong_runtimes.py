@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import tiny
+from deployment.test_deploy import allocation
 from profiling import narrow_law, narrow_regime, run_widths
-from test_deployment import allocation
 
 from hwsearch.backends.base import Array, BuildOptions
 from hwsearch.deployment.verify import verify
