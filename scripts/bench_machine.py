@@ -2,10 +2,10 @@
 """How well a ratio of two times can be known on this machine: the same engines timed beside each other for minutes.
 
 The reference, the network at whole widths in every uniform variant, at a quarter of its widths, and mixed allocations, all
-interleaved as `measure.paired` does it. Rounds are put together to windows of a few seconds, as long as one build of a profile
+interleaved as `timing.paired` does it. Rounds are put together to windows of a few seconds, as long as one build of a profile
 is timed. Printed for each engine: its time in the quiet windows; the standard deviation of its ratio to the reference from window
 to window, over all of them and over those in which the reference was not slower than its quiet time by more than
-`equations.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
+`regression.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
 
     python scripts/bench_machine.py zoo:minilm --threads 1 2 --seconds 150
 """

@@ -3,7 +3,7 @@
 
 First: engines of the same mixed allocations are built again and again, as in a profile, others in between, and each is timed
 against one of its kind that was built at the beginning and kept. In one process, as one would do it without a second thought; in a
-process for each; and in a process for each whose memory is in huge pages (`backends/apart.py`), which is how hwsearch does it.
+process for each; and in a process for each whose memory is in huge pages (`backends/process.py`), which is how hwsearch does it.
 
 Second: the first inferences of an engine whose turn comes behind another one, against those it settles to.
 

@@ -87,7 +87,7 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A runtime that compiles ONNX.
 
-    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `apart`.
+    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `process`.
     `weight_storage = True`: it computes right with weights that a file stores in int8 and makes floating by Cast and Mul.
     `unsigned_activations = True`: int8 activations that were never negative on calibration data are uint8 with zero point 0. It
     gives them one more bit, and CPUs whose products take unsigned inputs need not convert them. `unsigned_concat = True`: Q/DQ

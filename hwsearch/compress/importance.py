@@ -42,7 +42,7 @@ def order_slots(
     `fisher`: the same with the square inside, the mean over samples: the diagonal of the empirical Fisher matrix of the gates,
         with labels drawn from the network's own outputs.
     `obs`: slots are removed one by one, each time the one whose removal, with all that is left refitted, changes least what
-        consumers put out (`compensate`), channels of their outputs weighed by their Fisher information.
+        consumers put out (`gram`), channels of their outputs weighed by their Fisher information.
 
     grams: those of the batches where they are known already (only `obs` needs them). Deterministic for one seed.
     """

@@ -60,7 +60,7 @@ def profile(
     in int8 and computed with in the base precision, for budgets on size.
     builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
     each: a table of a shared machine is another one. shape: of the inputs, the batch first, where not that of the example
-    inputs (see `reshaping`): for timing; sensitivities, deployed files and reports want a task of that shape.
+    inputs (see `reshape`): for timing; sensitivities, deployed files and reports want a task of that shape.
     prior: other tables of this device and regime, or their files, whose layers need not be learnt again.
     lock_clocks: hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
     energy: also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is always read, where there is one.

@@ -73,7 +73,7 @@ class State:
 
 @dataclass(frozen=True, repr=False)
 class Gpu:
-    """A GPU, or one MIG instance of it, as `device.Device` is a CPU. Of all but the name, None is what is not told.
+    """A GPU, or one MIG instance of it, as `fingerprint.Device` is a CPU. Of all but the name, None is what is not told.
 
     The stable fields make the `id` that tables belong to: name, compute_capability (`8.6`), memory (in whole GiB; of a MIG
     instance its own), driver and mig (the instance's profile, `1g.10gb`). The rest is kept for the reader: cuda (the newest

@@ -9,7 +9,7 @@ from collections.abc import Callable
 def times(run: Callable[[], None], count: int, clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:
     """Nanoseconds of so many inferences one after another.
 
-    A `run` that keeps time itself has a method `times(count)`; see `backends.apart`.
+    A `run` that keeps time itself has a method `times(count)`; see `backends.process`.
     """
     own: Callable[[int], list[int]] | None = getattr(run, "times", None)
     if own is not None:

@@ -174,7 +174,7 @@ def fit(
 ) -> LatencyModel:
     """Fit on a table's builds, held-out ones excepted, or on the given ones.
 
-    The held-out ones only say how large sigma has to be (`spread`).
+    The held-out ones only say how large sigma has to be (`uncertainty`).
     boundaries: False leaves the boundary terms out (a baseline).
     Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """

@@ -3,7 +3,7 @@
     T(a) = b0 + sum over units t[u, a_u] + sum over edges r[e, class(a_src), class(a_dst)]
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
-beside those (`dispatch`) is the rest's. A machine does not slow every network alike: a slow change of all times against the
+beside those (`overhead`) is the rest's. A machine does not slow every network alike: a slow change of all times against the
 reference, over a profile, is one more parameter, and predictions are for the middle of it; and how much of a slowdown is the same
 time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
 Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).

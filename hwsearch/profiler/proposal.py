@@ -1,6 +1,6 @@
 """The next whole networks to build: those that most reduce the variance of what a search will ask for.
 
-After a first batch that covers (`design.cover`), the builds so far give every term of the latency model a posterior. What
+After a first batch that covers (`choices.cover`), the builds so far give every term of the latency model a posterior. What
 matters is not that posterior but the error of the allocations that a search is likely to pick; so a few dozen of those are
 drawn, and of a pool of candidates the one is built whose equations, as far as can be foreseen, leave the least mean variance
 over them (A-optimal design; Pukelsheim, Optimal Design of Experiments, 2006). Several are chosen at a time, each as if those

@@ -46,7 +46,7 @@ class Build:
     base: base precision it was compiled with. variants: for each unit, in network order; empty where it is no part.
     widths: slots kept of each channel group, in network order.
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
-    samples_ns, reference_ns, singles_ns: see `measure.Timing`. executed: for each unit, the precision read back
+    samples_ns, reference_ns, singles_ns: see `timing.Timing`. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
     output_error: relative error of the engine's outputs from the simulated ones; `wrong`: too large to be rounding.
     source: always `measured`; estimates never enter a table.

@@ -21,7 +21,7 @@ LAYERED = ("alone", SANDWICHED)
 class Evidence:
     """What another table of the same device and regime says of one term of the latency model.
 
-    feature: as `equations` names it: a unit's signature and variant, or a kind of boundary. ns, error_ns: on the scale of
+    feature: as `regression` names it: a unit's signature and variant, or a kind of boundary. ns, error_ns: on the scale of
     that table's session. table: the network that it was measured in.
     """
 
