@@ -331,14 +331,14 @@ class BackendContract:
         )
 
     def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
-        """Means on both sides; a busy machine may spoil some tries, a very slow kernel is run less often.
+        """Of runs the median, as a busy machine interrupts some of them; a very slow kernel is run less often.
 
         A runtime may count its first inference, which prepares kernels, among the others: each try has twice as many. What a
         run takes beside its nodes is not theirs: of the smallest network, on a fast device, that is nearly all.
         """
 
         def time_ns(runs: int) -> float:
-            return max(sum(times(engine.run, runs, at.clock)), 1) / runs
+            return max(float(np.median(times(engine.run, runs, at.clock))), 1.0)
 
         engine.prepare(*at.lowering.arrays())
         runs = int(np.clip(50e6 / time_ns(1), 2, 20))
