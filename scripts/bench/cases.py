@@ -55,7 +55,7 @@ class Case:
 
 CASES = (
     Case("01", budget=("--budget", "latency=75%")),
-    Case("02", groups=("block1",)),
+    Case("02", groups=("a.3", "wide", "deep.4")),
     Case("06"),
     Case("06", budget=("--budget", "size=50%", "--batch", "4")),
     # dB: 23.06 dense
