@@ -84,6 +84,43 @@ class Report:
         budget = f", budget {found['budget']:.4g} mJ" if found["budget"] is not None else ""
         return [f"energy   {found['measured']:.4g} mJ measured{told}{budget}, dense {found['dense']:.4g} mJ"]
 
+    def _warnings(self) -> list[str]:
+        lines = []
+        if self.wrong_outputs:
+            lines.append(
+                f"the runtime computes wrong outputs (relative error {self.output_error:.3g}); do not use it"
+            )
+        lines += [f"{unit}: {why}" for unit, why in self.wrong_units.items()]
+        lines += self.unexplained
+        if self.table_check is not None:
+            state = (
+                "the table still holds"
+                if self.table_check["holds"]
+                else "the table no longer holds: profile again"
+            )
+            lines.append(
+                f"prediction and measurement part; {len(self.table_check['builds'])} builds of the table measured "
+                f"again changed by {self.table_check['median']:+.1%} (median): {state}"
+            )
+        if self.slowdown:
+            raw = self.latency_ms["measured_unconverted"]
+            known = (
+                "the table does not tell what that does, and times are as they were measured"
+                if raw == self.latency_ms["measured"]
+                else f"{raw:.4g} ms, converted to what it takes on the quiet machine"
+            )
+            lines.append(
+                f"the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
+                f"table was made: {known}"
+            )
+        if self.unstable:
+            lines.append("timings were unstable: the machine is busy; verify again when it is quiet")
+        if self.not_as_asked:
+            lines.append(
+                f"{len(self.not_as_asked)} unit(s) did not execute as asked; see not_as_asked in the report"
+            )
+        return [f"warning  {line}" for line in lines]
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
@@ -134,40 +171,7 @@ class Report:
                 f"uniform  best that meets the budget: {self.uniform['variant']}, {self.uniform['latency_ms']:.4g} ms, "
                 f"score {self.uniform['score']:.4f}"
             )
-        if self.wrong_outputs:
-            lines.append(
-                f"warning  the runtime computes wrong outputs (relative error {self.output_error:.3g}); do not use it"
-            )
-        lines += [f"warning  {unit}: {why}" for unit, why in self.wrong_units.items()]
-        lines += [f"warning  {sentence}" for sentence in self.unexplained]
-        if self.table_check is not None:
-            state = (
-                "the table still holds"
-                if self.table_check["holds"]
-                else "the table no longer holds: profile again"
-            )
-            lines.append(
-                f"warning  prediction and measurement part; {len(self.table_check['builds'])} builds of the table measured "
-                f"again changed by {self.table_check['median']:+.1%} (median): {state}"
-            )
-        if self.slowdown:
-            raw = latency["measured_unconverted"]
-            known = (
-                "the table does not tell what that does, and times are as they were measured"
-                if raw == latency["measured"]
-                else f"{raw:.4g} ms, converted to what it takes on the quiet machine"
-            )
-            lines.append(
-                f"warning  the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
-                f"table was made: {known}"
-            )
-        if self.unstable:
-            lines.append("warning  timings were unstable: the machine is busy; verify again when it is quiet")
-        if self.not_as_asked:
-            lines.append(
-                f"warning  {len(self.not_as_asked)} unit(s) did not execute as asked; see not_as_asked in the report"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._warnings()])
 
 
 def _counts(variants: dict[str, str]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import TAILS, parse_budgets
@@ -84,20 +85,10 @@ def verify_with_build(
     budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
     require_energy(budgets, session.costs(dense))
     limit = {b.column: b.resolve(session.costs(dense)[b.column]) for b in budgets}
-
-    def within(m: Measured) -> bool:
-        costs = session.costs(m)
-        # a nanosecond (or nanojoule) of slack: a time of 100 % is rounded down to whole ones; bytes and MACs are whole
-        slack = {c: int(c.startswith("latency") or c == "energy") for c in limit}
-        return not m.build.wrong and all(costs[c] <= bound + slack[c] for c, bound in limit.items())
-
     costs = session.costs(deployed)
     drift = None
     if table is not None and table.header.mode != SANDWICHED and _parted(costs["latency"], allocation):
         drift = session.check(table).to_json()
-
-    scores = {name: session.score(measured[name], name) for name in candidates if within(measured[name])}
-    best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
     loss = {"predicted": allocation.predicted["loss"], "measured": session.loss(deployed)}
     score = {"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")}
     report = Report(
@@ -105,23 +96,9 @@ def verify_with_build(
         backend=at.backend.name,
         device=device.to_json(),
         options={**at.described, "base": base},
-        met=within(deployed),
+        met=_within(session, deployed, limit),
         rounds=rounds,
-        latency_ms={
-            "dense": session.ms(dense),
-            "budget": limit["latency"] / 1e6 if "latency" in limit else None,
-            "predicted": allocation.predicted["latency_ns"] / 1e6,
-            "sigma": allocation.predicted["sigma_ns"] / 1e6,
-            "measured": session.ms(deployed),
-            "measured_low": deployed.timing.low / deployed.timing.ratio * session.ms(deployed),
-            "measured_high": deployed.timing.high / deployed.timing.ratio * session.ms(deployed),
-            "measured_unconverted": deployed.timing.ratio * session.scale_ns / 1e6,
-            "measured_now": deployed.timing.median_ns / 1e6,
-            "reference": session.scale_ns / 1e6,
-            "reference_now": session.reference_now_ns / 1e6,
-            **{column.removeprefix("latency_"): costs[column] / 1e6 for column in TAILS},
-            **{f"budget_{c.removeprefix('latency_')}": limit[c] / 1e6 for c in TAILS if c in limit},
-        },
+        latency_ms=_latency_ms(session, dense, deployed, allocation, limit),
         score=score,
         loss=loss,
         size_bytes={
@@ -137,30 +114,16 @@ def verify_with_build(
             "deployed": costs["memory"],
             "source": "estimated",
         },
-        energy_mj={
-            "dense": session.costs(dense)["energy"] / 1e6,
-            "budget": limit["energy"] / 1e6 if "energy" in limit else None,
-            "predicted": allocation.predicted["energy_nj"] / 1e6 if "energy_nj" in allocation.predicted else None,
-            "measured": costs["energy"] / 1e6,
-        }
-        if "energy" in costs
-        else {},
+        energy_mj=_energy_mj(session, dense, deployed, allocation, limit),
         widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
-        uniform=None
-        if best is None
-        else {"variant": best, "latency_ms": session.ms(measured[best]), "score": scores[best],
-              "size_bytes": measured[best].file_bytes},
+        uniform=_best_uniform(session, {n: measured[n] for n in candidates}, limit),
         uniforms=[
-            {"variant": n, "latency_ms": session.ms(m), "size_bytes": m.file_bytes, "met": within(m)}
+            {"variant": n, "latency_ms": session.ms(m), "size_bytes": m.file_bytes, "met": _within(session, m, limit)}
             for n, m in measured.items()
         ],
         variants=dict(allocation.variants),
-        not_as_asked={
-            u.name: f"asked {v}, executed in {e}"
-            for u, v, e in zip(at.network.units, deployed.build.variants, deployed.build.executed, strict=True)
-            if e and not Variant.parse(v).runs_as(e)
-        },
+        not_as_asked=_not_as_asked(at, deployed.build),
         unstable=deployed.timing.unstable or dense.timing.unstable,
         output_error=deployed.build.output_error,
         wrong_outputs=deployed.build.wrong,
@@ -169,8 +132,78 @@ def verify_with_build(
         table_check=drift,
         slowdown=session.slowdown,
         float_only=_float_only(at, unsupported),
-    )  # fmt: skip
+    )
     return report, deployed.build
+
+
+def _within(session: Session, measured: Measured, limit: Mapping[str, int]) -> bool:
+    """Whether right outputs came at costs below all limits, in ns, nJ, bytes and MACs."""
+    costs = session.costs(measured)
+    # a nanosecond (or nanojoule) of slack: a time of 100 % is rounded down to whole ones; bytes and MACs are whole
+    slack = {c: int(c.startswith("latency") or c == "energy") for c in limit}
+    return not measured.build.wrong and all(costs[c] <= bound + slack[c] for c, bound in limit.items())
+
+
+def _latency_ms(
+    session: Session, dense: Measured, deployed: Measured, allocation: Allocation, limit: Mapping[str, int]
+) -> dict[str, float | None]:
+    """See `Report.latency_ms`."""
+    costs, timing = session.costs(deployed), deployed.timing
+    return {
+        "dense": session.ms(dense),
+        "budget": limit["latency"] / 1e6 if "latency" in limit else None,
+        "predicted": allocation.predicted["latency_ns"] / 1e6,
+        "sigma": allocation.predicted["sigma_ns"] / 1e6,
+        "measured": session.ms(deployed),
+        "measured_low": timing.low / timing.ratio * session.ms(deployed),
+        "measured_high": timing.high / timing.ratio * session.ms(deployed),
+        "measured_unconverted": timing.ratio * session.scale_ns / 1e6,
+        "measured_now": timing.median_ns / 1e6,
+        "reference": session.scale_ns / 1e6,
+        "reference_now": session.reference_now_ns / 1e6,
+        **{column.removeprefix("latency_"): costs[column] / 1e6 for column in TAILS},
+        **{f"budget_{c.removeprefix('latency_')}": limit[c] / 1e6 for c in TAILS if c in limit},
+    }
+
+
+def _energy_mj(
+    session: Session, dense: Measured, deployed: Measured, allocation: Allocation, limit: Mapping[str, int]
+) -> dict[str, float | None]:
+    """See `Report.energy_mj`."""
+    if "energy" not in session.costs(deployed):
+        return {}
+    predicted = allocation.predicted.get("energy_nj")
+    return {
+        "dense": session.costs(dense)["energy"] / 1e6,
+        "budget": limit["energy"] / 1e6 if "energy" in limit else None,
+        "predicted": predicted / 1e6 if predicted is not None else None,
+        "measured": session.costs(deployed)["energy"] / 1e6,
+    }
+
+
+def _best_uniform(
+    session: Session, measured: Mapping[str, Measured], limit: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """The uniform allocation of the best score that meets the same limits, the faster of two as good; None without one."""
+    scores = {name: session.score(m, name) for name, m in measured.items() if _within(session, m, limit)}
+    best = max(scores, key=lambda n: (scores[n], -session.ms(measured[n])), default=None)
+    if best is None:
+        return None
+    return {
+        "variant": best,
+        "latency_ms": session.ms(measured[best]),
+        "score": scores[best],
+        "size_bytes": measured[best].file_bytes,
+    }
+
+
+def _not_as_asked(at: Regime, build: Build) -> dict[str, str]:
+    """Units that the engine executed in another precision than asked for."""
+    return {
+        u.name: f"asked {v}, executed in {e}"
+        for u, v, e in zip(at.network.units, build.variants, build.executed, strict=True)
+        if e and not Variant.parse(v).runs_as(e)
+    }
 
 
 def _float_only(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
