@@ -220,7 +220,20 @@ def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
             own[unit.name][str(chosen)] = max(beside, own[unit.name].get(str(chosen), beside))
         units = sum(found.get(u.name, 0) for u in network.units)
         always = max(always, int(model.ByteSize()) - units - network.fixed_bytes)
+    if at.backend.quantize_outputs:
+        _add_kept_float(network, model, own)
     return always, own
+
+
+def _add_kept_float(network: Network, model: Any, own: Mapping[str, dict[str, int]]) -> None:
+    """Add to each int8 unit what stands before the layers that read it where these are float (`rewrites.keep_float`)."""
+    longest = max((len(name) for node in model.graph.node for name in (*node.input, *node.output)), default=0)
+    for edge in network.edges:
+        if edge.dst in own and edge.src in own:
+            node = 3 * longest + len(edge.dst) + 64  # its names, and what protobuf puts around them
+            for variant in own[edge.src]:
+                if Variant.parse(variant).quantized:
+                    own[edge.src][variant] += node
 
 
 def refusals(

@@ -82,25 +82,29 @@ def refitted(
 def as_module(lowering: Lowering) -> torch.nn.Module:
     """A plain module that computes the (narrow) network in fp32: parameters under their old names, BatchNorm folded.
 
-    It takes any batch size where the model does, and can be fine-tuned as any other module.
+    It takes any batch size where the model does, and can be fine-tuned as any other module; the user's model keeps its weights.
     """
     graph = share_graph(lowering.traced.graph)
     _free_batch(graph, lowering)
+    own: dict[int, torch.nn.Parameter] = {}
     for node in graph.graph.nodes:
         if is_get_attr(node):
             value = tensor_attr(graph, str(node.target))
-            if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
-                _parameter(graph, str(node.target), value)
+            if value.is_floating_point() and id(value) not in {id(p) for p in own.values()}:
+                copied = own.setdefault(id(value), torch.nn.Parameter(value.detach().clone()))
+                _put_parameter(graph, str(node.target), copied)
     graph.recompile()
     return graph
 
 
-def _parameter(graph: fx.GraphModule, path: str, value: torch.Tensor) -> None:
-    set_attr(graph, path, value)  # a place of its own
+def _put_parameter(graph: fx.GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
+    """A parameter in place of the tensor at a path, which stays what it was for whoever shares it: the user's model."""
+    set_attr(graph, path, parameter.detach())  # a place of its own
     parent, _, leaf = path.rpartition(".")
     module = graph.get_submodule(parent)
-    del module._buffers[leaf]
-    module.register_parameter(leaf, torch.nn.Parameter(value.detach().clone()))
+    module._buffers.pop(leaf, None)
+    module._parameters.pop(leaf, None)
+    module.register_parameter(leaf, parameter)
 
 
 def _free_batch(graph: fx.GraphModule, lowering: Lowering) -> None:

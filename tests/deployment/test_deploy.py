@@ -109,6 +109,7 @@ def test_the_module_trains_and_takes_any_batch(name: str, weights: Path) -> None
     network = tiny.lowering(name).network.narrow(done.allocation.widths)
     shapes = {tuple(p.shape) for p in parameters.values()}
     assert {u.weight_shape for u in network.units if u.weight_shape} <= shapes
+    before = {k: v.clone() for k, v in tiny.task(name).model.state_dict().items()}
     fresh = deploy(tiny.task(name), done.allocation, weights / "fresh.onnx", weights=weights).module
     optimizer = torch.optim.SGD(fresh.parameters(), 0.1)
     losses = []
@@ -118,6 +119,8 @@ def test_the_module_trains_and_takes_any_batch(name: str, weights: Path) -> None
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
+    after = tiny.task(name).model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items()), "the user's model was trained along"
     assert losses[-1] < losses[0]
     assert any(not torch.equal(p, parameters[n]) for n, p in fresh.named_parameters())
     with torch.no_grad():

@@ -21,7 +21,7 @@ class Branch(nn.Module):
 
 def test_untraceable_names_module_class_and_line() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Branch()))
-    with pytest.raises(UntraceableModel, match=r"module 1\.1 \(Branch\).*test_exporting\.py:\d+.*if float"):
+    with pytest.raises(UntraceableModel, match=r"module 1\.1 \(Branch\).*test_export\.py:\d+.*if float"):
         trace(model, torch.randn(2, 4))
 
 
