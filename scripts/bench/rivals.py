@@ -2,7 +2,7 @@
 
     pip install nncf        # a dependency of this script only; hwsearch does not need it
     python scripts/bench/rivals.py                                   # all tasks of the zoo, every instruction set
-    python scripts/bench/rivals.py zoo:fashion_resnet --isa AVX2 --nodes
+    python scripts/bench/rivals.py zoo:fashion_resnet --isa AVX2 --nodes kinds
 
 Both start from the same fp32 ONNX file and see the same calibration batches. Ours has every layer in int8 that may be, its weights
 refitted as those of a deployed network are; NNCF's is `nncf.quantize` with its defaults and the preset MIXED (unsigned activations
