@@ -8,7 +8,7 @@
     ├── BackendUnavailable        1  a runtime is missing, dead, or failed to build
     ├── UnsupportedVariant        1  a backend does not execute a variant as asked
     ├── UnstableMeasurement       1  a timing could not be brought to the accuracy asked for
-    ├── IncompatibleTables        1  files of two devices, networks, regimes or schemas were mixed
+    ├── IncompatibleTables        1  files of two devices, networks, setups or schemas were mixed
     ├── DeviceBusy                1  another profile runs on this device
     ├── Infeasible                3  no allocation meets the budget; names the least that can be met
     └── BudgetMissed              3  allocations were found but none met the budget as measured
@@ -48,7 +48,7 @@ class UnstableMeasurement(HwsearchError):
 
 
 class IncompatibleTables(HwsearchError):
-    """Tables of two devices, networks, regimes or schemas were mixed."""
+    """Tables of two devices, networks, setups or schemas were mixed."""
 
 
 class DeviceBusy(HwsearchError):

@@ -23,7 +23,7 @@ from hwsearch.backends.base import Engine, example_arrays
 from hwsearch.device import fingerprint as device
 from hwsearch.device.load import background
 from hwsearch.device.timing import paired
-from hwsearch.engine.setup import regime
+from hwsearch.engine.setup import set_up
 from hwsearch.network.variants import uniform
 
 COUNTED = 200
@@ -61,12 +61,12 @@ def main() -> None:
 
 def calls(task: str, name: str, threads: int) -> tuple[Callable[[], None], Callable[[], None], str]:
     """(an inference as hwsearch times it, the same otherwise called, what that is)."""
-    at = regime(hs.load(task), backends.get(name), threads=threads)
-    onnx = at.onnx(uniform(at.network, at.options.base))
-    engine = at.backend.build(
-        onnx.SerializeToString(), at.options
+    setup = set_up(hs.load(task), backends.get(name), threads=threads)
+    onnx = setup.onnx(uniform(setup.network, setup.options.base))
+    engine = setup.backend.build(
+        onnx.SerializeToString(), setup.options
     )  # here, where its threads can be looked at
-    engine.prepare(*at.lowering.arrays())
+    engine.prepare(*setup.lowering.arrays())
     if name == "onnxruntime":
         return engine.run, asleep(onnx.SerializeToString(), engine, threads), "workers asleep between nodes"
     request: Any = engine._request  # type: ignore[attr-defined]  # the very network that hwsearch times

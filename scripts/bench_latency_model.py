@@ -26,14 +26,14 @@ import hwsearch as hs
 from hwsearch import backends
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
-from hwsearch.allocate.space import space
+from hwsearch.allocate.space import make_space
 from hwsearch.cli.overview import disturbed
 from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
 from hwsearch.deployment.session import Session
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Timing, paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.network.choices import Candidate, random_allocation
@@ -73,12 +73,12 @@ def main() -> None:
 
 def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     task = hs.load(spec)
-    at = regime(task, backends.get(args.backend), threads=threads)
+    setup = set_up(task, backends.get(args.backend), threads=threads)
     axes = args.axes.split(",")
     stem = f"{task.name}.{args.backend}.{threads}t.{'-'.join(axes)}"
     table, alone = (
         profile(
-            at, args.out / f"{stem}.{mode}.parquet", time_limit_s=args.time_limit, mode=mode, axes=axes,
+            setup, args.out / f"{stem}.{mode}.parquet", time_limit_s=args.time_limit, mode=mode, axes=axes,
             progress=Progress(), extend=False,
         )
         for mode in ("context", "alone")
@@ -86,7 +86,7 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     model = fit(table)
     path = args.out / f"{stem}.heldout.json"
     if not path.exists():
-        measure(at, table, model, path, args)
+        measure(setup, table, model, path, args)
     kept = json.loads(path.read_text())
     heldout = [
         (k["kind"], Candidate({u: Variant.parse(v) for u, v in k["variants"].items()}, k["widths"]))
@@ -114,24 +114,24 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     if hit := sum(k["disturbed"] for k in kept):
         print(f"  {hit} of {len(kept)} held-out allocations were never timed on a quiet machine")
     if args.budgets:
-        loops(task, at, table, args, axes)
+        loops(task, setup, table, args, axes)
 
 
 def measure(
-    at: Regime, table: LatencyTable, model: LatencyModel, path: Path, args: argparse.Namespace
+    setup: Setup, table: LatencyTable, model: LatencyModel, path: Path, args: argparse.Namespace
 ) -> None:
     """Time the held-out allocations, once for each table: `path` keeps them.
 
     Those that something else on the machine disturbed are timed again after all others, at most twice.
     """
-    reference = reference_engine(at)
+    reference = reference_engine(setup)
     drawn = candidates(table, model, args.heldout, args.seed)
     scale, kept = table.header.reference_ns, {}
     left = list(range(len(drawn)))
     for _ in range(ATTEMPTS):
         for index in left:
             kind, candidate = drawn[index]
-            found, nodes = timed(at, reference.run, candidate, table.quiet_ns)
+            found, nodes = timed(setup, reference.run, candidate, table.quiet_ns)
             kept[index] = {
                 "kind": kind,
                 "variants": {u: str(v) for u, v in candidate.variants.items()},
@@ -143,7 +143,7 @@ def measure(
                 "nodes": nodes / table.reference_nodes,
             }
             if index % max(args.heldout // args.twice, 1) == 0:
-                again, _ = timed(at, reference.run, candidate, table.quiet_ns)
+                again, _ = timed(setup, reference.run, candidate, table.quiet_ns)
                 kept[index]["again_ns"] = again.ratio * scale
         left = [i for i in left if kept[i]["disturbed"]]
     path.write_text(json.dumps([kept[i] for i in range(len(drawn))]))
@@ -198,7 +198,7 @@ def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -
     }
     order = {g: tuple(range(n)) for g, n in network.channels.items()}
     losses = hs.SensitivityTable(network, loss, 1, "kl", False, width_loss=widths, order=order)
-    problem = space(table, losses, model)
+    problem = make_space(table, losses, model)
     least = minimise(problem.problem, "latency").costs["latency"]
     most = table.time_ns(table.find("reference"))
     budget = int(least + rng.uniform(0.05, 0.8) * (most - least))
@@ -207,10 +207,10 @@ def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -
 
 
 def timed(
-    at: Regime, reference: Callable[[], None], candidate: Candidate, quiet_ns: float
+    setup: Setup, reference: Callable[[], None], candidate: Candidate, quiet_ns: float
 ) -> tuple[Timing, int]:
     """(time, executed nodes)."""
-    engine, _ = at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
+    engine, _ = setup.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
     return paired(reference, {"candidate": engine.run}, quiet_ns=quiet_ns)["candidate"], len(engine.nodes())
 
 
@@ -272,15 +272,15 @@ def errors(what: str, predicted: np.ndarray, measured: np.ndarray) -> None:
     )
 
 
-def loops(task: hs.Task, at: Regime, table: LatencyTable, args: argparse.Namespace, axes: list[str]) -> None:
+def loops(task: hs.Task, setup: Setup, table: LatencyTable, args: argparse.Namespace, axes: list[str]) -> None:
     """The closed loop at budgets spread between the fastest predicted and the dense network in the base precision."""
-    folder = args.out / f"{task.name}.{at.options.threads}t.loops"
+    folder = args.out / f"{task.name}.{setup.options.threads}t.loops"
     grid = table.grid() if "width" in axes else {}
     sensitivity = sensitivity_for(
-        at, folder / "sens.parquet", grid=grid, weights=folder / "weights", progress=Progress()
+        setup, folder / "sens.parquet", grid=grid, weights=folder / "weights", progress=Progress()
     )
-    least = minimise(space(table, sensitivity, axes=axes).problem, "latency").costs["latency"]
-    session = Session(at, table)
+    least = minimise(make_space(table, sensitivity, axes=axes).problem, "latency").costs["latency"]
+    session = Session(setup, table)
     slack, rounds, met = [], [], 0
     # above the whole network in its base precision every budget is met by that, with slack to any size
     most = table.time_ns(table.find("reference"))
@@ -289,7 +289,7 @@ def loops(task: hs.Task, at: Regime, table: LatencyTable, args: argparse.Namespa
         budget = int(least + share * (most - least))
         try:
             report, _, table = closed_loop(
-                task, at, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
+                task, setup, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
                 weights=folder / "weights", session=session,
             )  # fmt: skip
         except HwsearchError as error:

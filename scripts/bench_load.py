@@ -24,7 +24,7 @@ from hwsearch.device import fingerprint as device
 from hwsearch.device.load import background
 from hwsearch.device.timing import paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import regime
+from hwsearch.engine.setup import set_up
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import random_allocation
 from hwsearch.network.variants import Variant
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=15)
     args = parser.parse_args()
     print(f"machine: {device.fingerprint()}; {args.threads} thread(s)")
-    at = regime(hs.load(args.task), backends.get("openvino"), threads=args.threads)
+    setup = set_up(hs.load(args.task), backends.get("openvino"), threads=args.threads)
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, LatencyTable] = {}
         for name in ("quiet", "disturbed"):
@@ -55,7 +55,7 @@ def main() -> None:
                 other.start()
             try:
                 tables[name] = profile(
-                    at, Path(folder) / f"{name}.parquet", time_limit_s=args.time_limit, axes=["precision"], progress=Progress()
+                    setup, Path(folder) / f"{name}.parquet", time_limit_s=args.time_limit, axes=["precision"], progress=Progress()
                 )  # fmt: skip
             finally:
                 over.set()
@@ -63,9 +63,9 @@ def main() -> None:
                     other.join()
     offered = {u: [Variant.parse(v) for v in vs] for u, vs in tables["quiet"].offered().items()}
     rng = np.random.default_rng(99)
-    drawn = [random_allocation(at.network, offered, rng) for _ in range(args.heldout)]
-    reference = reference_engine(at)
-    ratios = np.array([paired(reference.run, {"x": at.build(a)[0].run})["x"].ratio for a in drawn])
+    drawn = [random_allocation(setup.network, offered, rng) for _ in range(args.heldout)]
+    reference = reference_engine(setup)
+    ratios = np.array([paired(reference.run, {"x": setup.build(a)[0].run})["x"].ratio for a in drawn])
     for name, table in tables.items():
         model = fit(table)
         found = [model.predict(a) for a in drawn]

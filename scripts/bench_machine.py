@@ -25,7 +25,7 @@ from hwsearch.deployment.session import uniform_candidates
 from hwsearch.device import fingerprint as device
 from hwsearch.device.stopwatch import times
 from hwsearch.device.timing import QUIET, Protocol
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.latency.regression import MOODS
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import uniform
@@ -47,23 +47,23 @@ def main() -> None:
     print(f"machine: {device.fingerprint()}")
     for task in args.tasks:
         for threads in args.threads:
-            at = regime(hs.load(task), backends.get(args.backend), threads=threads)
-            tell(f"{task}, {threads} thread(s)", *watched(engines(at), args.seconds))
+            setup = set_up(hs.load(task), backends.get(args.backend), threads=threads)
+            tell(f"{task}, {threads} thread(s)", *watched(engines(setup), args.seconds))
 
 
-def engines(at: Regime) -> dict[str, Engine]:
+def engines(setup: Setup) -> dict[str, Engine]:
     """The reference first."""
-    whole = dict(at.network.channels)
+    whole = dict(setup.network.channels)
     quarter = {g: max(1, n // 4) for g, n in whole.items()}
-    base = at.options.base
-    found = {"reference": build(at, Candidate(uniform(at.network, base), whole))}
-    for name, job in uniform_candidates(at, {}).items():
+    base = setup.options.base
+    found = {"reference": build(setup, Candidate(uniform(setup.network, base), whole))}
+    for name, job in uniform_candidates(setup, {}).items():
         if job.base == base and name != f"dense.{base}":
-            found[name] = build(at, Candidate(job.variants, whole))
+            found[name] = build(setup, Candidate(job.variants, whole))
         if job.base == base and whole:
-            found[f"{name}, quarter widths"] = build(at, Candidate(job.variants, quarter))
-    for number, candidate in enumerate(drawn(at, 3, seed=11)):
-        found[f"mixed {number}"] = build(at, candidate)
+            found[f"{name}, quarter widths"] = build(setup, Candidate(job.variants, quarter))
+    for number, candidate in enumerate(drawn(setup, 3, seed=11)):
+        found[f"mixed {number}"] = build(setup, candidate)
     return found
 
 

@@ -26,7 +26,7 @@ from hwsearch import backends
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
 from hwsearch.network.variants import Variant
@@ -68,23 +68,23 @@ def main() -> None:
     torch.manual_seed(0)
     second = dataclasses.replace(known, model=Other().eval(), name="deeper")
     backend = backends.get("openvino")
-    at = regime(second, backend)
+    setup = set_up(second, backend)
     with tempfile.TemporaryDirectory() as folder:
         first = (
             hs.LatencyTable.load(args.first)
             if args.first
-            else profiled(regime(known, backend), Path(folder) / "first.parquet", args.time_limit, [])[0]
+            else profiled(set_up(known, backend), Path(folder) / "first.parquet", args.time_limit, [])[0]
         )
         tables, seconds = {}, {}
         for name, prior in (("cold", []), ("with prior", [first])):
             limit = SHARE * seconds["cold"] if prior else args.time_limit
-            tables[name], seconds[name] = profiled(at, Path(folder) / f"{name}.parquet", limit, prior)
+            tables[name], seconds[name] = profiled(setup, Path(folder) / f"{name}.parquet", limit, prior)
     models = {name: fit(table) for name, table in tables.items()}
     heldout = candidates(list(tables.values()), args.heldout)
-    reference = reference_engine(at)
+    reference = reference_engine(setup)
     ratios = []
     for candidate in heldout:
-        own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
+        own = setup.narrow({g: range(w) for g, w in candidate.widths.items()})
         engine, _ = own.build(candidate.variants)
         ratios.append(paired(reference.run, {"x": engine.run}, quiet_ns=tables["cold"].quiet_ns)["x"].ratio)
     for name, table in tables.items():
@@ -99,10 +99,10 @@ def main() -> None:
 
 
 def profiled(
-    at: Regime, path: Path, time_limit_s: float, prior: list[LatencyTable]
+    setup: Setup, path: Path, time_limit_s: float, prior: list[LatencyTable]
 ) -> tuple[LatencyTable, float]:
     begun = time.monotonic()
-    table = profile(at, path, time_limit_s=time_limit_s, prior=prior, progress=Progress())
+    table = profile(setup, path, time_limit_s=time_limit_s, prior=prior, progress=Progress())
     return table, time.monotonic() - begun
 
 

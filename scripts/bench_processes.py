@@ -25,7 +25,7 @@ from hwsearch.backends.base import Engine
 from hwsearch.device import fingerprint as device
 from hwsearch.device.stopwatch import times
 from hwsearch.device.timing import paired
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.network.choices import Candidate, random_allocation
 from hwsearch.network.variants import legal, uniform
 
@@ -46,47 +46,47 @@ def main() -> None:
     args = parser.parse_args()
     print(f"machine: {device.fingerprint()}")
     for task in args.tasks:
-        at = regime(hs.load(task), backends.get(args.backend), threads=args.threads[0])
-        rebuilt(task, at, args.again)
+        setup = set_up(hs.load(task), backends.get(args.backend), threads=args.threads[0])
+        rebuilt(task, setup, args.again)
         for threads in args.threads:
-            settling(task, regime(at.lowering.task, at.backend, threads=threads))
+            settling(task, set_up(setup.lowering.task, setup.backend, threads=threads))
 
 
-def rebuilt(task: str, at: Regime, again: int) -> None:
+def rebuilt(task: str, setup: Setup, again: int) -> None:
     """The spread of engines of the same allocation, and whether later ones are slower."""
     for way, (apart, huge) in {
         "one process": (False, False), "a process for each": (True, False),
         "a process for each, huge pages": (True, True),
     }.items():  # fmt: skip
-        with memory(at, apart=apart, huge=huge):
-            kept = [(c, build(at, c)) for c in drawn(at, 2, seed=7)]
+        with memory(setup, apart=apart, huge=huge):
+            kept = [(c, build(setup, c)) for c in drawn(setup, 2, seed=7)]
             ratios = []
             for number in range(again):
-                for candidate in drawn(at, BETWEEN, seed=1000 + number):
-                    engine = build(at, candidate)
+                for candidate in drawn(setup, BETWEEN, seed=1000 + number):
+                    engine = build(setup, candidate)
                     engine.run()
                     engine.nodes()
                     del engine
-                ratios.append([paired(old.run, {"new": build(at, c).run})["new"].ratio for c, old in kept])
+                ratios.append([paired(old.run, {"new": build(setup, c).run})["new"].ratio for c, old in kept])
         found = 100.0 * (np.array(ratios) - 1.0)
         print(f"{task}: {way:30s} built again: {found.mean():+.1f} % on average, from {found.min():+.1f} to {found.max():+.1f} %, "
               f"standard deviation {found.std(ddof=1):.1f} %", flush=True)  # fmt: skip
 
 
 @contextmanager
-def memory(at: Regime, *, apart: bool, huge: bool) -> Iterator[None]:
+def memory(setup: Setup, *, apart: bool, huge: bool) -> Iterator[None]:
     """Engines are built in processes of their own or not, with huge pages or not."""
     plain = {} if huge else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
-    with patch.object(type(at.backend), "own_process", apart), patch.dict("os.environ", plain):
+    with patch.object(type(setup.backend), "own_process", apart), patch.dict("os.environ", plain):
         yield
 
 
-def settling(task: str, at: Regime) -> None:
+def settling(task: str, setup: Setup) -> None:
     """The median time by place in the turn, against that of the last quarter of it."""
     networks = {
-        "whole": build(at, Candidate(uniform(at.network, at.options.base), dict(at.network.channels)))
+        "whole": build(setup, Candidate(uniform(setup.network, setup.options.base), dict(setup.network.channels)))
     }
-    networks.update({f"mixed {i}": build(at, c) for i, c in enumerate(drawn(at, 2, seed=7))})
+    networks.update({f"mixed {i}": build(setup, c) for i, c in enumerate(drawn(setup, 2, seed=7))})
     taken: dict[str, list[list[int]]] = {name: [] for name in networks}
     for _ in range(TURNS):
         for name, engine in networks.items():
@@ -95,26 +95,26 @@ def settling(task: str, at: Regime) -> None:
         middle = np.median(np.array(found), axis=0)
         settled = float(np.mean(middle[-INFERENCES // 4 :]))
         places = {n: middle[n - 1] / settled - 1.0 for n in (1, 2, 3, 5, 8, 12)}
-        print(f"{task}, {at.options.threads} thread(s), {name}, {settled / 1e6:.2f} ms: "
+        print(f"{task}, {setup.options.threads} thread(s), {name}, {settled / 1e6:.2f} ms: "
               + ", ".join(f"inference {n} {share:+.0%}" for n, share in places.items()), flush=True)  # fmt: skip
 
 
-def drawn(at: Regime, count: int, seed: int) -> list[Candidate]:
+def drawn(setup: Setup, count: int, seed: int) -> list[Candidate]:
     """Mixed allocations at mixed widths."""
     rng = np.random.default_rng(seed)
-    variants = at.backend.variants(at.options.base)
-    offered = {u.name: legal(u, variants) for u in at.network.units}
+    variants = setup.backend.variants(setup.options.base)
+    offered = {u.name: legal(u, variants) for u in setup.network.units}
     return [
         Candidate(
-            random_allocation(at.network, offered, rng),
-            {g: max(1, round(n * rng.choice(SHARES))) for g, n in at.network.channels.items()},
+            random_allocation(setup.network, offered, rng),
+            {g: max(1, round(n * rng.choice(SHARES))) for g, n in setup.network.channels.items()},
         )
         for _ in range(count)
     ]
 
 
-def build(at: Regime, candidate: Candidate) -> Engine:
-    return at.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)[0]
+def build(setup: Setup, candidate: Candidate) -> Engine:
+    return setup.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)[0]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from hwsearch.compress.simulate import Simulator
 from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
 from hwsearch.deployment.session import Job, Session, uniform_candidates
 from hwsearch.device import fingerprint as device
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.loss.sensitivity import divergence
 from hwsearch.lowering.refitted import refitted, weight_bank
@@ -70,21 +70,21 @@ def main() -> None:
 def bench(spec: str, args: argparse.Namespace) -> None:
     task = hs.load(spec)
     folder = args.out / task.name
-    at = regime(task, backends.get("openvino"))
-    print(f"\n{spec}: {len(at.network.units)} units, {len(at.network.groups)} channel groups"
-          + "".join(f"\n  stays whole: {why}" for why in at.network.blocked))  # fmt: skip
-    table = profile(at, folder / "table.parquet", time_limit_s=args.time_limit, progress=Progress())
+    setup = set_up(task, backends.get("openvino"))
+    print(f"\n{spec}: {len(setup.network.units)} units, {len(setup.network.groups)} channel groups"
+          + "".join(f"\n  stays whole: {why}" for why in setup.network.blocked))  # fmt: skip
+    table = profile(setup, folder / "table.parquet", time_limit_s=args.time_limit, progress=Progress())
     began = time.perf_counter()
     sensitivity = sensitivity_for(
-        at, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress()
+        setup, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress()
     )
     print(f"  order of channels, refitted weights and sensitivities: {time.perf_counter() - began:.0f} s "
           "(0 where they were on disk)")  # fmt: skip
-    bank = weight_bank(at.lowering, folder / "weights", sensitivity.order)
-    weights(at, bank, table.grid())
-    refitting(at, bank)
-    session = Session(at, table)
-    _, uniforms = session.measure_all(None, uniform_candidates(at, table.header.unsupported))
+    bank = weight_bank(setup.lowering, folder / "weights", sensitivity.order)
+    weights(setup, bank, table.grid())
+    refitting(setup, bank)
+    session = Session(setup, table)
+    _, uniforms = session.measure_all(None, uniform_candidates(setup, table.header.unsupported))
     dense = session.dense_score
     print(f"  dense score {dense:.4f}")
     for name, m in uniforms.items():
@@ -99,7 +99,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
         try:
             report, allocation, table = closed_loop(
                 task,
-                at,
+                setup,
                 table,
                 sensitivity,
                 budget,
@@ -118,33 +118,33 @@ def bench(spec: str, args: argparse.Namespace) -> None:
               f"KL {joint[-1].loss:.3g}, {allocation.counts()}", flush=True)  # fmt: skip
     if args.rivals:
         rivals = {
-            "(a) uniform width": uniform_widths(at, bank, quick.variants, args.rivals),
-            "(b) magnitude, not refitted": least_magnitude(at, args.rivals),
-            "(c) by MACs": by_macs(at, bank, quick.variants, table, sensitivity, args.rivals),
+            "(a) uniform width": uniform_widths(setup, bank, quick.variants, args.rivals),
+            "(b) magnitude, not refitted": least_magnitude(setup, args.rivals),
+            "(c) by MACs": by_macs(setup, bank, quick.variants, table, sensitivity, args.rivals),
         }
         compare(joint, {what: measured(session, quick.variants, own) for what, own in rivals.items()})
 
 
-def weights(at: Regime, bank: WeightBank, grid: Mapping[str, list[int]]) -> None:
+def weights(setup: Setup, bank: WeightBank, grid: Mapping[str, list[int]]) -> None:
     """How long it takes to put an allocation's weights together."""
     rng = np.random.default_rng(0)
     seconds = []
     for _ in range(5):
         widths = {g: int(rng.choice(steps)) for g, steps in grid.items()}
-        fresh = weight_bank(at.lowering, bank.folder.parent if bank.folder else None, bank.order)  # from disk
+        fresh = weight_bank(setup.lowering, bank.folder.parent if bank.folder else None, bank.order)  # from disk
         began = time.perf_counter()
-        at.lowering.narrow(fresh.kept(widths), fresh.assemble(widths))
+        setup.lowering.narrow(fresh.kept(widths), fresh.assemble(widths))
         seconds.append(time.perf_counter() - began)
     print(f"  a random allocation put together from the weights on disk: {np.median(seconds):.2f} s")
 
 
-def refitting(at: Regime, bank: WeightBank) -> None:
+def refitting(setup: Setup, bank: WeightBank) -> None:
     """Divergence at 75 % width of one group at a time, without and with refitting."""
-    low = at.lowering
+    low = setup.lowering
     traced, args, kwargs = low.scoring[0]
     simulate = Simulator(traced, args, kwargs, {}, {})
     gains = []
-    for group, channels in at.network.channels.items():
+    for group, channels in setup.network.channels.items():
         widths = {group: max(1, round(0.75 * channels))}
         if widths[group] == channels:
             continue
@@ -154,7 +154,7 @@ def refitting(at: Regime, bank: WeightBank) -> None:
             assert isinstance(weight, torch.Tensor)
             whole = traced.weight(unit)
             assert whole is not None
-            axis = 1 if at.network[unit].op != "matmul" and "transpose" not in at.network[unit].op else 0
+            axis = 1 if setup.network[unit].op != "matmul" and "transpose" not in setup.network[unit].op else 0
             others = [d for d in range(weight.dim()) if d != axis]
             cut[unit] = whole * (weight.abs().amax(others, keepdim=True) > 0), None
         plain, fitted = (
@@ -171,25 +171,25 @@ def refitting(at: Regime, bank: WeightBank) -> None:
 
 
 def uniform_widths(
-    at: Regime, bank: WeightBank, variants: Mapping[str, Variant], count: int
-) -> dict[str, Regime]:
+    setup: Setup, bank: WeightBank, variants: Mapping[str, Variant], count: int
+) -> dict[str, Setup]:
     """The same share of every group, in whole eights where there are many channels; refitted as the joint ones are."""
     found = {}
     for share in np.linspace(0.95, 0.4, count):
         widths = {
             g: max(1, round(n * share / 8) * 8 if n >= 32 else round(n * share))
-            for g, n in at.network.channels.items()
+            for g, n in setup.network.channels.items()
         }
-        found[f"{share:.0%}"] = replace(at, lowering=refitted(at.lowering, variants, widths, bank))
+        found[f"{share:.0%}"] = replace(setup, lowering=refitted(setup.lowering, variants, widths, bank))
     return found
 
 
-def least_magnitude(at: Regime, count: int) -> dict[str, Regime]:
+def least_magnitude(setup: Setup, count: int) -> dict[str, Setup]:
     """Slots of the least root mean square weight of the whole network go; what is left stays as it is."""
-    traced = at.lowering.traced
-    square: dict[str, np.ndarray] = {g: np.zeros(n) for g, n in at.network.channels.items()}
-    number = {g: np.zeros(n) for g, n in at.network.channels.items()}
-    for unit in at.network.units:
+    traced = setup.lowering.traced
+    square: dict[str, np.ndarray] = {g: np.zeros(n) for g, n in setup.network.channels.items()}
+    number = {g: np.zeros(n) for g, n in setup.network.channels.items()}
+    for unit in setup.network.units:
         path = traced.paths[unit.name][0]
         for axis in traced.channels.tensors.get(path or "", []):
             weight = traced.weight(unit.name)
@@ -206,18 +206,18 @@ def least_magnitude(at: Regime, count: int) -> dict[str, Regime]:
     for share in np.linspace(0.97, 0.4, count):
         least = everything[int((1 - share) * len(everything))]
         kept = {g: tuple(np.flatnonzero(s >= least)) or (int(s.argmax()),) for g, s in score.items()}
-        found[f"{share:.0%}"] = at.narrow(kept, calibrate=True)
+        found[f"{share:.0%}"] = setup.narrow(kept, calibrate=True)
     return found
 
 
 def by_macs(
-    at: Regime,
+    setup: Setup,
     bank: WeightBank,
     variants: Mapping[str, Variant],
     table: hs.LatencyTable,
     sensitivity: hs.SensitivityTable,
     count: int,
-) -> dict[str, Regime]:
+) -> dict[str, Setup]:
     """Least loss under a budget of multiply-accumulates; refitted as the joint ones are."""
     found = {}
     for share in np.linspace(0.9, 0.2, count):
@@ -225,16 +225,16 @@ def by_macs(
             allocation = hs.search(table, sensitivity, [f"macs={share:.3%}"], axes=["width"])
         except HwsearchError:
             break
-        found[f"{share:.0%}"] = replace(at, lowering=refitted(at.lowering, variants, allocation.widths, bank))
+        found[f"{share:.0%}"] = replace(setup, lowering=refitted(setup.lowering, variants, allocation.widths, bank))
     return found
 
 
 def measured(
-    session: Session, variants: Mapping[str, Variant], networks: Mapping[str, Regime]
+    session: Session, variants: Mapping[str, Variant], networks: Mapping[str, Setup]
 ) -> list[Found]:
     found = []
-    for what, at in networks.items():
-        m = session.measure({what: Job(dict(variants), at.options.base, None, at)})[what]
+    for what, setup in networks.items():
+        m = session.measure({what: Job(dict(variants), setup.options.base, None, setup)})[what]
         found.append(Found(what, session.ms(m), session.score(m, f"rival {what}"), session.loss(m)))
     return found
 

@@ -43,9 +43,9 @@ def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def widths_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LatencyTable]:
     """A profile over widths and precisions of the simulated device of `profiling.narrow_law`, and its file."""
-    from profiling import narrow_regime, run_widths
+    from profiling import narrow_setup, run_widths
 
     out = tmp_path_factory.mktemp("widths") / "t.parquet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return out, run_widths(narrow_regime(noise=0.002), out)
+        return out, run_widths(narrow_setup(noise=0.002), out)

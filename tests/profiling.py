@@ -10,7 +10,7 @@ import tiny
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.device.timing import Protocol
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.profiler.profile import profile
 from hwsearch.table.table import LatencyTable
@@ -30,21 +30,21 @@ def law() -> LatencyLaw:
     return LatencyLaw.random(lowering().network)
 
 
-def regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
-    return Regime(lowering(), backend or SimulatedBackend(law(), **options), BuildOptions(1, "fp32"))
+def set_up(backend: SimulatedBackend | None = None, **options: Any) -> Setup:
+    return Setup(lowering(), backend or SimulatedBackend(law(), **options), BuildOptions(1, "fp32"))
 
 
-def run(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
-    return profile(at, out, **{"builds": DESIGN, "protocol": FAST, "axes": ["precision"], **options})
+def run(setup: Setup, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(setup, out, **{"builds": DESIGN, "protocol": FAST, "axes": ["precision"], **options})
 
 
 def narrow_law() -> LatencyLaw:
     return LatencyLaw.random(tiny.lowering("cnn").network, 2)
 
 
-def narrow_regime(backend: SimulatedBackend | None = None, **options: Any) -> Regime:
-    return Regime(tiny.lowering("cnn"), backend or SimulatedBackend(narrow_law(), **options), BuildOptions())
+def narrow_setup(backend: SimulatedBackend | None = None, **options: Any) -> Setup:
+    return Setup(tiny.lowering("cnn"), backend or SimulatedBackend(narrow_law(), **options), BuildOptions())
 
 
-def run_widths(at: Regime, out: Path | None, **options: Any) -> LatencyTable:
-    return profile(at, out, **{"protocol": FAST, **options})
+def run_widths(setup: Setup, out: Path | None, **options: Any) -> LatencyTable:
+    return profile(setup, out, **{"protocol": FAST, **options})

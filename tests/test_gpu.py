@@ -16,7 +16,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.cli.overview import summary
 from hwsearch.device import fingerprint as device
 from hwsearch.device.energy import tick_s
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -47,9 +47,9 @@ def profile(out: Path | None = None, on: SimulatedBackend | None = None, **optio
 
 def test_a_gpu_s_energy_is_counted_where_it_was_asked_for(nvml: Nvml) -> None:
     """It takes seconds of each engine; a CPU's counter is read in passing."""
-    at = Regime(tiny.lowering("cnn"), backend(), BuildOptions(1, "fp32"))
-    assert at.meter is None
-    meter = replace(at, energy=True).meter
+    setup = Setup(tiny.lowering("cnn"), backend(), BuildOptions(1, "fp32"))
+    assert setup.meter is None
+    meter = replace(setup, energy=True).meter
     assert meter is not None
     assert tick_s(meter) == 0.1
     assert meter() == nvml.millijoules / 1e3

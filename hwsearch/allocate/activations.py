@@ -148,22 +148,22 @@ class _Part:
 def _part(tensor: Tensor, network: Network, factors: _Factors, floating: int) -> _Part:
     if not tensor.sized:
         return _Part(tensor.elements(network, {}) * (_EXTERNAL_BYTES if tensor.external else floating))
-    at = factors.position[tensor.sized]
-    count = np.array([tensor.elements(network, w) for _, w in factors.cells[at]], np.int64)
+    place = factors.position[tensor.sized]
+    count = np.array([tensor.elements(network, w) for _, w in factors.cells[place]], np.int64)
     if tensor.external:
-        return _Part(unary={at: count * _EXTERNAL_BYTES})
+        return _Part(unary={place: count * _EXTERNAL_BYTES})
     own = factors.quantized(tensor.sized)
     others = [m for m in tensor.members if m != tensor.sized]
     if tensor.floating or not own.any() or not all(factors.quantized(m).any() for m in others):
-        return _Part(unary={at: count * floating})
+        return _Part(unary={place: count * floating})
     others = sorted((m for m in others if not factors.quantized(m).all()), key=factors.position.__getitem__)
     saved = np.where(own, count * (floating - 1), 0)
     if not others:
-        return _Part(unary={at: count * floating - saved})
+        return _Part(unary={place: count * floating - saved})
     if len(others) == 1:
         number, flags = factors.position[others[0]], factors.quantized(others[0])
     else:
         number, flags = factors.both(tuple(others)), np.array([False, False, False, True])
     matrix = -np.outer(saved, flags)
-    pair = (at, number) if at < number else (number, at)
-    return _Part(unary={at: count * floating}, pairwise={pair: matrix if at < number else matrix.T})
+    pair = (place, number) if place < number else (number, place)
+    return _Part(unary={place: count * floating}, pairwise={pair: matrix if place < number else matrix.T})

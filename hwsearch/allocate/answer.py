@@ -15,51 +15,51 @@ from hwsearch.network.variants import uniform
 
 
 def as_allocation(
-    at: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
+    space: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
 ) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
-    variants, widths = at.variants(solution.choice), at.widths(solution.choice)
-    prediction, energy = at.predict(solution.choice), at.predict_energy(solution.choice)
+    variants, widths = space.variants(solution.choice), space.widths(solution.choice)
+    prediction, energy = space.predict(solution.choice), space.predict_energy(solution.choice)
     return _allocation(
-        at,
+        space,
         {u: str(v) for u, v in variants.items()},
         widths,
         {
             "latency_ns": prediction.time_ns,
             "sigma_ns": prediction.sigma_ns,
             "size_bytes": solution.costs["size"],
-            "memory_bytes": at.memory(solution.choice),
+            "memory_bytes": space.memory(solution.choice),
             "macs": solution.costs["macs"],
             "loss": solution.loss,
-            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in at.tails.items()},
+            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in space.tails.items()},
             **({"energy_nj": energy.time_ns, "energy_sigma_nj": energy.sigma_ns} if energy else {}),
         },
         budgets,
         wanted,
         {"status": solution.status, "gap": solution.gap, "bound": solution.bound},
-        str(at.table.header.options["base"]),
+        str(space.table.header.options["base"]),
     )
 
 
-def dense_allocation(at: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
+def dense_allocation(space: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
     """The dense fp32 network, which loses nothing."""
     predicted = {
-        "latency_ns": at.dense["latency"],
-        "sigma_ns": dense_ns(at.table)[1],
-        "size_bytes": round(at.dense["size"]),
-        "memory_bytes": round(at.dense["memory"]),
-        "macs": at.table.network.macs,
+        "latency_ns": space.dense["latency"],
+        "sigma_ns": dense_ns(space.table)[1],
+        "size_bytes": round(space.dense["size"]),
+        "memory_bytes": round(space.dense["memory"]),
+        "macs": space.table.network.macs,
         "loss": 0.0,
-        **{f"{column}_ns": at.dense[column] for column in at.tails},
-        **({"energy_nj": at.dense["energy"]} if at.energy else {}),
+        **{f"{column}_ns": space.dense[column] for column in space.tails},
+        **({"energy_nj": space.dense["energy"]} if space.energy else {}),
     }
-    variants = {u: str(v) for u, v in uniform(at.table.network, "fp32").items()}
+    variants = {u: str(v) for u, v in uniform(space.table.network, "fp32").items()}
     proof = {"status": "optimal", "gap": 0.0, "bound": 0.0}
-    return _allocation(at, variants, at.table.network.channels, predicted, budgets, wanted, proof, "fp32")
+    return _allocation(space, variants, space.table.network.channels, predicted, budgets, wanted, proof, "fp32")
 
 
 def _allocation(
-    at: Space,
+    space: Space,
     variants: dict[str, str],
     widths: Mapping[str, int],
     predicted: dict[str, Any],
@@ -68,19 +68,19 @@ def _allocation(
     proof: dict[str, Any],
     base: str,
 ) -> Allocation:
-    header = at.table.header
-    network = at.table.network
+    header = space.table.header
+    network = space.table.network
     return Allocation(
         variants=variants,
         widths=dict(widths),
-        order=_order(at, widths),
+        order=_order(space, widths),
         predicted=predicted,
         dense={
-            "latency_ns": at.dense["latency"],
-            "size_bytes": round(at.dense["size"]),
-            "memory_bytes": round(at.dense["memory"]),
-            **({"energy_nj": at.dense["energy"]} if at.energy else {}),
-            **({"estimated": 1} if dense_ns(at.table)[2] else {}),
+            "latency_ns": space.dense["latency"],
+            "size_bytes": round(space.dense["size"]),
+            "memory_bytes": round(space.dense["memory"]),
+            **({"energy_nj": space.dense["energy"]} if space.energy else {}),
+            **({"estimated": 1} if dense_ns(space.table)[2] else {}),
         },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
@@ -94,7 +94,7 @@ def _allocation(
     )
 
 
-def _order(at: Space, widths: Mapping[str, int]) -> dict[str, str]:
-    if all(w == at.table.network.channels[g] for g, w in widths.items()):
+def _order(space: Space, widths: Mapping[str, int]) -> dict[str, str]:
+    if all(w == space.table.network.channels[g] for g, w in widths.items()):
         return {}
-    return {g: " ".join(map(str, at.sensitivity.order[g])) for g in widths}
+    return {g: " ".join(map(str, space.sensitivity.order[g])) for g in widths}

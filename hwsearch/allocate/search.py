@@ -13,7 +13,7 @@ from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Solution
 from hwsearch.allocate.sizes import explained
-from hwsearch.allocate.space import Space, space
+from hwsearch.allocate.space import Space, make_space
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel
 from hwsearch.network.choices import AXES
@@ -50,31 +50,31 @@ def search(
     Raises Infeasible naming the least that can be met; InvalidInput on malformed budgets.
     """
     parsed = parse_budgets([str(b) for b in budgets])
-    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
-    wanted = limits(parsed, at.dense)
-    dense_meets = all(math.floor(at.dense[column]) <= limit for column, limit in wanted.items())
+    space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
+    wanted = limits(parsed, space.dense)
+    dense_meets = all(math.floor(space.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
-        return dense_allocation(at, parsed, wanted)
+        return dense_allocation(space, parsed, wanted)
     bounds = {**wanted, **(tighten or {})}
     try:
-        solution = _solve_with_reserve(at, bounds, kappa)
+        solution = _solve_with_reserve(space, bounds, kappa)
     except Infeasible as error:
-        told = _in_shares(error, parsed, at.dense, wanted, bounds)
-        raise _with_sizes(told, at, bounds) from None
-    return as_allocation(at, solution, parsed, wanted)
+        told = _in_shares(error, parsed, space.dense, wanted, bounds)
+        raise _with_sizes(told, space, bounds) from None
+    return as_allocation(space, solution, parsed, wanted)
 
 
-def _with_sizes(error: Infeasible, at: Space, bounds: Mapping[str, int]) -> Infeasible:
+def _with_sizes(error: Infeasible, space: Space, bounds: Mapping[str, int]) -> Infeasible:
     """The same error, with what the least size is made of, where size is bounded."""
     if "size" not in error.least:
         return error
     others = {c: limit for c, limit in bounds.items() if c != "size"}
     for budgets in (others, {}):
         try:
-            least = minimise(at.with_budgets(budgets), "size")
+            least = minimise(space.with_budgets(budgets), "size")
         except Infeasible:
             continue
-        return Infeasible(f"{error}. The least size is made of {explained(at, least.choice)}", error.least)
+        return Infeasible(f"{error}. The least size is made of {explained(space, least.choice)}", error.least)
     return error
 
 
@@ -102,20 +102,20 @@ def _in_shares(
     return Infeasible(f"{error} (the least as shares: {', '.join(told)})", error.least) if told else error
 
 
-def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
+def _solve_with_reserve(space: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
     """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
     meets the budget is for the measurement to say.
     """
-    best = solve(at.with_budgets(bounds))
-    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **at.tails}.items() if c in bounds}
+    best = solve(space.with_budgets(bounds))
+    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **space.tails}.items() if c in bounds}
     if not ratios or kappa == 0:
         return best
     shrunk = {c: bounds[c] for c in ratios}
     for _ in range(8):
         found = {
-            c: at.predict_energy(best.choice) if c == "energy" else at.predict(best.choice) for c in ratios
+            c: space.predict_energy(best.choice) if c == "energy" else space.predict(best.choice) for c in ratios
         }
         most = {c: p.time_ns + kappa * p.sigma_ns for c, p in found.items() if p is not None}
         over = {c: r * most[c] - bounds[c] for c, r in ratios.items() if r * most[c] > bounds[c]}
@@ -125,16 +125,16 @@ def _solve_with_reserve(at: Space, bounds: Mapping[str, int], kappa: float) -> S
             reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
             shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(bounds[c] - reserve))
         try:
-            best = solve(at.with_budgets({**bounds, **shrunk}))
+            best = solve(space.with_budgets({**bounds, **shrunk}))
         except Infeasible:
-            return _fastest(at, bounds, "energy" if set(ratios) == {"energy"} else "latency")
+            return _fastest(space, bounds, "energy" if set(ratios) == {"energy"} else "latency")
     return best
 
 
-def _fastest(at: Space, bounds: Mapping[str, int], column: str) -> Solution:
+def _fastest(space: Space, bounds: Mapping[str, int], column: str) -> Solution:
     """The least loss at the least latency (or energy) that the other budgets allow."""
-    least = minimise(at.with_budgets(bounds), column).costs[column]
-    return solve(at.with_budgets({**bounds, column: least}))
+    least = minimise(space.with_budgets(bounds), column).costs[column]
+    return solve(space.with_budgets({**bounds, column: least}))
 
 
 def front(
@@ -150,14 +150,14 @@ def front(
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
     parsed = parse_budgets([str(b) for b in budgets]) if budgets else ()
-    at = space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
-    fixed = limits(parsed, at.dense)
-    found = sweep(at.with_budgets(fixed), over, points)
-    sigma = {s.choice: at.predict(s.choice).sigma_ns for _, s in found if s is not None}
-    memory = {s.choice: at.memory(s.choice) for _, s in found if s is not None}
+    space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
+    fixed = limits(parsed, space.dense)
+    found = sweep(space.with_budgets(fixed), over, points)
+    sigma = {s.choice: space.predict(s.choice).sigma_ns for _, s in found if s is not None}
+    memory = {s.choice: space.memory(s.choice) for _, s in found if s is not None}
     header = table.header
     chosen = {
-        s.choice: (tuple(map(str, at.variants(s.choice).values())), tuple(at.widths(s.choice).values()))
+        s.choice: (tuple(map(str, space.variants(s.choice).values())), tuple(space.widths(s.choice).values()))
         for _, s in found
         if s is not None
     }
@@ -174,6 +174,6 @@ def front(
             "backend": header.backend,
             "device": header.device.get("chip"),
             "options": header.options,
-            "dense": at.dense,
+            "dense": space.dense,
         },
     )

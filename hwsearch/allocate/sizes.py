@@ -21,25 +21,25 @@ _KINDS = {
 _FIXED, _GRAPH = "norms, buffers and other tensors of no layer", "the graph"
 
 
-def parts(at: Space, choice: Sequence[int]) -> dict[str, int]:
+def parts(space: Space, choice: Sequence[int]) -> dict[str, int]:
     """Kind of what is stored -> its bytes under a choice; they sum to its size."""
-    network = at.table.network
-    widths = at.widths(choice)
+    network = space.table.network
+    widths = space.widths(choice)
     sizes: dict[str, int] = {}
-    for unit, variant in at.variants(choice).items():
+    for unit, variant in space.variants(choice).items():
         own = network.unit_at(unit, widths)
         kind = "transposed convolutions" if "transpose" in own.op else _KINDS.get(own.op, "convolutions")
         sizes[kind] = sizes.get(kind, 0) + weight_bytes(own, variant)
     sizes[_FIXED] = network.narrow(widths).fixed_bytes
-    graph = at.problem.cost("size", choice) - sum(sizes.values())
+    graph = space.problem.cost("size", choice) - sum(sizes.values())
     sizes[_FIXED] += min(graph, 0)  # what the exporter made smaller
     sizes[_GRAPH] = max(graph, 0)
     return sizes
 
 
-def explained(at: Space, choice: Sequence[int]) -> str:
+def explained(space: Space, choice: Sequence[int]) -> str:
     """What keeps the size of a choice from falling, the largest first; for the choice of least size."""
-    sizes = parts(at, choice)
+    sizes = parts(space, choice)
     whole = sum(sizes.values())
     told = []
     for kind, size in sorted(sizes.items(), key=lambda pair: -pair[1]):
@@ -48,23 +48,23 @@ def explained(at: Space, choice: Sequence[int]) -> str:
         told.append(f"{kind} {size / whole:.0%} ({quantity('size', size)})")
         if kind == _FIXED:
             named = (
-                f"{path} {quantity('size', n)}: {why}" for path, n, why in at.table.network.fixed[:NAMED]
+                f"{path} {quantity('size', n)}: {why}" for path, n, why in space.table.network.fixed[:NAMED]
             )
             told[-1] += f" [{'; '.join(named)}]"
-    return ", ".join(told) + _floating(at, choice, whole)
+    return ", ".join(told) + _floating(space, choice, whole)
 
 
-def _floating(at: Space, choice: Sequence[int], whole: int) -> str:
+def _floating(space: Space, choice: Sequence[int], whole: int) -> str:
     """The units that stay floating in a choice of least size, and why."""
-    network, refused = at.table.network, at.table.header.unsupported
+    network, refused = space.table.network, space.table.header.unsupported
     reasons: dict[str, list[str]] = {}
     bytes_of: dict[str, int] = {}
-    for unit, variant in at.variants(choice).items():
+    for unit, variant in space.variants(choice).items():
         if not variant.plain or not network[unit].weight_shape:
             continue
         why = refused.get(unit, {}).get(str(STORAGE)) or (
             f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
-            if not any(str(STORAGE) in own for own in at.table.offered().values())
+            if not any(str(STORAGE) in own for own in space.table.offered().values())
             else "no smaller form of it was measured, or its loss is not known"
         )
         reasons.setdefault(why, []).append(unit)

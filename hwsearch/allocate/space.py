@@ -95,7 +95,7 @@ class Cell:
     widths: tuple[int, ...]
 
 
-def space(
+def make_space(
     table: LatencyTable,
     sensitivity: SensitivityTable,
     model: LatencyModel | None = None,
@@ -155,12 +155,12 @@ def space(
     )  # fmt: skip
     if wants_memory:
         base = str(table.header.options["base"])
-        at = _at(table, cells)
-        problem = with_memory(problem, network, at, base, quantize_outputs=sensitivity.quantize_outputs)
+        choices = _choices(table, cells)
+        problem = with_memory(problem, network, choices, base, quantize_outputs=sensitivity.quantize_outputs)
     return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
 
 
-def _at(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:
+def _choices(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:
     """What the choices of each unit stand for, with the widths by group."""
     return [
         [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
@@ -204,7 +204,7 @@ def _costs(
     """
     network = table.network
     units = network.units
-    at = _at(table, cells)
+    choices = _choices(table, cells)
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
     position = {u.name: i for i, u in enumerate(units)}
 
@@ -212,12 +212,12 @@ def _costs(
         boundaries: list[tuple[int, int, Any]] = []
         for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
             i, j = position[src], position[dst]
-            shares = [network.share(src, w) for _, w in at[i]]
+            shares = [network.share(src, w) for _, w in choices[i]]
             terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
             matrix = np.array(
                 [
-                    [terms[s][a.quantized, b.quantized] for b, _ in at[j]]
-                    for s, (a, _) in zip(shares, at[i], strict=True)
+                    [terms[s][a.quantized, b.quantized] for b, _ in choices[j]]
+                    for s, (a, _) in zip(shares, choices[i], strict=True)
                 ]
             )
             boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
@@ -225,7 +225,7 @@ def _costs(
 
     of = [
         (
-            [np.array([m.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, at, strict=True)],
+            [np.array([m.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, choices, strict=True)],
             boundaries_of(m),
         )
         for m in models
@@ -249,7 +249,7 @@ def _costs(
             unary=(
                 *(np.array([weight_bytes(network.unit_at(u.name, w), v) + graph.get(u.name, {}).get(str(v), 0)
                             for v, w in own], np.int64)
-                  for u, own in zip(units, at, strict=True)),
+                  for u, own in zip(units, choices, strict=True)),
                 *(np.array([-g.fixed_bytes * (g.channels - w) for w in grid[g.name]], np.int64)
                   for name in groups for g in network.groups if g.name == name),
             ),
@@ -258,7 +258,7 @@ def _costs(
             fixed=0,
             unary=(
                 *(np.array([network.unit_at(u.name, w).macs for _, w in own], np.int64)
-                  for u, own in zip(units, at, strict=True)),
+                  for u, own in zip(units, choices, strict=True)),
                 *none,
             ),
         ),

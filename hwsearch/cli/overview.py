@@ -139,13 +139,13 @@ def summary(table: LatencyTable) -> str:
             lines.append(
                 f"{what:10s} {table.time_ns(build) / 1e6:.4g} ms ± {width:.1%}{share}{_energy(build)}"
             )
-    at = memory(table)
+    peaks = memory(table)
     sizes = [
         f"{what.removesuffix('_bytes')} {size / 1e3:,.1f} KB"
-        for what, size in at.items()
+        for what, size in peaks.items()
         if not isinstance(size, str)
     ]
-    lines.append(f"memory     {', '.join(sizes)} of activations at most ({at['source']})")
+    lines.append(f"memory     {', '.join(sizes)} of activations at most ({peaks['source']})")
     lines += _gpu(table)
     if h.mode == SANDWICHED:
         lines += _sums(table)

@@ -273,23 +273,23 @@ class _Consumer:
 
     def errors(self, left: torch.Tensor) -> torch.Tensor:
         """What removing each slot would add to the error of its output, the rest refitted: trace W_s (H^-1_ss)^-1 W_s^T."""
-        at = self.columns[left]
-        if at.shape[1] == 1:
+        features = self.columns[left]
+        if features.shape[1] == 1:
             single: torch.Tensor = (
-                self.weight[:, at[:, 0]].square().sum(0) / self.inverse.diagonal()[at[:, 0]]
+                self.weight[:, features[:, 0]].square().sum(0) / self.inverse.diagonal()[features[:, 0]]
             )
             return single
-        blocks = self.inverse[at[:, :, None], at[:, None, :]]
-        own = self.weight[:, at].permute(1, 2, 0)
+        blocks = self.inverse[features[:, :, None], features[:, None, :]]
+        own = self.weight[:, features].permute(1, 2, 0)
         factor = torch.linalg.cholesky(blocks)
         solved: torch.Tensor = torch.linalg.solve_triangular(factor, own, upper=False)
         return solved.square().sum((1, 2))
 
     def remove(self, slot: int) -> None:
-        at = self.columns[slot]
-        step = torch.linalg.solve(self.inverse[at][:, at], self.inverse[at])
-        self.weight.addmm_(self.weight[:, at], step, alpha=-1)
-        self.inverse.addmm_(self.inverse[:, at], step, alpha=-1)
+        features = self.columns[slot]
+        step = torch.linalg.solve(self.inverse[features][:, features], self.inverse[features])
+        self.weight.addmm_(self.weight[:, features], step, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, features], step, alpha=-1)
 
     def compact(self, left: torch.Tensor) -> None:
         """Forget the features of slots that are gone."""
@@ -337,8 +337,8 @@ def _consumer(
     else:
         columns /= math.sqrt(float(torch.einsum("of,fg,og->", columns, second, columns)) or 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second, grams.ridges[unit])))
-    at = [feature_columns(traced.network[unit], o) for o in own]
-    return _Consumer(columns, inverse, torch.from_numpy(np.stack(at)))
+    features = [feature_columns(traced.network[unit], o) for o in own]
+    return _Consumer(columns, inverse, torch.from_numpy(np.stack(features)))
 
 
 def _eliminate(consumers: Iterable[_Consumer]) -> NDArray[np.int64]:

@@ -95,12 +95,12 @@ class Simulator:
     def _unit(
         self,
         node: fx.Node,
-        at: tuple[str, int, Site],
+        where: tuple[str, int, Site],
         variant: Variant,
         replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
         interpreter: fx.Interpreter,
     ) -> Any:
-        unit, call, site = at
+        unit, call, site = where
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
         new: list[Any] = list(args)
         for port, position in enumerate(site.activations):

@@ -10,7 +10,7 @@ from hwsearch import backends
 from hwsearch.backends.base import Backend
 from hwsearch.deployment.closed_loop import sensitivity_for
 from hwsearch.device.fingerprint import clocks_to_lock
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import InvalidInput
 from hwsearch.loss.sensitivity import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
@@ -61,7 +61,7 @@ def profile(
     builds: builds of the design (None: by the network's size). load: busy workers beside the measured network, one thread
     each: a table of a shared machine is another one. shape: of the inputs, the batch first, where not that of the example
     inputs (see `reshape`): for timing; sensitivities, deployed files and reports want a task of that shape.
-    prior: other tables of this device and regime, or their files, whose layers need not be learnt again.
+    prior: other tables of this device and setup, or their files, whose layers need not be learnt again.
     lock_clocks: hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
     energy: also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is always read, where there is one.
     Raises DeviceBusy, BackendUnavailable, UntraceableModel, IncompatibleTables, InvalidInput.
@@ -75,7 +75,7 @@ def profile(
         if batch not in (None, own):
             raise InvalidInput(f"the shape is of batch {own}, not {batch}; give only one of the two")
         batch = own
-    at = regime(
+    setup = set_up(
         task,
         runtime,
         threads=threads,
@@ -88,7 +88,7 @@ def profile(
         energy=energy,
     )
     return _profile(
-        at,
+        setup,
         out,
         time_limit_s=time_limit_s,
         mode=mode,
@@ -96,16 +96,16 @@ def profile(
         seed=seed,
         builds=builds,
         progress=progress,
-        prior=[t for p in prior for t in ([p] if isinstance(p, LatencyTable) else _of_regime(p, at))],
+        prior=[t for p in prior for t in ([p] if isinstance(p, LatencyTable) else _comparable(p, setup))],
     )
 
 
-def _of_regime(path: str | Path, at: Regime) -> list[LatencyTable]:
-    """The tables in a file that may tell of a regime; where none may, the nearest, for `evidence` to say why not.
+def _comparable(path: str | Path, setup: Setup) -> list[LatencyTable]:
+    """The tables in a file that may tell of a setup; where none may, the nearest, for `evidence` to say why not.
 
     Of several their own measurements alone: what one took from another would count twice.
     """
-    tables, mine = LatencyTable.sections(path), comparable(at.described)
+    tables, mine = LatencyTable.sections(path), comparable(setup.described)
     found = [t for t in tables if comparable(t.header.options) == mine]
     if not found:
         return [max(tables, key=lambda t: t.header.section.agrees(mine))]
@@ -141,14 +141,14 @@ def sensitivity(
     int8: dict[str, Any] = {}
     if table is not None:
         int8 = {"int8_bits": table.header.int8_bits, "unsigned": table.header.unsigned}
-    at = regime(task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, **int8)
+    setup = set_up(task, _backend(backend), base=base, batch=batch, residual=residual, storage=storage, **int8)
     grid: Mapping[str, Sequence[int]] = {}
     if "width" in axes and table is not None:
-        table.require(network=at.network)
+        table.require(network=setup.network)
         grid = table.grid()
     elif "width" in axes:
-        grid = {g: candidate_widths(n) for g, n in at.network.channels.items()}
-    return sensitivity_for(at, out, seed=seed, grid=grid, weights=weights, progress=progress)
+        grid = {g: candidate_widths(n) for g, n in setup.network.channels.items()}
+    return sensitivity_for(setup, out, seed=seed, grid=grid, weights=weights, progress=progress)
 
 
 def table_of_task(path: str | Path, task: Task, *, batch: int | None = None, **wanted: Any) -> LatencyTable:

@@ -18,7 +18,7 @@ from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import verify_with_build
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.loss.sensitivity import SensitivityTable, measure_sensitivity
@@ -71,27 +71,27 @@ def run(
     axes = check_axes(axes)
     storage = STORAGE in axes or ("precision" in axes and any(b.column == "size" for b in parsed))
     energy = any(b.column == "energy" for b in parsed)
-    at = regime(
+    setup = set_up(
         task, runtime, threads=threads, base=base, batch=batch, residual=RESIDUAL in axes, load=load, storage=storage,
         energy=energy,
     )  # fmt: skip
     table_path, sens_path = folder / "table.parquet", folder / "sens.parquet"
     if sens_path.exists():  # before an hour of profiling
         try:
-            SensitivityTable.load(sens_path).require(at.network, at.lowering.int8_bits, at.lowering.unsigned)
+            SensitivityTable.load(sens_path).require(setup.network, setup.lowering.int8_bits, setup.lowering.unsigned)
         except IncompatibleTables as error:
             raise IncompatibleTables(
                 f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "
                 f"residual, or of int8 weights of other bits; run into another folder ({error})"
             ) from error
     table = profile(
-        at, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
+        setup, table_path, time_limit_s=time_limit_s, axes=axes, seed=seed, progress=progress, extend=False
     )
     grid = table.grid() if "width" in axes else {}
     weights = folder / "weights"
-    sensitivity = sensitivity_for(at, sens_path, seed=seed, grid=grid, weights=weights, progress=progress)
+    sensitivity = sensitivity_for(setup, sens_path, seed=seed, grid=grid, weights=weights, progress=progress)
     report, _, table = closed_loop(
-        task, at, table, sensitivity, parsed, folder, progress, axes=axes, keep=keep, weights=weights
+        task, setup, table, sensitivity, parsed, folder, progress, axes=axes, keep=keep, weights=weights
     )
     table.save(table_path)
     sweep = front(table, sensitivity, axes=axes, keep=keep).with_measured(measured_points(report))
@@ -108,7 +108,7 @@ def run(
 
 
 def sensitivity_for(
-    at: Regime,
+    setup: Setup,
     path: str | Path | None,
     *,
     seed: int = 0,
@@ -120,15 +120,15 @@ def sensitivity_for(
 
     grid: widths of the channel groups to score. weights: folder of refitted weights to use and to leave.
     """
-    variants = at.variants()
-    wanted = {u.name: set(map(str, legal(u, variants))) for u in at.network.units}
+    variants = setup.variants()
+    wanted = {u.name: set(map(str, legal(u, variants))) for u in setup.network.units}
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
     if path is not None and Path(path).exists():
         found = SensitivityTable.load(path)
-        found.require(at.network, at.lowering.int8_bits, at.lowering.unsigned)
+        found.require(setup.network, setup.lowering.int8_bits, setup.lowering.unsigned)
         have = {v for row in found.loss.values() for v in row}
         missing = {v for u, own in wanted.items() for v in own - {*found.loss[u], *found.refused.get(u, {})}}
-        if missing - {str(IN_INT8)} or found.quantize_outputs != at.backend.quantize_outputs:
+        if missing - {str(IN_INT8)} or found.quantize_outputs != setup.backend.quantize_outputs:
             raise IncompatibleTables(
                 f"{path} was made for another backend or base precision (it holds {', '.join(sorted(have))}); give another file"
             )
@@ -142,19 +142,19 @@ def sensitivity_for(
     if narrower:
         progress_ = progress or Progress.silent()
         progress_.start(None, "finding which channels matter")
-        bank = weight_bank(at.lowering, weights)
+        bank = weight_bank(setup.lowering, weights)
         progress_.stop()
     elif any(v.precision == "int8" for v in variants):
-        bank = weight_bank(at.lowering, weights, {g: range(n) for g, n in at.network.channels.items()})
+        bank = weight_bank(setup.lowering, weights, {g: range(n) for g, n in setup.network.channels.items()})
     return measure_sensitivity(
-        at.lowering, path, variants=variants, quantize_outputs=at.backend.quantize_outputs,
-        kind=at.lowering.task.divergence, seed=seed, grid=narrower, bank=bank, progress=progress,
+        setup.lowering, path, variants=variants, quantize_outputs=setup.backend.quantize_outputs,
+        kind=setup.lowering.task.divergence, seed=seed, grid=narrower, bank=bank, progress=progress,
     )  # fmt: skip
 
 
 def closed_loop(
     task: Task,
-    at: Regime,
+    setup: Setup,
     table: LatencyTable,
     sensitivity: SensitivityTable,
     budgets: Sequence[Budget],
@@ -175,7 +175,7 @@ def closed_loop(
     """
     progress = progress or Progress.silent()
     progress.start(MAX_ROUNDS, "search, deploy and verify")
-    session = session or Session(at, table)
+    session = session or Session(setup, table)
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     wanted, dense = session.limits(budgets, table)
@@ -210,11 +210,11 @@ def closed_loop(
                 tighten = {c: int(limit * 0.98) for c, limit in (tighten or wanted).items()}
                 continue
             if bank is None and allocation.narrow:
-                bank = weight_bank(at.lowering, weights, sensitivity.order)
-            own = as_deployed(at, allocation, bank)
-            deploy(task, allocation, folder / f"round{number}.onnx", at=own)
+                bank = weight_bank(setup.lowering, weights, sensitivity.order)
+            own = as_deployed(setup, allocation, bank)
+            deploy(task, allocation, folder / f"round{number}.onnx", setup=own)
             report, build = verify_with_build(
-                task, allocation, table=table, at=at, own=own, rounds=number, session=session
+                task, allocation, table=table, setup=setup, own=own, rounds=number, session=session
             )
             table = table.with_build(replace(build, role="deployed"))
             if report.wrong_units:

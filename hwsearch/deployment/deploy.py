@@ -15,7 +15,7 @@ from hwsearch.backends.base import Backend
 from hwsearch.backends.exactness import int8_bits
 from hwsearch.compress.bank import WeightBank
 from hwsearch.device import fingerprint as devices
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import IncompatibleTables
 from hwsearch.files import write_bytes
 from hwsearch.lowering.lowering import Lowering
@@ -33,12 +33,12 @@ class Deployed:
     size_bytes: int
     allocation: Allocation
     base: str
-    at: Regime = field(repr=False)
+    setup: Setup = field(repr=False)
 
     @cached_property
     def module(self) -> torch.nn.Module:
         """The same network in torch, in fp32: really narrower, with parameters that can be fine-tuned."""
-        return as_module(self.at.lowering)
+        return as_module(self.setup.lowering)
 
 
 def check_allocation(allocation: Allocation, network: Network) -> None:
@@ -59,7 +59,7 @@ def of_allocation(
     backend: str | Backend | None = None,
     threads: int | None = None,
     lock_clocks: bool = False,
-) -> Regime:
+) -> Setup:
     """The task under the allocation's own options, on its own backend or another.
 
     lock_clocks: at the clock of its table, where that was locked. Raises IncompatibleTables where its int8 weights have more bits
@@ -70,7 +70,7 @@ def of_allocation(
     runtime = backends.get(which) if isinstance(which, str) else which
     clocks = int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0
     base = str(options.get("base", "fp32"))
-    at = regime(
+    setup = set_up(
         task, runtime, threads=threads or int(options.get("threads", 1)),
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
         residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
@@ -79,10 +79,10 @@ def of_allocation(
         int8_bits=int8_bits_of(allocation),
         unsigned=bool(options.get("unsigned", False)) and bool(getattr(runtime, "unsigned_activations", False)),
     )  # fmt: skip
-    check_allocation(allocation, at.network)
+    check_allocation(allocation, setup.network)
     if "dense.int8" in allocation.variants.values():
-        _check_bits(at)
-    return at
+        _check_bits(setup)
+    return setup
 
 
 def int8_bits_of(allocation: Allocation) -> int:
@@ -90,12 +90,12 @@ def int8_bits_of(allocation: Allocation) -> int:
     return int(allocation.options.get("int8_bits", INT8_BITS))
 
 
-def _check_bits(at: Regime) -> None:
-    own, exact = at.lowering.int8_bits, int8_bits(at.backend, at.options)
+def _check_bits(setup: Setup) -> None:
+    own, exact = setup.lowering.int8_bits, int8_bits(setup.backend, setup.options)
     if own > exact:
         raise IncompatibleTables(
-            f"the allocation has int8 weights of {own} bits, and {at.backend.name} sums products of such inexactly on this device "
-            f"(it takes {exact} bits): what it would compute here is not what was searched; profile and search on this device"
+            f"the allocation has int8 weights of {own} bits, and {setup.backend.name} sums products of such inexactly on this "
+            f"device (it takes {exact} bits): what it would compute here is not what was searched; profile and search here"
         )
 
 
@@ -116,10 +116,10 @@ def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None =
     return _refitted(whole, allocation, bank)
 
 
-def as_deployed(at: Regime, allocation: Allocation, bank: WeightBank | None = None) -> Regime:
-    """The regime with the channels that an allocation keeps, its weights refitted (from `bank`, or anew) and rounded."""
-    lowering = _refitted(at.lowering, allocation, bank)
-    return at if lowering is at.lowering else replace(at, lowering=lowering)
+def as_deployed(setup: Setup, allocation: Allocation, bank: WeightBank | None = None) -> Setup:
+    """The setup with the channels that an allocation keeps, its weights refitted (from `bank`, or anew) and rounded."""
+    lowering = _refitted(setup.lowering, allocation, bank)
+    return setup if lowering is setup.lowering else replace(setup, lowering=lowering)
 
 
 def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
@@ -133,9 +133,9 @@ def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | Non
     return refitted(lowering, parse_variants(allocation), allocation.widths, bank)
 
 
-def bank_of(at: Regime, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
+def bank_of(setup: Setup, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
     """The weights that an allocation is put together from, kept in `folder`."""
-    return weight_bank(at.lowering, folder, allocation.slots) if allocation.narrow else None
+    return weight_bank(setup.lowering, folder, allocation.slots) if allocation.narrow else None
 
 
 def parse_variants(allocation: Allocation) -> dict[str, Variant]:
@@ -149,24 +149,24 @@ def deploy(
     *,
     backend: str | Backend | None = None,
     weights: str | Path | None = None,
-    at: Regime | None = None,
+    setup: Setup | None = None,
 ) -> Deployed:
     """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
 
     weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; without it they are refitted anew.
-    at: the allocation's own regime, at its widths. Raises IncompatibleTables (another network), BackendUnavailable
+    setup: the allocation's own setup, at its widths. Raises IncompatibleTables (another network), BackendUnavailable
     (it does not build).
     """
-    if at is None:
+    if setup is None:
         whole = of_allocation(task, allocation, backend)
-        at = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
-    base = str(allocation.options.get("base", at.options.base))
-    model = at.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
+        setup = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
+    base = str(allocation.options.get("base", setup.options.base))
+    model = setup.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
     data = model.SerializeToString()
-    at.backend.build(data, replace(at.options, base=base if base in at.backend.bases() else at.options.base))
+    setup.backend.build(data, replace(setup.options, base=base if base in setup.backend.bases() else setup.options.base))
     path = Path(out)
     write_bytes(path, data)
-    return Deployed(path, len(data), allocation, base, at)
+    return Deployed(path, len(data), allocation, base, setup)
 
 
 def metadata_of(allocation: Allocation, base: str) -> dict[str, str]:

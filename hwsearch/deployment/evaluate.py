@@ -17,7 +17,7 @@ from hwsearch.lowering.lowering import Lowering
 from hwsearch.task import Task
 
 
-def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
+def predictor(lowering: Lowering, engine: Engine) -> Callable[..., Any]:
     """A callable with the model's signature that runs the engine, in pieces of the engine's batch.
 
     Returns what the model returns: the same structure, on the CPU, in the model's dtypes. Outputs are put together along the axis
@@ -30,17 +30,17 @@ def predictor(at: Lowering, engine: Engine) -> Callable[..., Any]:
             raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
         return [torch.from_numpy(r) for r in engine(*(v.detach().cpu().numpy() for v in values))]
 
-    return _in_pieces(at, run)
+    return _in_pieces(lowering, run)
 
 
 def _in_pieces(
-    at: Lowering, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+    lowering: Lowering, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 ) -> Callable[..., Any]:
-    batch = at.batch
-    leaves, out_spec = pytree.tree_flatten(at.traced.outputs)
+    batch = lowering.batch
+    leaves, out_spec = pytree.tree_flatten(lowering.traced.outputs)
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        values = [v for v in flat_inputs(at.traced.graph, args, kwargs) if isinstance(v, torch.Tensor)]
+        values = [v for v in flat_inputs(lowering.traced.graph, args, kwargs) if isinstance(v, torch.Tensor)]
         total = next((len(v) for v in values if v.dim()), 1)
         counts = [min(batch, total - start) for start in range(0, total, batch)]
         pieces = []
@@ -51,7 +51,7 @@ def _in_pieces(
                     torch.cat([v, v[-1:].expand(batch - count, *v.shape[1:])]) if v.dim() else v for v in part
                 ]
             pieces.append(run(part))
-        merged = iter(put_together(list(zip(*pieces, strict=True)), at.batch_axes, counts, batch))
+        merged = iter(put_together(list(zip(*pieces, strict=True)), lowering.batch_axes, counts, batch))
         filled = [next(merged).to(leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(filled, out_spec)
 

@@ -15,7 +15,7 @@ from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import fit
 from hwsearch.loading import load
@@ -129,7 +129,7 @@ def check(
             task = reshaped(task, shapes)  # as `profile --shape` made it
     chosen = backend or table.header.backend
     runtime = backends.get(chosen) if isinstance(chosen, str) else chosen
-    at = regime(
+    setup = set_up(
         task, runtime, threads=int(options["threads"]), base=str(options["base"]), batch=int(options["batch"]),
         residual=bool(options.get(RESIDUAL)), load=int(options.get("load", 0)),
         clocks=int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0,
@@ -137,11 +137,11 @@ def check(
     )  # fmt: skip
     fingerprint = devices.fingerprint_for(runtime).to_json()
     table.require(
-        device=fingerprint, network=at.network, backend=at.backend.name, options=at.described,
-        versions=dict(at.backend.versions()),
+        device=fingerprint, network=setup.network, backend=setup.backend.name, options=setup.described,
+        versions=dict(setup.backend.versions()),
     )  # fmt: skip
-    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
-        return measure_again(table, at, spread(table, builds), progress)
+    with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
+        return measure_again(table, setup, spread(table, builds), progress)
 
 
 def spread(table: LatencyTable, count: int) -> list[Build]:
@@ -159,24 +159,24 @@ def spread(table: LatencyTable, count: int) -> list[Build]:
 
 def measure_again(
     table: LatencyTable,
-    at: Regime,
+    setup: Setup,
     builds: Sequence[Build],
     progress: Progress | None = None,
     reference: Engine | None = None,
 ) -> Check:
-    """The builds of a regime's own table compiled and timed anew, all interleaved with the reference engine."""
+    """The builds of a setup's own table compiled and timed anew, all interleaved with the reference engine."""
     progress = progress or Progress.silent()
     progress.start(len(builds) + 1, "check the table")
     try:
-        reference = reference or reference_engine(at)
+        reference = reference or reference_engine(setup)
         engines: dict[str, Engine] = {}
         for number, build in enumerate(builds):
             candidate = table.candidate(build)
-            own = at.narrow({g: range(w) for g, w in candidate.widths.items()})
+            own = setup.narrow({g: range(w) for g, w in candidate.widths.items()})
             engines[str(number)] = own.build(candidate.variants)[0]
             progress.step(f"built {number + 1} of {len(builds)}")
         runs = {n: e.run for n, e in engines.items()}
-        timings = paired(reference.run, runs, AGAIN, clock=at.clock, quiet_ns=table.quiet_ns)
+        timings = paired(reference.run, runs, AGAIN, clock=setup.clock, quiet_ns=table.quiet_ns)
         progress.step("timed")
     finally:
         progress.stop()

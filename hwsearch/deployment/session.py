@@ -18,7 +18,7 @@ from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol, Timing, paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime, record
+from hwsearch.engine.setup import Setup, record
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import evaluating
 from hwsearch.latency.model import LatencyModel, fit
@@ -43,7 +43,7 @@ class Job:
     variants: dict[str, Variant]
     base: str
     metadata: Mapping[str, str] | None = None
-    at: Regime | None = None
+    setup: Setup | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Measured:
     build: Build
     engine: Engine
     file_bytes: int
-    at: Regime
+    setup: Setup
 
 
 class Session:
@@ -65,12 +65,12 @@ class Session:
     slower than the table's was, times are those of the quiet machine, by what the table tells of slowdowns (`LatencyModel.quiet`).
     """
 
-    def __init__(self, at: Regime, table: LatencyTable | None = None) -> None:
-        self.at, self.table = at, table
+    def __init__(self, setup: Setup, table: LatencyTable | None = None) -> None:
+        self.setup, self.table = setup, table
         if table is not None and table.header.mode == SANDWICHED:
-            self.reference = sandwich_engine(at)
+            self.reference = sandwich_engine(setup)
         else:
-            self.reference = reference_engine(at)
+            self.reference = reference_engine(setup)
         self.scale_ns = table.header.reference_ns if table is not None else 0.0
         self.reference_now_ns = 0.0
         self.slowdown = 0.0
@@ -83,7 +83,7 @@ class Session:
         """Whether the table still holds, by three of its builds; looked at once."""
         if self._check is None:
             with self._quiet():
-                self._check = measure_again(table, self.at, spread(table, 3), reference=self.reference)
+                self._check = measure_again(table, self.setup, spread(table, 3), reference=self.reference)
         return self._check
 
     def measure_all(
@@ -99,8 +99,8 @@ class Session:
 
     def _as_deployed(self, job: Job) -> Job:
         """A uniform job with its weights refitted, as those of an allocation are."""
-        at = job.at or self.at
-        return replace(job, at=replace(at, lowering=refitted(at.lowering, job.variants)))
+        setup = job.setup or self.setup
+        return replace(job, setup=replace(setup, lowering=refitted(setup.lowering, job.variants)))
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
@@ -111,23 +111,23 @@ class Session:
     def _quiet(self) -> Iterator[None]:
         """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
         with ExitStack() as stack:
-            if self.at.clocks:
-                stack.enter_context(devices.lock(devices.fingerprint_for(self.at.backend).id))
-            stack.enter_context(background(self.at.load))
-            stack.enter_context(self.at.locked())
+            if self.setup.clocks:
+                stack.enter_context(devices.lock(devices.fingerprint_for(self.setup.backend).id))
+            stack.enter_context(background(self.setup.load))
+            stack.enter_context(self.setup.locked())
             yield
 
     def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
-        ats = {n: job.at or self.at for n, job in wanted.items()}
+        ats = {n: job.setup or self.setup for n, job in wanted.items()}
         built = {n: ats[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
             self.reference.run,
             {name: engine.run for name, (engine, _) in built.items()},
             VERIFY,
-            clock=self.at.clock,
-            meter=self.at.meter,
+            clock=self.setup.clock,
+            meter=self.setup.meter,
             quiet_ns=self.table.quiet_ns if self.table is not None else None,
-            sample=self.at.sample,
+            sample=self.setup.sample,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
         self.slowdown = self._slowdown(next(iter(timings.values())))
@@ -143,14 +143,14 @@ class Session:
                 ),
                 engine=built[name][0],
                 file_bytes=int(built[name][1].ByteSize()),
-                at=ats[name],
+                setup=ats[name],
             )
             for name, job in wanted.items()
         }
 
     def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[dict[str, int], dict[str, int]]:
         """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
-        _, measured = self.measure_all(None, uniform_candidates(self.at, table.header.unsupported))
+        _, measured = self.measure_all(None, uniform_candidates(self.setup, table.header.unsupported))
         dense = self.costs(measured["dense.fp32"])
         require_energy(budgets, dense)
         return {b.column: b.resolve(dense[b.column]) for b in budgets}, {c: int(x) for c, x in dense.items()}
@@ -182,7 +182,7 @@ class Session:
         """Everything that a budget may bound, in ns, bytes and MACs."""
         time_ns = self.time_ns(measured)
         tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
-        size, macs = float(measured.file_bytes), float(measured.at.network.macs)
+        size, macs = float(measured.file_bytes), float(measured.setup.network.macs)
         return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured),
                 **self._energy(measured)}  # fmt: skip
 
@@ -196,36 +196,36 @@ class Session:
 
     def _memory(self, measured: Measured) -> float:
         """Peak of the activations in bytes: computed, not measured."""
-        widths = measured.at.network.channels
+        widths = measured.setup.network.channels
         peak = peak_bytes(
-            self.at.network, measured.variants, widths,
-            base=measured.build.base, quantize_outputs=self.at.backend.quantize_outputs,
+            self.setup.network, measured.variants, widths,
+            base=measured.build.base, quantize_outputs=self.setup.backend.quantize_outputs,
         )  # fmt: skip
         return float(peak)
 
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
         if what not in self._uniforms:
-            return score(self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what)
+            return score(self.setup.lowering.task, predictor(measured.setup.lowering, measured.engine), what)
         if what not in self._scores:
             self._scores[what] = score(
-                self.at.lowering.task, predictor(measured.at.lowering, measured.engine), what
+                self.setup.lowering.task, predictor(measured.setup.lowering, measured.engine), what
             )
         return self._scores[what]
 
     @cached_property
     def dense_score(self) -> float:
         """The task's score of the module itself."""
-        with evaluating(self.at.lowering.task.model) as model:
-            return score(self.at.lowering.task, model, "the dense model")
+        with evaluating(self.setup.lowering.task.model) as model:
+            return score(self.setup.lowering.task, model, "the dense model")
 
     def loss(self, measured: Measured) -> float:
         """Divergence of the engine's outputs from the dense module's, mean over the calibration samples kept apart for it."""
-        kind = self.at.lowering.task.divergence
-        predict = predictor(measured.at.lowering, measured.engine)
-        axes = self.at.lowering.batch_axes
+        kind = self.setup.lowering.task.divergence
+        predict = predictor(measured.setup.lowering, measured.engine)
+        axes = self.setup.lowering.batch_axes
         total, count = 0.0, 0
-        for traced, args, kwargs in self.at.lowering.comparable:
+        for traced, args, kwargs in self.setup.lowering.comparable:
             with torch.no_grad():
                 dense = traced.graph(*args, **kwargs)
             value, samples = divergence(predict(*args, **kwargs), dense, kind, axes)
@@ -235,16 +235,16 @@ class Session:
         return total / max(count, 1)
 
 
-def uniform_candidates(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
+def uniform_candidates(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
     """Every uniform allocation of this backend: each variant wherever a unit can become it, else the base."""
-    base = at.options.base
-    candidates = {"dense.fp32": Job(uniform(at.network, "fp32"), "fp32")}
-    for variant in at.variants(base):
+    base = setup.options.base
+    candidates = {"dense.fp32": Job(uniform(setup.network, "fp32"), "fp32")}
+    for variant in setup.variants(base):
         chosen = {
             u.name: variant
             if legal(u, [variant]) and str(variant) not in unsupported.get(u.name, {})
             else Variant(base)
-            for u in at.network.units
+            for u in setup.network.units
         }
         if variant == Variant(base) or set(chosen.values()) != {Variant(base)}:
             candidates.setdefault(str(variant), Job(chosen, base))

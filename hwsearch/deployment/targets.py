@@ -161,17 +161,17 @@ def for_tensorrt(
     file. Raises InvalidInput (unknown target; a variant that TensorRT lacks there, with NVIDIA's documented reason),
     IncompatibleTables (of another network).
     """
-    at = legality.target(target)
+    gpu = legality.target(target)
     base = _base(str(allocation.options.get("base", "fp32")))
     variants = parse_variants(allocation)
     low = lowering_of(task, allocation, weights)
-    reasons = {u: _why_not(low.network[u], v, base, at, "tensorrt") for u, v in variants.items()}
+    reasons = {u: _why_not(low.network[u], v, base, gpu, "tensorrt") for u, v in variants.items()}
     if bad := [f"{u} in {variants[u]}: {why}" for u, why in reasons.items() if why]:
-        raise InvalidInput(f"TensorRT has not all of this on {at}: {'; '.join(bad)}; search for that GPU")
+        raise InvalidInput(f"TensorRT has not all of this on {gpu}: {'; '.join(bad)}; search for that GPU")
     model = strongly_typed(low.onnx(variants, metadata=metadata_of(allocation, base)), base)
     example, tolerance = _example(low, variants, base, model)
     settings = {
-        "base": base, "sparse": any(v.kept is not None for v in variants.values()), "target": at.name,
+        "base": base, "sparse": any(v.kept is not None for v in variants.values()), "target": gpu.name,
         "tolerance": tolerance,
     }  # fmt: skip
     out = Path(folder)
@@ -230,8 +230,8 @@ def otherwise(
     """Units that a builder's log says were compiled to something else than their variants ask for. `ran`: as `executed` tells."""
     found = sparsity(log)
     picked = found.picked_layers if found is not None else ()
-    at = legality.target(target) if target is not None else None
-    tf32 = at is None or at.capability >= legality.SINCE["tf32"]
+    gpu = legality.target(target) if target is not None else None
+    tf32 = gpu is None or gpu.capability >= legality.SINCE["tf32"]
     differing = {}
     for unit, v in variants.items():
         if unit not in ran:
@@ -242,8 +242,8 @@ def otherwise(
         elif v.precision == "tf32" and not tf32:
             differing[unit] = f"asked {v}, compiled to fp32: {target} has no tf32"
         elif v.pattern != "dense" and not any(f"{unit}|" in layer for layer in picked):
-            lacking = at and legality.why_not(
-                v.precision, at, base=v.precision, pattern=v.pattern, runtime="tensorrt"
+            lacking = gpu and legality.why_not(
+                v.precision, gpu, base=v.precision, pattern=v.pattern, runtime="tensorrt"
             )
             why = lacking or "the builder names no sparse kernel for it"
             differing[unit] = f"asked {v}, compiled to {ran[unit]}: {why}"
@@ -259,12 +259,12 @@ def objections(network: Network, variants: Mapping[str, Variant], base: str, tar
 
 
 def _why_not(
-    unit: Unit, variant: Variant, base: str, at: legality.Target, backend: str = legality.RTX
+    unit: Unit, variant: Variant, base: str, gpu: legality.Target, backend: str = legality.RTX
 ) -> str:
     """By the graph alone: tf32 is fp32 in it, and zeros are weights, which any GPU computes as that (see `otherwise`)."""
     plain = {"tf32": "fp32"}
     return ineligible(unit, variant) or legality.why_not(
-        plain.get(variant.precision, variant.precision), at, base=plain.get(base, base), op=unit.op,
+        plain.get(variant.precision, variant.precision), gpu, base=plain.get(base, base), op=unit.op,
         runtime=backend,
     )  # fmt: skip
 
@@ -351,13 +351,13 @@ def _groups(
     network: Network, units: Sequence[Unit], variant: Variant, base: str, target: str, backend: str
 ) -> list[tuple[list[Unit], str]]:
     """Units of a variant in parts of which the documentation says the same, each with what it says of the whole network."""
-    at, found = legality.target(target), dict[str, list[Unit]]()
+    gpu, found = legality.target(target), dict[str, list[Unit]]()
     for unit in units:
-        found.setdefault(_why_not(unit, variant, base, at, backend), []).append(unit)
+        found.setdefault(_why_not(unit, variant, base, gpu, backend), []).append(unit)
     parts = []
     for reason, group in found.items():
         inside = {u.name for u in group}
-        rest = [_why_not(u, _plain(base), base, at, backend) for u in network.units if u.name not in inside]
+        rest = [_why_not(u, _plain(base), base, gpu, backend) for u in network.units if u.name not in inside]
         others = next((f"of the other units: {r}" for r in rest if r), "")
         parts.append((group, reason or others))
     return parts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hwsearch.deployment.evaluate import predictor
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.loss.sensitivity import divergence
 from hwsearch.network.variants import Variant
 
@@ -40,8 +40,8 @@ def fall_explained(predicted: float) -> float:
 
 
 def unexplained(
-    at: Regime,
-    whole: Regime,
+    setup: Setup,
+    whole: Setup,
     variants: Mapping[str, Variant],
     base: str,
     loss: Mapping[str, float],
@@ -49,7 +49,7 @@ def unexplained(
 ) -> list[str]:
     """Sentences for the report and the exit; empty where the measurement is as foretold.
 
-    at: the deployed network; whole: the same with all channels. loss: predicted, measured. score: dense, deployed (higher is
+    setup: the deployed network; whole: the same with all channels. loss: predicted, measured. score: dense, deployed (higher is
     better).
     """
     said = []
@@ -65,25 +65,25 @@ def unexplained(
     if not said:
         return []
     if unforeseen(predicted, measured):
-        return [f"{'; '.join(said)}; {likeliest(at, whole, variants, base, measured)}"]
+        return [f"{'; '.join(said)}; {likeliest(setup, whole, variants, base, measured)}"]
     return [
         f"{said[0]}; the loss on calibration data does not show it: see that they are like what the score is taken on, and "
-        f"that the divergence ({at.lowering.task.divergence}) sees what it counts"
+        f"that the divergence ({setup.lowering.task.divergence}) sees what it counts"
     ]
 
 
-def likeliest(at: Regime, whole: Regime, variants: Mapping[str, Variant], base: str, measured: float) -> str:
+def likeliest(setup: Setup, whole: Setup, variants: Mapping[str, Variant], base: str, measured: float) -> str:
     """The layer that brings most of the loss, in words: that without whose variant the loss is least.
 
     As simulated, where the simulation loses as much; else every layer is left out of an engine in turn.
     """
     coarse = [u for u, v in variants.items() if not v.plain]
-    simulated = _losses(at, whole, lambda chosen: None)
+    simulated = _losses(setup, whole, lambda chosen: None)
     plain = dict.fromkeys(variants, Variant("fp32"))
     everything, nothing = simulated(variants), simulated(plain)
-    if not coarse or (at.network.channels != whole.network.channels and nothing > 0.5 * measured):
-        return f"narrow layers bring it about, {_narrowest(at, whole)} the likeliest: keep it with --keep"
-    lost = simulated if everything > measured / 3 else _losses(at, whole, lambda v: at.build(v, base)[0])
+    if not coarse or (setup.network.channels != whole.network.channels and nothing > 0.5 * measured):
+        return f"narrow layers bring it about, {_narrowest(setup, whole)} the likeliest: keep it with --keep"
+    lost = simulated if everything > measured / 3 else _losses(setup, whole, lambda v: setup.build(v, base)[0])
     without = {u: lost({**variants, u: Variant(base)}) for u in coarse}
     name = min(without, key=lambda u: without[u])
     how = "as simulated" if lost is simulated else "by its engine, not by the simulation"
@@ -91,25 +91,25 @@ def likeliest(at: Regime, whole: Regime, variants: Mapping[str, Variant], base: 
 
 
 def _losses(
-    at: Regime, whole: Regime, build: Callable[[Mapping[str, Variant]], Any]
+    setup: Setup, whole: Setup, build: Callable[[Mapping[str, Variant]], Any]
 ) -> Callable[[Mapping[str, Variant]], float]:
     """Variants -> mean loss on the first calibration batch kept apart, of an engine (None: of the simulation)."""
-    kind = at.lowering.task.divergence
-    traced, args, kwargs = at.lowering.scoring[0]
+    kind = setup.lowering.task.divergence
+    traced, args, kwargs = setup.lowering.scoring[0]
     with torch.no_grad():
         dense = whole.lowering.scoring[0][0].graph(*args, **kwargs)
-    simulate = at.lowering.simulator(traced, args, kwargs, quantize_outputs=at.backend.quantize_outputs)
+    simulate = setup.lowering.simulator(traced, args, kwargs, quantize_outputs=setup.backend.quantize_outputs)
 
     def lost(variants: Mapping[str, Variant]) -> float:
         engine = build(variants)
-        found = simulate(variants) if engine is None else predictor(at.lowering, engine)(*args, **kwargs)
+        found = simulate(variants) if engine is None else predictor(setup.lowering, engine)(*args, **kwargs)
         total, samples = divergence(found, dense, kind)
         return total / samples
 
     return lost
 
 
-def _narrowest(at: Regime, whole: Regime) -> str:
-    channels = at.network.channels
+def _narrowest(setup: Setup, whole: Setup) -> str:
+    channels = setup.network.channels
     group = min(channels, key=lambda g: channels[g] / whole.network.channels[g])
     return f"{group} ({channels[group]} of {whole.network.channels[group]} channels)"

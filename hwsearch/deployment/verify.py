@@ -14,7 +14,7 @@ from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Job, Measured, Session, require_energy, uniform_candidates
 from hwsearch.deployment.unexplained import unexplained
 from hwsearch.device import fingerprint as devices
-from hwsearch.engine.setup import Regime, wrong_variants
+from hwsearch.engine.setup import Setup, wrong_variants
 from hwsearch.loss.sensitivity import NOT_FINITE
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
@@ -33,7 +33,7 @@ def verify(
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
     lock_clocks: bool = False,
-    at: Regime | None = None,
+    setup: Setup | None = None,
     rounds: int = 1,
     session: Session | None = None,
 ) -> Report:
@@ -45,7 +45,7 @@ def verify(
     """
     report, _ = verify_with_build(
         task, allocation, backend=backend, threads=threads, table=table, weights=weights, lock_clocks=lock_clocks,
-        at=at, rounds=rounds, session=session,
+        setup=setup, rounds=rounds, session=session,
     )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -61,23 +61,23 @@ def verify_with_build(
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
     lock_clocks: bool = False,
-    at: Regime | None = None,
-    own: Regime | None = None,
+    setup: Setup | None = None,
+    own: Setup | None = None,
     rounds: int = 1,
     session: Session | None = None,
 ) -> tuple[Report, Build]:
-    """As `verify`, with the measured build for the table. own: `at` at the allocation's widths."""
-    at = at or of_allocation(task, allocation, backend, threads, lock_clocks)
-    device = devices.fingerprint_for(at.backend)
+    """As `verify`, with the measured build for the table. own: `setup` at the allocation's widths."""
+    setup = setup or of_allocation(task, allocation, backend, threads, lock_clocks)
+    device = devices.fingerprint_for(setup.backend)
     if table is not None:
-        table.require(device=device.to_json(), network=at.network, backend=at.backend.name)
-    session = session or Session(at, table)
-    base = str(allocation.options.get("base", at.options.base))
+        table.require(device=device.to_json(), network=setup.network, backend=setup.backend.name)
+    session = session or Session(setup, table)
+    base = str(allocation.options.get("base", setup.options.base))
     variants = parse_variants(allocation)
     unsupported = table.header.unsupported if table is not None else {}
-    candidates = uniform_candidates(at, unsupported)
-    base = base if base in at.backend.bases() else at.options.base
-    own = own or as_deployed(at, allocation, bank_of(at, allocation, weights))
+    candidates = uniform_candidates(setup, unsupported)
+    base = base if base in setup.backend.bases() else setup.options.base
+    own = own or as_deployed(setup, allocation, bank_of(setup, allocation, weights))
     job = Job(variants, base, metadata_of(allocation, base), own)
     deployed, measured = session.measure_all(job, candidates)
     assert deployed is not None
@@ -93,9 +93,9 @@ def verify_with_build(
     score = {"dense": session.dense_score, "deployed": session.score(deployed, "the deployed engine")}
     report = Report(
         task=task.name,
-        backend=at.backend.name,
+        backend=setup.backend.name,
         device=device.to_json(),
-        options={**at.described, "base": base},
+        options={**setup.described, "base": base},
         met=_within(session, deployed, limit),
         rounds=rounds,
         latency_ms=_latency_ms(session, dense, deployed, allocation, limit),
@@ -107,7 +107,7 @@ def verify_with_build(
             "predicted": allocation.predicted["size_bytes"],
             "deployed": deployed.file_bytes,
         },
-        macs={"dense": at.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
+        macs={"dense": setup.network.macs, "budget": limit.get("macs"), "deployed": own.network.macs},
         memory={
             "dense": session.costs(dense)["memory"],
             "budget": limit.get("memory"),
@@ -115,7 +115,7 @@ def verify_with_build(
             "source": "estimated",
         },
         energy_mj=_energy_mj(session, dense, deployed, allocation, limit),
-        widths={g: [w, at.network.channels[g]] for g, w in own.network.channels.items()},
+        widths={g: [w, setup.network.channels[g]] for g, w in own.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
         uniform=_best_uniform(session, {n: measured[n] for n in candidates}, limit),
         uniforms=[
@@ -123,15 +123,15 @@ def verify_with_build(
             for n, m in measured.items()
         ],
         variants=dict(allocation.variants),
-        not_as_asked=_not_as_asked(at, deployed.build),
+        not_as_asked=_not_as_asked(setup, deployed.build),
         unstable=deployed.timing.unstable or dense.timing.unstable,
         output_error=deployed.build.output_error,
         wrong_outputs=deployed.build.wrong,
         wrong_units=wrong_variants(own, variants, base) if deployed.build.wrong else {},
-        unexplained=unexplained(own, at, variants, base, loss, score),
+        unexplained=unexplained(own, setup, variants, base, loss, score),
         table_check=drift,
         slowdown=session.slowdown,
-        float_only=_float_only(at, unsupported),
+        float_only=_float_only(setup, unsupported),
     )
     return report, deployed.build
 
@@ -197,18 +197,18 @@ def _best_uniform(
     }
 
 
-def _not_as_asked(at: Regime, build: Build) -> dict[str, str]:
+def _not_as_asked(setup: Setup, build: Build) -> dict[str, str]:
     """Units that the engine executed in another precision than asked for."""
     return {
         u.name: f"asked {v}, executed in {e}"
-        for u, v, e in zip(at.network.units, build.variants, build.executed, strict=True)
+        for u, v, e in zip(setup.network.units, build.variants, build.executed, strict=True)
         if e and not Variant.parse(v).runs_as(e)
     }
 
 
-def _float_only(at: Regime, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def _float_only(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Units that are not quantized for what they read, or for what their simulation returns, and why."""
-    read = {u.name: u.float_only for u in at.network.units if u.float_only}
+    read = {u.name: u.float_only for u in setup.network.units if u.float_only}
     lost = {
         u: f"as {v}, {why}" for u, own in unsupported.items() for v, why in own.items() if why == NOT_FINITE
     }

@@ -399,18 +399,18 @@ def engine(backend: Backend, network: str) -> Result:
     """A small network built and timed in the preferred base, in the base once more, and in int8 where that is offered."""
     from hwsearch.device.timing import Protocol, paired
     from hwsearch.network.variants import Variant, uniform
-    from hwsearch.testing.contract import small_regime
+    from hwsearch.testing.contract import small_setup
 
     name = f"engine: {network.replace('_', ' ')}"
     try:
         base = backend.bases()[0]
         precisions = ["int8"] if Variant("int8") in backend.variants(base) else []
-        at = small_regime(network, backend, base)
-        reference, again = (at.build(uniform(at.network, base))[0] for _ in range(2))
-        others = {p: at.build(uniform(at.network, p))[0].run for p in precisions}
+        setup = small_setup(network, backend, base)
+        reference, again = (setup.build(uniform(setup.network, base))[0] for _ in range(2))
+        others = {p: setup.build(uniform(setup.network, p))[0].run for p in precisions}
         timings = paired(
-            reference.run, {"again": again.run, **others}, Protocol(width=0.02, limit_s=1.0), clock=at.clock,
-            sample=at.sample,
+            reference.run, {"again": again.run, **others}, Protocol(width=0.02, limit_s=1.0), clock=setup.clock,
+            sample=setup.sample,
         )  # fmt: skip
     except Exception as error:
         return Result(name, "failed", _why(error), _REPORT)

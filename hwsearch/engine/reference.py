@@ -6,22 +6,22 @@ import numpy as np
 
 from hwsearch.backends.base import Engine
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.network.variants import uniform
 
 INSTANCES = 3
 COMPARED = Protocol(width=0.005, limit_s=0.4)
 
 
-def reference_engine(at: Regime) -> Engine:
+def reference_engine(setup: Setup) -> Engine:
     """The network in the base precision: of three engines compiled from it the one of middle speed.
 
     Engines of one network run a little faster or slower, presumably by where their memory lies (0.2 % of one network here, up to
     4 % of another), and all ratios of a session have their reference's share of that.
     """
-    plain = uniform(at.network, at.options.base)
-    engines = [at.build(plain)[0] for _ in range(INSTANCES)]
+    plain = uniform(setup.network, setup.options.base)
+    engines = [setup.build(plain)[0] for _ in range(INSTANCES)]
     first, *others = engines
-    timed = paired(first.run, {str(i): e.run for i, e in enumerate(others)}, COMPARED, clock=at.clock)
+    timed = paired(first.run, {str(i): e.run for i, e in enumerate(others)}, COMPARED, clock=setup.clock)
     ratios = [1.0, *(timing.ratio for timing in timed.values())]
     return engines[int(np.argsort(ratios)[INSTANCES // 2])]

@@ -44,7 +44,7 @@ COUNTED_ON_GPU = 30
 
 
 @dataclass(frozen=True)
-class Regime:
+class Setup:
     """One network made ready for one backend under one set of options."""
 
     lowering: Lowering
@@ -64,7 +64,7 @@ class Regime:
         return self.lowering.network
 
     def variants(self, base: str | None = None) -> tuple[Variant, ...]:
-        """What units may ask for under a base (None: the regime's own), `dense.BASE` first."""
+        """What units may ask for under a base (None: the setup's own), `dense.BASE` first."""
         own = self.backend.variants(base or self.options.base)
         return (*own, STORAGE) if self.storage and self.stores else own
 
@@ -120,7 +120,7 @@ class Regime:
             own["cpus"] = restricted
         return own
 
-    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Regime:
+    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Setup:
         """The same with only the kept slots of the channel groups; see `Lowering.narrow`."""
         if all(len(k) == self.network.channels[g] for g, k in kept.items()) and not weights:
             return self
@@ -150,7 +150,7 @@ class Regime:
         return engine, model
 
 
-def regime(
+def set_up(
     task: Task,
     backend: Backend,
     *,
@@ -164,11 +164,11 @@ def regime(
     energy: bool = False,
     int8_bits: int | None = None,
     unsigned: bool | None = None,
-) -> Regime:
+) -> Setup:
     """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
 
     clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that. energy: see
-    `Regime`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. unsigned: see `Lowering`; None
+    `Setup`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. unsigned: see `Lowering`; None
     for what the backend prefers. Raises InvalidInput on a base precision that the backend lacks.
     """
     bases = backend.bases()
@@ -183,36 +183,36 @@ def regime(
     if unsigned is None:
         unsigned = bool(getattr(backend, "unsigned_activations", False))
     lowering = Lowering(task, batch, residual=residual, int8_bits=bits, unsigned=unsigned)
-    return Regime(lowering, backend, options, load, clocks, storage, energy)
+    return Setup(lowering, backend, options, load, clocks, storage, energy)
 
 
-def wrong_variants(at: Regime, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
+def wrong_variants(setup: Setup, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
     """Units whose variants make an allocation's engine return wrong outputs, with the reason not to offer them.
 
     Raises BackendUnavailable where the outputs are wrong with no variant but the base itself.
     """
     plain = Variant(base)
-    guilty = at.expected.blame(allocation, plain, lambda variants: at.build(variants, base)[0])
+    guilty = setup.expected.blame(allocation, plain, lambda variants: setup.build(variants, base)[0])
     if guilty is None:
         raise BackendUnavailable(
-            f"{at.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
+            f"{setup.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
             "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
         )
     return {name: reason(deviation) for name, deviation in guilty.items()}
 
 
-def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
+def graph_bytes(setup: Setup, base: str) -> tuple[int, dict[str, dict[str, int]]]:
     """(bytes of the deployed file that are always there, unit -> {variant: its bytes}) beside what units store.
 
     From the file of each network that is uniform in one variant; of two units that may share a Q/DQ each counts its own. The first
     is negative where the exporter computed something smaller from the tensors of no unit.
     """
-    network, always = at.network, -at.network.fixed_bytes
-    paths = {unit: path for unit, (path, _) in at.lowering.traced.paths.items() if path is not None}
+    network, always = setup.network, -setup.network.fixed_bytes
+    paths = {unit: path for unit, (path, _) in setup.lowering.traced.paths.items() if path is not None}
     own: dict[str, dict[str, int]] = {u.name: {} for u in network.units}
-    for variant in at.variants(base):
+    for variant in setup.variants(base):
         wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
-        model = at.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(at.backend))
+        model = setup.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(setup.backend))
         found = bytes_of_units(model, paths)
         for unit in network.units:
             chosen = wherever[unit.name]
@@ -220,7 +220,7 @@ def graph_bytes(at: Regime, base: str) -> tuple[int, dict[str, dict[str, int]]]:
             own[unit.name][str(chosen)] = max(beside, own[unit.name].get(str(chosen), beside))
         units = sum(found.get(u.name, 0) for u in network.units)
         always = max(always, int(model.ByteSize()) - units - network.fixed_bytes)
-    if at.backend.quantize_outputs:
+    if setup.backend.quantize_outputs:
         _add_kept_float(network, model, own)
     return always, own
 
@@ -257,26 +257,26 @@ def refusals(
 
 
 def record(
-    at: Regime, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
+    setup: Setup, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
     build_s: float,
 ) -> Build:  # fmt: skip
     """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
-    counted = COUNTED_ON_GPU if device.on_gpu(at.backend) else 200
+    counted = COUNTED_ON_GPU if device.on_gpu(setup.backend) else 200
     runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
-    rows = attribute(engine.nodes(runs), at.network, tensor_names(model))
-    executed = executed_precisions(rows, at.network)
-    deviation = None if role in PARTS else at.expected.deviation(engine, allocation, base)
+    rows = attribute(engine.nodes(runs), setup.network, tensor_names(model))
+    executed = executed_precisions(rows, setup.network)
+    deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
     if role != "alone":
-        executed = told_apart(executed, rows, allocation, at.network)
+        executed = told_apart(executed, rows, allocation, setup.network)
     if role in PARTS:
         executed = tuple(
-            e if u.name in allocation else "" for e, u in zip(executed, at.network.units, strict=True)
+            e if u.name in allocation else "" for e, u in zip(executed, setup.network.units, strict=True)
         )
     energy = timing.energy
     return Build(
         role=role,
         base=base,
-        variants=tuple(str(allocation[u.name]) if u.name in allocation else "" for u in at.network.units),
+        variants=tuple(str(allocation[u.name]) if u.name in allocation else "" for u in setup.network.units),
         ratio=timing.ratio,
         low=timing.low,
         high=timing.high,

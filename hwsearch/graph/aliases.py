@@ -224,9 +224,9 @@ def _slice_scatter(node: fx.Node, call: Call) -> Any:
 def _select_scatter(node: fx.Node, call: Call) -> Any:
     own = given(node)
     x, dim = own["self"], int(own["dim"])
-    at = int(own["index"]) % x.meta["val"].shape[dim]
+    place = int(own["index"]) % x.meta["val"].shape[dim]
     source = call(aten.unsqueeze.default, own["src"], dim % x.meta["val"].dim())
-    return _written(x, source, dim, at, at + 1, call)
+    return _written(x, source, dim, place, place + 1, call)
 
 
 def _written(x: fx.Node, source: fx.Node, dim: int, start: int, end: int, call: Call) -> fx.Node:

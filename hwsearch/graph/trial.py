@@ -56,9 +56,9 @@ def _wrong(
         try:
             have = run.run(*inputs, enable_io_processing=False)
         except Exception as error:
-            at = run.last
+            node = run.last
             where = (
-                f"{module_path(at) or 'the model itself'} ({at.target})" if at is not None else "the model"
+                f"{module_path(node) or 'the model itself'} ({node.target})" if node is not None else "the model"
             )
             return f"{where} does not run with fewer: {first_line(error)}"
         if not found.rescaled.isdisjoint(groups):

@@ -170,9 +170,9 @@ def _as_measured(table: LatencyTable, features: Sequence[Feature], mean: Any) ->
     for build in table.builds:
         if build.partial or build.base != base or not build.as_asked():
             continue
-        at = table.candidate(build)
+        candidate = table.candidate(build)
         cells = [
-            ("unit", table.network.unit_at(u, at.widths).signature, str(v)) for u, v in at.variants.items()
+            ("unit", table.network.unit_at(u, candidate.widths).signature, str(v)) for u, v in candidate.variants.items()
         ]
         if all(c in index for c in cells):
             predicted = mean[index["rest",]] + sum(mean[index[c]] for c in cells)

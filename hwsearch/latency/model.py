@@ -94,8 +94,8 @@ class LatencyModel:
 
         Raises InvalidInput where it holds what no build of the fit does.
         """
-        at = self.table.candidate(build)
-        found = self.predict(at.variants, at.widths)
+        candidate = self.table.candidate(build)
+        found = self.predict(candidate.variants, candidate.widths)
         off = slowed(self.table.slowdown(build), self.table.nodes(build), build.ratio)
         return replace(found, time_ns=found.time_ns + self.per_node * off * self.table.header.reference_ns)
 

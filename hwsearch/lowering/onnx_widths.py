@@ -197,24 +197,24 @@ class OnnxWidths:
             own, into = self.shape.get(name), self.shape.get(output)
             if own is None or into is None:
                 raise NotFollowed(f"the shape of {name} or {output} is not known")
-            at = axis.axis + (len(into) - len(own))
+            place = axis.axis + (len(into) - len(own))
             if node.op_type.startswith("Reduce") and len(into) < len(own):
-                at = axis.axis - sum(d < axis.axis for d in self._reduced(node, len(own)))
+                place = axis.axis - sum(d < axis.axis for d in self._reduced(node, len(own)))
             elif len(into) < len(own):
                 raise NotFollowed(f"{node.op_type} {node.name} drops an axis")
-            if at < 0 or into[at] != len(axis.slots):
+            if place < 0 or into[place] != len(axis.slots):
                 if node.op_type in _PARAMETERS or output != node.output[0]:
                     continue  # statistics
                 raise NotFollowed(f"{node.op_type} {node.name} changes the number of channels")
-            self._set(output, Axis(at, axis.slots))
+            self._set(output, Axis(place, axis.slots))
         if node.op_type in _PARAMETERS:
             self._parameters(node, axis, node.input[1:])
             return
         into = self.shape[node.output[0]]
-        at = self.axis[node.output[0]].axis
+        place = self.axis[node.output[0]].axis
         for other in node.input:
             shape = self.shape.get(other, ())
-            position = at - (len(into) - len(shape))
+            position = place - (len(into) - len(shape))
             if (
                 other in self.stored
                 and other not in self.paths
@@ -304,9 +304,9 @@ class OnnxWidths:
 
         if node.op_type in ("Reshape", "Expand") and own is not None:
             sizes = stated(1)
-            at = own.axis - (len(self.shape[node.output[0]]) - len(sizes))
-            if at >= 0 and sizes[at] not in (-1, 1):
-                sizes[at] = len(own.kept(mask))
+            place = own.axis - (len(self.shape[node.output[0]]) - len(sizes))
+            if place >= 0 and sizes[place] not in (-1, 1):
+                sizes[place] = len(own.kept(mask))
             state(1, sizes)
         elif node.op_type == "Resize" and own is not None and len(node.input) > 3 and node.input[3]:
             sizes = stated(3)

@@ -68,9 +68,9 @@ def all_cells(network: Network, offered: Offered, grid: Grid) -> set[tuple[str, 
     found: set[tuple[str, str]] = set()
     for unit in network.units:
         for widths in product(*(grid[g] for g in unit.groups)):
-            at = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
-            signature = at.signature
-            found.update((signature, str(v)) for v in legal(at, offered[unit.name]))
+            narrow = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+            signature = narrow.signature
+            found.update((signature, str(v)) for v in legal(narrow, offered[unit.name]))
     return found
 
 

@@ -144,13 +144,13 @@ class _Lives:
 
     def _returned(self, unit: str) -> list[Tensor]:
         """What a unit returns itself."""
-        network, at = self.network, self.position[unit]
+        network, place = self.network, self.position[unit]
         if network[unit].stored:
             return []
         leaving = [e for e in network.edges if e.src == unit]
         whole = _FP32 * math.prod(network[unit].output_shape)
         if not leaving:
-            return [Tensor((unit,), (), at, self.end, whole, unit, floating=True, external=True)]
+            return [Tensor((unit,), (), place, self.end, whole, unit, floating=True, external=True)]
         direct = [e for e in leaving if not e.via]
         passed = [e for e in leaving if e.via]
         sizes = sorted({e.tensor_bytes for e in direct}, reverse=True) or [whole]
@@ -158,10 +158,10 @@ class _Lives:
         for number, size in enumerate(sizes):
             own = [e for e in direct if e.tensor_bytes == size]
             onward = passed if number == 0 else []  # of several, operators are taken to read the largest
-            last = max([at, *(self._until(unit, [e.dst]) for e in own), *map(self._joined, onward)])
+            last = max([place, *(self._until(unit, [e.dst]) for e in own), *map(self._joined, onward)])
             readers = tuple(dict.fromkeys(e.dst for e in (*own, *onward)))
             floating = self._floating([*own, *onward])
-            found.append(Tensor((unit,), readers, at, last, size, unit, floating=floating))
+            found.append(Tensor((unit,), readers, place, last, size, unit, floating=floating))
         return found
 
     def _joined(self, edge: Edge) -> int:

@@ -56,7 +56,7 @@ class HeldOut:
 
     def _drawn(self, rng: np.random.Generator) -> Candidate | None:
         recorder = self.recorder
-        network, grid = recorder.at.network, recorder.table.grid()
+        network, grid = recorder.setup.network, recorder.table.grid()
         done, built = recorder.candidates(), self._built()
         for _ in range(50):
             drawn = random_candidate(network, recorder.offered(), grid, rng)
@@ -72,7 +72,7 @@ class HeldOut:
             cell
             for b in usable(table)
             if b.role != "heldout"
-            for cell in table.candidate(b).cells(self.recorder.at.network)
+            for cell in table.candidate(b).cells(self.recorder.setup.network)
         }
         return built | table.known()
 
@@ -82,7 +82,7 @@ class HeldOut:
         variants = {
             unit: next((v for v in (variant, *offered[unit]) if (signature, str(v)) in built), variant)
             for (unit, variant), (signature, _) in zip(
-                candidate.variants.items(), candidate.cells(self.recorder.at.network), strict=True
+                candidate.variants.items(), candidate.cells(self.recorder.setup.network), strict=True
             )
         }
         return Candidate(variants, candidate.widths)

@@ -15,7 +15,7 @@ import numpy as np
 from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.backends.process import compiler
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Regime, graph_bytes, record, refusals
+from hwsearch.engine.setup import Setup, graph_bytes, record, refusals
 from hwsearch.errors import InvalidInput
 from hwsearch.lowering.marked import isolate
 from hwsearch.lowering.parts import cut
@@ -34,7 +34,7 @@ WIDTH = 0.02
 class Layers:
     """A profile made layer by layer. table: what is known so far; save: puts it on disk, after every build."""
 
-    at: Regime
+    setup: Setup
     table: LatencyTable
     save: Callable[[LatencyTable], None]
     protocol: Protocol
@@ -47,17 +47,17 @@ class Layers:
         Outputs of parts are compared with nothing: what a runtime computes wrongly shows when an allocation is deployed.
         Raises InvalidInput where the time limit ends it: a table that lacks a layer predicts nothing.
         """
-        base, network = self.at.options.base, self.at.network
+        base, network = self.setup.options.base, self.setup.network
         jobs = [
             (s, v, base)
-            for v in self.at.variants(base)
+            for v in self.setup.variants(base)
             for s in self.plan
             if any(legal(network[u], [v]) for u in s.filling)
         ]
         if base != "fp32":
             jobs += [(s, Variant("fp32"), "fp32") for s in self.plan]
         self.progress.start(
-            len(jobs), f"profile {network.name} in {len(self.plan)} sandwiches on {self.at.backend.name}"
+            len(jobs), f"profile {network.name} in {len(self.plan)} sandwiches on {self.setup.backend.name}"
         )
         try:
             self._file_bytes()
@@ -70,27 +70,27 @@ class Layers:
     def alone(self, time_limit_s: float, reference: Engine) -> None:
         """Each distinct (unit, variant) compiled and timed by itself, beside the whole network."""
         jobs: dict[tuple[str, Variant], str] = {}
-        for unit in (u for u in self.at.network.units if not u.stored):
-            for variant in legal(unit, self.at.variants()):
+        for unit in (u for u in self.setup.network.units if not u.stored):
+            for variant in legal(unit, self.setup.variants()):
                 jobs.setdefault((unit.signature, variant), unit.name)
         self.progress.expect(len(jobs))
         for name, variant in self._timed([(n, v) for (_, v), n in jobs.items()], time_limit_s):
-            model = isolate(self.at.lowering.marked, self.at.network[name])
-            self._measure("alone", model, {name: variant}, self.at.options.base, reference)
+            model = isolate(self.setup.lowering.marked, self.setup.network[name])
+            self._measure("alone", model, {name: variant}, self.setup.options.base, reference)
 
     @cached_property
     def plan(self) -> tuple[Sandwich, ...]:
-        return plan(self.at.network)
+        return plan(self.setup.network)
 
     @cached_property
     def reference(self) -> Engine:
-        return sandwich_engine(self.at)
+        return sandwich_engine(self.setup)
 
     def _timed(self, jobs: Any, time_limit_s: float) -> Any:
         """The jobs while there is time."""
-        start = self.at.clock()
+        start = self.setup.clock()
         for number, job in enumerate(jobs):
-            if self.at.clock() - start > time_limit_s * 1e9:
+            if self.setup.clock() - start > time_limit_s * 1e9:
                 raise InvalidInput(
                     f"the time limit of {time_limit_s:.0f} s ended the profile layer by layer after {number} of {len(jobs)} "
                     "builds; what was measured is kept: run again with a longer --time-limit, it resumes"
@@ -99,8 +99,8 @@ class Layers:
 
     def _file_bytes(self) -> None:
         """Sizes of the deployed file, from the ONNX of whole networks, which are not compiled."""
-        dense = int(self.at.onnx(uniform(self.at.network, "fp32")).ByteSize())
-        always, own = graph_bytes(self.at, self.at.options.base)
+        dense = int(self.setup.onnx(uniform(self.setup.network, "fp32")).ByteSize())
+        always, own = graph_bytes(self.setup, self.setup.options.base)
         self._keep(
             self.table.with_header(
                 graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense
@@ -109,12 +109,12 @@ class Layers:
 
     def _sandwich(self, sandwich: Sandwich, variant: Variant, base: str) -> None:
         """One sandwich in one variant; again where a unit of it refused that, with this unit in the base precision."""
-        model = cut(self.at.lowering.marked, sandwich.units, sandwich.filling)
+        model = cut(self.setup.lowering.marked, sandwich.units, sandwich.filling)
         while True:
             refused = self.table.header.unsupported
             variants = {
                 u: variant
-                if legal(self.at.network[u], [variant]) and str(variant) not in refused.get(u, {})
+                if legal(self.setup.network[u], [variant]) and str(variant) not in refused.get(u, {})
                 else Variant(base)
                 for u in sandwich.units
             }
@@ -129,24 +129,24 @@ class Layers:
         known: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         """Build and time a part of the network, unless the table has it. known: units whose precision it tells."""
-        asked = tuple(str(variants.get(u.name, "")) for u in self.at.network.units)
+        asked = tuple(str(variants.get(u.name, "")) for u in self.setup.network.units)
         what = f"{', '.join(known or variants)} {next(iter(variants.values()))}"
         if any((b.role, b.base, b.variants) == (role, base, asked) for b in self.table.builds):
             return self.progress.step(f"{what}: on disk already")
-        begun = self.at.clock()
-        engine, model = _engine(self.at, marked, variants, base)
-        build_s = (self.at.clock() - begun) / 1e9
+        begun = self.setup.clock()
+        engine, model = _engine(self.setup, marked, variants, base)
+        build_s = (self.setup.clock() - begun) / 1e9
         protocol = replace(self.protocol, width=max(self.protocol.width, WIDTH))
         timing = paired(
             reference.run,
             {role: engine.run},
             protocol,
-            clock=self.at.clock,
+            clock=self.setup.clock,
             seed=self.seed,
-            sample=self.at.sample,
+            sample=self.setup.sample,
         )[role]
-        build = record(self.at, role, variants, base, timing, engine, model, build_s)
-        if base == self.at.options.base:
+        build = record(self.setup, role, variants, base, timing, engine, model, build_s)
+        if base == self.setup.options.base:
             self.table = self.table.with_header(unsupported=refusals(self.table, build, known))
         self._keep(self.table.with_build(build).rescaled())
         return self.progress.step(f"{what}: {build.ratio:.4f} of the reference")
@@ -156,20 +156,20 @@ class Layers:
         self.save(table)
 
 
-def sandwich_engine(at: Regime) -> Engine:
+def sandwich_engine(setup: Setup) -> Engine:
     """What everything in a sandwiched table is timed against: the sandwich of the most work, in the base precision."""
-    chosen = largest(at.network, plan(at.network))
-    marked = cut(at.lowering.marked, chosen.units, chosen.filling)
-    return _engine(at, marked, dict.fromkeys(chosen.units, Variant(at.options.base)), at.options.base)[0]
+    chosen = largest(setup.network, plan(setup.network))
+    marked = cut(setup.lowering.marked, chosen.units, chosen.filling)
+    return _engine(setup, marked, dict.fromkeys(chosen.units, Variant(setup.options.base)), setup.options.base)[0]
 
 
-def _engine(at: Regime, marked: Any, variants: Mapping[str, Variant], base: str) -> tuple[Engine, Any]:
+def _engine(setup: Setup, marked: Any, variants: Mapping[str, Variant], base: str) -> tuple[Engine, Any]:
     """A part of the network compiled: on the example inputs where it has the network's own, else on noise."""
-    build_engine = compiler(at.backend)
-    model = at.lowering.assemble(marked, variants, **qdq_form(at.backend))
-    engine = build_engine(model.SerializeToString(), replace(at.options, base=base))
-    names = [v.name for v in at.lowering.marked.graph.input]
-    given = dict(zip(names, at.lowering.arrays(), strict=True))
+    build_engine = compiler(setup.backend)
+    model = setup.lowering.assemble(marked, variants, **qdq_form(setup.backend))
+    engine = build_engine(model.SerializeToString(), replace(setup.options, base=base))
+    names = [v.name for v in setup.lowering.marked.graph.input]
+    given = dict(zip(names, setup.lowering.arrays(), strict=True))
     rng = np.random.default_rng(0)
     engine.prepare(
         *(

@@ -19,7 +19,7 @@ def find_grid(recorder: Recorder, limit: TimeLimit) -> None:
     Every group is probed at its narrowest width first, then half-way, and so on: where the time runs out, all have a
     few steps. A longer profile goes on with the widths that are missing.
     """
-    network, base = recorder.at.network, recorder.at.options.base
+    network, base = recorder.setup.network, recorder.setup.options.base
     tried = {g: candidate_widths(n) for g, n in network.channels.items()}
     base_names = tuple(str(v) for v in uniform(network, base).values())
     lowest = {u: max(v, key=lambda x: x.quantized) for u, v in recorder.offered().items()}

@@ -11,7 +11,7 @@ from typing import Any
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol
-from hwsearch.engine.setup import Regime, graph_bytes
+from hwsearch.engine.setup import Setup, graph_bytes
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
@@ -29,7 +29,7 @@ MODES = ("context", *reversed(LAYERED))
 
 
 def profile(
-    at: Regime,
+    setup: Setup,
     out: str | Path | None,
     *,
     time_limit_s: float = 600.0,
@@ -45,12 +45,12 @@ def profile(
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
-    A file of other regimes or input shapes of the same model gets a section more, which begins with what those tell.
+    A file of other setups or input shapes of the same model gets a section more, which begins with what those tell.
     mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or
     `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
     extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
     axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
-    and regime; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
+    and setup; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
     Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
     """
     if mode not in MODES:
@@ -63,26 +63,26 @@ def profile(
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     axes = check_axes(axes)
-    fingerprint = devices.fingerprint_for(at.backend).to_json()
-    with devices.lock(fingerprint["id"]), background(at.load), at.locked():
+    fingerprint = devices.fingerprint_for(setup.backend).to_json()
+    with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
         path = Path(out) if out is not None else None
-        table = _with_prior(_opened(at, path, fingerprint, mode, command), prior)
-        table = _storage_refused(at, table)
-        recorder = Recorder(at, table, path, protocol, progress or Progress.silent(), seed)
+        table = _with_prior(_opened(setup, path, fingerprint, mode, command), prior)
+        table = _storage_refused(setup, table)
+        recorder = Recorder(setup, table, path, protocol, progress or Progress.silent(), seed)
         if mode == SANDWICHED:
             _layers(recorder).sandwiched(time_limit_s)
         elif mode in LAYERED:
             _alone(recorder, time_limit_s)
-        elif extend or not _ended(table, "width" in axes, at.storage and at.stores):
+        elif extend or not _ended(table, "width" in axes, setup.storage and setup.stores):
             _context(recorder, time_limit_s, builds, "width" in axes)
         return recorder.table
 
 
 def _context(recorder: Recorder, time_limit_s: float, builds: int | None, widths: bool) -> None:
     """Whole networks: the anchors, the widths worth knowing, and what the design asks for."""
-    at, progress = recorder.at, recorder.progress
-    limit = TimeLimit(time_limit_s, at.clock, progress.say)
-    title = f"profile {at.network.name} on {at.backend.name}"
+    setup, progress = recorder.setup, recorder.progress
+    limit = TimeLimit(time_limit_s, setup.clock, progress.say)
+    title = f"profile {setup.network.name} on {setup.backend.name}"
     progress.start(3 + (builds or most_builds(recorder)), title, limit_s=time_limit_s)
     try:
         _anchors(recorder)
@@ -96,8 +96,8 @@ def _context(recorder: Recorder, time_limit_s: float, builds: int | None, widths
 
 def _alone(recorder: Recorder, time_limit_s: float) -> None:
     """The anchors, and every layer by itself beside the whole network."""
-    at, progress = recorder.at, recorder.progress
-    progress.start(3, f"profile {at.network.name} layer by layer on {at.backend.name}")
+    setup, progress = recorder.setup, recorder.progress
+    progress.start(3, f"profile {setup.network.name} layer by layer on {setup.backend.name}")
     try:
         _anchors(recorder)
         _layers(recorder).alone(time_limit_s, recorder.reference)
@@ -107,24 +107,24 @@ def _alone(recorder: Recorder, time_limit_s: float) -> None:
 
 def _layers(recorder: Recorder) -> Layers:
     protocol = recorder.protocol or Protocol()
-    return Layers(recorder.at, recorder.table, recorder.keep, protocol, recorder.progress, recorder.seed)
+    return Layers(recorder.setup, recorder.table, recorder.keep, protocol, recorder.progress, recorder.seed)
 
 
 def _anchors(recorder: Recorder) -> None:
     """The whole network in the base precision, in fp32, as low as every unit goes and stored in int8; sizes of its file."""
-    at = recorder.at
-    base, network = at.options.base, at.network
+    setup = recorder.setup
+    base, network = setup.options.base, setup.network
     recorder.measure("reference", Candidate(uniform(network, base), network.channels))
     recorder.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
-    everything = {u.name: legal(u, at.variants(base)) for u in network.units}
+    everything = {u.name: legal(u, setup.variants(base)) for u in network.units}
     lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
     if any(v.quantized for v in lowest.values()):
         recorder.measure("uniform", Candidate(lowest, network.channels))
-    if at.storage and at.stores:  # however early the time limit ends the profile, the least size is known
+    if setup.storage and setup.stores:  # however early the time limit ends the profile, the least size is known
         small = {u: STORAGE if STORAGE in v else v[0] for u, v in everything.items()}
         recorder.measure("uniform", Candidate(small, network.channels))
     table = recorder.table
-    always, own = graph_bytes(at, base)
+    always, own = graph_bytes(setup, base)
     dense = table.find("dense").file_bytes
     recorder.keep(
         table.with_header(graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense)
@@ -132,19 +132,19 @@ def _anchors(recorder: Recorder) -> None:
 
 
 def _opened(
-    at: Regime, out: Path | None, device: dict[str, Any], mode: str, command: str | None
+    setup: Setup, out: Path | None, device: dict[str, Any], mode: str, command: str | None
 ) -> LatencyTable:
-    """The table to go on with: this regime's section of the file, or a new one with what the other sections tell."""
+    """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
     header = Header(
-        network=at.network,
+        network=setup.network,
         device=device,
-        backend=at.backend.name,
-        versions=dict(at.backend.versions()),
-        options=at.described,
+        backend=setup.backend.name,
+        versions=dict(setup.backend.versions()),
+        options=setup.described,
         mode=mode,
         command=command if command is not None else " ".join(_without_folder(word) for word in sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        task=_without_folder(at.lowering.task.spec),
+        task=_without_folder(setup.lowering.task.spec),
     )
     table = LatencyTable(header)
     if out is None or not out.exists():
@@ -160,7 +160,7 @@ def _opened(
                 f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
             )
         return old
-    told = of_sections(sections, table, signatures(at.network)) if mode == "context" else ()
+    told = of_sections(sections, table, signatures(setup.network)) if mode == "context" else ()
     return table.with_header(prior=tuple(told))
 
 
@@ -175,20 +175,20 @@ def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTa
     return table.with_header(prior=tuple(found.values()))
 
 
-def _storage_refused(at: Regime, table: LatencyTable) -> LatencyTable:
+def _storage_refused(setup: Setup, table: LatencyTable) -> LatencyTable:
     """The table with the reason why weights are not stored in int8 alone, where that was asked for and cannot be had."""
-    if not at.storage:
+    if not setup.storage:
         return table
     why = ""
-    if not at.stores:
+    if not setup.stores:
         why = (
-            f"{at.backend.name} has no weights that are stored in int8 and computed with in {at.options.base}"
+            f"{setup.backend.name} has no weights that are stored in int8 and computed with in {setup.options.base}"
         )
     elif table.header.mode in LAYERED:
         why = "tables made layer by layer time layers alone; profile with --mode context"
     refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
     for unit in table.network.units if why else ():
-        if unit.weight_shape and (unit.stored or not at.stores):
+        if unit.weight_shape and (unit.stored or not setup.stores):
             refused.setdefault(unit.name, {})[str(STORAGE)] = why
     return table.with_header(unsupported=refused)
 

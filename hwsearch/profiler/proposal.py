@@ -122,9 +122,9 @@ class Belief:
         for unit in network.units:
             whole = [network.channels[g] for g in unit.groups]
             for widths in product(*(self.grid[g] for g in unit.groups)):
-                at = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
-                for variant in legal(at, self.offered[unit.name]):
-                    feature = ("unit", at.signature, str(variant))
+                narrow = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+                for variant in legal(narrow, self.offered[unit.name]):
+                    feature = ("unit", narrow.signature, str(variant))
                     if feature not in index and feature not in cells:
                         levels = tuple(None if w == n else w for w, n in zip(widths, whole, strict=True))
                         cells[feature] = Cell((unit.signature, tuple(whole), str(variant)), levels)

@@ -13,7 +13,7 @@ from hwsearch.backends.base import Engine
 from hwsearch.device.energy import Meter
 from hwsearch.device.timing import QUIET, Protocol, paired
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime, record, refusals, wrong_variants
+from hwsearch.engine.setup import Setup, record, refusals, wrong_variants
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
@@ -34,7 +34,7 @@ class Recorder:
     out: where the table is saved after every build; None keeps it in memory. protocol: of every build, where one is given.
     """
 
-    at: Regime
+    setup: Setup
     table: LatencyTable
     out: Path | None
     protocol: Protocol | None
@@ -44,24 +44,24 @@ class Recorder:
     @cached_property
     def reference(self) -> Engine:
         """What everything is timed against: the whole network in the base precision."""
-        return reference_engine(self.at)
+        return reference_engine(self.setup)
 
     @cached_property
     def _meter(self) -> Meter | None:
-        return self.at.meter
+        return self.setup.meter
 
     def offered(self) -> dict[str, tuple[Variant, ...]]:
         """For each unit the legal variants which nothing measured so far speaks against."""
-        variants = self.at.variants()
+        variants = self.setup.variants()
         refused = self.table.header.unsupported
         return {
             u.name: tuple(v for v in legal(u, variants) if str(v) not in refused.get(u.name, {}))
-            for u in self.at.network.units
+            for u in self.setup.network.units
         }
 
     def candidates(self) -> list[Candidate]:
         """What was built under the table's base so far."""
-        return [self.table.candidate(b) for b in self.table.builds if b.base == self.at.options.base]
+        return [self.table.candidate(b) for b in self.table.builds if b.base == self.setup.options.base]
 
     def count(self, *roles: str) -> int:
         """Builds of these roles."""
@@ -71,33 +71,33 @@ class Recorder:
         self, role: str, candidate: Candidate, base: str | None = None, *, short: bool = False
     ) -> Build:
         """Build, time and read back one allocation, unless the table has it; it is on disk on return."""
-        base = base or self.at.options.base
-        variants = tuple(str(candidate.variants[u.name]) for u in self.at.network.units)
-        widths = tuple(candidate.widths[g] for g in self.at.network.channels)
+        base = base or self.setup.options.base
+        variants = tuple(str(candidate.variants[u.name]) for u in self.setup.network.units)
+        widths = tuple(candidate.widths[g] for g in self.setup.network.channels)
         for old in self.table.builds:
             if old.key == (base, variants, widths) and old.role == role and role not in ("design", "heldout"):
                 return old
         reference = self.reference
-        begun = self.at.clock()
-        at = self.at.narrow({g: range(w) for g, w in candidate.widths.items()})
-        engine, model = at.build(candidate.variants, base)
-        build_s = (self.at.clock() - begun) / 1e9
+        begun = self.setup.clock()
+        setup = self.setup.narrow({g: range(w) for g, w in candidate.widths.items()})
+        engine, model = setup.build(candidate.variants, base)
+        build_s = (self.setup.clock() - begun) / 1e9
         timing = paired(
             reference.run,
             {role: engine.run},
             self.protocol or (SHORT if short else Protocol()),
-            clock=self.at.clock,
+            clock=self.setup.clock,
             seed=self.seed,
             meter=self._meter,
             quiet_ns=self._quiet_ns(),
-            sample=at.sample,
+            sample=setup.sample,
         )[role]
         build = replace(
-            record(at, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
+            record(setup, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
         )
         self._note_unsupported(build)
         if build.wrong:
-            self._note_wrong(at, candidate.variants, base)
+            self._note_wrong(setup, candidate.variants, base)
         self.keep(self.table.with_build(build).rescaled())
         self.progress.step(
             f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
@@ -120,9 +120,9 @@ class Recorder:
             return
         self.table = self.table.with_header(unsupported=refusals(self.table, build))
 
-    def _note_wrong(self, at: Regime, allocation: Mapping[str, Variant], base: str) -> None:
+    def _note_wrong(self, setup: Setup, allocation: Mapping[str, Variant], base: str) -> None:
         """Find the units whose variants make the engine return wrong outputs, and offer those no more."""
-        found = wrong_variants(at, allocation, base)
+        found = wrong_variants(setup, allocation, base)
         refused = {unit: dict(reasons) for unit, reasons in self.table.header.unsupported.items()}
         for name, why in found.items():
             refused.setdefault(name, {})[str(allocation[name])] = why

@@ -35,7 +35,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
     A first batch covers variants and classes of boundaries; the next are those that most lower the standard error of what
     a search is likely to pick. What stopped it is kept in the header.
     """
-    begun, steps = recorder.at.clock(), sum(map(len, recorder.table.grid().values()))
+    begun, steps = recorder.setup.clock(), sum(map(len, recorder.table.grid().values()))
     before = recorder.table.header.design
     built = recorder.count("design", "heldout")
     if not count and (before.get("builds"), before.get("steps")) == (built, steps) and before["enough"]:
@@ -51,7 +51,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
                 "enough": stopped != LATE,
                 "builds": recorder.count("design", "heldout"),
                 "steps": steps,
-                "seconds": round(before.get("seconds", 0.0) + (recorder.at.clock() - begun) / 1e9, 1),
+                "seconds": round(before.get("seconds", 0.0) + (recorder.setup.clock() - begun) / 1e9, 1),
                 "error": round(proposal.error, 5) if proposal else None,
                 "gain": round(proposal.gain, 5) if proposal else None,
             }
@@ -64,7 +64,7 @@ def most_builds(recorder: Recorder) -> int:
 
     Fewer where other tables of the device tell the same layers: boundaries and the whole are then left to learn.
     """
-    network, grid, offered = recorder.at.network, recorder.table.grid(), recorder.offered()
+    network, grid, offered = recorder.setup.network, recorder.table.grid(), recorder.offered()
     cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
     others = len(recorder.table.builds) - recorder.count("design", "heldout")
     least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
@@ -76,7 +76,7 @@ def _until_enough(
     recorder: Recorder, limit: TimeLimit, held: HeldOut, count: int | None
 ) -> tuple[str, Proposal | None]:
     """(why no further build is made, the last proposal)."""
-    network, grid = recorder.at.network, recorder.table.grid()
+    network, grid = recorder.setup.network, recorder.table.grid()
     queue: list[Candidate] = []
     proposal: Proposal | None = None
     most = count or most_builds(recorder)
@@ -134,6 +134,6 @@ def _doubted(held: HeldOut) -> bool:
 
 def _told(recorder: Recorder) -> float:
     """Share of the cells at whole widths that other tables of the device tell."""
-    network = recorder.at.network
+    network = recorder.setup.network
     cells = all_cells(network, recorder.offered(), whole(network))
     return len(cells & recorder.table.known()) / len(cells)

@@ -38,7 +38,7 @@ def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
 def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) -> list[Evidence]:
     """Terms of the model fitted on another table that concern units of these signatures, and boundaries as such.
 
-    Raises IncompatibleTables where it is of another device, backend, runtime or regime than `table`.
+    Raises IncompatibleTables where it is of another device, backend, runtime or setup than `table`.
     """
     h = table.header
     prior.with_header(options=comparable(prior.header.options)).require(
@@ -100,7 +100,7 @@ def told_grid(
 def of_sections(
     others: Sequence[LatencyTable], table: LatencyTable, wanted: Collection[str]
 ) -> list[Evidence]:
-    """What the other tables in a file tell; nothing where they are of another regime, or too short to fit.
+    """What the other tables in a file tell; nothing where they are of another setup, or too short to fit.
 
     Of their own measurements alone: what one section took from another would count twice.
     """

@@ -19,7 +19,7 @@ LAYERED = ("alone", SANDWICHED)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What another table of the same device and regime says of one term of the latency model.
+    """What another table of the same device and setup says of one term of the latency model.
 
     feature: as `regression` names it: a unit's signature and variant, or a kind of boundary. ns, error_ns: on the scale of
     that table's session. table: the network that it was measured in.

@@ -241,7 +241,7 @@ class LatencyTable:
         self, *, device: Mapping[str, Any] | None = None, network: Network | None = None, backend: str | None = None,
         options: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Raises IncompatibleTables, naming what differs, unless the table is of this device, network and regime."""
+        """Raises IncompatibleTables, naming what differs, unless the table is of this device, network and setup."""
         h = self.header
         pairs: list[tuple[str, Any, Any]] = []
         if device is not None:

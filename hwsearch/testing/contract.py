@@ -20,7 +20,7 @@ from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.backends.exactness import OFF, int8_bits, sum_error
 from hwsearch.device.stopwatch import times
 from hwsearch.engine.attribution import attribute, executed_precisions
-from hwsearch.engine.setup import Regime, wrong_variants
+from hwsearch.engine.setup import Setup, wrong_variants
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.marked import tensor_names
@@ -142,11 +142,11 @@ def _made(name: str, int8_bits: int, unsigned: bool) -> Lowering:
     return Lowering(task, int8_bits=int8_bits, unsigned=unsigned)
 
 
-def small_regime(name: str, backend: Backend, base: str | None = None) -> Regime:
+def small_setup(name: str, backend: Backend, base: str | None = None) -> Setup:
     """One of these networks for a backend, in the int8 that it takes on this device."""
     options = BuildOptions(1, base or backend.bases()[0])
     unsigned = bool(getattr(backend, "unsigned_activations", False))
-    return Regime(small_network(name, int8_bits(backend, options), unsigned=unsigned), backend, options)
+    return Setup(small_network(name, int8_bits(backend, options), unsigned=unsigned), backend, options)
 
 
 def mixed(lowering: Lowering, base: str, variant: Variant = Variant("int8")) -> dict[str, Variant]:  # noqa: B008
@@ -185,10 +185,10 @@ def assert_close(got: list[Array], want: list[Array], tolerance: float, what: st
         )
 
 
-def readback(engine: Engine, at: Regime, model: Any) -> tuple[tuple[NodeRow, ...], tuple[str, ...]]:
+def readback(engine: Engine, setup: Setup, model: Any) -> tuple[tuple[NodeRow, ...], tuple[str, ...]]:
     """(attributed nodes, executed precision of each unit)."""
-    rows = attribute(engine.nodes(2), at.network, tensor_names(model))
-    return rows, executed_precisions(rows, at.network)
+    rows = attribute(engine.nodes(2), setup.network, tensor_names(model))
+    return rows, executed_precisions(rows, setup.network)
 
 
 def checks(contract: BackendContract | None = None) -> dict[str, Callable[[Backend], None]]:
@@ -219,8 +219,8 @@ class BackendContract:
         """The backend to build this network on."""
         return backend
 
-    def _at(self, backend: Backend, network: str, base: str | None = None) -> Regime:
-        return small_regime(network, self.backend_for(backend, small_network(network)), base)
+    def _setup(self, backend: Backend, network: str, base: str | None = None) -> Setup:
+        return small_setup(network, self.backend_for(backend, small_network(network)), base)
 
     # ---- what it says of itself
 
@@ -233,7 +233,7 @@ class BackendContract:
     def test_keeps_the_protocol(self, backend: Backend) -> None:
         assert isinstance(backend, Backend)
         assert isinstance(
-            self._at(backend, "residual").build(uniform(small_network("residual").network, "fp32"))[0], Engine
+            self._setup(backend, "residual").build(uniform(small_network("residual").network, "fp32"))[0], Engine
         )
 
     def test_variants_begin_with_the_base(self, backend: Backend) -> None:
@@ -270,34 +270,34 @@ class BackendContract:
         if not getattr(backend, "weight_storage", False):
             return
         for name, base in [(n, b) for n in ("stored", "residual", "attention") for b in backend.bases()]:
-            at = self._at(backend, name, base)
-            variants = wherever(at.lowering, base, STORAGE)
-            engine, _ = at.build(variants)
+            setup = self._setup(backend, name, base)
+            variants = wherever(setup.lowering, base, STORAGE)
+            engine, _ = setup.build(variants)
             tolerance = max(TOLERANCE[base], TOLERANCE["w8"])
-            wanted = expected(at.lowering, variants, at.backend)
-            assert_close(engine(*at.lowering.arrays()), wanted, tolerance, f"{name}, base {base}, {STORAGE}")
+            wanted = expected(setup.lowering, variants, setup.backend)
+            assert_close(engine(*setup.lowering.arrays()), wanted, tolerance, f"{name}, base {base}, {STORAGE}")
 
     def _check_network(self, backend: Backend, name: str) -> None:
         for base in backend.bases():
-            at = self._at(backend, name, base)
-            allocations = {base: uniform(at.network, base)}
-            for variant in at.backend.variants(base)[1:]:
-                allocations[str(variant)] = wherever(at.lowering, base, variant)
-                allocations[f"every other {variant}"] = mixed(at.lowering, base, variant)
+            setup = self._setup(backend, name, base)
+            allocations = {base: uniform(setup.network, base)}
+            for variant in setup.backend.variants(base)[1:]:
+                allocations[str(variant)] = wherever(setup.lowering, base, variant)
+                allocations[f"every other {variant}"] = mixed(setup.lowering, base, variant)
             for label, variants in allocations.items():
-                self._check_engine(at, variants, f"{name}, base {base}, {label}")
+                self._check_engine(setup, variants, f"{name}, base {base}, {label}")
 
-    def _check_engine(self, at: Regime, variants: Mapping[str, Variant], what: str) -> None:
-        engine, model = at.build(variants)
-        self._check_outputs(at, engine, variants, what)
+    def _check_engine(self, setup: Setup, variants: Mapping[str, Variant], what: str) -> None:
+        engine, model = setup.build(variants)
+        self._check_outputs(setup, engine, variants, what)
         assert engine.size_bytes > 0, f"{what}: size_bytes is {engine.size_bytes}"
-        rows, executed = readback(engine, at, model)
+        rows, executed = readback(engine, setup, model)
         assert rows, f"{what}: nodes() is empty"
         for row in rows:
             assert np.isfinite(row.time_ns), f"{what}: node {row.name} took {row.time_ns} ns"
             assert row.time_ns >= 0, f"{what}: node {row.name} took {row.time_ns} ns"
         assert any(executed), f"{what}: no node names a unit of the network"
-        for unit, precision in zip(at.network.units, executed, strict=True):
+        for unit, precision in zip(setup.network.units, executed, strict=True):
             asked = variants[unit.name].executed
             claims = [r.precision for r in rows if r.kind == "unit" and unit.name in r.units]
             assert not precision or precision in claims, (
@@ -310,27 +310,27 @@ class BackendContract:
             coarse = {v.executed for v in of} | {v.precision for v in of}
             made_up = precision in _COARSE and precision not in coarse
             assert not made_up, f"{what}: {unit.name} was asked in {asked} and reads {precision}"
-        self._check_sum(at, engine, what)
+        self._check_sum(setup, engine, what)
 
-    def _check_outputs(self, at: Regime, engine: Engine, variants: Mapping[str, Variant], what: str) -> None:
+    def _check_outputs(self, setup: Setup, engine: Engine, variants: Mapping[str, Variant], what: str) -> None:
         """By the measure of every profile (`hwsearch.engine.outputs`), and in its words: a layer that is off is named."""
-        wanted = expected(at.lowering, variants, at.backend)
-        found = engine(*at.lowering.arrays())
+        wanted = expected(setup.lowering, variants, setup.backend)
+        found = engine(*setup.lowering.arrays())
         assert [a.shape for a in found] == [b.shape for b in wanted], (
             f"{what}: outputs have shapes {[a.shape for a in found]}, the model's {[b.shape for b in wanted]}"
         )
-        deviation = at.expected.deviation(engine, variants, at.options.base)
+        deviation = setup.expected.deviation(engine, variants, setup.options.base)
         if not deviation.wrong:
             return
         try:
-            layers = wrong_variants(at, variants, at.options.base)
+            layers = wrong_variants(setup, variants, setup.options.base)
         except BackendUnavailable:
             layers = {"every layer": "with none quantized as well"}
         raise AssertionError(
             f"{what}: outputs are off ({deviation}); {'; '.join(f'{u}: {why}' for u, why in layers.items())}"
         )
 
-    def _check_sum(self, at: Regime, engine: Engine, what: str) -> None:
+    def _check_sum(self, setup: Setup, engine: Engine, what: str) -> None:
         """Of runs the median, as a busy machine interrupts some of them; a very slow kernel is run less often.
 
         A runtime may count its first inference, which prepares kernels, among the others: each try has twice as many. What a
@@ -338,9 +338,9 @@ class BackendContract:
         """
 
         def time_ns(runs: int) -> float:
-            return max(float(np.median(times(engine.run, runs, at.clock))), 1.0)
+            return max(float(np.median(times(engine.run, runs, setup.clock))), 1.0)
 
-        engine.prepare(*at.lowering.arrays())
+        engine.prepare(*setup.lowering.arrays())
         runs = int(np.clip(50e6 / time_ns(1), 2, 20))
         shares = []
         for more in (1, 2, 4, 8):
@@ -354,9 +354,9 @@ class BackendContract:
     # ---- inputs and errors
 
     def test_other_shapes_and_counts_are_refused(self, backend: Backend) -> None:
-        at = self._at(backend, "two_inputs")
-        engine, _ = at.build(uniform(at.network, at.options.base))
-        first, second = at.lowering.arrays()
+        setup = self._setup(backend, "two_inputs")
+        engine, _ = setup.build(uniform(setup.network, setup.options.base))
+        first, second = setup.lowering.arrays()
         for wrong in ((first,), (first, second, second), (first[:1], second), (second, first)):
             _raises(InvalidInput, engine, *wrong)
             _raises(InvalidInput, engine.prepare, *wrong)
@@ -368,16 +368,16 @@ class BackendContract:
             _raises(BackendUnavailable, backend.build, data, BuildOptions(1, backend.bases()[0]))
 
     def test_unknown_base_is_refused(self, backend: Backend) -> None:
-        at = self._at(backend, "residual")
-        data = at.onnx(uniform(at.network, "fp32")).SerializeToString()
-        _raises(BackendUnavailable, at.backend.build, data, BuildOptions(1, "fp3"))
+        setup = self._setup(backend, "residual")
+        data = setup.onnx(uniform(setup.network, "fp32")).SerializeToString()
+        _raises(BackendUnavailable, setup.backend.build, data, BuildOptions(1, "fp3"))
 
     # ---- engines in use
 
     def test_runs_repeat(self, backend: Backend) -> None:
-        at = self._at(backend, "residual")
-        engine, _ = at.build(uniform(at.network, at.options.base))
-        inputs = at.lowering.arrays()
+        setup = self._setup(backend, "residual")
+        engine, _ = setup.build(uniform(setup.network, setup.options.base))
+        inputs = setup.lowering.arrays()
         before = engine(*inputs)
         engine.prepare(*inputs)
         for _ in range(3):
@@ -385,9 +385,9 @@ class BackendContract:
         assert_close(engine(*inputs), before, 1e-6, "after three runs")
 
     def test_outputs_stay(self, backend: Backend) -> None:
-        at = self._at(backend, "two_inputs")
-        engine, _ = at.build(uniform(at.network, at.options.base))
-        inputs = at.lowering.arrays()
+        setup = self._setup(backend, "two_inputs")
+        engine, _ = setup.build(uniform(setup.network, setup.options.base))
+        inputs = setup.lowering.arrays()
         outputs = engine(*inputs)
         kept = [value.copy() for value in outputs]
         others = engine(*(-a for a in inputs))
@@ -396,9 +396,9 @@ class BackendContract:
             assert not np.array_equal(other, copy), "other inputs gave the same outputs"
 
     def test_inputs_stay(self, backend: Backend) -> None:
-        at = self._at(backend, "residual")
-        engine, _ = at.build(uniform(at.network, at.options.base))
-        inputs = at.lowering.arrays()
+        setup = self._setup(backend, "residual")
+        engine, _ = setup.build(uniform(setup.network, setup.options.base))
+        inputs = setup.lowering.arrays()
         kept = [a.copy() for a in inputs]
         engine(*inputs)
         assert all(np.array_equal(a, b) for a, b in zip(inputs, kept, strict=True)), (
@@ -406,12 +406,12 @@ class BackendContract:
         )
 
     def test_two_engines_at_once(self, backend: Backend) -> None:
-        at = self._at(backend, "residual")
-        lowest = at.backend.variants(at.options.base)[-1]
-        one, _ = at.build(uniform(at.network, at.options.base))
-        inputs = at.lowering.arrays()
+        setup = self._setup(backend, "residual")
+        lowest = setup.backend.variants(setup.options.base)[-1]
+        one, _ = setup.build(uniform(setup.network, setup.options.base))
+        inputs = setup.lowering.arrays()
         alone = one(*inputs)
-        two, _ = at.build(wherever(at.lowering, at.options.base, lowest))
+        two, _ = setup.build(wherever(setup.lowering, setup.options.base, lowest))
         other = two(*inputs)
         for _ in range(2):
             assert_close(one(*inputs), alone, 1e-6, "the first of two engines")

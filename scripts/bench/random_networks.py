@@ -191,8 +191,8 @@ def _cat(w: _Writer) -> None:
 def _split(w: _Writer) -> None:
     read = w.pick(lambda v: v.shape[1] >= 8)
     if read >= 0:
-        at = w.values[read].shape[1] // w.one_of(2, 2, 4)
-        w.add("split", (read,), lambda _, v: list(v[0].split([at, v[0].shape[1] - at], 1)))
+        place = w.values[read].shape[1] // w.one_of(2, 2, 4)
+        w.add("split", (read,), lambda _, v: list(v[0].split([place, v[0].shape[1] - place], 1)))
 
 
 def _merge(w: _Writer) -> None:

@@ -74,24 +74,24 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str, *, signed: bool
     from hwsearch.backends.openvino import OpenVINOBackend, OpenVINOEngine
     from hwsearch.deployment.evaluate import predictor, score
     from hwsearch.device.timing import Protocol, paired
-    from hwsearch.engine.setup import regime
+    from hwsearch.engine.setup import set_up
     from hwsearch.lowering.refitted import refitted
     from hwsearch.network.variants import Variant, legal
 
     task = hs.load(spec)
     backend = OpenVINOBackend()
-    at = regime(task, backend)
-    lowering, network = at.lowering, at.network
+    setup = set_up(task, backend)
+    lowering, network = setup.lowering, setup.network
     fp32 = {u.name: Variant("fp32") for u in network.units}
     int8 = {u.name: (*legal(u, [Variant("int8")]), Variant("fp32"))[0] for u in network.units}
-    dense = at.onnx(fp32).SerializeToString()
+    dense = setup.onnx(fp32).SerializeToString()
     refit = refitted(lowering, int8)
-    ours = type(at)(refit, backend, at.options).onnx(int8).SerializeToString()
+    ours = type(setup)(refit, backend, setup.options).onnx(int8).SerializeToString()
     options = BuildOptions(1, "fp32")
     rest: dict[str, Any] = {}
     if signed:
-        other = regime(task, backend, unsigned=False)
-        other = type(at)(refitted(other.lowering, int8), backend, at.options)
+        other = set_up(task, backend, unsigned=False)
+        other = type(setup)(refitted(other.lowering, int8), backend, setup.options)
         rest["signed"] = other.onnx(int8).SerializeToString()
     theirs = _quantized(dense, lowering, folder / "nncf.xml")
     files: dict[str, Any] = {"fp32": dense, "ours": ours, "nncf": theirs, **rest}

@@ -10,7 +10,7 @@ import argparse
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.deployment.evaluate import predictor, score
-from hwsearch.engine.setup import graph_bytes, regime
+from hwsearch.engine.setup import graph_bytes, set_up
 from hwsearch.network.variants import STORAGE, Variant, legal, weight_bytes
 
 
@@ -23,14 +23,14 @@ def main() -> None:
     given = parser.parse_args()
     for spec in given.tasks:
         task = hs.load(spec)
-        at = regime(task, backends.get(given.backend), base="fp32", storage=True)
-        always, own = graph_bytes(at, "fp32")
+        setup = set_up(task, backends.get(given.backend), base="fp32", storage=True)
+        always, own = graph_bytes(setup, "fp32")
         for variant in (Variant("fp32"), Variant("int8"), STORAGE):
-            chosen = {u.name: (*legal(u, [variant]), Variant("fp32"))[0] for u in at.network.units}
-            units = sum(weight_bytes(u, chosen[u.name]) + own[u.name][str(chosen[u.name])] for u in at.network.units)
-            predicted = always + at.network.fixed_bytes + units
-            engine, model = at.build(chosen)
-            size, found = model.ByteSize(), score(task, predictor(at.lowering, engine), str(variant))
+            chosen = {u.name: (*legal(u, [variant]), Variant("fp32"))[0] for u in setup.network.units}
+            units = sum(weight_bytes(u, chosen[u.name]) + own[u.name][str(chosen[u.name])] for u in setup.network.units)
+            predicted = always + setup.network.fixed_bytes + units
+            engine, model = setup.build(chosen)
+            size, found = model.ByteSize(), score(task, predictor(setup.lowering, engine), str(variant))
             print(
                 f"{spec} {variant}: {predicted:,} bytes predicted, {size:,} in the file ({predicted / size - 1:+.2%}), "
                 f"score {found:.4f}",

@@ -9,20 +9,20 @@ from simulation import grouped, scores, simulated_table
 from three_groups import LAW, NETWORK, SCORES, model, narrow, table
 
 from hwsearch.allocate.search import search
-from hwsearch.allocate.space import space
+from hwsearch.allocate.space import make_space
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.network.choices import Candidate
 
 
 def test_every_choice_costs_what_the_model_says_within_rounding() -> None:
-    at = space(table(), SCORES, model())
+    space = make_space(table(), SCORES, model())
     count = 0
-    for choice in product(*map(range, at.problem.sizes)):
-        if count < 40 and at.problem.consistent(choice):
+    for choice in product(*map(range, space.problem.sizes)):
+        if count < 40 and space.problem.consistent(choice):
             count += 1
-            of = Candidate(at.variants(choice), at.widths(choice))
-            assert at.problem.cost("latency", choice) == pytest.approx(at.predict(choice).time_ns, abs=20)
-            assert at.problem.cost("macs", choice) == narrow(of).macs
+            of = Candidate(space.variants(choice), space.widths(choice))
+            assert space.problem.cost("latency", choice) == pytest.approx(space.predict(choice).time_ns, abs=20)
+            assert space.problem.cost("macs", choice) == narrow(of).macs
     assert count == 40
 
 

@@ -29,7 +29,7 @@ from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import Range, int8_scale
 from hwsearch.deployment.closed_loop import sensitivity_for
 from hwsearch.deployment.deploy import of_allocation
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.loss.sensitivity import SensitivityTable, divergence
 from hwsearch.lowering.lowering import Lowering
@@ -231,10 +231,10 @@ def fashion(bits: int) -> Lowering:
 )
 def test_fashion_resnet_scores_as_simulated(backend: Any, images: int, points: float) -> None:
     """All int8: accuracy within a tenth of a point of the simulation's (of few images: two of them), divergence 1.5 times."""
-    at = Regime(fashion(int8_bits(backend, BuildOptions())), backend, BuildOptions())
-    variants = uniform(at.network, "int8")
-    engine, _ = at.build(variants)
-    low, kind = at.lowering, "kl"
+    setup = Setup(fashion(int8_bits(backend, BuildOptions())), backend, BuildOptions())
+    variants = uniform(setup.network, "int8")
+    engine, _ = setup.build(variants)
+    low, kind = setup.lowering, "kl"
     hits, lost = np.zeros(2), np.zeros(2)
     with np.load(fashion_resnet.DATA / "fashion_mnist.npz", allow_pickle=False) as data:
         seen = fashion_resnet.normalise(data["evaluation_images"][:images])
@@ -254,22 +254,22 @@ def test_fashion_resnet_scores_as_simulated(backend: Any, images: int, points: f
 
 
 def tables(tmp_path: Any, bits: int) -> Any:
-    from profiling import narrow_law, narrow_regime, run_widths
+    from profiling import narrow_law, narrow_setup, run_widths
 
-    at = narrow_regime(SimulatedBackend(narrow_law(), int8_bits=bits))
-    at = replace(at, lowering=Lowering(at.lowering.task, int8_bits=bits))
-    return at, run_widths(at, tmp_path / f"{bits}.parquet")
+    setup = narrow_setup(SimulatedBackend(narrow_law(), int8_bits=bits))
+    setup = replace(setup, lowering=Lowering(setup.lowering.task, int8_bits=bits))
+    return setup, run_widths(setup, tmp_path / f"{bits}.parquet")
 
 
 def test_a_table_says_its_bits_and_fits_only_sensitivities_of_the_same(
     tmp_path: Any, own_locks: None
 ) -> None:
     of = {bits: tables(tmp_path, bits) for bits in BITS}
-    for bits, (at, table) in of.items():
+    for bits, (setup, table) in of.items():
         assert hs.LatencyTable.load(tmp_path / f"{bits}.parquet").header.int8_bits == bits
         assert ("int8_bits 7" in str(table.header.section)) == (bits == 7)
         path = tmp_path / f"{bits}.sens"
-        own = sensitivity_for(at, path, grid=table.grid(), weights=tmp_path / "weights")
+        own = sensitivity_for(setup, path, grid=table.grid(), weights=tmp_path / "weights")
         assert SensitivityTable.load(path).int8_bits == own.int8_bits == bits
         found = search(table, own, ["latency=80%"])
         assert found.options.get("int8_bits", 8) == bits
@@ -286,17 +286,17 @@ def test_a_table_says_its_bits_and_fits_only_sensitivities_of_the_same(
 
 
 def test_an_allocation_of_8_bits_is_refused_where_sums_are_not_exact(tmp_path: Any, own_locks: None) -> None:
-    at, table = tables(tmp_path, 8)
-    found = search(table, sensitivity_for(at, None, grid=table.grid()), ["latency=60%"])
+    setup, table = tables(tmp_path, 8)
+    found = search(table, sensitivity_for(setup, None, grid=table.grid()), ["latency=60%"])
     assert "dense.int8" in found.variants.values()
-    exact = SimulatedBackend(at.backend.law)  # type: ignore[attr-defined]
-    assert of_allocation(at.lowering.task, found, exact).lowering.int8_bits == 8
-    inexact = SimulatedBackend(at.backend.law, int8_bits=7)  # type: ignore[attr-defined]
+    exact = SimulatedBackend(setup.backend.law)  # type: ignore[attr-defined]
+    assert of_allocation(setup.lowering.task, found, exact).lowering.int8_bits == 8
+    inexact = SimulatedBackend(setup.backend.law, int8_bits=7)  # type: ignore[attr-defined]
     with pytest.raises(IncompatibleTables, match=r"8 bits.*simulated.*takes 7 bits.*search on this device"):
-        of_allocation(at.lowering.task, found, inexact)
-    at, table = tables(tmp_path, 7)
-    found = search(table, sensitivity_for(at, None, grid=table.grid()), ["latency=60%"])
-    assert of_allocation(at.lowering.task, found, exact).lowering.int8_bits == 7  # right on both
+        of_allocation(setup.lowering.task, found, inexact)
+    setup, table = tables(tmp_path, 7)
+    found = search(table, sensitivity_for(setup, None, grid=table.grid()), ["latency=60%"])
+    assert of_allocation(setup.lowering.task, found, exact).lowering.int8_bits == 7  # right on both
 
 
 @pytest.mark.parametrize("bits", BITS)

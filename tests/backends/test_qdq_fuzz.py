@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hwsearch import backends
 from hwsearch.backends import faults
 from hwsearch.backends.base import BuildOptions, qdq_form
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, uniform
@@ -210,9 +210,9 @@ def test_an_engine_of_such_a_graph_is_not_built() -> None:
         name, quantize_outputs = "openvino", False
         build = backends.get("openvino").build
 
-    at = Regime(made, Signed(), BuildOptions(1, "fp32"))  # type: ignore[arg-type]
-    at.build(
+    setup = Setup(made, Signed(), BuildOptions(1, "fp32"))  # type: ignore[arg-type]
+    setup.build(
         {u.name: Variant("int8" if u.name.startswith("branches") else "fp32") for u in made.network.units}
     )
     with pytest.raises(BackendUnavailable, match="computes this network wrongly: int8 Q/DQ beside a Concat"):
-        at.build(uniform(made.network, "int8"))
+        setup.build(uniform(made.network, "int8"))

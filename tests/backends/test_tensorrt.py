@@ -21,7 +21,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.tensorrt import TensorRTBackend
 from hwsearch.backends.tensorrt.engine import TensorRTEngine
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.network.variants import Variant, uniform
 from hwsearch.profiler.profile import profile
@@ -58,8 +58,8 @@ def trt(cuda: FakeCuda) -> Any:
 
 
 def model(name: str = "two_inputs", precision: str = "fp32") -> bytes:
-    at = Regime(small_network(name), TensorRTBackend(), BuildOptions())
-    return at.onnx(uniform(at.network, precision)).SerializeToString()
+    setup = Setup(small_network(name), TensorRTBackend(), BuildOptions())
+    return setup.onnx(uniform(setup.network, precision)).SerializeToString()
 
 
 def built(
@@ -170,21 +170,21 @@ def test_sparse_kernels_are_asked_for_where_the_gpu_has_them(trt: Any, cuda: Fak
 def test_every_variant_computes_and_reads_as_it_was_asked(network: str, base: str, version: str) -> None:
     """All but nvfp4, whose quantizer only TensorRT has, and base bf16, which no runtime here computes."""
     cuda = FakeCuda((9, 0))
-    at = Regime(
+    setup = Setup(
         small_network(network),
         TensorRTBackend(FakeTensorRT(cuda, version=version), cuda),
         BuildOptions(1, base),
     )
-    variants = at.backend.variants(base)
+    variants = setup.backend.variants(base)
     assert {v.precision for v in variants} >= {"int8", "fp8", "int4"}
     for variant in variants:
-        asked = wherever(at.lowering, base, variant)
-        engine, model = at.build(asked)
+        asked = wherever(setup.lowering, base, variant)
+        engine, model = setup.build(asked)
         tolerance = max(TOLERANCE[p] for p in (base, variant.precision))
         assert_close(
-            engine(*at.lowering.arrays()), expected(at.lowering, asked, at.backend), tolerance, str(variant)
+            engine(*setup.lowering.arrays()), expected(setup.lowering, asked, setup.backend), tolerance, str(variant)
         )
-        _, executed = readback(engine, at, model)
+        _, executed = readback(engine, setup, model)
         assert executed == tuple(v.executed for v in asked.values()), str(variant)
 
 
@@ -192,9 +192,9 @@ def test_eligible_is_not_picked(nvml: Nvml, tmp_path: Path) -> None:
     cuda = FakeCuda((8, 6))
     trt = FakeTensorRT(cuda)
     trt.picks = lambda unit: unit != "conv2"
-    at = Regime(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp16"))
+    setup = Setup(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp16"))
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
-    table = profile(at, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    table = profile(setup, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
     why = "eligible, but tensorrt did not pick a sparse kernel"
     assert table.header.unsupported == {"conv2": {"2:4.fp16": why, "2:4.int8": why}}
     assert "2:4.fp16" in table.offered()["conv1"]
@@ -278,9 +278,9 @@ def test_engines_are_timed_in_turn(trt: Any, cuda: FakeCuda) -> None:
 
 def test_a_table_is_profiled_as_on_a_cpu(trt: Any, cuda: FakeCuda, nvml: Nvml, tmp_path: Path) -> None:
     """Through the profiler, the measuring and the attribution of every other backend; only the GPU is an imitation."""
-    at = Regime(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp32"))
+    setup = Setup(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp32"))
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
-    table = profile(at, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    table = profile(setup, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
     loaded = LatencyTable.load(tmp_path / "table.parquet")
     assert loaded.header.backend == "tensorrt"
     assert loaded.header.versions["gpu"] == "Simulated GPU (sm75)"

@@ -9,7 +9,7 @@ from hwsearch.errors import InvalidInput
 def legal(precision: str, base: str = "fp16", **options: str) -> list[str]:
     """On which targets TensorRT (not RTX) takes a precision."""
     return [
-        t for t, at in TARGETS.items() if not why_not(precision, at, base=base, runtime="tensorrt", **options)
+        t for t, gpu in TARGETS.items() if not why_not(precision, gpu, base=base, runtime="tensorrt", **options)
     ]  # type: ignore[arg-type]
 
 

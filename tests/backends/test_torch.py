@@ -31,7 +31,7 @@ from hwsearch.backends.torch.engine import TorchEngine
 from hwsearch.backends.torch.program import Program
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.network.variants import Variant
 from hwsearch.profiler.profile import profile
@@ -142,7 +142,7 @@ def test_executed_precisions_are_those_of_the_kernels(
     if asked.precision == "fp16" and base == "fp32":
         pytest.skip("2:4 in halves is offered under a base of halves")
     for name, linears in (("attention", {"qkv", "out", "up", "down"}), ("residual", set[str]())):
-        at = Regime(small_network(name), TorchBackend(FakeCuda()), BuildOptions(1, base))  # type: ignore[arg-type]
+        at = Setup(small_network(name), TorchBackend(FakeCuda()), BuildOptions(1, base))  # type: ignore[arg-type]
         variants = wherever(at.lowering, base, asked)
         engine, onnx_model = at.build(variants)
         _, executed = readback(engine, at, onnx_model)
@@ -155,7 +155,7 @@ def test_a_table_is_profiled_as_on_a_cpu(
     products: Products, nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path))
-    at = Regime(small_network("attention"), TorchBackend(FakeCuda((8, 6))), BuildOptions(1, "fp16"))  # type: ignore[arg-type]
+    at = Setup(small_network("attention"), TorchBackend(FakeCuda((8, 6))), BuildOptions(1, "fp16"))  # type: ignore[arg-type]
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
     profile(at, tmp_path / "table.parquet", axes=["precision"], builds=3, protocol=protocol)
     table = LatencyTable.load(tmp_path / "table.parquet")

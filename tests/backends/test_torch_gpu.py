@@ -16,7 +16,7 @@ from hwsearch.backends.cuda import NotCaptured
 from hwsearch.backends.torch import TorchBackend
 from hwsearch.backends.torch.engine import TorchEngine
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable
 from hwsearch.network.variants import Variant, uniform
 from hwsearch.testing import BackendContract
@@ -116,18 +116,18 @@ def test_linear_layers_execute_as_asked(gpu: TorchBackend, base: str) -> None:
     """Every kernel that is offered runs, in a graph, and its library takes what torch's rules allow."""
     if base not in gpu.bases():
         pytest.skip(f"{base} is not offered on this GPU")
-    at = Regime(small_network("attention"), gpu, BuildOptions(1, base))
+    setup = Setup(small_network("attention"), gpu, BuildOptions(1, base))
     for variant in gpu.variants(base)[1:]:
-        variants = wherever(at.lowering, base, variant)
-        engine, model = at.build(variants)
+        variants = wherever(setup.lowering, base, variant)
+        engine, model = setup.build(variants)
         assert isinstance(engine, TorchEngine)
         assert not engine.declined
         tolerance = max(TOLERANCE[base], TOLERANCE[variant.precision])
         assert_close(
-            engine(*at.lowering.arrays()), expected(at.lowering, variants, gpu), tolerance, str(variant)
+            engine(*setup.lowering.arrays()), expected(setup.lowering, variants, gpu), tolerance, str(variant)
         )
-        _, executed = readback(engine, at, model)
-        told = dict(zip((u.name for u in at.network.units), executed, strict=True))
+        _, executed = readback(engine, setup, model)
+        told = dict(zip((u.name for u in setup.network.units), executed, strict=True))
         assert {told[u] for u in ("qkv", "out", "up", "down")} == {variant.executed}
 
 

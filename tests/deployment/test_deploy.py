@@ -71,7 +71,7 @@ def test_the_file_computes_what_the_module_does(
     name: str, precision: str, backend: str, weights: Path
 ) -> None:
     done = _deployed(name, precision, weights)
-    lowering = done.at.lowering
+    lowering = done.setup.lowering
     data = done.path.read_bytes()
     assert len(data) == done.size_bytes
     engine = BACKENDS[backend].build(data, BuildOptions(1, "fp32"))
@@ -80,7 +80,7 @@ def test_the_file_computes_what_the_module_does(
     with torch.no_grad():
         want = done.module(x)
     if precision == "int8":
-        quantize_outputs = done.at.backend.quantize_outputs
+        quantize_outputs = done.setup.backend.quantize_outputs
         simulate = lowering.simulator(lowering.traced, (x,), {}, quantize_outputs=quantize_outputs)
         (want,) = leaves(simulate(parse_variants(done.allocation)))
     error = np.abs(have - want.numpy()).max() / float(want.abs().max())
@@ -137,7 +137,7 @@ def test_refitted_weights_are_closer_than_those_just_cut(weights: Path) -> None:
     with torch.no_grad():
         dense = of.task.model(x)
         off = [
-            float((at.calibration[1][0].graph(x) - dense).square().mean()) for at in (done.at.lowering, cut)
+            float((setup.calibration[1][0].graph(x) - dense).square().mean()) for setup in (done.setup.lowering, cut)
         ]
     assert off[0] < 0.5 * off[1]
 

@@ -125,9 +125,9 @@ def test_widths_at_which_a_unit_cannot_be_2_4_are_never_asked_for(tmp_path: Path
     table = hs.profile(old, out=tmp_path / "t.parquet", backend=backend(), time_limit_s=60)
     assert any(len(steps) > 1 for steps in table.grid().values())
     for build in table.builds:
-        at = table.candidate(build)
-        for unit, variant in at.variants.items():
-            assert legal(table.network.unit_at(unit, at.widths), [variant])
+        candidate = table.candidate(build)
+        for unit, variant in candidate.variants.items():
+            assert legal(table.network.unit_at(unit, candidate.widths), [variant])
         assert build.as_asked()
 
 

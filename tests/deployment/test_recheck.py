@@ -16,7 +16,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.deployment.recheck import spread
 from hwsearch.deployment.session import Job, Session
 from hwsearch.device.timing import Protocol
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.variants import uniform
 from hwsearch.profiler.profile import profile
@@ -35,8 +35,8 @@ def backend(law: LatencyLaw = LAW, **options: Any) -> SimulatedBackend:
 def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        at = Regime(tiny.lowering("cnn"), backend(), BuildOptions())
-        return profile(at, None, protocol=Protocol(limit_s=1e-3, min_rounds=3))
+        setup = Setup(tiny.lowering("cnn"), backend(), BuildOptions())
+        return profile(setup, None, protocol=Protocol(limit_s=1e-3, min_rounds=3))
 
 
 def test_builds_are_spread_from_the_slowest_to_the_fastest(table: LatencyTable) -> None:
@@ -107,9 +107,9 @@ def knowing(table: LatencyTable) -> LatencyTable:
 
 
 def test_verifying_on_such_a_device_converts_and_says_so(table: LatencyTable) -> None:
-    at = Regime(tiny.lowering("cnn"), backend(LATE), BuildOptions())
-    session = Session(at, knowing(table))
-    found = session.measure({"deployed": Job(uniform(at.network, "int8"), "fp32")})["deployed"]
+    setup = Setup(tiny.lowering("cnn"), backend(LATE), BuildOptions())
+    session = Session(setup, knowing(table))
+    found = session.measure({"deployed": Job(uniform(setup.network, "int8"), "fp32")})["deployed"]
     exact = LAW.time_ns(dict.fromkeys(LAW.units, "int8"))
     scale = table.header.reference_ns / LAW.time_ns(dict.fromkeys(LAW.units, "fp32"))
     assert session.time_ns(found) == pytest.approx(scale * exact, rel=0.05)

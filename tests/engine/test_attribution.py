@@ -12,7 +12,7 @@ import hwsearch as hs
 from hwsearch.backends.base import NodeTime
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.engine.attribution import attribute, executed_precisions, told_apart
-from hwsearch.engine.setup import regime
+from hwsearch.engine.setup import set_up
 from hwsearch.lowering.marked import tensor_names
 from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.network.variants import Variant, uniform
@@ -153,10 +153,10 @@ def test_every_layer_of_berts_is_known_in_openvino() -> None:
             return hidden
 
     ids = torch.randint(0, 50, (1, 16))
-    at = regime(hs.Task(Hidden(), ids, [ids], lambda predict: 0.0, "bert"), OpenVINOBackend())
-    variants = uniform(at.network, "int8")
-    engine, made = at.build(variants)
-    executed = executed_precisions(attribute(engine.nodes(), at.network, tensor_names(made)), at.network)
-    asked = {u.name: e for u, e in zip(at.network.units, executed, strict=True) if variants[u.name].quantized}
+    setup = set_up(hs.Task(Hidden(), ids, [ids], lambda predict: 0.0, "bert"), OpenVINOBackend())
+    variants = uniform(setup.network, "int8")
+    engine, made = setup.build(variants)
+    executed = executed_precisions(attribute(engine.nodes(), setup.network, tensor_names(made)), setup.network)
+    asked = {u.name: e for u, e in zip(setup.network.units, executed, strict=True) if variants[u.name].quantized}
     assert asked
     assert all(asked.values()), asked

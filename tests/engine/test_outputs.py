@@ -14,7 +14,7 @@ from networks import leaves
 from torch import nn
 
 from hwsearch.engine.outputs import MULTIPLE, ROUNDING, Deviation, Expected
-from hwsearch.engine.setup import Regime, wrong_variants
+from hwsearch.engine.setup import Setup, wrong_variants
 from hwsearch.errors import BackendUnavailable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, uniform
@@ -51,7 +51,7 @@ class _Broken:
         self.real, self.always = ONNXRuntimeBackend(), always
 
 
-class _BrokenRegime(Regime):
+class _BrokenRegime(Setup):
     def build(self, variants: Mapping[str, Variant], base: str | None = None) -> tuple[Any, Any]:
         backend: Any = self.backend
         model = self.onnx(variants)
@@ -60,7 +60,7 @@ class _BrokenRegime(Regime):
         return _Engine(engine, 1e6 if wrong else 1.0), model
 
 
-def _regime(lowering: Lowering, always: bool = False) -> Regime:
+def _setup(lowering: Lowering, always: bool = False) -> Setup:
     from hwsearch.backends.base import BuildOptions
 
     return _BrokenRegime(lowering, _Broken(always), BuildOptions(1, "fp32"))  # type: ignore[arg-type]
@@ -84,20 +84,20 @@ def test_right_engines_are_right(lowering: Lowering) -> None:
 
 
 def test_a_wrong_engine_is_blamed_on_its_unit(lowering: Lowering) -> None:
-    at = _regime(lowering)
+    setup = _setup(lowering)
     variants = uniform(lowering.network, "int8")
-    engine, _ = at.build(variants)
-    assert at.expected.deviation(engine, variants, "fp32").wrong
-    found = wrong_variants(at, variants, "fp32")
+    engine, _ = setup.build(variants)
+    assert setup.expected.deviation(engine, variants, "fp32").wrong
+    found = wrong_variants(setup, variants, "fp32")
     assert list(found) == ["2"]
     assert "wrong outputs" in found["2"]
 
 
 def test_nan_counts_as_wrong(lowering: Lowering) -> None:
-    at = _regime(lowering)
+    setup = _setup(lowering)
     variants = uniform(lowering.network, "fp32")
-    engine, _ = at.build(variants)
-    found = at.expected.deviation(_Engine(engine, np.nan), variants, "fp32")  # type: ignore[arg-type]
+    engine, _ = setup.build(variants)
+    found = setup.expected.deviation(_Engine(engine, np.nan), variants, "fp32")  # type: ignore[arg-type]
     assert found.error == np.inf
     assert found.wrong
     assert Deviation(np.nan, 1.0).wrong
@@ -105,7 +105,7 @@ def test_nan_counts_as_wrong(lowering: Lowering) -> None:
 
 def test_a_runtime_wrong_without_quantization_is_an_error(lowering: Lowering) -> None:
     with pytest.raises(BackendUnavailable, match="another backend"):
-        wrong_variants(_regime(lowering, always=True), uniform(lowering.network, "fp32"), "fp32")
+        wrong_variants(_setup(lowering, always=True), uniform(lowering.network, "fp32"), "fp32")
 
 
 class _Told:

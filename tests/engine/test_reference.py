@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from tests import tiny
 
 
@@ -32,9 +32,9 @@ def test_of_three_engines_the_middle_one(times: tuple[int, ...]) -> None:
 
         return SimpleNamespace(run=run, own=own), None
 
-    at = SimpleNamespace(
+    setup = SimpleNamespace(
         network=tiny.lowering("cnn").network, options=SimpleNamespace(base="fp32"), build=build, clock=clock
     )
-    found: Any = reference_engine(cast(Regime, at))
+    found: Any = reference_engine(cast(Setup, setup))
     assert found.own == 10_000 * sorted(times)[1]
     assert not left

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from deployment.test_deploy import allocation
-from profiling import narrow_law, narrow_regime, run_widths
+from profiling import narrow_law, narrow_setup, run_widths
 
 from hwsearch.backends.base import Array, BuildOptions
 from hwsearch.deployment.verify import verify
@@ -33,7 +33,7 @@ class Off(SimulatedBackend):
 
 
 def test_profile_refuses_the_layer(tmp_path: Path) -> None:
-    table = run_widths(narrow_regime(Off(narrow_law())), tmp_path / "t.parquet", axes=["precision"])
+    table = run_widths(narrow_setup(Off(narrow_law())), tmp_path / "t.parquet", axes=["precision"])
     assert "wrong outputs" in table.header.unsupported["conv1"]["dense.int8"]
     assert "is rounding" in table.header.unsupported["conv1"]["dense.int8"]
     assert set(table.header.unsupported) == {"conv1"}

@@ -21,7 +21,7 @@ from hwsearch.compress.sequential import refit_sequential
 from hwsearch.deployment.closed_loop import sensitivity_for
 from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
 from hwsearch.deployment.session import Session, uniform_candidates
-from hwsearch.engine.setup import Regime, regime
+from hwsearch.engine.setup import Setup, set_up
 from hwsearch.graph.trace import trace
 from hwsearch.loss.sensitivity import divergence
 from hwsearch.lowering.lowering import Lowering
@@ -37,9 +37,9 @@ def made(name: str, bits: int = 8) -> Lowering:
     return Lowering(tiny.task(name), int8_bits=bits)
 
 
-def at(name: str) -> Regime:
+def set_up_simulated(name: str) -> Setup:
     low = made(name)
-    return regime(low.task, SimulatedBackend(LatencyLaw.random(low.network)))
+    return set_up(low.task, SimulatedBackend(LatencyLaw.random(low.network)))
 
 
 def loss(low: Lowering, variants: dict[str, Variant], whole: Lowering) -> float:
@@ -91,10 +91,10 @@ def test_the_file_holds_refitted_weights_and_the_same_each_time(
     backend = SimulatedBackend(LatencyLaw.random(low.network))
     first, again = (deploy(low.task, chosen, tmp_path / n, backend=backend) for n in ("a.onnx", "b.onnx"))
     assert first.path.read_bytes() == again.path.read_bytes()
-    variants, own = parse_variants(chosen), first.at.lowering
+    variants, own = parse_variants(chosen), first.setup.lowering
     nearest = made(name, own.int8_bits)
     assert loss(own, variants, nearest) < loss(nearest, variants, nearest)
-    engine = backend.build(first.path.read_bytes(), first.at.options)
+    engine = backend.build(first.path.read_bytes(), first.setup.options)
     (want,) = leaves(
         own.simulator(own.traced, own.traced.args, own.traced.kwargs, quantize_outputs=False)(variants)
     )
@@ -103,7 +103,7 @@ def test_the_file_holds_refitted_weights_and_the_same_each_time(
 
 @pytest.mark.parametrize("axes", ["precision", "both"])
 def test_the_loss_of_a_unit_is_that_of_its_refitted_weight(axes: str) -> None:
-    setup = at("cnn")
+    setup = set_up_simulated("cnn")
     low = setup.lowering
     grid = {g: [n, n // 2] for g, n in low.network.channels.items()} if axes == "both" else {}
     table = sensitivity_for(setup, None, grid=grid)
@@ -122,18 +122,18 @@ def test_the_loss_of_a_unit_is_that_of_its_refitted_weight(axes: str) -> None:
 
 
 def test_uniform_allocations_are_refitted_as_well(own_locks: None) -> None:
-    setup = at("cnn")
+    setup = set_up_simulated("cnn")
     session = Session(setup)
     _, measured = session.measure_all(None, uniform_candidates(setup, {}))
     coarse = measured["dense.int8"]
-    assert coarse.at.lowering.replaced
-    assert not measured["dense.fp32"].at.lowering.replaced
+    assert coarse.setup.lowering.replaced
+    assert not measured["dense.fp32"].setup.lowering.replaced
     variants = uniform(setup.network, "int8")
-    assert loss(coarse.at.lowering, variants, setup.lowering) < loss(setup.lowering, variants, setup.lowering)
+    assert loss(coarse.setup.lowering, variants, setup.lowering) < loss(setup.lowering, variants, setup.lowering)
 
 
 def test_an_allocation_of_floats_is_left_alone() -> None:
-    setup = at("cnn")
+    setup = set_up_simulated("cnn")
     assert as_deployed(setup, allocation("cnn", 1.0, "fp32")) is setup
 
 

@@ -19,7 +19,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.faults import SIGNED_CONCAT, faults
 from hwsearch.compress.simulate import Simulator
 from hwsearch.deployment.closed_loop import run
-from hwsearch.engine.setup import Regime, graph_bytes
+from hwsearch.engine.setup import Setup, graph_bytes
 from hwsearch.errors import Infeasible
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted
@@ -182,13 +182,13 @@ def test_the_dense_size_is_that_of_the_modules_own_tensors() -> None:
 def test_sizes_of_files_of_mixed_allocations(low: Lowering, quantize_outputs: bool) -> None:
     """What the table foretells of any file is never below it, and little above."""
     backend = SimulatedBackend(LatencyLaw({}), quantize_outputs=quantize_outputs)
-    at = Regime(low, backend, BuildOptions(), storage=True)
-    always, own = graph_bytes(at, "fp32")
+    setup = Setup(low, backend, BuildOptions(), storage=True)
+    always, own = graph_bytes(setup, "fp32")
     rng = np.random.default_rng(0)
     for _ in range(6):
         variants = {}
         for unit in low.network.units:
-            can = legal(unit, at.variants())
+            can = legal(unit, setup.variants())
             variants[unit.name] = can[int(rng.integers(len(can)))]
         told = low.network.fixed_bytes + always
         told += sum(

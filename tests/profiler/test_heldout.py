@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from profiling import FAST, narrow_regime
+from profiling import FAST, narrow_setup
 
 from hwsearch.latency.model import fit, validate
 from hwsearch.profiler.heldout import LEAST, HeldOut
@@ -28,14 +28,14 @@ def test_held_out_builds_are_spread_over_the_profile(widths_table: tuple[Path, L
 def recorder(table: LatencyTable) -> Recorder:
     """On with a profile as if nothing had been held out of it."""
     bare = LatencyTable(table.header, tuple(b for b in table.builds if b.role != "heldout"))
-    return Recorder(narrow_regime(noise=0.002), bare, None, FAST, Progress.silent())
+    return Recorder(narrow_setup(noise=0.002), bare, None, FAST, Progress.silent())
 
 
 def test_as_many_as_tell_anything(widths_table: tuple[Path, LatencyTable]) -> None:
     """Allocations that were not built, of cells that were."""
     own = recorder(widths_table[1])
-    network, before = own.at.network, own.candidates()
-    held = HeldOut(own, TimeLimit(1e9, own.at.clock, str))
+    network, before = own.setup.network, own.candidates()
+    held = HeldOut(own, TimeLimit(1e9, own.setup.clock, str))
     assert held.error() is None
     held.complete()
     assert held.number == LEAST
@@ -51,6 +51,6 @@ def test_as_many_as_tell_anything(widths_table: tuple[Path, LatencyTable]) -> No
 
 def test_none_once_the_time_is_over(widths_table: tuple[Path, LatencyTable]) -> None:
     own = recorder(widths_table[1])
-    held = HeldOut(own, TimeLimit(0.0, own.at.clock, str))
+    held = HeldOut(own, TimeLimit(0.0, own.setup.clock, str))
     held.complete()
     assert held.number == 1, "begun in time, and the last"

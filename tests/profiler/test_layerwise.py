@@ -23,7 +23,7 @@ from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Session, uniform_candidates
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.reference import INSTANCES
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import LatencyModel, fit
@@ -80,8 +80,8 @@ def backend(own: LatencyLaw | None = None, **options: Any) -> SimulatedBackend:
 
 
 def run(device: SimulatedBackend, out: Path | None, mode: str = "sandwiched", **options: Any) -> LatencyTable:
-    at = Regime(lowering(), device, BuildOptions(1, device.bases()[0]))
-    return profile(at, out, **{"protocol": FAST, "mode": mode, **options})
+    setup = Setup(lowering(), device, BuildOptions(1, device.bases()[0]))
+    return profile(setup, out, **{"protocol": FAST, "mode": mode, **options})
 
 
 def unit_errors(model: LatencyModel, exact: LatencyLaw) -> list[float]:
@@ -234,9 +234,9 @@ def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> 
     exact = law(rest_ns=200_000.0)
     device = backend(exact)
     table = run(device, None)
-    at = Regime(lowering(), device, BuildOptions(1, "fp32"))
+    setup = Setup(lowering(), device, BuildOptions(1, "fp32"))
     budgets = parse_budgets(["latency=75%"])
-    report, found, after = closed_loop(lowering().task, at, table, scores(table.network), budgets, tmp_path)
+    report, found, after = closed_loop(lowering().task, setup, table, scores(table.network), budgets, tmp_path)
     assert report.met
     assert report.table_check is None
     dense = exact.time_ns(dict.fromkeys(exact.units, "fp32"))
@@ -253,9 +253,9 @@ def test_whole_networks_are_measured_on_the_scale_of_the_sandwiches() -> None:
     exact = law(rest_ns=200_000.0)
     device = backend(exact)
     table = run(device, None)
-    at = Regime(lowering(), device, BuildOptions(1, "fp32"))
-    session = Session(at, table)
-    _, measured = session.measure_all(None, uniform_candidates(at, {}))
+    setup = Setup(lowering(), device, BuildOptions(1, "fp32"))
+    session = Session(setup, table)
+    _, measured = session.measure_all(None, uniform_candidates(setup, {}))
     for name, job in measured.items():
         true = exact.time_ns(dict.fromkeys(exact.units, name.removeprefix("dense.")))
         assert session.ms(job) * 1e6 == pytest.approx(true, rel=0.02)
@@ -303,9 +303,9 @@ def test_alone_times_each_distinct_layer_once() -> None:
 def test_openvino(name: str, tmp_path: Path) -> None:
     runtime = OpenVINOBackend()
     base = runtime.bases()[0]
-    at = Regime(tiny.lowering(name), runtime, BuildOptions(1, base))
+    setup = Setup(tiny.lowering(name), runtime, BuildOptions(1, base))
     quick = Protocol(width=0.5, limit_s=0.05, min_rounds=2, block_ns=100_000, warmup_ns=100_000)
-    table = profile(at, tmp_path / "t.parquet", mode="sandwiched", protocol=quick)
+    table = profile(setup, tmp_path / "t.parquet", mode="sandwiched", protocol=quick)
     network, model = table.network, fit(table)
     for unit in network.units:
         for variant in runtime.variants(base):

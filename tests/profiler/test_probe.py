@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from profiling import narrow_law, narrow_regime, run_widths
+from profiling import narrow_law, narrow_setup, run_widths
 
 from hwsearch.latency.model import fit
 from hwsearch.latency.staircase import staircase
@@ -26,14 +26,14 @@ def test_the_grid_holds_the_edges_of_the_steps(widths_table: tuple[Path, Latency
 
 
 def test_a_backend_without_int8_has_widths_to_choose() -> None:
-    table = run_widths(narrow_regime(int8=False), None)
+    table = run_widths(narrow_setup(int8=False), None)
     assert len(table.grid()["stem"]) == 3
     assert {b.variants for b in table.builds} == {("dense.fp32",) * 5}
 
 
 def test_the_time_limit_ends_the_search_for_a_grid() -> None:
     backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
-    table = run_widths(narrow_regime(backend), None, time_limit_s=20.0)
+    table = run_widths(narrow_setup(backend), None, time_limit_s=20.0)
     assert backend.clock() < 30e9
     assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
 
@@ -41,13 +41,13 @@ def test_the_time_limit_ends_the_search_for_a_grid() -> None:
 def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     first = run_widths(
-        narrow_regime(SimulatedBackend(narrow_law(), noise=0.0005, build_ns=1_000_000_000)),
+        narrow_setup(SimulatedBackend(narrow_law(), noise=0.0005, build_ns=1_000_000_000)),
         out,
         time_limit_s=38.0,
     )
     probed = [b.key for b in first.builds if b.role == "probe"]
     assert 3 <= len(probed) < 14
     assert all(len(steps) > 1 for steps in first.grid().values()), "every group has a step before any has all"
-    whole = run_widths(narrow_regime(noise=0.0005), out)
+    whole = run_widths(narrow_setup(noise=0.0005), out)
     assert [b.key for b in whole.builds if b.role == "probe"][: len(probed)] == probed
     assert whole.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from profiling import DESIGN, law, narrow_law, narrow_regime, regime, run, run_widths
+from profiling import DESIGN, law, narrow_law, narrow_setup, run, run_widths, set_up
 
 from hwsearch.device import fingerprint as devices
 from hwsearch.engine.reference import INSTANCES
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_locks")
 
 
 def test_every_build_is_measured_and_on_disk(tmp_path: Path) -> None:
-    table = run(regime(noise=0.01), tmp_path / "t.parquet")
+    table = run(set_up(noise=0.01), tmp_path / "t.parquet")
     assert [b.role for b in table.builds[:3]] == ["reference", "dense", "uniform"]
     assert len(table.builds) == 3 + DESIGN
     assert sum(b.role == "heldout" for b in table.builds) == 1
@@ -52,18 +52,18 @@ def test_a_profile_that_dies_loses_at_most_one_build_and_resumes(tmp_path: Path,
     out = tmp_path / "t.parquet"
     backend = SimulatedBackend(law(), noise=0.01, failing=(number,))
     with pytest.raises(BackendUnavailable):
-        run(regime(backend), out)
+        run(set_up(backend), out)
     # The reference engines are built first, and belong to no row.
     kept = LatencyTable.load(out).builds if out.exists() else ()
     assert len(kept) == max(0, number - INSTANCES)
-    table = run(regime(backend), out)
+    table = run(set_up(backend), out)
     assert len(table.builds) == 3 + DESIGN
     for old, new in zip(kept, table.builds, strict=False):
         assert old.key == new.key
         assert np.array_equal(old.samples_ns, new.samples_ns)
     assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
     built = backend.builds
-    assert len(run(regime(backend), out).builds) == 3 + DESIGN
+    assert len(run(set_up(backend), out).builds) == 3 + DESIGN
     assert backend.builds == built, "a finished profile was measured again"
 
 
@@ -79,7 +79,7 @@ class Dies(t.SimulatedBackend):
             os.kill(os.getpid(), 9)
         return super().build(onnx, options)
 
-t.run(t.regime(Dies(t.law(), noise=0.01)), Path(sys.argv[1]))
+t.run(t.set_up(Dies(t.law(), noise=0.01)), Path(sys.argv[1]))
 """
 
 
@@ -90,14 +90,14 @@ def test_a_killed_profile_loses_at_most_one_build(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(here)], env=environment, check=False)
     assert done.returncode == -9
     assert len(LatencyTable.load(out).builds) == 4
-    assert len(run(regime(noise=0.01), out).builds) == 3 + DESIGN  # and the dead process's lock is free
+    assert len(run(set_up(noise=0.01), out).builds) == 3 + DESIGN  # and the dead process's lock is free
 
 
 def test_one_profile_at_a_time(tmp_path: Path) -> None:
     with devices.lock(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
-        run(regime(), tmp_path / "t.parquet")
+        run(set_up(), tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()
-    run(regime(), tmp_path / "t.parquet", builds=1)
+    run(set_up(), tmp_path / "t.parquet", builds=1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_one_profile_at_a_time(tmp_path: Path) -> None:
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        run(regime(), None, **options)
+        run(set_up(), None, **options)
 
 
 def _header(**changes: Any) -> Callable[[LatencyTable], LatencyTable]:
@@ -135,10 +135,10 @@ def test_a_table_of_something_else_is_refused_and_kept(
     tmp_path: Path, change: Callable[[LatencyTable], LatencyTable], message: str
 ) -> None:
     out = tmp_path / "t.parquet"
-    change(run(regime(), None, builds=1)).save(out)
+    change(run(set_up(), None, builds=1)).save(out)
     before = out.read_bytes()
     with pytest.raises(IncompatibleTables, match=message):
-        run(regime(), out)
+        run(set_up(), out)
     assert out.read_bytes() == before
 
 
@@ -148,29 +148,29 @@ def test_a_profile_over_widths_that_dies_resumes(tmp_path: Path, number: int) ->
     out = tmp_path / "t.parquet"
     backend = SimulatedBackend(narrow_law(), noise=0.002, failing=(number,))
     with pytest.raises(BackendUnavailable):
-        run_widths(narrow_regime(backend), out)
+        run_widths(narrow_setup(backend), out)
     kept = LatencyTable.load(out)
     assert len(kept.builds) == number - INSTANCES
-    table = run_widths(narrow_regime(backend), out)
+    table = run_widths(narrow_setup(backend), out)
     for old, new in zip(kept.builds, table.builds, strict=False):
         assert old.key == new.key
         assert np.array_equal(old.samples_ns, new.samples_ns)
     assert table.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
     built = backend.builds
-    assert len(run_widths(narrow_regime(backend), out).builds) == len(table.builds)
+    assert len(run_widths(narrow_setup(backend), out).builds) == len(table.builds)
     assert backend.builds <= built + 1, "a finished profile was measured again"
 
 
 def test_a_table_of_precisions_gains_widths(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
-    plain = run_widths(narrow_regime(), out, axes=["precision"], builds=3)
+    plain = run_widths(narrow_setup(), out, axes=["precision"], builds=3)
     assert {b.widths for b in plain.builds} == {(24, 20, 16)}
     assert plain.grid() == {"stem": [24], "conv1": [20], "conv3": [16]}
-    table = run_widths(narrow_regime(), out)
+    table = run_widths(narrow_setup(), out)
     assert [b.key for b in table.builds[: len(plain.builds)]] == [b.key for b in plain.builds]
     assert len(table.grid()["stem"]) == 3
 
 
 def test_unknown_axes() -> None:
     with pytest.raises(InvalidInput, match="unknown axes depth"):
-        run(regime(), None, axes=["depth"])
+        run(set_up(), None, axes=["depth"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from profiling import FAST, law, narrow_law, regime, run
+from profiling import FAST, law, narrow_law, run, set_up
 
 from hwsearch.engine.reference import INSTANCES
 from hwsearch.network.choices import Candidate
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_locks")
 
 
 def test_the_end_to_end_ratio_survives_drift() -> None:
-    table = run(regime(drift=lambda s: 1.0 + 0.4 * np.sin(7 * s)), None)
+    table = run(set_up(drift=lambda s: 1.0 + 0.4 * np.sin(7 * s)), None)
     dense, uniform_build = table.find("dense"), table.find("uniform")
     exact = law()
     int8 = exact.time_ns(dict.fromkeys(exact.units, "int8")) / exact.time_ns(
@@ -30,7 +30,7 @@ def test_the_end_to_end_ratio_survives_drift() -> None:
 
 
 def test_a_unit_that_does_not_run_as_asked_is_recorded_and_never_offered(tmp_path: Path) -> None:
-    table = run(regime(refused=("conv1",)), tmp_path / "t.parquet")
+    table = run(set_up(refused=("conv1",)), tmp_path / "t.parquet")
     assert table.header.unsupported == {"conv1": {"dense.int8": "executed in fp32"}}
     assert table.offered()["conv1"] == ("dense.fp32",)
     assert table.offered()["conv2"] == ("dense.fp32", "dense.int8")
@@ -56,8 +56,8 @@ def test_a_profile_over_widths_times_what_is_really_narrower(widths_table: tuple
 
 def test_what_the_table_has_is_not_measured_again_and_what_it_lacks_is_on_disk(tmp_path: Path) -> None:
     out, backend = tmp_path / "t.parquet", SimulatedBackend(law())
-    table = run(regime(backend), out, builds=1)
-    recorder = Recorder(regime(backend), table, out, FAST, Progress.silent())
+    table = run(set_up(backend), out, builds=1)
+    recorder = Recorder(set_up(backend), table, out, FAST, Progress.silent())
     plain, built = Candidate(uniform(table.network, "fp32"), table.network.channels), backend.builds
     assert recorder.measure("reference", plain) == table.find("reference")
     assert backend.builds == built

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from profiling import DESIGN, law, lowering, regime, run
+from profiling import DESIGN, law, lowering, run, set_up
 
 from hwsearch.cli.overview import summary
 from hwsearch.latency.model import fit, validate
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.usefixtures("own_locks")
 
 
 def test_a_backend_without_int8_has_nothing_to_choose(tmp_path: Path) -> None:
-    table = run(regime(int8=False), tmp_path / "t.parquet")
+    table = run(set_up(int8=False), tmp_path / "t.parquet")
     assert [b.role for b in table.builds] == ["reference", "dense"]
     assert set(table.offered().values()) == {("dense.fp32",)}
 
 
 def test_the_time_limit_ends_the_design_and_keeps_the_anchors(tmp_path: Path) -> None:
     backend = SimulatedBackend(law(), build_ns=1_000_000_000)
-    table = run(regime(backend), tmp_path / "t.parquet", time_limit_s=5.5)
+    table = run(set_up(backend), tmp_path / "t.parquet", time_limit_s=5.5)
     assert 3 <= len(table.builds) < 3 + DESIGN
-    more = run(regime(backend), tmp_path / "t.parquet", time_limit_s=100.0)
+    more = run(set_up(backend), tmp_path / "t.parquet", time_limit_s=100.0)
     assert len(more.builds) == 3 + DESIGN
 
 
 def test_a_network_with_fewer_allocations_than_builds_ends() -> None:
     network = lowering().network
-    table = run(regime(refused=tuple(u.name for u in network.units[1:])), None)
+    table = run(set_up(refused=tuple(u.name for u in network.units[1:])), None)
     assert len(table.builds) == 3 + DESIGN
     assert {b.role for b in table.builds[3:]} == {"design"}
 

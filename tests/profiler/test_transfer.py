@@ -11,7 +11,7 @@ from simulation import alone_table, chain, header, random_variants, simulated_ta
 
 from hwsearch.backends.base import BuildOptions
 from hwsearch.device.timing import Protocol
-from hwsearch.engine.setup import Regime
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables
 from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.network.variants import Variant, uniform
@@ -123,8 +123,8 @@ def test_a_profile_with_a_prior_takes_fewer_builds(axes: list[str]) -> None:
     law = LatencyLaw.random(tiny.lowering("cnn").network, 2)
 
     def run(prior: list[LatencyTable]) -> LatencyTable:
-        at = Regime(tiny.lowering("cnn"), SimulatedBackend(law, noise=0.003), BuildOptions())
-        return profile(at, None, axes=axes, prior=prior, protocol=Protocol(limit_s=1e-3, min_rounds=3))
+        setup = Setup(tiny.lowering("cnn"), SimulatedBackend(law, noise=0.003), BuildOptions())
+        return profile(setup, None, axes=axes, prior=prior, protocol=Protocol(limit_s=1e-3, min_rounds=3))
 
     cold = run([])
     warm = run([cold])

@@ -1,4 +1,4 @@
-"""Several regimes and input shapes of one model in one file: profiled, told of one another, chosen, searched, verified."""
+"""Several setups and input shapes of one model in one file: profiled, told of one another, chosen, searched, verified."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_new_section_begins_with_what_the_others_tell(profiled: Path) -> None:
 
 
 def test_layers_of_the_same_shape_need_not_be_learnt_again(several: Path) -> None:
-    """The residual width is another regime of the very same layers."""
+    """The residual width is another setup of the very same layers."""
     first = LatencyTable.sections(several)[0]
     wanted = signatures(first.network)
     table = LatencyTable(first.header).with_header(options={**first.header.options, "residual": True})

@@ -76,28 +76,28 @@ def target(name: str) -> Target:
 
 
 def why_not(
-    precision: str, at: Target, *, base: str, op: str = "linear", pattern: str = "dense", runtime: str = RTX
+    precision: str, gpu: Target, *, base: str, op: str = "linear", pattern: str = "dense", runtime: str = RTX
 ) -> str:  # fmt: skip
     """Why a unit may not have a variant in a network of some base on a GPU; empty where it may. op: the unit's."""
-    if runtime == RTX and at.name not in RTX_TARGETS:
+    if runtime == RTX and gpu.name not in RTX_TARGETS:
         known = ", ".join(TARGETS[name].number for name in RTX_TARGETS)
-        return f"TensorRT for RTX has no compute capability {at.number}, only {known}"
+        return f"TensorRT for RTX has no compute capability {gpu.number}, only {known}"
     for kind in (base, precision):
         if kind not in SINCE:
             return f"{kind} is no precision of TensorRT's that is known here"
-        if at.capability < SINCE[kind]:
+        if gpu.capability < SINCE[kind]:
             since = SINCE[kind]
             name = f" ({_SINCE_NAMES[since]})" if since in _SINCE_NAMES else ""
             what = f"base {kind}" if kind == base and kind != precision else kind
-            return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {at.name} has {at.number}"
-    if pattern != "dense" and at.capability < _SPARSE_SINCE:
-        return f"{pattern} needs compute capability 8.0 (Ampere), {at.name} has {at.number}"
-    return _why_not_rtx(precision, at, base, op) if runtime == RTX else ""
+            return f"{what} needs compute capability {since[0]}.{since[1]}{name}, {gpu.name} has {gpu.number}"
+    if pattern != "dense" and gpu.capability < _SPARSE_SINCE:
+        return f"{pattern} needs compute capability 8.0 (Ampere), {gpu.name} has {gpu.number}"
+    return _why_not_rtx(precision, gpu, base, op) if runtime == RTX else ""
 
 
-def _why_not_rtx(precision: str, at: Target, base: str, op: str) -> str:
+def _why_not_rtx(precision: str, gpu: Target, base: str, op: str) -> str:
     """TensorRT-RTX compiles no matrix product of fp32 for Turing, nor one that returns it (its matrix has a footnote there)."""
     floats = precision if precision in BASES else base
-    if at.name == "sm75" and op in _PRODUCTS and floats in ("fp32", "tf32"):
+    if gpu.name == "sm75" and op in _PRODUCTS and floats in ("fp32", "tf32"):
         return "TensorRT-RTX compiles no fp32 matrix product for Turing"
     return ""

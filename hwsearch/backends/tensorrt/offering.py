@@ -15,14 +15,14 @@ _SPARSE = "2:4"
 
 def bases(capability: tuple[int, int], runtime: str) -> tuple[str, ...]:
     """Base precisions, the one to prefer first."""
-    at = _here(capability)
-    return tuple(b for b in BASES if not why_not(b, at, base=b, runtime=runtime))
+    gpu = _here(capability)
+    return tuple(b for b in BASES if not why_not(b, gpu, base=b, runtime=runtime))
 
 
 def why_none(capability: tuple[int, int], runtime: str) -> str:
     """Why there is no base precision at all."""
-    at = _here(capability)
-    return why_not(BASES[0], at, base=BASES[0], runtime=runtime)
+    gpu = _here(capability)
+    return why_not(BASES[0], gpu, base=BASES[0], runtime=runtime)
 
 
 def variants(capability: tuple[int, int], runtime: str, base: str) -> tuple[Variant, ...]:
@@ -30,11 +30,11 @@ def variants(capability: tuple[int, int], runtime: str, base: str) -> tuple[Vari
 
     TensorRT for RTX uses no zeros (its `SPARSE_WEIGHTS` has no effect), so that it offers no 2:4.
     """
-    at = _here(capability)
+    gpu = _here(capability)
     patterned = () if runtime == RTX else (p for p in (base, *_QUANTIZED) if p in SPARSE_PRECISIONS)
     asked = [*map(Variant, _QUANTIZED), *(Variant(p, _SPARSE) for p in patterned)]
     return Variant(base), *(
-        v for v in asked if not why_not(v.precision, at, base=base, pattern=v.pattern, runtime=runtime)
+        v for v in asked if not why_not(v.precision, gpu, base=base, pattern=v.pattern, runtime=runtime)
     )
 
 

@@ -77,13 +77,13 @@ def _kernel() -> Any:
     from triton import language as tl
 
     def quantize_kernel(x, scale, y, count, low, high, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < count
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < count
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         value = tl.div_rn(value, tl.load(scale).to(tl.float32))
         value = tl.minimum(tl.maximum(value, low), high)
         if WHOLE:  # 1.5 * 2**23 added and taken off rounds to the nearest whole, ties to even
             value = (value + 12582912.0) - 12582912.0
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + offsets, value.to(y.dtype.element_ty), mask=inside)
 
     return triton.jit(quantize_kernel)

@@ -130,7 +130,7 @@ def _picked(call: Call, indices: dict[int, Tensor], first: Run = lambda x: x) ->
 def gather(call: Call) -> Run:
     axis, own, index = call.axis(0), call.shape(), call.maybe(1)
     if index is not None and index.dim() == 0:
-        return lambda x, at=int(index) % own[axis]: x.select(axis, at)
+        return lambda x, place=int(index) % own[axis]: x.select(axis, place)
     if index is not None:
         flat = index.reshape(-1).long() % max(own[axis], 1)
         wanted = (*own[:axis], *index.shape, *own[axis + 1 :])
