@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from hwsearch.allocate.allocation import Allocation as Allocation
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
-    from hwsearch.deployment.api import profile as profile
-    from hwsearch.deployment.api import sensitivity as sensitivity
-    from hwsearch.deployment.closed_loop import run as run
+    from hwsearch.api import profile as profile
+    from hwsearch.api import run as run
+    from hwsearch.api import sensitivity as sensitivity
+    from hwsearch.api import verify as verify
     from hwsearch.deployment.deploy import deploy as deploy
-    from hwsearch.deployment.recheck import check as check
+    from hwsearch.deployment.recheck import recheck as recheck
     from hwsearch.deployment.targets import build as build
-    from hwsearch.deployment.targets import check_targets as check_targets
-    from hwsearch.deployment.verify import verify as verify
+    from hwsearch.deployment.targets import check as check
     from hwsearch.loading import load as load
-    from hwsearch.loss.sensitivity import SensitivityTable as SensitivityTable
+    from hwsearch.loss.table import SensitivityTable as SensitivityTable
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
     from hwsearch.plot import plot_front as plot_front
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "allocate.allocation": ["Allocation"], "deployment.api": ["profile", "sensitivity"], "deployment.recheck": ["check"],
-    "deployment.deploy": ["deploy"], "deployment.closed_loop": ["run"], "deployment.verify": ["verify"],
+    "allocate.allocation": ["Allocation"], "api": ["profile", "run", "sensitivity", "verify"],
+    "deployment.recheck": ["recheck"], "deployment.deploy": ["deploy"],
     "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase"],
     "allocate.search": ["front", "search"],
-    "loss.sensitivity": ["SensitivityTable"], "table.table": ["LatencyTable"],
-    "deployment.targets": ["build", "check_targets"], "loading": ["load"], "task": ["Task"],
+    "loss.table": ["SensitivityTable"], "table.table": ["LatencyTable"],
+    "deployment.targets": ["build", "check"], "loading": ["load"], "task": ["Task"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

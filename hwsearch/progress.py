@@ -1,12 +1,17 @@
-"""Telling someone how far a long job has come: a bar on a terminal, plain lines elsewhere, or nothing."""
+"""What is printed while a long job runs: how far it is (a bar on a terminal, plain lines elsewhere, or nothing).
+
+Standard output is left to results, which may be JSON for a program.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -156,3 +161,23 @@ def spoken(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """What the block prints past Python's streams goes to standard error; nothing is changed where standard output is closed."""
+    try:
+        kept = os.dup(1)
+    except OSError:
+        yield
+        return
+    try:
+        if sys.stdout is not None:  # closed, and its number given to another file
+            sys.stdout.flush()
+        os.dup2(2, 1)
+        yield
+    finally:
+        if sys.platform != "win32":
+            ctypes.CDLL(None).fflush(None)  # what C has buffered would come out later
+        os.dup2(kept, 1)
+        os.close(kept)

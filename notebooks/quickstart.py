@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hwsearch as hs
-from hwsearch.deployment.closed_loop import measured_points
+from hwsearch.deployment.report import measured_points
 
 task = hs.load("zoo:fashion_resnet")
 task = replace(task, calibration=task.calibration[:3])

@@ -28,7 +28,7 @@ from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import make_space
 from hwsearch.cli.overview import disturbed
-from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
+from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Session
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Timing, paired
@@ -36,9 +36,10 @@ from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.network.choices import Candidate, random_allocation
 from hwsearch.network.variants import Variant
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.table.build import Build
 from hwsearch.table.table import LatencyTable, usable
@@ -78,8 +79,8 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     stem = f"{task.name}.{args.backend}.{threads}t.{'-'.join(axes)}"
     table, alone = (
         profile(
-            setup, args.out / f"{stem}.{mode}.parquet", time_limit_s=args.time_limit, mode=mode, axes=axes,
-            progress=Progress(), extend=False,
+            setup, args.out / f"{stem}.{mode}.parquet", Effort(args.time_limit, extend=False), mode=mode, axes=axes,
+            progress=Progress(),
         )
         for mode in ("context", "alone")
     )  # fmt: skip
@@ -289,7 +290,7 @@ def loops(task: hs.Task, setup: Setup, table: LatencyTable, args: argparse.Names
         budget = int(least + share * (most - least))
         try:
             report, _, table = closed_loop(
-                task, setup, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
+                setup, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
                 weights=folder / "weights", session=session,
             )  # fmt: skip
         except HwsearchError as error:

@@ -28,7 +28,7 @@ from hwsearch.engine.setup import set_up
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import random_allocation
 from hwsearch.network.variants import Variant
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 
@@ -55,7 +55,7 @@ def main() -> None:
                 other.start()
             try:
                 tables[name] = profile(
-                    setup, Path(folder) / f"{name}.parquet", time_limit_s=args.time_limit, axes=["precision"], progress=Progress()
+                    setup, Path(folder) / f"{name}.parquet", Effort(args.time_limit), axes=["precision"], progress=Progress()
                 )  # fmt: skip
             finally:
                 over.set()

@@ -30,7 +30,7 @@ from hwsearch.engine.setup import Setup, set_up
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
 from hwsearch.network.variants import Variant
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 from hwsearch.zoo.fashion_resnet import WIDTHS, Block, FashionResNet
@@ -102,7 +102,7 @@ def profiled(
     setup: Setup, path: Path, time_limit_s: float, prior: list[LatencyTable]
 ) -> tuple[LatencyTable, float]:
     begun = time.monotonic()
-    table = profile(setup, path, time_limit_s=time_limit_s, prior=prior, progress=Progress())
+    table = profile(setup, path, Effort(time_limit_s), prior=prior, progress=Progress())
     return table, time.monotonic() - begun
 
 

@@ -27,15 +27,16 @@ from hwsearch import backends
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
+from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Job, Session, uniform_candidates
 from hwsearch.device import fingerprint as device
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
+from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 
 
@@ -73,7 +74,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     setup = set_up(task, backends.get("openvino"))
     print(f"\n{spec}: {len(setup.network.units)} units, {len(setup.network.groups)} channel groups"
           + "".join(f"\n  stays whole: {why}" for why in setup.network.blocked))  # fmt: skip
-    table = profile(setup, folder / "table.parquet", time_limit_s=args.time_limit, progress=Progress())
+    table = profile(setup, folder / "table.parquet", Effort(args.time_limit), progress=Progress())
     began = time.perf_counter()
     sensitivity = sensitivity_for(
         setup, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress()
@@ -98,7 +99,6 @@ def bench(spec: str, args: argparse.Namespace) -> None:
         budget = parse_budgets([f"latency={fastest * share:.6f}ms"])
         try:
             report, allocation, table = closed_loop(
-                task,
                 setup,
                 table,
                 sensitivity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 from hwsearch.testing.contract import small_network
@@ -34,8 +35,14 @@ def set_up(backend: SimulatedBackend | None = None, **options: Any) -> Setup:
     return Setup(lowering(), backend or SimulatedBackend(law(), **options), BuildOptions(1, "fp32"))
 
 
+def measured(setup: Setup, out: Path | None, **options: Any) -> LatencyTable:
+    """A profile with little effort; options are those of `profile` and of `Effort`."""
+    effort = {f.name: options.pop(f.name) for f in fields(Effort) if f.name in options}
+    return profile(setup, out, Effort(**{"protocol": FAST, **effort}), **options)
+
+
 def run(setup: Setup, out: Path | None, **options: Any) -> LatencyTable:
-    return profile(setup, out, **{"builds": DESIGN, "protocol": FAST, "axes": ["precision"], **options})
+    return measured(setup, out, **{"builds": DESIGN, "axes": ["precision"], **options})
 
 
 def narrow_law() -> LatencyLaw:
@@ -47,4 +54,4 @@ def narrow_setup(backend: SimulatedBackend | None = None, **options: Any) -> Set
 
 
 def run_widths(setup: Setup, out: Path | None, **options: Any) -> LatencyTable:
-    return profile(setup, out, **{"protocol": FAST, **options})
+    return measured(setup, out, **options)

@@ -11,7 +11,7 @@ import numpy as np
 from hwsearch.backends.base import NodeTime
 from hwsearch.engine.attribution import attribute, executed_precisions
 from hwsearch.latency.staircase import group_times
-from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import (
     Candidate,
     Grid,

@@ -12,8 +12,8 @@ import hwsearch as hs
 def test_exported_names() -> None:
     """A name that goes breaks somebody's script."""
     assert hs.__all__ == [
-        "Allocation", "LatencyTable", "SensitivityTable", "Task", "build", "check", "check_targets", "deploy", "front", "load",
-        "plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase", "profile", "run", "search",
+        "Allocation", "LatencyTable", "SensitivityTable", "Task", "build", "check", "deploy", "front", "load",
+        "plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_staircase", "profile", "recheck", "run", "search",
         "sensitivity", "verify",
     ]  # fmt: skip
     assert all(callable(getattr(hs, name)) for name in hs.__all__)

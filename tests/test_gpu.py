@@ -103,10 +103,10 @@ def test_tables_of_a_cpu_or_of_another_driver_are_others(nvml: Nvml, tmp_path: P
         profile(out, backend(SimulatedBackend))
     nvml.answers["nvmlSystemGetDriverVersion"] = lambda: "580.1"
     with pytest.raises(IncompatibleTables, match="another device"):
-        hs.check(table, tiny.task("cnn"), backend=backend())
+        hs.recheck(table, tiny.task("cnn"), backend=backend())
     nvml.answers["nvmlSystemGetDriverVersion"] = lambda: "570.12"
     nvml.answers["nvmlDeviceGetUUID"] = lambda h: "GPU-another-card"
-    assert hs.check(table, tiny.task("cnn"), backend=backend()).holds
+    assert hs.recheck(table, tiny.task("cnn"), backend=backend()).holds
 
 
 def test_locked_clocks_are_a_regime_of_their_own(nvml: Nvml, tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_locked_clocks_are_a_regime_of_their_own(nvml: Nvml, tmp_path: Path) -> 
     assert len(LatencyTable.sections(out)) == 2
     assert LatencyTable.load(out, clocks=1410).header.options["clocks"] == 1410
     assert "clocks" not in LatencyTable.load(out, clocks=0).header.options
-    assert hs.check(held, tiny.task("cnn"), backend=backend(), lock_clocks=True).holds
+    assert hs.recheck(held, tiny.task("cnn"), backend=backend(), lock_clocks=True).holds
     assert nvml.locked is None
     with pytest.raises(IncompatibleTables, match="another clocks: table=1410, current=None"):
-        hs.check(held, tiny.task("cnn"), backend=backend())
+        hs.recheck(held, tiny.task("cnn"), backend=backend())
 
 
 def test_a_share_of_the_gpu_is_a_regime_of_its_own(
@@ -136,9 +136,9 @@ def test_a_share_of_the_gpu_is_a_regime_of_its_own(
     assert shared.header.options == {**free.header.options, "mps": 40.0}
     assert LatencyTable.load(out, mps=40).header.options["mps"] == 40.0
     assert "mps" not in LatencyTable.load(out, mps=0).header.options
-    assert hs.check(shared, tiny.task("cnn"), backend=backend()).holds
+    assert hs.recheck(shared, tiny.task("cnn"), backend=backend()).holds
     with pytest.raises(IncompatibleTables, match=r"another mps: table=None, current=40\.0"):
-        hs.check(free, tiny.task("cnn"), backend=backend())
+        hs.recheck(free, tiny.task("cnn"), backend=backend())
     on_cpu = hs.profile(tiny.task("cnn"), backend=backend(SimulatedBackend), axes=["precision"], builds=3)
     assert "mps" not in on_cpu.header.options
     for wrong in ("half", "0", "101", "nan"):

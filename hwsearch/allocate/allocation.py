@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hwsearch.allocate.budget import TAILS
+from hwsearch.allocate.costs import Costs
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
 from hwsearch.network.variants import Variant
@@ -49,6 +51,19 @@ class Allocation:
     network_name: str = ""
     created: str = ""
     schema: int = field(default=SCHEMA)
+
+    @property
+    def costs(self) -> Costs:
+        """What is predicted to be the cost of each kind."""
+        of = self.predicted
+        return Costs(
+            latency=of["latency_ns"],
+            **{tail: of.get(f"{tail}_ns") for tail in TAILS},
+            size=of["size_bytes"],
+            memory=of.get("memory_bytes"),
+            macs=of.get("macs"),
+            energy=of.get("energy_nj"),
+        )
 
     @property
     def uniform(self) -> str | None:

@@ -142,9 +142,9 @@ class Budget:
         return Budget(self.column, self.kind, float(value))
 
 
-def parse_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
+def parse_budgets(wanted: Sequence[str | Budget]) -> tuple[Budget, ...]:
     """At least one budget, at most one for each column. Raises InvalidInput."""
-    budgets = tuple(map(Budget.parse, texts))
+    budgets = tuple(b if isinstance(b, Budget) else Budget.parse(b) for b in wanted)
     if not budgets:
         raise InvalidInput(f"no budget was given; write e.g. {_EXAMPLES['latency']}")
     columns = [b.column for b in budgets]

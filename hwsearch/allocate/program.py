@@ -28,7 +28,7 @@ from scipy.sparse import csr_array, vstack
 from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
 from hwsearch.allocate.problem import Choice, Cost, Problem
 from hwsearch.errors import HwsearchError
-from hwsearch.stdout import stdout_kept
+from hwsearch.progress import stdout_kept
 
 TOP = 15
 """Bits of the largest coefficients of a budget row; larger ones are split into digits."""

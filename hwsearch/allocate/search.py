@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.answer import as_allocation, dense_allocation
 from hwsearch.allocate.budget import Budget, parse_budgets
+from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Solution
@@ -20,15 +21,15 @@ from hwsearch.network.choices import AXES
 from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
-    from hwsearch.loss.sensitivity import SensitivityTable
+    from hwsearch.loss.table import SensitivityTable
 
 KAPPA = 1.0
 """How many standard errors of the prediction a latency budget keeps in reserve."""
 
 
-def limits(budgets: Sequence[Budget], dense: Mapping[str, float]) -> dict[str, int]:
-    """Budgets as integer ns and bytes, relative ones against the dense fp32 network."""
-    return {b.column: b.resolve(dense[b.column]) for b in budgets}
+def as_limits(bound: Costs) -> dict[str, int]:
+    """Bounds as the solver takes them: whole numbers by column."""
+    return {column: int(most) for column, most in bound.known().items()}
 
 
 def search(
@@ -49,26 +50,26 @@ def search(
     channels all stay. tighten: integer limits that replace the budgets' own (the closed loop's).
     Raises Infeasible naming the least that can be met; InvalidInput on malformed budgets.
     """
-    parsed = parse_budgets([str(b) for b in budgets])
+    parsed = parse_budgets(budgets)
     space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
-    wanted = limits(parsed, space.dense)
+    wanted = as_limits(bounds(parsed, space.dense))
     dense_meets = all(math.floor(space.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
         return dense_allocation(space, parsed, wanted)
-    bounds = {**wanted, **(tighten or {})}
+    limits = {**wanted, **(tighten or {})}
     try:
-        solution = _solve_with_reserve(space, bounds, kappa)
+        solution = _solve_with_reserve(space, limits, kappa)
     except Infeasible as error:
-        told = _in_shares(error, parsed, space.dense, wanted, bounds)
-        raise _with_sizes(told, space, bounds) from None
+        in_shares = _in_shares(error, parsed, space.dense, wanted, limits)
+        raise _with_sizes(in_shares, space, limits) from None
     return as_allocation(space, solution, parsed, wanted)
 
 
-def _with_sizes(error: Infeasible, space: Space, bounds: Mapping[str, int]) -> Infeasible:
+def _with_sizes(error: Infeasible, space: Space, limits: Mapping[str, int]) -> Infeasible:
     """The same error, with what the least size is made of, where size is bounded."""
     if "size" not in error.least:
         return error
-    others = {c: limit for c, limit in bounds.items() if c != "size"}
+    others = {c: limit for c, limit in limits.items() if c != "size"}
     for budgets in (others, {}):
         try:
             least = minimise(space.with_budgets(budgets), "size")
@@ -81,60 +82,60 @@ def _with_sizes(error: Infeasible, space: Space, bounds: Mapping[str, int]) -> I
 def _in_shares(
     error: Infeasible,
     budgets: Sequence[Budget],
-    dense: Mapping[str, float],
+    dense: Costs,
     wanted: Mapping[str, int],
-    bounds: Mapping[str, int],
+    limits: Mapping[str, int],
 ) -> Infeasible:
     """The same error, with the least of each relative budget as that would be written.
 
-    A limit in `bounds` that is not the one of the table's dense network comes from another measurement of it: the share is
+    A limit in `limits` that is not the one of the table's dense network comes from another measurement of it: the share is
     of that one, and a hundredth more, as the next time it will be yet another.
     """
-    told = []
+    shares = []
     for b in budgets:
         least = error.least.get(b.column, 0)
         if b.kind == "absolute" or least <= 0:
             continue
         whole = dense[b.column]
-        if 0 < wanted[b.column] != bounds[b.column]:
-            least, whole = least * 1.01, whole * bounds[b.column] / wanted[b.column]
-        told.append(str(b.nearest(least, whole)))
-    return Infeasible(f"{error} (the least as shares: {', '.join(told)})", error.least) if told else error
+        if 0 < wanted[b.column] != limits[b.column]:
+            least, whole = least * 1.01, whole * limits[b.column] / wanted[b.column]
+        shares.append(str(b.nearest(least, whole)))
+    return Infeasible(f"{error} (the least as shares: {', '.join(shares)})", error.least) if shares else error
 
 
-def _solve_with_reserve(space: Space, bounds: Mapping[str, int], kappa: float) -> Solution:
+def _solve_with_reserve(space: Space, limits: Mapping[str, int], kappa: float) -> Solution:
     """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
     meets the budget is for the measurement to say.
     """
-    best = solve(space.with_budgets(bounds))
-    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **space.tails}.items() if c in bounds}
+    best = solve(space.with_budgets(limits))
+    ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **space.tails}.items() if c in limits}
     if not ratios or kappa == 0:
         return best
-    shrunk = {c: bounds[c] for c in ratios}
+    shrunk = {c: limits[c] for c in ratios}
     for _ in range(8):
         found = {
             c: space.predict_energy(best.choice) if c == "energy" else space.predict(best.choice) for c in ratios
         }
         most = {c: p.time_ns + kappa * p.sigma_ns for c, p in found.items() if p is not None}
-        over = {c: r * most[c] - bounds[c] for c, r in ratios.items() if r * most[c] > bounds[c]}
+        over = {c: r * most[c] - limits[c] for c, r in ratios.items() if r * most[c] > limits[c]}
         if not over:
             return best
         for c, excess in over.items():
             reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
-            shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(bounds[c] - reserve))
+            shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(limits[c] - reserve))
         try:
-            best = solve(space.with_budgets({**bounds, **shrunk}))
+            best = solve(space.with_budgets({**limits, **shrunk}))
         except Infeasible:
-            return _fastest(space, bounds, "energy" if set(ratios) == {"energy"} else "latency")
+            return _fastest(space, limits, "energy" if set(ratios) == {"energy"} else "latency")
     return best
 
 
-def _fastest(space: Space, bounds: Mapping[str, int], column: str) -> Solution:
+def _fastest(space: Space, limits: Mapping[str, int], column: str) -> Solution:
     """The least loss at the least latency (or energy) that the other budgets allow."""
-    least = minimise(space.with_budgets(bounds), column).costs[column]
-    return solve(space.with_budgets({**bounds, column: least}))
+    least = minimise(space.with_budgets(limits), column).costs[column]
+    return solve(space.with_budgets({**limits, column: least}))
 
 
 def front(
@@ -149,9 +150,9 @@ def front(
     model: LatencyModel | None = None,
 ) -> Front:
     """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
-    parsed = parse_budgets([str(b) for b in budgets]) if budgets else ()
+    parsed = parse_budgets(budgets) if budgets else ()
     space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
-    fixed = limits(parsed, space.dense)
+    fixed = as_limits(bounds(parsed, space.dense))
     found = sweep(space.with_budgets(fixed), over, points)
     sigma = {s.choice: space.predict(s.choice).sigma_ns for _, s in found if s is not None}
     memory = {s.choice: space.memory(s.choice) for _, s in found if s is not None}
@@ -174,6 +175,6 @@ def front(
             "backend": header.backend,
             "device": header.device.get("chip"),
             "options": header.options,
-            "dense": space.dense,
+            "dense": space.dense.known(),
         },
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from hwsearch.allocate.activations import with_memory
 from hwsearch.allocate.budget import TAILS, Budget
+from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.problem import Cost, Problem, Tie
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency.energy_model import energy_table, fit_energy
@@ -19,11 +20,12 @@ from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.network.choices import AXES, check_axes
 from hwsearch.network.memory import peak_bytes
+from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal, uniform, weight_bytes
 from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
-    from hwsearch.loss.sensitivity import SensitivityTable
+    from hwsearch.loss.table import SensitivityTable
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ class Space:
     energy: LatencyModel | None = None
 
     @property
-    def dense(self) -> dict[str, float]:
-        """Costs of the dense fp32 network, in ns, bytes, MACs and nJ."""
-        return {
-            "latency": dense_ns(self.table)[0],
-            **{column: ratio * dense_ns(self.table)[0] for column, ratio in self.tails.items()},
-            "size": float(self.table.header.dense_file_bytes),
-            "memory": float(peak_bytes(self.table.network, uniform(self.table.network, "fp32"), base="fp32")),
-            "macs": float(self.table.network.macs),
-            **({"energy": energy_table(self.table).dense_ns} if self.energy else {}),
-        }
+    def dense(self) -> Costs:
+        """Costs of the dense fp32 network; tails and energy where they are bounded."""
+        network, latency = self.table.network, dense_ns(self.table)[0]
+        return Costs(
+            latency=latency,
+            **{column: ratio * latency for column, ratio in self.tails.items()},
+            size=float(self.table.header.dense_file_bytes),
+            memory=float(peak_bytes(network, uniform(network, "fp32"), base="fp32")),
+            macs=float(network.macs),
+            energy=energy_table(self.table).dense_ns if self.energy else None,
+        )
 
     def variants(self, choice: Sequence[int]) -> dict[str, Variant]:
         """The variant of each unit."""
@@ -110,7 +113,7 @@ def make_space(
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
     space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
     """
-    sensitivity.require(table.network, table.header.int8_bits, table.header.unsigned)
+    sensitivity.require(table.network, table.header.int8)
     check_axes(axes)
     model = model or fit(table)
     energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
@@ -202,42 +205,18 @@ def _costs(
 
     models: of latency and, where it is bounded, of energy. tails: ratios of further latencies.
     """
-    network = table.network
-    units = network.units
+    network, units = table.network, table.network.units
     choices = _choices(table, cells)
     none = [np.zeros(len(grid[g]), np.int64) for g in groups]
-    position = {u.name: i for i, u in enumerate(units)}
-
-    def boundaries_of(model: LatencyModel) -> list[tuple[int, int, Any]]:
-        boundaries: list[tuple[int, int, Any]] = []
-        for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
-            i, j = position[src], position[dst]
-            shares = [network.share(src, w) for _, w in choices[i]]
-            terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
-            matrix = np.array(
-                [
-                    [terms[s][a.quantized, b.quantized] for b, _ in choices[j]]
-                    for s, (a, _) in zip(shares, choices[i], strict=True)
-                ]
-            )
-            boundaries.append((i, j, matrix) if i < j else (j, i, matrix.T))
-        return boundaries
-
-    of = [
-        (
-            [np.array([m.unit_ns(u.name, v, w) for v, w in own]) for u, own in zip(units, choices, strict=True)],
-            boundaries_of(m),
-        )
-        for m in models
-    ]
+    times = [_times(network, model, choices) for model in models]
 
     def latency(ratio: float, number: int = 0) -> Cost:
-        times, boundaries = of[number]
-        pairwise: dict[tuple[int, int], Any] = {}
-        for i, j, matrix in boundaries:
-            pairwise[i, j] = pairwise.get((i, j), 0) + _whole(matrix * ratio)
-        own = (_whole(t * ratio) for t in times)
-        return Cost(fixed=round(models[number].rest_ns * ratio), unary=(*own, *none), pairwise=pairwise)
+        unary, pairwise = times[number]
+        return Cost(
+            fixed=round(models[number].rest_ns * ratio),
+            unary=(*(_whole(t * ratio) for t in unary), *none),
+            pairwise={pair: _whole(matrix * ratio) for pair, matrix in pairwise.items()},
+        )
 
     graph = table.header.unit_bytes
     return {
@@ -263,6 +242,31 @@ def _costs(
             ),
         ),
     }  # fmt: skip
+
+
+def _times(
+    network: Network, model: LatencyModel, choices: Sequence[Sequence[tuple[Variant, dict[str, int]]]]
+) -> tuple[list[Any], dict[tuple[int, int], Any]]:
+    """(times of each unit's choices, times of the boundaries between the choices of two units), in ns."""
+    position = {u.name: i for i, u in enumerate(network.units)}
+    unary = [
+        np.array([model.unit_ns(u.name, v, w) for v, w in own])
+        for u, own in zip(network.units, choices, strict=True)
+    ]
+    pairwise: dict[tuple[int, int], Any] = {}
+    for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
+        i, j = position[src], position[dst]
+        shares = [network.share(src, w) for _, w in choices[i]]
+        terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
+        matrix = np.array(
+            [
+                [terms[s][a.quantized, b.quantized] for b, _ in choices[j]]
+                for s, (a, _) in zip(shares, choices[i], strict=True)
+            ]
+        )
+        pair, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
+        pairwise[pair] = pairwise.get(pair, 0) + matrix
+    return unary, pairwise
 
 
 def _whole(values: Any) -> Any:

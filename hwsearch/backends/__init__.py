@@ -33,11 +33,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_registered()))
 
 
-def get(name: str) -> Backend:
-    """The backend called `name`. Its runtime may still be absent: `Backend.versions` tells.
+def get(name: str | Backend) -> Backend:
+    """The backend of a name; a backend is returned as it is. Its runtime may still be absent: `Backend.versions` tells.
 
     Raises InvalidInput on an unknown name, BackendUnavailable where its module cannot be imported.
     """
+    if not isinstance(name, str):
+        return name
     registered = _registered()
     if name not in registered:
         raise InvalidInput(f"unknown backend {name!r}; known: {', '.join(sorted(registered))}")

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.base import Array, Backend, BuildOptions
 from hwsearch.backends.process import compiler
-from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
+from hwsearch.network.variants import INT8_BITS, Int8, Variant, int8_levels
 
 DEPTH = 64
 """Channels that each output of the probe sums over: a multiple of what any vector instruction takes at once."""
@@ -46,6 +46,16 @@ def int8_bits(backend: Backend, options: BuildOptions) -> int:
     if key not in _known:
         _known[key] = next((bits for bits in (INT8_BITS, 7) if sum_error(backend, options, bits) <= OFF), 7)
     return _known[key]
+
+
+def int8_of(backend: Backend, options: BuildOptions) -> Int8:
+    """How a backend takes int8 under these options on this device."""
+    return Int8(int8_bits(backend, options), takes_unsigned(backend))
+
+
+def takes_unsigned(backend: Backend) -> bool:
+    """Whether activations that were never negative go into a backend as uint8 (its attribute `unsigned_activations`)."""
+    return bool(getattr(backend, "unsigned_activations", False))
 
 
 def sum_error(backend: Backend, options: BuildOptions, bits: int) -> float:

@@ -113,7 +113,7 @@ def sensitivity(
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
     require_backend(backend)
     import hwsearch as hs
-    from hwsearch.deployment.api import table_of_task
+    from hwsearch.cli.sections import table_of_task
     from hwsearch.progress import Progress
 
     own = hs.load(task)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hwsearch.deployment.report import Report
     from hwsearch.deployment.targets import EngineFile, Verdict
     from hwsearch.latency.diagnosis import Diagnosis
-    from hwsearch.loss.sensitivity import SensitivityTable
+    from hwsearch.loss.table import SensitivityTable
     from hwsearch.table.table import LatencyTable
 
 WORST = 10

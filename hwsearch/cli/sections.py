@@ -5,9 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from hwsearch.table.table import LatencyTable
+    from hwsearch.task import Task
 
 _WHICH = "Of a file with several tables, the one"
 
@@ -59,6 +64,20 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
 }
+
+
+def table_of_task(
+    path: str | Path, task: Task, *, batch: int | None = None, **wanted: Any
+) -> LatencyTable:
+    """The table in a file that is of a task's own input shapes, where it has several; wanted: as `LatencyTable.load`."""
+    from hwsearch.profiler.reshape import own_shapes
+    from hwsearch.table.section import only
+    from hwsearch.table.table import LatencyTable
+
+    tables = LatencyTable.sections(path, batch=batch, **wanted)
+    sizes = [shape if batch is None else (batch, *shape[1:]) for shape in own_shapes(task)]
+    fitting = [t for t in tables if list(t.network.input_shapes) == sizes] or tables
+    return fitting[only([t.header.section for t in fitting], path)]
 
 
 def choosing(command: Callable[..., None]) -> Callable[..., None]:

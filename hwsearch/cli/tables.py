@@ -66,7 +66,7 @@ def table_diagnose(
     show.diagnosis(diagnose(model), as_json)
 
 
-@app.command("check")
+@app.command("recheck")
 @choosing
 def table_check(
     file: AnyTable,
@@ -81,13 +81,13 @@ def table_check(
 ) -> None:
     """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
     import hwsearch as hs
-    from hwsearch.deployment.api import table_of_task
+    from hwsearch.cli.sections import table_of_task
     from hwsearch.progress import Progress
 
     own = None if task is None else hs.load(task)
     table = hs.LatencyTable.load(file, **section) if own is None else table_of_task(file, own, **section)
     with Progress() as progress:
-        found = hs.check(table, own, builds=builds, lock_clocks=lock_clocks, progress=progress)
+        found = hs.recheck(table, own, builds=builds, lock_clocks=lock_clocks, progress=progress)
     show.check(found, as_json)
     if not found.holds:
         raise typer.Exit(1)

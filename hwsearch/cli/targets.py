@@ -60,7 +60,7 @@ def check(
     from hwsearch.progress import Progress
 
     with Progress() as progress:
-        found = hs.check_targets(
+        found = hs.check(
             hs.load(task), names, base=base, backend=backend, batch=batch, progress=progress
         )
     show.verdicts(found, as_json, layers=layers)

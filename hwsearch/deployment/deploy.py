@@ -12,7 +12,7 @@ import torch
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.backends.base import Backend
-from hwsearch.backends.exactness import int8_bits
+from hwsearch.backends.exactness import int8_bits, takes_unsigned
 from hwsearch.compress.bank import WeightBank
 from hwsearch.device import fingerprint as devices
 from hwsearch.engine.setup import Setup, set_up
@@ -20,8 +20,10 @@ from hwsearch.errors import IncompatibleTables
 from hwsearch.files import write_bytes
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import as_module, refitted, weight_bank
+from hwsearch.network.choices import RESIDUAL
+from hwsearch.network.choices import STORAGE as STORED
 from hwsearch.network.network import Network
-from hwsearch.network.variants import INT8_BITS, STORAGE, Variant
+from hwsearch.network.variants import INT8_BITS, STORAGE, Int8, Variant
 from hwsearch.task import Task
 
 
@@ -67,22 +69,26 @@ def of_allocation(
     """
     options = allocation.options
     which = backend or allocation.backend
-    runtime = backends.get(which) if isinstance(which, str) else which
+    runtime = backends.get(which)
     clocks = int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0
     base = str(options.get("base", "fp32"))
     setup = set_up(
         task, runtime, threads=threads or int(options.get("threads", 1)),
         base=base if base in runtime.bases() else None, batch=options.get("batch"),
-        residual=bool(options.get("residual", False)), load=int(options.get("load", 0)), clocks=clocks,
-        storage=str(STORAGE) in allocation.variants.values(),
+        axes=axes_of(allocation), load=int(options.get("load", 0)), clocks=clocks,
         energy=any(b["column"] == "energy" for b in allocation.budgets),
-        int8_bits=int8_bits_of(allocation),
-        unsigned=bool(options.get("unsigned", False)) and bool(getattr(runtime, "unsigned_activations", False)),
+        int8=Int8(int8_bits_of(allocation), bool(options.get("unsigned", False)) and takes_unsigned(runtime)),
     )  # fmt: skip
     check_allocation(allocation, setup.network)
     if "dense.int8" in allocation.variants.values():
         _check_bits(setup)
     return setup
+
+
+def axes_of(allocation: Allocation) -> list[str]:
+    """The axes, beyond width and precision, without which its network would be another."""
+    stored = str(STORAGE) in allocation.variants.values()
+    return [RESIDUAL] * bool(allocation.options.get(RESIDUAL)) + [STORED] * stored
 
 
 def int8_bits_of(allocation: Allocation) -> int:

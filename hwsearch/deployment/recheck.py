@@ -100,7 +100,7 @@ class Check:
         )
 
 
-def check(
+def recheck(
     table: LatencyTable,
     task: Task | None = None,
     *,
@@ -128,12 +128,12 @@ def check(
         with suppress(InvalidInput):  # a task of another network, which is refused below
             task = reshaped(task, shapes)  # as `profile --shape` made it
     chosen = backend or table.header.backend
-    runtime = backends.get(chosen) if isinstance(chosen, str) else chosen
+    runtime = backends.get(chosen)
     setup = set_up(
         task, runtime, threads=int(options["threads"]), base=str(options["base"]), batch=int(options["batch"]),
-        residual=bool(options.get(RESIDUAL)), load=int(options.get("load", 0)),
+        axes=[RESIDUAL] if options.get(RESIDUAL) else (), load=int(options.get("load", 0)),
         clocks=int(options.get("clocks", 0)) or devices.clocks_to_lock(runtime) if lock_clocks else 0,
-        unsigned=table.header.unsigned,
+        int8=table.header.int8,
     )  # fmt: skip
     fingerprint = devices.fingerprint_for(runtime).to_json()
     table.require(

@@ -7,29 +7,62 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hwsearch.allocate.budget import TAILS
+from hwsearch.allocate.costs import Costs
+from hwsearch.allocate.front import Point
+from hwsearch.files import write_bytes
+
 SCHEMA = 2
 
 
 @dataclass(frozen=True)
-class Report:
-    """One verified allocation.
+class Timed:
+    """How sure the latencies of a report are, and what the machine was like, in ns.
 
-    met: every budget holds as measured. rounds: rounds of the closed loop. latency_ms: dense, budget (None
-    without one), predicted and its sigma, measured, all on one scale; `measured_now` and `reference_now` are raw
-    medians, as fast as the machine just was; `p90`, `p95` and `p99` are quantiles of single inferences of the deployed
-    engine, `budget_p99` and so on their budgets where there are any. score: of the module and of the engine. loss:
-    divergence from the dense outputs. size_bytes: of the ONNX files. memory: peak of the activations in bytes (dense, budget,
-    deployed), computed from the network and never measured, as its `source` says. energy_mj: of an inference: dense,
-    measured, and budget and predicted where energy is bounded; empty where nothing counts it. uniform: the best uniform
-    allocation that meets the same budgets, or None. uniforms: all of them. widths: slots kept of each channel group, and how
-    many there were. not_as_asked: units that the engine executed in another precision. output_error: relative error of the
-    engine's outputs from the same allocation simulated; `wrong_outputs` where it is a bug of the runtime and not rounding:
-    then nothing is met, and `wrong_units` names the units that bring it about, with the reason. unexplained: sentences on a loss,
-    or a fall of the score, far above what was predicted, with the likeliest layer. slowdown: by how much slower than when the
-    table was made the machine was, 0 where it is too little to count; times are those of the quiet machine, and
-    `measured_unconverted` is what was measured, on the table's scale. table_check: where prediction and measurement part by more
-    than three sigma, builds of the table measured again. float_only: units that stay
-    float on this task's data, and why.
+    Attributes:
+        sigma: Standard error of the predicted latency.
+        low, high: 95 % interval of the measured one.
+        unconverted: What was measured on the table's scale, before what the table knows of a slower machine was taken off.
+        now: Raw median of the deployed engine, as fast as the machine just was.
+        reference, reference_now: Time of the reference engine on the table's scale, and its raw median.
+    """
+
+    sigma: float
+    low: float
+    high: float
+    unconverted: float
+    now: float
+    reference: float
+    reference_now: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verified allocation: what was predicted beside what was measured.
+
+    Attributes:
+        met: Every budget holds as measured.
+        rounds: Rounds of the closed loop.
+        dense, bound, predicted, measured: Costs of the dense fp32 network, of the budgets, and of the allocation; all latencies
+            are on one scale, that of the table where there is one.
+        timed: How sure the latencies are.
+        score: `dense`, of the module; `deployed`, of the engine.
+        loss: Divergence from the dense outputs, `predicted` and `measured`.
+        solver: Status and gap of the search.
+        uniform: The best uniform allocation that meets the same budgets, or None. `uniforms`: all of them.
+        variants: Unit -> variant.
+        widths: Channel group -> [slots kept, slots there were].
+        not_as_asked: Units that the engine executed in another precision.
+        output_error: Relative error of the engine's outputs from the same allocation simulated.
+        wrong_outputs: That error is a bug of the runtime and not rounding: then nothing is met. `wrong_units`: the units that
+            bring it about, with the reason.
+        unexplained: Sentences on a loss, or a fall of the score, far above what was predicted, with the likeliest layer.
+        table_check: Builds of the table measured again, where prediction and measurement part by more than three sigma.
+        slowdown: By how much slower than when the table was made the machine was; 0 where it is too little to count.
+        float_only: Units that stay float on this task's data, and why.
+
+    `to_json` (and so report.json) has the costs by kind: `latency_ms`, `size_bytes`, `macs`, `memory`, `energy_mj`, which are
+    attributes as well.
     """
 
     task: str
@@ -38,18 +71,18 @@ class Report:
     options: dict[str, Any]
     met: bool
     rounds: int
-    latency_ms: dict[str, float | None]
+    dense: Costs
+    bound: Costs
+    predicted: Costs
+    measured: Costs
+    timed: Timed
     score: dict[str, float]
     loss: dict[str, float]
-    size_bytes: dict[str, float | None]
     solver: dict[str, Any]
     uniform: dict[str, Any] | None
     uniforms: list[dict[str, Any]] = field(default_factory=list)
     variants: dict[str, str] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)
-    macs: dict[str, float | None] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-    energy_mj: dict[str, float | None] = field(default_factory=dict)
     not_as_asked: dict[str, str] = field(default_factory=dict)
     unstable: bool = False
     output_error: float = 0.0
@@ -61,6 +94,59 @@ class Report:
     float_only: dict[str, str] = field(default_factory=dict)
 
     @property
+    def latency_ms(self) -> dict[str, float | None]:
+        """`dense`, `budget` (None without one), `predicted`, `sigma`, `measured` and so on, in ms; tails where they are known."""
+        own = self.timed
+        found = {
+            "dense": self.dense.latency,
+            "budget": self.bound.latency,
+            "predicted": self.predicted.latency,
+            "sigma": own.sigma,
+            "measured": self.measured.latency,
+            "measured_low": own.low,
+            "measured_high": own.high,
+            "measured_unconverted": own.unconverted,
+            "measured_now": own.now,
+            "reference": own.reference,
+            "reference_now": own.reference_now,
+        }
+        for prefix, costs in (("", self.measured), ("budget_", self.bound)):
+            found |= {
+                prefix + tail.removeprefix("latency_"): value
+                for tail, value in costs.known().items()
+                if tail in TAILS
+            }
+        return {name: value / 1e6 if value is not None else None for name, value in found.items()}
+
+    @property
+    def size_bytes(self) -> dict[str, float | None]:
+        """`dense`, `budget`, `predicted` and `deployed` bytes of the ONNX file."""
+        return {"predicted": self.predicted.size, **self._of("size")}
+
+    @property
+    def macs(self) -> dict[str, float | None]:
+        """`dense`, `budget` and `deployed` multiply-accumulates."""
+        return self._of("macs")
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """`dense`, `budget` and `deployed` peak of the activations in bytes: computed, as `source` says."""
+        return {**self._of("memory"), "source": "estimated"}
+
+    @property
+    def energy_mj(self) -> dict[str, float | None]:
+        """`dense`, `budget`, `predicted` and `measured` energy of an inference in mJ; empty where nothing counts it."""
+        if self.measured.energy is None:
+            return {}
+        found = {"predicted": self.predicted.energy, **self._of("energy")}
+        found["measured"] = found.pop("deployed")
+        return {name: value / 1e6 if value is not None else None for name, value in found.items()}
+
+    def _of(self, column: str) -> dict[str, float | None]:
+        three = {"dense": self.dense, "budget": self.bound, "deployed": self.measured}
+        return {name: getattr(costs, column) for name, costs in three.items()}
+
+    @property
     def verdict(self) -> str:
         """`MISSED`, `met`, or `met` with what is wrong beside it."""
         if not self.met:
@@ -68,21 +154,21 @@ class Report:
         return "met, but what it loses is not explained: see the warnings" if self.unexplained else "met"
 
     def _memory(self) -> list[str]:
-        if not self.memory:
+        if self.measured.memory is None:
             return []
-        budget = f", budget {self.memory['budget']:,.0f}" if self.memory["budget"] is not None else ""
+        budget = f", budget {self.bound.memory:,.0f}" if self.bound.memory is not None else ""
         return [
-            f"memory   {self.memory['deployed']:,.0f} bytes of activations at most (estimated){budget}, "
-            f"dense {self.memory['dense']:,.0f}"
+            f"memory   {self.measured.memory:,.0f} bytes of activations at most (estimated){budget}, "
+            f"dense {self.dense.memory:,.0f}"
         ]
 
     def _energy(self) -> list[str]:
-        found = self.energy_mj
-        if not found:
+        energy = self.energy_mj
+        if not energy:
             return []
-        told = f", {found['predicted']:.4g} mJ predicted" if found["predicted"] is not None else ""
-        budget = f", budget {found['budget']:.4g} mJ" if found["budget"] is not None else ""
-        return [f"energy   {found['measured']:.4g} mJ measured{told}{budget}, dense {found['dense']:.4g} mJ"]
+        predicted = f", {energy['predicted']:.4g} mJ predicted" if energy["predicted"] is not None else ""
+        budget = f", budget {energy['budget']:.4g} mJ" if energy["budget"] is not None else ""
+        return [f"energy   {energy['measured']:.4g} mJ measured{predicted}{budget}, dense {energy['dense']:.4g} mJ"]
 
     def _warnings(self) -> list[str]:
         lines = []
@@ -103,11 +189,11 @@ class Report:
                 f"again changed by {self.table_check['median']:+.1%} (median): {state}"
             )
         if self.slowdown:
-            raw = self.latency_ms["measured_unconverted"]
+            raw = self.timed.unconverted
             known = (
                 "the table does not tell what that does, and times are as they were measured"
-                if raw == self.latency_ms["measured"]
-                else f"{raw:.4g} ms, converted to what it takes on the quiet machine"
+                if raw == self.measured.latency
+                else f"{raw / 1e6:.4g} ms, converted to what it takes on the quiet machine"
             )
             lines.append(
                 f"the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
@@ -122,12 +208,14 @@ class Report:
         return [f"warning  {line}" for line in lines]
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        own = asdict(self)
+        for name in ("dense", "bound", "predicted", "measured", "timed"):
+            del own[name]
+        costs = {name: getattr(self, name) for name in ("latency_ms", "size_bytes", "macs", "memory", "energy_mj")}
+        return {"schema": SCHEMA, **own, **costs}
 
     def save(self, path: str | Path) -> None:
         """Write JSON, in place in one step."""
-        from hwsearch.files import write_bytes
-
         write_bytes(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     def __str__(self) -> str:
@@ -152,7 +240,7 @@ class Report:
             if latency.get(f"budget_{tail}") is not None
         ]
         if narrow := {g: (w, n) for g, (w, n) in self.widths.items() if w < n}:
-            share = (self.macs["deployed"] or 0) / (self.macs["dense"] or 1)
+            share = (self.measured.macs or 0) / (self.dense.macs or 1)
             lines.append(
                 f"widths   {len(narrow)} of {len(self.widths)} channel groups narrower, down to "
                 f"{min(w / n for w, n in narrow.values()):.0%}; {share:.0%} of the multiply-accumulates"
@@ -172,6 +260,25 @@ class Report:
                 f"score {self.uniform['score']:.4f}"
             )
         return "\n".join([*lines, *self._warnings()])
+
+
+def measured_points(report: Report) -> list[Point]:
+    """Measured allocations to draw on a front: the deployed one, with its interval."""
+    measured, nan = report.measured, float("nan")
+    return [
+        Point(
+            label="deployed",
+            latency_ns=measured["latency"],
+            low_ns=report.timed.low,
+            high_ns=report.timed.high,
+            size_bytes=measured["size"],
+            memory_bytes=nan if measured.memory is None else measured.memory,
+            loss=report.loss["measured"],
+            score=report.score["deployed"],
+            variants=tuple(report.variants.values()),
+            widths=tuple(kept for kept, _ in report.widths.values()),
+        )
+    ]
 
 
 def _counts(variants: dict[str, str]) -> dict[str, int]:

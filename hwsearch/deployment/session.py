@@ -11,19 +11,21 @@ import numpy as np
 import torch
 
 from hwsearch.allocate.budget import TAILS, Budget
+from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.backends.base import Engine
 from hwsearch.deployment.evaluate import predictor, score
 from hwsearch.deployment.recheck import Check, measure_again, spread
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol, Timing, paired
+from hwsearch.engine.record import record
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Setup, record
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import evaluating
 from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.latency.regression import MOODS
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.memory import peak_bytes
 from hwsearch.network.variants import Variant, legal, uniform
@@ -34,6 +36,8 @@ from hwsearch.table.table import LatencyTable
 
 VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
 LOSS_SAMPLES = 256
+DENSE = "dense.fp32"
+"""Name of the dense fp32 network among the uniform ones."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,9 @@ class Session:
         missing = {n: self._as_deployed(job) for n, job in uniforms.items() if n not in self._uniforms}
         jobs = {**({"deployed": deployed} if deployed else {}), **missing}
         measured = self.measure(jobs) if jobs else {}
-        found = measured.pop("deployed", None)
+        own = measured.pop("deployed", None)
         self._uniforms.update(measured)
-        return found, dict(self._uniforms)
+        return own, dict(self._uniforms)
 
     def _as_deployed(self, job: Job) -> Job:
         """A uniform job with its weights refitted, as those of an allocation are."""
@@ -118,8 +122,8 @@ class Session:
             yield
 
     def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
-        ats = {n: job.setup or self.setup for n, job in wanted.items()}
-        built = {n: ats[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
+        setups = {n: job.setup or self.setup for n, job in wanted.items()}
+        built = {n: setups[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
             self.reference.run,
             {name: engine.run for name, (engine, _) in built.items()},
@@ -138,22 +142,22 @@ class Session:
                 variants=job.variants,
                 timing=timings[name],
                 build=replace(
-                    record(ats[name], "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
-                    widths=tuple(ats[name].network.channels.values()),
+                    record(setups[name], "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
+                    widths=tuple(setups[name].network.channels.values()),
                 ),
                 engine=built[name][0],
                 file_bytes=int(built[name][1].ByteSize()),
-                setup=ats[name],
+                setup=setups[name],
             )
             for name, job in wanted.items()
         }
 
-    def limits(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[dict[str, int], dict[str, int]]:
-        """Budgets in whole ns, bytes and MACs, and what the dense fp32 network costs, as this session measures it."""
+    def bounds(self, budgets: Sequence[Budget], table: LatencyTable) -> tuple[Costs, Costs]:
+        """(what the budgets allow, what the dense fp32 network costs), as this session measures it."""
         _, measured = self.measure_all(None, uniform_candidates(self.setup, table.header.unsupported))
-        dense = self.costs(measured["dense.fp32"])
+        dense = self.costs(measured[DENSE])
         require_energy(budgets, dense)
-        return {b.column: b.resolve(dense[b.column]) for b in budgets}, {c: int(x) for c, x in dense.items()}
+        return bounds(budgets, dense), dense
 
     def ms(self, measured: Measured) -> float:
         """Time on the session's scale, in ms."""
@@ -178,30 +182,28 @@ class Session:
         assert self.table is not None
         return fit(self.table)
 
-    def costs(self, measured: Measured) -> dict[str, float]:
-        """Everything that a budget may bound, in ns, bytes and MACs."""
+    def costs(self, measured: Measured) -> Costs:
+        """Everything that a budget may bound, on the session's scale; the energy where a counter of it moved."""
         time_ns = self.time_ns(measured)
-        tails = {column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()}
-        size, macs = float(measured.file_bytes), float(measured.setup.network.macs)
-        return {"latency": time_ns, **tails, "size": size, "macs": macs, "memory": self._memory(measured),
-                **self._energy(measured)}  # fmt: skip
-
-    def _energy(self, measured: Measured) -> dict[str, float]:
-        """Energy of an inference in nJ on the session's scale: that of the table's reference, where it has energies."""
-        ratio, own = measured.build.energy_ratio, measured.build.reference_energy_j
-        if ratio is None or own is None:
-            return {}
-        told = [b.reference_energy_j for b in self.table.builds if b.reference_energy_j] if self.table else []
-        return {"energy": ratio * (float(np.median(told)) if told else own) * 1e9}
-
-    def _memory(self, measured: Measured) -> float:
-        """Peak of the activations in bytes: computed, not measured."""
-        widths = measured.setup.network.channels
-        peak = peak_bytes(
-            self.setup.network, measured.variants, widths,
-            base=measured.build.base, quantize_outputs=self.setup.backend.quantize_outputs,
+        return Costs(
+            latency=time_ns,
+            **{column: time_ns * measured.timing.tail(q) for column, q in TAILS.items()},
+            size=measured.file_bytes,
+            memory=peak_bytes(
+                self.setup.network, measured.variants, measured.setup.network.channels,
+                base=measured.build.base, quantize_outputs=self.setup.backend.quantize_outputs,
+            ),
+            macs=measured.setup.network.macs,
+            energy=self._energy_nj(measured.build),
         )  # fmt: skip
-        return float(peak)
+
+    def _energy_nj(self, build: Build) -> float | None:
+        """Energy of an inference on the scale of the table's reference, where the table has energies."""
+        if build.energy_ratio is None or build.reference_energy_j is None:
+            return None
+        of_table = [b.reference_energy_j for b in self.table.builds if b.reference_energy_j] if self.table else []
+        reference_j = float(np.median(of_table)) if of_table else build.reference_energy_j
+        return build.energy_ratio * reference_j * 1e9
 
     def score(self, measured: Measured, what: str) -> float:
         """The task's score through the engine; of each uniform allocation it is taken once."""
@@ -238,7 +240,7 @@ class Session:
 def uniform_candidates(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> dict[str, Job]:
     """Every uniform allocation of this backend: each variant wherever a unit can become it, else the base."""
     base = setup.options.base
-    candidates = {"dense.fp32": Job(uniform(setup.network, "fp32"), "fp32")}
+    candidates = {DENSE: Job(uniform(setup.network, "fp32"), "fp32")}
     for variant in setup.variants(base):
         chosen = {
             u.name: variant
@@ -251,9 +253,9 @@ def uniform_candidates(setup: Setup, unsupported: Mapping[str, Mapping[str, str]
     return candidates
 
 
-def require_energy(budgets: Sequence[Budget], costs: Mapping[str, float]) -> None:
+def require_energy(budgets: Sequence[Budget], costs: Costs) -> None:
     """Raises InvalidInput where energy is bounded and this machine measures none."""
-    if "energy" not in costs and any(b.column == "energy" for b in budgets):
+    if costs.energy is None and any(b.column == "energy" for b in budgets):
         raise InvalidInput(
             "a budget on energy can only be verified where energy is counted, and no counter moved here; "
             "`hwsearch devices` says why, or leave the budget out"

@@ -301,7 +301,7 @@ class Verdict:
         return {**asdict(self), "explained": self.explained}
 
 
-def check_targets(
+def check(
     task: Task,
     targets: Sequence[str],
     *,
@@ -334,7 +334,7 @@ def verdicts(
     trt: Any, low: Lowering, targets: Sequence[str], base: str, *, backend: str = "tensorrt-rtx",
     progress: Progress | None = None,
 ) -> Iterator[Verdict]:  # fmt: skip
-    """The verdicts of `check_targets`, one after the other."""
+    """The verdicts of `check`, one after the other."""
     progress = progress or Progress.silent()
     choices = offered(low.network, base)
     progress.start(len(choices) * len(targets), "variant and target")

@@ -14,7 +14,7 @@ import torch
 
 from hwsearch.deployment.evaluate import predictor
 from hwsearch.engine.setup import Setup
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
 from hwsearch.network.variants import Variant
 
 FAR = 10.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,25 +148,18 @@ def paired(
 ) -> dict[str, Timing]:
     """Time every candidate against the reference, all interleaved in the same rounds.
 
-    meter: read before and after each block; one that is too coarse for that (`energy.tick_s`) in a pass apart, in which each
-    engine runs for seconds.
-    sample: looks at the GPU, once before the first round (when everything is warm) and once after the last.
     One round is A B C ... C B A in blocks of a few inferences. Stops when every candidate's interval is narrow
     enough, or after `limit_s` seconds for each candidate; half as long again where the machine was disturbed.
-    quiet_ns: time of the reference on the quiet machine, where earlier measurements tell it; else its fastest rounds do.
+
+    Args:
+        meter: Read before and after each block; one that is too coarse for that (`energy.tick_s`) in a pass apart, in which each
+            engine runs for seconds.
+        quiet_ns: Time of the reference on the quiet machine, where earlier measurements tell it; else its fastest rounds do.
+        sample: Looks at the GPU, once before the first round (when everything is warm) and once after the last.
     """
     runs: dict[str | None, Run] = {None: reference}
     runs.update(candidates)
-    warm: dict[str | None, list[int]] = {}
-    count: dict[str | None, int] = {}
-    settle: dict[str | None, int] = {}
-    for name, run in runs.items():
-        warm[name] = _warm_up(run, protocol, clock)
-        usual = max(np.median(warm[name]), 1.0)
-        count[name] = int(np.clip(protocol.block_ns // usual, 2, 200))
-        settle[name] = int(np.clip(protocol.settle_ns // usual, 1, 200))
-    samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
-    joules: dict[str | None, list[float]] = {name: [] for name in runs}
+    blocks = _Blocks(runs, protocol, clock)
     coarse = tick_s(meter) > 0.0
     states = [sample()] if sample else []
     limit_ns = int(protocol.limit_s * 1e9 * len(candidates))
@@ -176,56 +169,83 @@ def paired(
     gc.disable()
     try:
         while True:
-            for name in (*runs, *reversed(runs)):
-                taken, used = _block(runs[name], settle[name], count[name], clock, None if coarse else meter)
-                samples[name].append(taken)
-                joules[name] += used
-            rounds = len(samples[None]) // 2
+            blocks.round(None if coarse else meter)
+            rounds = len(blocks.samples[None]) // 2
             if rounds < protocol.min_rounds:
                 continue
-            quiet = _quiet(samples[None], quiet_ns)
+            quiet = _quiet(blocks.samples[None], quiet_ns)
             enough = int(quiet.sum()) >= protocol.min_rounds
             if clock() - begun >= limit_ns * (1.0 if enough else PATIENCE):
                 break
             # Look at the intervals ever more rarely: looking costs time and each look is a chance to stop too soon.
             if enough and (rounds - protocol.min_rounds) % max(1, rounds // 8) == 0:
-                each = (_interval(samples[name], samples[None], quiet, rng) for name in candidates)
+                each = (_interval(blocks.samples[name], blocks.samples[None], quiet, rng) for name in candidates)
                 if all(width <= protocol.width for _, _, _, width in each):
                     break
-        singles = {name: _singles(runs[name], warm[name], clock) for name in candidates}
-        ticks = {name: by_ticks(run, meter, clock) for name, run in runs.items()} if coarse and meter else {}
+        singles = {name: blocks.singles(name) for name in candidates}
+        ticks = {n: by_ticks(run, meter, clock) for n, run in blocks.runs.items()} if coarse and meter else {}
     finally:
         if collecting:
             gc.enable()
     states += [sample()] if sample else []
-    result = {}
     if not enough:  # a machine that is slower as a whole has its own quiet rounds
-        quiet = _quiet(samples[None], None)
+        quiet = _quiet(blocks.samples[None], None)
     counted = quiet if quiet.sum() >= protocol.min_rounds else np.ones_like(quiet)
-    for name in candidates:
-        ratio, low, high, width = _interval(
-            samples[name], samples[None], counted, np.random.default_rng(seed)
+    return {
+        name: replace(
+            blocks.timing(name, counted, protocol.width, seed, disturbed=not enough),
+            singles_ns=np.array(singles[name], np.int64),
+            energy=_energy_by_ticks(np.array(ticks[name]), np.array(ticks[None])) if ticks else blocks.energy(name),
+            states=tuple(states),
         )
-        result[name] = Timing(
-            samples_ns=np.concatenate(samples[name]).astype(np.int64),
-            reference_ns=np.concatenate(samples[None]).astype(np.int64),
-            block=len(samples[name][0]),
-            reference_block=len(samples[None][0]),
+        for name in candidates
+    }
+
+
+class _Blocks:
+    """Blocks of inferences of each engine; None is the reference."""
+
+    def __init__(self, runs: Mapping[str | None, Run], protocol: Protocol, clock: Callable[[], int]) -> None:
+        self.runs, self.clock = runs, clock
+        self.warm = {name: _warm_up(run, protocol, clock) for name, run in runs.items()}
+        usual = {name: max(float(np.median(taken)), 1.0) for name, taken in self.warm.items()}
+        self.count = {n: int(np.clip(protocol.block_ns // ns, 2, 200)) for n, ns in usual.items()}
+        self.settle = {n: int(np.clip(protocol.settle_ns // ns, 1, 200)) for n, ns in usual.items()}
+        self.samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
+        self.joules: dict[str | None, list[float]] = {name: [] for name in runs}
+
+    def round(self, meter: Meter | None) -> None:
+        """Two blocks of each engine; meter: None where it is not read."""
+        for name in (*self.runs, *reversed(list(self.runs))):
+            taken, used = _block(self.runs[name], self.settle[name], self.count[name], self.clock, meter)
+            self.samples[name].append(taken)
+            self.joules[name] += used
+
+    def singles(self, name: str) -> list[int]:
+        return _singles(self.runs[name], self.warm[name], self.clock)
+
+    def energy(self, name: str) -> Energy | None:
+        own, other = (np.array(self.joules[n]) / self.count[n] for n in (name, None))
+        return _energy_by_rounds(own, other)
+
+    def timing(
+        self, name: str, counted: NDArray[np.bool_], width: float, seed: int, *, disturbed: bool
+    ) -> Timing:
+        """The times of a candidate over the rounds that count; width: of an interval that is stable."""
+        own, reference = self.samples[name], self.samples[None]
+        ratio, low, high, found = _interval(own, reference, counted, np.random.default_rng(seed))
+        return Timing(
+            samples_ns=np.concatenate(own).astype(np.int64),
+            reference_ns=np.concatenate(reference).astype(np.int64),
+            block=len(own[0]),
+            reference_block=len(reference[0]),
             ratio=ratio,
             low=low,
             high=high,
-            unstable=bool(width > protocol.width) or not enough,
-            disturbed=not enough,
-            warmup_ns=np.array(warm[name], np.int64),
-            singles_ns=np.array(singles[name], np.int64),
-            energy=_energy_by_ticks(np.array(ticks[name]), np.array(ticks[None]))
-            if ticks
-            else _energy_by_rounds(
-                np.array(joules[name]) / count[name], np.array(joules[None]) / count[None]
-            ),
-            states=tuple(states),
+            unstable=bool(found > width) or disturbed,
+            disturbed=disturbed,
+            warmup_ns=np.array(self.warm[name], np.int64),
         )
-    return result
 
 
 def _block(

@@ -1,4 +1,4 @@
-"""One network made ready for one backend under one set of options: building its engines, and what each of them did."""
+"""One network made ready for one backend under one set of options, and building its engines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from hwsearch.backends import exactness
 from hwsearch.backends.base import Backend, BuildOptions, Engine, qdq_form
@@ -22,25 +19,16 @@ from hwsearch.device import nvidia
 from hwsearch.device.clocks import lock_clocks
 from hwsearch.device.energy import Meter, find, tick_s
 from hwsearch.device.load import cpus
-from hwsearch.device.timing import Timing
-from hwsearch.engine.attribution import attribute, executed_precisions, told_apart
-from hwsearch.engine.outputs import Expected, reason
+from hwsearch.engine.outputs import Expected
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.lowering.assemble import bytes_of_units
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.lowering.marked import tensor_names
+from hwsearch.network.choices import RESIDUAL
+from hwsearch.network.choices import STORAGE as STORED
 from hwsearch.network.network import Network
-from hwsearch.network.variants import INT8_BITS, STORAGE, Variant, legal, weight_bytes
-from hwsearch.table.build import PARTS, Build
-from hwsearch.table.table import LatencyTable
+from hwsearch.network.variants import INT8_BITS, STORAGE, Int8, Variant
 
 if TYPE_CHECKING:
     from hwsearch.task import Task
-
-COUNTED_NS = 1e8
-"""How long the pass with the runtime's counters on should last: they count in whole microseconds."""
-COUNTED_ON_GPU = 30
-"""Inferences of that pass on a GPU, at most: events tell half microseconds, and each inference is launched call by call."""
 
 
 @dataclass(frozen=True)
@@ -157,19 +145,27 @@ def set_up(
     threads: int = 1,
     base: str | None = None,
     batch: int | None = None,
-    residual: bool = False,
+    axes: Collection[str] = (),
     load: int = 0,
     clocks: int = 0,
-    storage: bool = False,
     energy: bool = False,
-    int8_bits: int | None = None,
-    unsigned: bool | None = None,
+    int8: Int8 | None = None,
 ) -> Setup:
-    """base None: the one that the backend prefers on this device. residual: as for `Lowering`. load: workers beside it.
+    """Trace a task and make it ready for a backend.
 
-    clocks: MHz to lock the GPU's clock to. storage: weights may be stored in int8 alone, where the backend has that. energy: see
-    `Setup`. int8_bits: of int8 weights; None for as many as the backend sums exactly here. unsigned: see `Lowering`; None
-    for what the backend prefers. Raises InvalidInput on a base precision that the backend lacks.
+    Args:
+        threads: Inference threads.
+        base: Base precision; None for the one that the backend prefers on this device.
+        batch: Of the deployed network; None for that of the example inputs.
+        axes: With `residual` a transformer's residual width is a channel group too; with `storage` weights may be stored in int8
+            alone, where the backend has that. Others change nothing here.
+        load: Busy workers beside the measured network.
+        clocks: MHz to lock the GPU's clock to; 0 leaves it.
+        energy: See `Setup`.
+        int8: How int8 is taken; None for how the backend takes it here.
+
+    Raises:
+        InvalidInput: The backend lacks the base precision, or there is no thread.
     """
     bases = backend.bases()
     if base is not None and base not in bases:
@@ -179,120 +175,8 @@ def set_up(
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
     options = BuildOptions(threads, base or bases[0])
-    bits = exactness.int8_bits(backend, options) if int8_bits is None else int8_bits
-    if unsigned is None:
-        unsigned = bool(getattr(backend, "unsigned_activations", False))
-    lowering = Lowering(task, batch, residual=residual, int8_bits=bits, unsigned=unsigned)
-    return Setup(lowering, backend, options, load, clocks, storage, energy)
-
-
-def wrong_variants(setup: Setup, allocation: Mapping[str, Variant], base: str) -> dict[str, str]:
-    """Units whose variants make an allocation's engine return wrong outputs, with the reason not to offer them.
-
-    Raises BackendUnavailable where the outputs are wrong with no variant but the base itself.
-    """
-    plain = Variant(base)
-    guilty = setup.expected.blame(allocation, plain, lambda variants: setup.build(variants, base)[0])
-    if guilty is None:
-        raise BackendUnavailable(
-            f"{setup.backend.name} returns wrong outputs for this network in {base} on this CPU, with no layer quantized; "
-            "use another backend or base precision (--backend, --base), and report it to the runtime's maintainers"
-        )
-    return {name: reason(deviation) for name, deviation in guilty.items()}
-
-
-def graph_bytes(setup: Setup, base: str) -> tuple[int, dict[str, dict[str, int]]]:
-    """(bytes of the deployed file that are always there, unit -> {variant: its bytes}) beside what units store.
-
-    From the file of each network that is uniform in one variant; of two units that may share a Q/DQ each counts its own. The first
-    is negative where the exporter computed something smaller from the tensors of no unit.
-    """
-    network, always = setup.network, -setup.network.fixed_bytes
-    paths = {unit: path for unit, (path, _) in setup.lowering.traced.paths.items() if path is not None}
-    own: dict[str, dict[str, int]] = {u.name: {} for u in network.units}
-    for variant in setup.variants(base):
-        wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
-        model = setup.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(setup.backend))
-        found = bytes_of_units(model, paths)
-        for unit in network.units:
-            chosen = wherever[unit.name]
-            beside = found.get(unit.name, 0) - weight_bytes(unit, chosen)
-            own[unit.name][str(chosen)] = max(beside, own[unit.name].get(str(chosen), beside))
-        units = sum(found.get(u.name, 0) for u in network.units)
-        always = max(always, int(model.ByteSize()) - units - network.fixed_bytes)
-    if setup.backend.quantize_outputs:
-        _add_kept_float(network, model, own)
-    return always, own
-
-
-def _add_kept_float(network: Network, model: Any, own: Mapping[str, dict[str, int]]) -> None:
-    """Add to each int8 unit what stands before the layers that read it where these are float (`rewrites.keep_float`)."""
-    longest = max((len(name) for node in model.graph.node for name in (*node.input, *node.output)), default=0)
-    for edge in network.edges:
-        if edge.dst in own and edge.src in own:
-            node = 3 * longest + len(edge.dst) + 64  # its names, and what protobuf puts around them
-            for variant in own[edge.src]:
-                if Variant.parse(variant).quantized:
-                    own[edge.src][variant] += node
-
-
-def refusals(
-    table: LatencyTable, build: Build, units: Collection[str] | None = None
-) -> dict[str, dict[str, str]]:
-    """The table's `unsupported` with what a build's units (None: all) did not execute as asked."""
-    refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
-    for unit, variant, executed in zip(table.network.units, build.variants, build.executed, strict=True):
-        if not variant or (units is not None and unit.name not in units):
-            continue
-        wanted = Variant.parse(variant)
-        asked = wanted.executed
-        if wanted == STORAGE:
-            continue
-        if wanted.kept is not None and executed == wanted.precision:
-            why = f"eligible, but {table.header.backend} did not pick a sparse kernel"
-            refused.setdefault(unit.name, {})[variant] = why
-        elif executed and executed != asked and asked != build.base:
-            refused.setdefault(unit.name, {})[variant] = f"executed in {executed}"
-    return refused
-
-
-def record(
-    setup: Setup, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
-    build_s: float,
-) -> Build:  # fmt: skip
-    """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
-    counted = COUNTED_ON_GPU if device.on_gpu(setup.backend) else 200
-    runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
-    rows = attribute(engine.nodes(runs), setup.network, tensor_names(model))
-    executed = executed_precisions(rows, setup.network)
-    deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
-    if role != "alone":
-        executed = told_apart(executed, rows, allocation, setup.network)
-    if role in PARTS:
-        executed = tuple(
-            e if u.name in allocation else "" for e, u in zip(executed, setup.network.units, strict=True)
-        )
-    energy = timing.energy
-    return Build(
-        role=role,
-        base=base,
-        variants=tuple(str(allocation[u.name]) if u.name in allocation else "" for u in setup.network.units),
-        ratio=timing.ratio,
-        low=timing.low,
-        high=timing.high,
-        unstable=timing.unstable,
-        samples_ns=timing.samples_ns,
-        reference_ns=timing.reference_ns,
-        executed=executed,
-        nodes=rows,
-        build_s=build_s,
-        file_bytes=int(model.ByteSize()),
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        output_error=deviation.error if deviation else 0.0,
-        wrong=deviation is not None and deviation.wrong,
-        energy_j=energy.joules if energy else None,
-        reference_energy_j=energy.reference_joules if energy else None,
-        energy_error=energy.error if energy else None,
-        singles_ns=timing.singles_ns,
-        states=timing.states,
+    int8 = int8 or exactness.int8_of(backend, options)
+    lowering = Lowering(
+        task, batch, residual=RESIDUAL in axes, int8_bits=int8.bits, unsigned=int8.unsigned
     )
+    return Setup(lowering, backend, options, load, clocks, storage=STORED in axes, energy=energy)

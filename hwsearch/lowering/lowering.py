@@ -28,7 +28,7 @@ from hwsearch.lowering.assemble import assemble
 from hwsearch.lowering.marked import export
 from hwsearch.lowering.onnx_widths import NotFollowed, OnnxWidths
 from hwsearch.network.network import Network
-from hwsearch.network.variants import INT8_BITS, Variant, ineligible
+from hwsearch.network.variants import INT8_BITS, Int8, Variant, ineligible
 from hwsearch.task import Inputs, Task
 
 ACTIVATION_BYTES = 2e9
@@ -68,6 +68,11 @@ class Lowering:
         self.kept: Kept = {}
         self.replaced: Weights | None = None
         self.calibrate = True
+
+    @property
+    def int8(self) -> Int8:
+        """How int8 is lowered."""
+        return Int8(self.int8_bits, self.unsigned)
 
     def _compared(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         """The example, and a few calibration batches of as many samples."""

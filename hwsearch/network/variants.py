@@ -35,6 +35,19 @@ INT8_BITS = 8
 """Bits of int8 weights. Where a device sums products of 8 bits inexactly they have 7, stored in a byte all the same
 (`hwsearch.backends.exactness`)."""
 
+@dataclass(frozen=True)
+class Int8:
+    """How a runtime on a device takes int8.
+
+    Attributes:
+        bits: Of int8 weights: 8, or 7 where products of 8 bits are summed inexactly; stored in a byte all the same.
+        unsigned: Activations that were never negative on calibration data are uint8.
+    """
+
+    bits: int = INT8_BITS
+    unsigned: bool = False
+
+
 _NAME = re.compile(rf"^(?P<pattern>dense|[1-9]\d*:[1-9]\d*)\.(?P<precision>{'|'.join(PRECISIONS)})$")
 
 

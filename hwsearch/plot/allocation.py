@@ -17,7 +17,7 @@ from matplotlib.path import Path as Curve
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.layer_sum import dense_unit_ns
 from hwsearch.latency.model import LatencyModel, fit
-from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.network import Network
 from hwsearch.network.variants import WEIGHT_BITS, Variant
 from hwsearch.plot.style import (

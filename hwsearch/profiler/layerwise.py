@@ -15,7 +15,8 @@ import numpy as np
 from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.backends.process import compiler
 from hwsearch.device.timing import Protocol, paired
-from hwsearch.engine.setup import Setup, graph_bytes, record, refusals
+from hwsearch.engine.record import graph_bytes, record, refusals
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import InvalidInput
 from hwsearch.lowering.marked import isolate
 from hwsearch.lowering.parts import cut

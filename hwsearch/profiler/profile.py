@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol
-from hwsearch.engine.setup import Setup, graph_bytes
+from hwsearch.engine.record import graph_bytes
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
@@ -28,31 +30,50 @@ from hwsearch.table.table import LatencyTable
 MODES = ("context", *reversed(LAYERED))
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        time_limit_s: Seconds after which no further build begins.
+        builds: Builds of the design; None for what the network's size asks for.
+        protocol: How a build is timed; None for the usual one.
+        extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
+    """
+
+    time_limit_s: float = 600.0
+    builds: int | None = None
+    protocol: Protocol | None = None
+    extend: bool = True
+
+
 def profile(
     setup: Setup,
     out: str | Path | None,
+    effort: Effort | None = None,
     *,
-    time_limit_s: float = 600.0,
     mode: str = "context",
     axes: Sequence[str] = AXES,
     seed: int = 0,
-    builds: int | None = None,
-    protocol: Protocol | None = None,
-    progress: Progress | None = None,
-    command: str | None = None,
-    extend: bool = True,
     prior: Sequence[LatencyTable] = (),
+    progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
 
     A file of other setups or input shapes of the same model gets a section more, which begins with what those tell.
-    mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or
-    `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
-    extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
-    axes: what allocations may differ in; without `width` every channel stays. prior: other tables of this device, backend
-    and setup; what they tell of the same layers is taken into the table (once, at its beginning), and fewer builds do.
-    Raises DeviceBusy while another profile runs here; IncompatibleTables where `out` is of something else.
+
+    Args:
+        mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole) or
+            `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
+        axes: What allocations may differ in; without `width` every channel stays.
+        prior: Other tables of this device, backend and setup; what they tell of the same layers is taken into the table (once,
+            at its beginning), and fewer builds do.
+
+    Raises:
+        DeviceBusy: Another profile runs here.
+        IncompatibleTables: `out` is of something else.
     """
+    effort = effort or Effort()
     if mode not in MODES:
         before = (
             "; what was `isolated` is `alone` now, and `sandwiched` does better" if mode == "isolated" else ""
@@ -60,35 +81,35 @@ def profile(
         raise InvalidInput(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}{before}")
     if prior and mode in LAYERED:
         raise InvalidInput(f"other tables tell of layers in context; mode {mode} takes no prior")
-    if time_limit_s <= 0:
-        raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    if effort.time_limit_s <= 0:
+        raise InvalidInput(f"the time limit must be positive, got {effort.time_limit_s} s")
     axes = check_axes(axes)
     fingerprint = devices.fingerprint_for(setup.backend).to_json()
     with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
         path = Path(out) if out is not None else None
-        table = _with_prior(_opened(setup, path, fingerprint, mode, command), prior)
+        table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
         table = _storage_refused(setup, table)
-        recorder = Recorder(setup, table, path, protocol, progress or Progress.silent(), seed)
+        recorder = Recorder(setup, table, path, effort.protocol, progress or Progress.silent(), seed)
         if mode == SANDWICHED:
-            _layers(recorder).sandwiched(time_limit_s)
+            _layers(recorder).sandwiched(effort.time_limit_s)
         elif mode in LAYERED:
-            _alone(recorder, time_limit_s)
-        elif extend or not _ended(table, "width" in axes, setup.storage and setup.stores):
-            _context(recorder, time_limit_s, builds, "width" in axes)
+            _alone(recorder, effort.time_limit_s)
+        elif effort.extend or not _ended(table, "width" in axes, setup.storage and setup.stores):
+            _context(recorder, effort, "width" in axes)
         return recorder.table
 
 
-def _context(recorder: Recorder, time_limit_s: float, builds: int | None, widths: bool) -> None:
+def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     """Whole networks: the anchors, the widths worth knowing, and what the design asks for."""
     setup, progress = recorder.setup, recorder.progress
-    limit = TimeLimit(time_limit_s, setup.clock, progress.say)
+    limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say)
     title = f"profile {setup.network.name} on {setup.backend.name}"
-    progress.start(3 + (builds or most_builds(recorder)), title, limit_s=time_limit_s)
+    progress.start(3 + (effort.builds or most_builds(recorder)), title, limit_s=effort.time_limit_s)
     try:
         _anchors(recorder)
         if widths:
             find_grid(recorder, limit)
-        build_by_design(recorder, limit, builds)
+        build_by_design(recorder, limit, effort.builds)
         recorder.keep(recorder.table.with_header(ended=True))
     finally:
         progress.stop()
@@ -131,9 +152,7 @@ def _anchors(recorder: Recorder) -> None:
     )
 
 
-def _opened(
-    setup: Setup, out: Path | None, device: dict[str, Any], mode: str, command: str | None
-) -> LatencyTable:
+def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -> LatencyTable:
     """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
     header = Header(
         network=setup.network,
@@ -142,7 +161,7 @@ def _opened(
         versions=dict(setup.backend.versions()),
         options=setup.described,
         mode=mode,
-        command=command if command is not None else " ".join(_without_folder(word) for word in sys.argv),
+        command=" ".join(_without_folder(word) for word in sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=_without_folder(setup.lowering.task.spec),
     )

@@ -12,8 +12,9 @@ import numpy as np
 from hwsearch.backends.base import Engine
 from hwsearch.device.energy import Meter
 from hwsearch.device.timing import QUIET, Protocol, paired
+from hwsearch.engine.record import record, refusals, wrong_variants
 from hwsearch.engine.reference import reference_engine
-from hwsearch.engine.setup import Setup, record, refusals, wrong_variants
+from hwsearch.engine.setup import Setup
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress

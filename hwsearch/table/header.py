@@ -9,6 +9,7 @@ from typing import Any
 
 from hwsearch.errors import InvalidInput
 from hwsearch.network.network import Network
+from hwsearch.network.variants import Int8
 from hwsearch.table.build import now_called
 from hwsearch.table.section import Section
 
@@ -94,6 +95,11 @@ class Header:
     def unsigned(self) -> bool:
         """Whether int8 activations that were never negative on calibration data are unsigned."""
         return bool(self.section["unsigned"])
+
+    @property
+    def int8(self) -> Int8:
+        """How the device and runtime took int8."""
+        return Int8(self.int8_bits, self.unsigned)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "network": self.network.to_json()}

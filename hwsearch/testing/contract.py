@@ -20,7 +20,8 @@ from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.backends.exactness import OFF, int8_bits, sum_error
 from hwsearch.device.stopwatch import times
 from hwsearch.engine.attribution import attribute, executed_precisions
-from hwsearch.engine.setup import Setup, wrong_variants
+from hwsearch.engine.record import wrong_variants
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.marked import tensor_names

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypedDict, Unpack
 
 import numpy as np
 import onnx
@@ -154,52 +155,69 @@ def sizes_of(network: Network, widths: Mapping[str, int] | None = None) -> dict[
     return {u.name: Size(u.weight_shape[:2], math.prod(u.output_shape)) for u in units}
 
 
+class Behaviour(TypedDict, total=False):
+    """How a simulated device behaves; all of it may be left out.
+
+    Attributes:
+        bases: Base precisions, the preferred one first. ("fp32",)
+        int8: Whether int8 is offered. (True)
+        more: Variants offered beside the base and int8, N:M ones in the base precision or int8 or fp8.
+        noise: Relative standard deviation of each inference. `build_noise`: of each engine, the same in all its inferences.
+            `node_noise`: of each node's counter.
+        drift: The machine's slowness after so many simulated seconds (1.0 is none).
+        failing: Numbers of the builds, from 0, that raise BackendUnavailable.
+        refused: Units that execute in the base precision whatever is asked.
+        build_ns: Simulated time of a build.
+        quantize_outputs: As for a backend.
+        watts: Power drawn while a node of each precision runs; without it nothing is counted.
+        seed: Of all noise.
+        int8_bits: Of int8 weights, as if it summed products of more bits inexactly.
+    """
+
+    bases: tuple[str, ...]
+    int8: bool
+    more: Sequence[str]
+    noise: float
+    build_noise: float
+    node_noise: float
+    drift: Callable[[float], float] | None
+    failing: Collection[int]
+    refused: Collection[str]
+    build_ns: int
+    quantize_outputs: bool
+    watts: Mapping[str, float] | None
+    seed: int
+    int8_bits: int
+
+
 class SimulatedBackend:
     """Keeps `hwsearch.backends.base.Backend` without a runtime; its engines advance `clock` instead of taking time.
 
-    more: variants that it offers beside the base and int8, N:M ones in the base precision or int8 or fp8. noise: relative
-    standard deviation of each inference; build_noise: of each engine, the same in all its inferences;
-    node_noise: of each node's counter. drift: the machine's slowness after so many simulated seconds (1.0 is none).
-    failing: numbers of the builds, from 0, that raise BackendUnavailable. refused: units that execute in the base
-    precision whatever is asked. build_ns: simulated time of a build. Outputs are computed by `onnx.reference`, in fp32
-    whatever the base. watts: power drawn while a node of each precision runs; without it nothing is counted. int8_bits: of int8
-    weights, as if it summed products of more bits inexactly.
+    Outputs are computed by `onnx.reference`, in fp32 whatever the base. Its keyword arguments are those of `Behaviour`.
     """
 
     name = "simulated"
     weight_storage = True
 
-    def __init__(
-        self,
-        law: LatencyLaw,
-        *,
-        bases: tuple[str, ...] = ("fp32",),
-        int8: bool = True,
-        more: Sequence[str] = (),
-        noise: float = 0.0,
-        build_noise: float = 0.0,
-        node_noise: float = 0.0,
-        drift: Callable[[float], float] | None = None,
-        failing: Collection[int] = (),
-        refused: Collection[str] = (),
-        build_ns: int = 0,
-        quantize_outputs: bool = False,
-        watts: Mapping[str, float] | None = None,
-        seed: int = 0,
-        int8_bits: int = INT8_BITS,
-    ) -> None:
-        self.law, self.quantize_outputs, self.int8_bits = law, quantize_outputs, int8_bits
-        self.noise, self.build_noise, self.node_noise = noise, build_noise, node_noise
-        self.drift, self.failing, self.refused, self.build_ns = drift, failing, refused, build_ns
+    def __init__(self, law: LatencyLaw, **behaviour: Unpack[Behaviour]) -> None:
+        self.law, self.quantize_outputs = law, behaviour.get("quantize_outputs", False)
+        self.int8_bits = behaviour.get("int8_bits", INT8_BITS)
+        self.noise, self.build_noise = behaviour.get("noise", 0.0), behaviour.get("build_noise", 0.0)
+        self.node_noise, self.drift = behaviour.get("node_noise", 0.0), behaviour.get("drift")
+        self.failing, self.refused = behaviour.get("failing", ()), behaviour.get("refused", ())
+        self.build_ns = behaviour.get("build_ns", 0)
         self.builds = 0
         """How many builds were asked for."""
-        self._bases, self._more = bases, [Variant("int8")] * int8 + [Variant.parse(v) for v in more]
+        self._bases = behaviour.get("bases", ("fp32",))
+        self._more = [Variant("int8")] * behaviour.get("int8", True) + [Variant.parse(v) for v in behaviour.get("more", ())]
         self._now_ns = 0.0
-        self.watts = dict(watts or {})
+        self.watts = dict(behaviour.get("watts") or {})
         self.joules = 0.0
-        self.meter: Callable[[], float] | None = (lambda: self.joules) if watts else None
+        self.meter: Callable[[], float] | None = (lambda: self.joules) if self.watts else None
         """Joules used since the backend was made, where it counts them."""
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(behaviour.get("seed", 0))
+        if unknown := set(behaviour) - set(Behaviour.__annotations__):
+            raise TypeError(f"a simulated backend has no {', '.join(sorted(unknown))}")
 
     def clock(self) -> int:
         """Simulated ns since the backend was made."""

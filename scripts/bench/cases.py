@@ -54,7 +54,7 @@ class Case:
 
 
 CASES = (
-    Case("01", budget=("--budget", "latency=75%")),
+    Case("01", budget=("--budget", "latency=75%", "--time-limit", "120s")),
     Case("02", groups=("a.3", "wide", "deep.4")),
     Case("06"),
     Case("06", budget=("--budget", "size=50%", "--batch", "4")),

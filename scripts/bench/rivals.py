@@ -76,7 +76,7 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str, *, signed: bool
     from hwsearch.device.timing import Protocol, paired
     from hwsearch.engine.setup import set_up
     from hwsearch.lowering.refitted import refitted
-    from hwsearch.network.variants import Variant, legal
+    from hwsearch.network.variants import Int8, Variant, legal
 
     task = hs.load(spec)
     backend = OpenVINOBackend()
@@ -90,7 +90,7 @@ def compare(spec: str, folder: Path, seconds: float, nodes: str, *, signed: bool
     options = BuildOptions(1, "fp32")
     rest: dict[str, Any] = {}
     if signed:
-        other = set_up(task, backend, unsigned=False)
+        other = set_up(task, backend, int8=Int8(setup.lowering.int8_bits, unsigned=False))
         other = type(setup)(refitted(other.lowering, int8), backend, setup.options)
         rest["signed"] = other.onnx(int8).SerializeToString()
     theirs = _quantized(dense, lowering, folder / "nncf.xml")

@@ -10,7 +10,8 @@ import argparse
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.deployment.evaluate import predictor, score
-from hwsearch.engine.setup import graph_bytes, set_up
+from hwsearch.engine.record import graph_bytes
+from hwsearch.engine.setup import set_up
 from hwsearch.network.variants import STORAGE, Variant, legal, weight_bytes
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     given = parser.parse_args()
     for spec in given.tasks:
         task = hs.load(spec)
-        setup = set_up(task, backends.get(given.backend), base="fp32", storage=True)
+        setup = set_up(task, backends.get(given.backend), base="fp32", axes=["storage"])
         always, own = graph_bytes(setup, "fp32")
         for variant in (Variant("fp32"), Variant("int8"), STORAGE):
             chosen = {u.name: (*legal(u, [variant]), Variant("fp32"))[0] for u in setup.network.units}

@@ -27,11 +27,12 @@ from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import Range, int8_scale
-from hwsearch.deployment.closed_loop import sensitivity_for
 from hwsearch.deployment.deploy import of_allocation
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.loss.sensitivity import SensitivityTable, divergence
+from hwsearch.loss.divergence import divergence
+from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.network import Unit

@@ -24,7 +24,7 @@ from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.network.variants import Variant, uniform
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import TOLERANCE, assert_close, expected, readback, small_network, wherever
@@ -194,7 +194,7 @@ def test_eligible_is_not_picked(nvml: Nvml, tmp_path: Path) -> None:
     trt.picks = lambda unit: unit != "conv2"
     setup = Setup(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp16"))
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
-    table = profile(setup, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    table = profile(setup, tmp_path / "table.parquet", Effort(builds=2, protocol=protocol), axes=["precision"])
     why = "eligible, but tensorrt did not pick a sparse kernel"
     assert table.header.unsupported == {"conv2": {"2:4.fp16": why, "2:4.int8": why}}
     assert "2:4.fp16" in table.offered()["conv1"]
@@ -280,7 +280,7 @@ def test_a_table_is_profiled_as_on_a_cpu(trt: Any, cuda: FakeCuda, nvml: Nvml, t
     """Through the profiler, the measuring and the attribution of every other backend; only the GPU is an imitation."""
     setup = Setup(small_network("residual"), TensorRTBackend(trt, cuda), BuildOptions(1, "fp32"))
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
-    table = profile(setup, tmp_path / "table.parquet", axes=["precision"], builds=2, protocol=protocol)
+    table = profile(setup, tmp_path / "table.parquet", Effort(builds=2, protocol=protocol), axes=["precision"])
     loaded = LatencyTable.load(tmp_path / "table.parquet")
     assert loaded.header.backend == "tensorrt"
     assert loaded.header.versions["gpu"] == "Simulated GPU (sm75)"

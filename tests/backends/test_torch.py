@@ -34,7 +34,7 @@ from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.network.variants import Variant
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import BackendContract
 from hwsearch.testing.contract import readback, small_network, wherever
@@ -157,7 +157,7 @@ def test_a_table_is_profiled_as_on_a_cpu(
     monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path))
     at = Setup(small_network("attention"), TorchBackend(FakeCuda((8, 6))), BuildOptions(1, "fp16"))  # type: ignore[arg-type]
     protocol = Protocol(width=10.0, limit_s=0.2, block_ns=1000, warmup_ns=1000)
-    profile(at, tmp_path / "table.parquet", axes=["precision"], builds=3, protocol=protocol)
+    profile(at, tmp_path / "table.parquet", Effort(builds=3, protocol=protocol), axes=["precision"])
     table = LatencyTable.load(tmp_path / "table.parquet")
     assert table.header.backend == "torch"
     assert table.header.versions["torch"] == torch.__version__

@@ -74,7 +74,7 @@ def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
         "table": None, "weights": None, "seed": 1,
     }  # fmt: skip
     assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
-    monkeypatch.setattr("hwsearch.deployment.api.table_of_task", lambda path, task, **wanted: f"table {path} {wanted}")
+    monkeypatch.setattr("hwsearch.cli.sections.table_of_task", lambda path, task, **wanted: f"table {path} {wanted}")
     words = "sensitivity zoo:x -o s --table t.parquet --weights w --axes width --threads 2 --batch 4"
     assert invoke(*words.split()).exit_code == 0
     assert (seen["weights"], seen["axes"], seen["batch"]) == (Path("w"), ["width"], 4)

@@ -65,12 +65,12 @@ def checked(holds: bool) -> Any:
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
 def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool, code: int) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("hwsearch.deployment.api.table_of_task", lambda path, task: f"table {path} of {task}")
+    monkeypatch.setattr("hwsearch.cli.sections.table_of_task", lambda path, task: f"table {path} of {task}")
     api(
         LatencyTable=Table,
         check=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),
     )
-    result = invoke("table", "check", "t.parquet", "--task", "zoo:x", "--builds", "3")
+    result = invoke("table", "recheck", "t.parquet", "--task", "zoo:x", "--builds", "3")
     assert result.exit_code == code
     assert "+10.0%" in result.stdout
     assert result.stdout.endswith("1 build measured again\n")
@@ -78,7 +78,7 @@ def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool,
     assert seen == {
         "table": "table t.parquet of task zoo:x", "task": "task zoo:x", "builds": 3, "lock_clocks": False,
     }  # fmt: skip
-    result = invoke("table", "check", "t.parquet", "--json")
+    result = invoke("table", "recheck", "t.parquet", "--json")
     assert (json.loads(result.stdout), result.exit_code) == ({"holds": holds}, code)
     assert seen["task"] is None
 

@@ -12,7 +12,7 @@ from hwsearch.compress.gram import Batch
 from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots, removal_losses
 from hwsearch.graph.narrow import masked_graph
 from hwsearch.graph.trace import trace
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
 from tests.networks import NETWORKS
 
 

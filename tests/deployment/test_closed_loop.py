@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -13,7 +13,8 @@ import tiny
 import torch
 
 import hwsearch as hs
-from hwsearch.deployment import closed_loop as pipeline
+from hwsearch.allocate.costs import Costs
+from hwsearch.deployment import closed_loop as loop
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency.model import LatencyModel, Prediction, Spread, fit
 from hwsearch.lowering.lowering import Lowering
@@ -181,7 +182,7 @@ def test_what_an_answer_leaves_over_is_spent_on_less_loss(
     budget = [between(law, 0.8)]
 
     def loss(where: str, spare: float) -> tuple[float, int]:
-        monkeypatch.setattr(pipeline, "SPARE", spare)
+        monkeypatch.setattr(loop, "SPARE", spare)
         report = hs.run(task(), budget, tmp_path / where, backend=backend(), axes=["precision"])
         assert report.met
         deployed = sum(
@@ -194,7 +195,7 @@ def test_what_an_answer_leaves_over_is_spent_on_less_loss(
         model.spread = Spread(1.0, 0.12)
         return model
 
-    monkeypatch.setattr(pipeline, "fit", unsure)
+    monkeypatch.setattr(loop, "fit", unsure)
     kept, one = loss("kept", 10.0)
     spent, two = loss("spent", 0.025)
     assert (one, two) == (1, 2)
@@ -202,19 +203,33 @@ def test_what_an_answer_leaves_over_is_spent_on_less_loss(
 
 
 @pytest.mark.parametrize(
-    ("told_ns", "limit_ns"),
+    ("predicted_ns", "limit_ns"),
     [(95e4, 0.98 * (1.01e6 + 1e6 / 0.95) / 2), (99e4, 0.98 * ((99 / 95 + 0.01) * 1e6 + 1e6 / 0.95) / 2), (5e6, 1.15e6)],
 )  # fmt: skip
-def test_a_round_that_spends_asks_for_what_the_model_has_not_learnt(told_ns: float, limit_ns: float) -> None:
+def test_a_round_that_spends_asks_for_what_the_model_has_not_learnt(
+    predicted_ns: float, limit_ns: float
+) -> None:
     """0.95 ms measured of 1 ms. What the model says of it now: just that, or still too much, or something absurd."""
-    costs: dict[str, Any] = {
-        "latency_ms": {"measured": 0.95, "budget": 1.0},
-        "size_bytes": {"deployed": 1.0, "budget": None},
-    }
-    report: Any = SimpleNamespace(**costs, energy_mj={}, macs={}, memory={})
-    found = pipeline._looser({"latency": 1_000_000, "size": 7}, report, Prediction(told_ns, 0.01 * told_ns))
+    report: Any = SimpleNamespace(measured=Costs(latency=0.95e6, size=1.0), bound=Costs(latency=1e6))
+    last = loop.Round(cast(Any, None), report)
+    found = loop.looser({"latency": 1_000_000, "size": 7}, last, Prediction(predicted_ns, 0.01 * predicted_ns))
     assert found == {"latency": pytest.approx(limit_ns, abs=1.0), "size": 7}
-    assert pipeline._looser({"latency": 2_000_000}, report, Prediction(told_ns, 0.0))["latency"] == 2_000_000
+    assert loop.looser({"latency": 2_000_000}, last, Prediction(predicted_ns, 0.0))["latency"] == 2_000_000
+
+
+def test_the_next_round_asks_for_less_by_what_the_model_has_not_learnt() -> None:
+    """1.1 ms measured of 1 ms, predicted as 1 ms before: the limit falls by what the model still misses, and stays else."""
+    costs = Costs(latency=1e6, latency_p99=2e6, size=10.0, macs=5.0)
+    before: Any = SimpleNamespace(costs=costs)
+    measured = Costs(latency=1.1e6, latency_p99=2.5e6, size=9.0, macs=5.0)
+    bound = Costs(latency=1e6, latency_p99=2e6, size=9.5)
+    report: Any = SimpleNamespace(measured=measured, bound=bound, rounds=1)
+    last = loop.Round(before, report)
+    blind = loop.tighter({}, bound, last, Prediction(1e6, 1e4))
+    assert blind == {"latency": int(1e6 / 1.1 * 0.996), "latency_p99": int(2e6 * 2 / 2.5 * 0.996)}
+    learnt = loop.tighter({}, bound, last, Prediction(1.1e6, 1e4))
+    assert learnt == {"latency": int(1e6 * 0.996), "latency_p99": int(2e6 * 2.2 / 2.5 * 0.996)}
+    assert loop.tighter({"latency": 7, "size": 3}, bound, last, Prediction(1e6, 1e4)) == {**blind, "latency": 7, "size": 3}
 
 
 def test_an_impossible_budget_names_the_least(done: tuple[Path, hs.Task, Any]) -> None:

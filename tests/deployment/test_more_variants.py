@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import hwsearch as hs
 from hwsearch import cli
 from hwsearch.compress.patterns import follows
-from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.marked import unit_of
 from hwsearch.network.variants import Variant, legal
 from hwsearch.table.table import LatencyTable

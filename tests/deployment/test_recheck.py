@@ -19,7 +19,7 @@ from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.variants import uniform
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -36,7 +36,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         setup = Setup(tiny.lowering("cnn"), backend(), BuildOptions())
-        return profile(setup, None, protocol=Protocol(limit_s=1e-3, min_rounds=3))
+        return profile(setup, None, Effort(protocol=Protocol(limit_s=1e-3, min_rounds=3)))
 
 
 def test_builds_are_spread_from_the_slowest_to_the_fastest(table: LatencyTable) -> None:
@@ -51,7 +51,7 @@ def test_builds_are_spread_from_the_slowest_to_the_fastest(table: LatencyTable) 
 
 
 def test_a_table_holds_on_the_device_that_it_was_made_on(table: LatencyTable) -> None:
-    found = hs.check(table, tiny.task("cnn"), backend=backend())
+    found = hs.recheck(table, tiny.task("cnn"), backend=backend())
     assert found.holds
     assert abs(found.median) < 0.01
     assert "the table holds" in str(found)
@@ -66,7 +66,7 @@ def test_a_device_that_is_slower_as_a_whole_still_holds(table: LatencyTable) -> 
         rest_ns=1.5 * slow.rest_ns,
         boundaries={pair: (1.5 * a, 1.5 * b) for pair, (a, b) in slow.boundaries.items()},
     )
-    found = hs.check(table, tiny.task("cnn"), backend=backend(slow))
+    found = hs.recheck(table, tiny.task("cnn"), backend=backend(slow))
     assert found.holds
     assert found.reference_now_ns == pytest.approx(1.5 * found.reference_then_ns, rel=0.02)
 
@@ -84,8 +84,8 @@ def test_a_device_on_which_every_node_takes_longer_still_holds_where_the_table_k
     table: LatencyTable,
 ) -> None:
     """As far as the table was measured on such a device, too; one that never was knows only that ratios changed."""
-    assert not hs.check(table, tiny.task("cnn"), backend=backend(LATE)).holds
-    found = hs.check(knowing(table), tiny.task("cnn"), backend=backend(LATE))
+    assert not hs.recheck(table, tiny.task("cnn"), backend=backend(LATE)).holds
+    found = hs.recheck(knowing(table), tiny.task("cnn"), backend=backend(LATE))
     assert found.holds
     assert abs(found.median) < 0.06
 
@@ -124,7 +124,7 @@ def test_a_device_whose_int8_became_slower_does_not(table: LatencyTable) -> None
             u: {p: t * (1.4 if p == "int8" else 1.0) for p, t in own.items()} for u, own in LAW.units.items()
         },
     )
-    found = hs.check(table, tiny.task("cnn"), backend=backend(changed))
+    found = hs.recheck(table, tiny.task("cnn"), backend=backend(changed))
     assert not found.holds
     assert found.worst > 0.1
     assert "profile again" in str(found)
@@ -132,13 +132,13 @@ def test_a_device_whose_int8_became_slower_does_not(table: LatencyTable) -> None
 
 def test_what_a_check_needs(table: LatencyTable) -> None:
     with pytest.raises(InvalidInput, match="--task"):
-        hs.check(table, backend=backend())
+        hs.recheck(table, backend=backend())
     with pytest.raises(IncompatibleTables, match="network"):
-        hs.check(table, tiny.task("transformer"), backend=backend())
+        hs.recheck(table, tiny.task("transformer"), backend=backend())
     with pytest.raises(InvalidInput, match="layer by layer"):
-        hs.check(table.with_header(mode="alone"), tiny.task("cnn"), backend=backend())
+        hs.recheck(table.with_header(mode="alone"), tiny.task("cnn"), backend=backend())
     with pytest.raises(IncompatibleTables, match="runtime"):
-        hs.check(table.with_header(versions={"simulated": "0"}), tiny.task("cnn"), backend=backend())
+        hs.recheck(table.with_header(versions={"simulated": "0"}), tiny.task("cnn"), backend=backend())
 
 
 def test_a_report_tells_when_the_table_drifted(table: LatencyTable, tmp_path: Path) -> None:

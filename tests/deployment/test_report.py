@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from hwsearch.deployment.report import SCHEMA, Report
+from hwsearch.allocate.costs import Costs
+from hwsearch.deployment.report import SCHEMA, Report, Timed
+
+TIMED = Timed(1e5, 1.9e6, 2.0e6, 1.95e6, 2.2e6, 4e6, 4.5e6)
 
 REPORT = Report(
     task="tiny",
@@ -17,22 +20,34 @@ REPORT = Report(
     options={"threads": 1},
     met=True,
     rounds=2,
-    latency_ms={"dense": 4.0, "budget": 2.0, "predicted": 1.9, "sigma": 0.1, "measured": 1.95},
+    dense=Costs(latency=4e6, size=4000, macs=1000),
+    bound=Costs(latency=2e6),
+    predicted=Costs(latency=1.9e6, size=900),
+    measured=Costs(latency=1.95e6, size=950, macs=400),
+    timed=TIMED,
     score={"dense": 0.9, "deployed": 0.89},
     loss={"predicted": 0.01, "measured": 0.02},
-    size_bytes={"dense": 4000, "budget": None, "predicted": 900, "deployed": 950},
     solver={"status": "optimal", "gap": 0.0},
     uniform=None,
     variants={"a": "dense.int8", "b": "dense.fp32"},
     widths={"a": [8, 16], "b": [24, 24]},
-    macs={"dense": 1000, "budget": None, "deployed": 400},
 )
 
 
 def test_the_file_holds_everything(tmp_path: Path) -> None:
     REPORT.save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    assert data == {"schema": SCHEMA, **json.loads(json.dumps(REPORT.__dict__))}
+    own = {f.name for f in fields(Report)} - {"dense", "bound", "predicted", "measured", "timed"}
+    assert set(data) == own | {"schema", "latency_ms", "size_bytes", "macs", "memory", "energy_mj"}
+    assert data["schema"] == SCHEMA
+    assert data["latency_ms"] == {
+        "dense": 4.0, "budget": 2.0, "predicted": 1.9, "sigma": 0.1, "measured": 1.95, "measured_low": 1.9, "measured_high": 2.0,
+        "measured_unconverted": 1.95, "measured_now": 2.2, "reference": 4.0, "reference_now": 4.5,
+    }  # fmt: skip
+    assert data["size_bytes"] == {"dense": 4000, "budget": None, "predicted": 900, "deployed": 950}
+    assert data["macs"] == {"dense": 1000, "budget": None, "deployed": 400}
+    assert data["memory"] == {"dense": None, "budget": None, "deployed": None, "source": "estimated"}
+    assert data["energy_mj"] == {}
     assert data["widths"] == {"a": [8, 16], "b": [24, 24]}
 
 
@@ -53,11 +68,11 @@ def test_a_person_reads_what_is_narrower() -> None:
         ({"wrong_outputs": True, "output_error": 0.7}, "wrong outputs (relative error 0.7)"),
         ({"unstable": True}, "unstable"),
         (
-            {"slowdown": 0.23, "latency_ms": {**REPORT.latency_ms, "measured_unconverted": 2.3}},
+            {"slowdown": 0.23, "timed": replace(TIMED, unconverted=2.3e6)},
             "the machine was 23% slower than when the table was made: 2.3 ms, converted",
         ),
         (
-            {"slowdown": -0.1, "latency_ms": {**REPORT.latency_ms, "measured_unconverted": 1.95}},
+            {"slowdown": -0.1},
             "10% faster than when the table was made: the table does not tell what that does",
         ),
         ({"not_as_asked": {"a": "asked dense.int8, executed in fp32"}}, "1 unit(s) did not execute as asked"),
@@ -66,3 +81,16 @@ def test_a_person_reads_what_is_narrower() -> None:
 def test_what_is_wrong_is_said(change: dict[str, object], said: str) -> None:
     assert said in str(replace(REPORT, **change))
     assert said not in str(REPORT)
+
+
+def test_tails_and_energy_are_told_where_they_are_known() -> None:
+    report = replace(
+        REPORT,
+        bound=Costs(latency=2e6, latency_p99=3e6, energy=5e6),
+        measured=replace(REPORT.measured, latency_p90=2.1e6, latency_p99=2.5e6, energy=4e6),
+        dense=replace(REPORT.dense, energy=9e6),
+    )
+    assert (report.latency_ms["p99"], report.latency_ms["budget_p99"], report.latency_ms["p90"]) == (2.5, 3.0, 2.1)
+    assert report.energy_mj == {"dense": 9.0, "budget": 5.0, "predicted": None, "measured": 4.0}
+    assert "tail     p99 2.5 ms measured, budget 3 ms" in str(report)
+    assert "energy   4 mJ measured, budget 5 mJ, dense 9 mJ" in str(report)

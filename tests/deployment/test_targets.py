@@ -21,7 +21,7 @@ from hwsearch.backends.tensorrt.legality import BASES, target
 from hwsearch.backends.typed import strongly_typed
 from hwsearch.deployment.targets import (
     build,
-    check_targets,
+    check,
     objections,
     offered,
     otherwise,
@@ -170,7 +170,7 @@ def test_an_allocation_of_another_network(tmp_path: Path) -> None:
 def test_the_builder_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'hwsearch\[tensorrt-rtx\]'"):
-        check_targets(tiny.task("cnn"), ["sm86"])
+        check(tiny.task("cnn"), ["sm86"])
 
 
 def test_what_was_compiled_to_something_else() -> None:

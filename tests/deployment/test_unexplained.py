@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import hwsearch as hs
 from hwsearch.allocate.allocation import Allocation
+from hwsearch.api import verify
 from hwsearch.deployment.unexplained import fall_explained, unforeseen
-from hwsearch.deployment.verify import verify
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 

@@ -7,7 +7,7 @@ import tiny
 from deployment.test_deploy import allocation
 
 import hwsearch as hs
-from hwsearch.deployment.verify import verify
+from hwsearch.api import verify
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
 
 

@@ -14,7 +14,8 @@ from networks import leaves
 from torch import nn
 
 from hwsearch.engine.outputs import MULTIPLE, ROUNDING, Deviation, Expected
-from hwsearch.engine.setup import Setup, wrong_variants
+from hwsearch.engine.record import wrong_variants
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, uniform

@@ -10,8 +10,8 @@ import tiny
 from deployment.test_deploy import allocation
 from profiling import narrow_law, narrow_setup, run_widths
 
+from hwsearch.api import verify
 from hwsearch.backends.base import Array, BuildOptions
-from hwsearch.deployment.verify import verify
 from hwsearch.testing import BackendContract, LatencyLaw, SimulatedBackend, SimulatedEngine
 from hwsearch.testing.contract import small_network
 

@@ -14,7 +14,7 @@ from hwsearch.backends.base import TensorSpec
 from hwsearch.deployment.evaluate import predictor
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.batching import BatchAxis, put_together
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.task import Task
 

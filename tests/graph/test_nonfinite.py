@@ -14,7 +14,8 @@ import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
 from hwsearch.compress.quantize import Range
-from hwsearch.loss.sensitivity import SensitivityTable, measure_sensitivity
+from hwsearch.loss.measure import measure_sensitivity
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.choices import candidate_widths

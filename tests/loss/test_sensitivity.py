@@ -19,8 +19,10 @@ import hwsearch as hs
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.loss import sensitivity as scoring
-from hwsearch.loss.sensitivity import SCHEMA, SensitivityTable, divergence, measure_sensitivity
+from hwsearch.loss import measure as scoring
+from hwsearch.loss.divergence import divergence
+from hwsearch.loss.measure import measure_sensitivity
+from hwsearch.loss.table import SCHEMA, SensitivityTable
 from hwsearch.lowering import lowering as lower
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import candidate_widths

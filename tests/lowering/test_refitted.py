@@ -18,12 +18,12 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import refit_sequential
-from hwsearch.deployment.closed_loop import sensitivity_for
 from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
 from hwsearch.deployment.session import Session, uniform_candidates
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.graph.trace import trace
-from hwsearch.loss.sensitivity import divergence
+from hwsearch.loss.divergence import divergence
+from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant, uniform

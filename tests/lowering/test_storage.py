@@ -15,11 +15,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
+from hwsearch.api import run
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.faults import SIGNED_CONCAT, faults
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment.closed_loop import run
-from hwsearch.engine.setup import Setup, graph_bytes
+from hwsearch.engine.record import graph_bytes
+from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted

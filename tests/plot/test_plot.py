@@ -22,7 +22,7 @@ from hwsearch.allocate.front import Front, Point
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import fit
 from hwsearch.latency.staircase import staircase
-from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.plot import plot_allocation, plot_front, plot_predictions, plot_staircase
 from hwsearch.plot.style import shorten

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from profiling import measured
 from torch import nn
 
 import hwsearch as hs
@@ -27,12 +28,12 @@ from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import LatencyModel, fit
-from hwsearch.loss.sensitivity import SensitivityTable
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.network import Network
 from hwsearch.network.sandwich import contexts, filling, plan
 from hwsearch.network.variants import Variant, uniform
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -81,7 +82,7 @@ def backend(own: LatencyLaw | None = None, **options: Any) -> SimulatedBackend:
 
 def run(device: SimulatedBackend, out: Path | None, mode: str = "sandwiched", **options: Any) -> LatencyTable:
     setup = Setup(lowering(), device, BuildOptions(1, device.bases()[0]))
-    return profile(setup, out, **{"protocol": FAST, "mode": mode, **options})
+    return measured(setup, out, **{"protocol": FAST, "mode": mode, **options})
 
 
 def unit_errors(model: LatencyModel, exact: LatencyLaw) -> list[float]:
@@ -226,7 +227,7 @@ def test_a_search_on_such_a_table_says_what_is_estimated() -> None:
     assert "boundaries" in overview.summary(table)
     assert overview.quality(table) is None
     with pytest.raises(InvalidInput, match="in context can be checked"):
-        hs.check(table, lowering().task, backend=backend())
+        hs.recheck(table, lowering().task, backend=backend())
 
 
 def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> 
     table = run(device, None)
     setup = Setup(lowering(), device, BuildOptions(1, "fp32"))
     budgets = parse_budgets(["latency=75%"])
-    report, found, after = closed_loop(lowering().task, setup, table, scores(table.network), budgets, tmp_path)
+    report, found, after = closed_loop(setup, table, scores(table.network), budgets, tmp_path)
     assert report.met
     assert report.table_check is None
     dense = exact.time_ns(dict.fromkeys(exact.units, "fp32"))
@@ -305,7 +306,7 @@ def test_openvino(name: str, tmp_path: Path) -> None:
     base = runtime.bases()[0]
     setup = Setup(tiny.lowering(name), runtime, BuildOptions(1, base))
     quick = Protocol(width=0.5, limit_s=0.05, min_rounds=2, block_ns=100_000, warmup_ns=100_000)
-    table = profile(setup, tmp_path / "t.parquet", mode="sandwiched", protocol=quick)
+    table = profile(setup, tmp_path / "t.parquet", Effort(protocol=quick), mode="sandwiched")
     network, model = table.network, fit(table)
     for unit in network.units:
         for variant in runtime.variants(base):

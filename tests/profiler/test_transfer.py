@@ -15,7 +15,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables
 from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.network.variants import Variant, uniform
-from hwsearch.profiler.profile import profile
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.profiler.transfer import evidence, signatures
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
@@ -124,7 +124,7 @@ def test_a_profile_with_a_prior_takes_fewer_builds(axes: list[str]) -> None:
 
     def run(prior: list[LatencyTable]) -> LatencyTable:
         setup = Setup(tiny.lowering("cnn"), SimulatedBackend(law, noise=0.003), BuildOptions())
-        return profile(setup, None, axes=axes, prior=prior, protocol=Protocol(limit_s=1e-3, min_rounds=3))
+        return profile(setup, None, Effort(protocol=Protocol(limit_s=1e-3, min_rounds=3)), axes=axes, prior=prior)
 
     cold = run([])
     warm = run([cold])

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import hwsearch as hs
 from hwsearch import cli
 from hwsearch.cli import overview
-from hwsearch.deployment.api import table_of_task
+from hwsearch.cli.sections import table_of_task
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
 from hwsearch.profiler.transfer import of_sections, signatures
 from hwsearch.table.table import LatencyTable
@@ -162,7 +162,7 @@ def test_the_task_chooses_by_its_input_shape(several: Path) -> None:
 @pytest.mark.parametrize("place", range(3))
 def test_a_check_brings_the_task_to_the_shape_of_its_table(several: Path, place: int) -> None:
     table = LatencyTable.sections(several)[place]
-    assert hs.check(table, tiny.task("cnn"), backend=backend(), builds=2).holds
+    assert hs.recheck(table, tiny.task("cnn"), backend=backend(), builds=2).holds
 
 
 def test_a_prior_file_gives_its_tables_of_this_regime(several: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_command_line_from_two_shapes_to_a_report_of_each(
         assert result.exit_code in (0, 3), result.stderr  # 3: a little over, as no loop follows
         said = json.loads(Path(report).read_text())["latency_ms"]
         assert said["measured"] == pytest.approx(said["predicted"], rel=0.1)
-        checked = invoke("table", "check", table, "--task", spec, "--builds", "2")
+        checked = invoke("table", "recheck", table, "--task", spec, "--builds", "2")
         assert checked.exit_code == 0, checked.stderr
     wrong = invoke(
         "search", "--table", table, "--sensitivity", str(tmp_path / "s.parquet0"), "--budget", "latency=90%",

@@ -13,7 +13,7 @@ from typing import Any
 
 from hwsearch.backends.tensorrt.log import log_of, reasons, started
 from hwsearch.errors import BackendUnavailable, InvalidInput
-from hwsearch.stdout import stdout_kept
+from hwsearch.progress import stdout_kept
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from hwsearch.stdout import stdout_kept
+from hwsearch.progress import stdout_kept
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="C's buffers are flushed on POSIX only")
 
 _PRINTS = """
 import ctypes, os
-from hwsearch.stdout import stdout_kept
+from hwsearch.progress import stdout_kept
 
 print("before")
 with stdout_kept():
@@ -25,7 +25,7 @@ os.write(1, b"after\\n")
 
 _CLOSED = """
 import os, sys
-from hwsearch.stdout import stdout_kept
+from hwsearch.progress import stdout_kept
 
 with stdout_kept():
     os.write(2, b"in the block")

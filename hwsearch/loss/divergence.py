@@ -1,0 +1,56 @@
+"""How far outputs are from the dense network's: the loss that sensitivities and reports hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from hwsearch.errors import InvalidInput
+from hwsearch.graph.batching import BatchAxis
+
+
+def divergence(
+    outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
+) -> tuple[float, int]:
+    """(sum over samples, samples) of the divergence of flat outputs from the dense ones.
+
+    `kl`: of softmax(dense) against softmax(outputs) over the class dimension (1, or the last of three).
+    `mse`: squared error relative to the dense output's mean square. `auto`: kl where there are two classes or more.
+    axes: where the batch is in each output tensor; None for dimension 0. An output that has none is compared as a whole, by its
+    squared error. Several outputs are averaged.
+    """
+    pairs = [
+        (y, y0)
+        for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
+        if isinstance(y0, torch.Tensor)
+    ]
+    if axes is None:
+        axes = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs]
+    means, samples = [], 1
+    for (y, y0), where in zip(pairs, axes, strict=True):
+        if where.axis is not None:
+            samples = where.samples(y0)
+        if not y0.is_floating_point():
+            continue
+        y, y0 = y.double(), y0.double()
+        axis = _class_axis(y0, where)
+        if axis is not None and (kind == "kl" or (kind == "auto" and y0.shape[axis] >= 2)):
+            log_p, log_q = torch.log_softmax(y0, axis), torch.log_softmax(y, axis)
+            means.append(float((log_p.exp() * (log_p - log_q)).sum(axis).mean()))
+        else:
+            means.append(float((y - y0).square().mean()) / (float(y0.square().mean()) or 1.0))
+    if not means:
+        raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
+    return samples * float(np.mean(means)), samples
+
+
+def _class_axis(y: torch.Tensor, where: BatchAxis) -> int | None:
+    """The dimension of classes: 1, or the last of three; another one where the batch is there. None where there is none."""
+    if where.axis is None:
+        return None
+    likely = [2 if y.dim() == 3 else 1, y.dim() - 1, *range(y.dim())]
+    return next((axis for axis in likely if axis < y.dim() and axis != where.axis), None)
