@@ -76,8 +76,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a graph is launched on whatever stream is current", "../cuda.py",
-        'with _told("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):',
-        'with _told("the CUDA graph cannot be launched"):',
+        'with _cuda_errors("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):',
+        'with _cuda_errors("the CUDA graph cannot be launched"):',
     ),
     Mutation(
         "None from build_serialized_network is ignored", "building.py", "if plan is None:", "if plan is False:",

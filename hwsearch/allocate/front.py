@@ -181,7 +181,7 @@ def dominated(solutions: Sequence[Solution], column: str) -> list[bool]:
 
 
 def as_front(
-    found: Sequence[tuple[int, Solution | None]],
+    swept: Sequence[tuple[int, Solution | None]],
     units: Sequence[str],
     groups: Sequence[str],
     chosen: Mapping[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]],
@@ -195,10 +195,10 @@ def as_front(
     chosen: for each choice the variants of the units and the widths of the groups. sigma_ns: standard error of its
     predicted latency. memory: peak of its activations in bytes.
     """
-    solutions = [s for _, s in found if s is not None]
+    solutions = [s for _, s in swept if s is not None]
     beaten = dict(zip(map(id, solutions), dominated(solutions, column), strict=True))
     points = []
-    for budget, s in found:
+    for budget, s in swept:
         if s is None:
             points.append(Point(budget=float(budget), infeasible=True))
             continue

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hwsearch.allocate.budget import quantity
 from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
-from hwsearch.allocate.program import Found, OutOfTime, Program
+from hwsearch.allocate.program import Incumbent, OutOfTime, Program
 from hwsearch.errors import Infeasible
 
 TIME_LIMIT_S = 60.0
@@ -110,7 +110,7 @@ def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | Non
     if column in problem.peaks:
         return _least_peak(problem, column, time_limit_s)
     deadline = time.monotonic() + time_limit_s
-    best: Found | None = None
+    best: Incumbent | None = None
     budgets = dict(problem.budgets)
     while True:
         program = Program(replace(problem, budgets=budgets), deadline, [column])
@@ -172,7 +172,7 @@ def _least_peak(problem: Problem, column: str, time_limit_s: float) -> Solution 
     return problem.solution(best, "optimal", float(low), 0.0)
 
 
-def _cheapest(problem: Problem, found: Found, prefer: str, deadline: float) -> Found:
+def _cheapest(problem: Problem, found: Incumbent, prefer: str, deadline: float) -> Incumbent:
     """Of the choices with the same loss (within 8 ulp) one of least cost, or the best that TIE_NODES find."""
     program = Program(problem, deadline, [prefer], nodes=TIE_NODES)
     program.strike(found.relaxed.open(found.value))
@@ -213,7 +213,7 @@ def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
     return False
 
 
-def as_solution(problem: Problem, found: Found) -> Solution:
+def as_solution(problem: Problem, found: Incumbent) -> Solution:
     """What a program found, with exact costs."""
     status = "optimal" if found.proven else "time_limit"
     bound = min(found.bound, found.value)

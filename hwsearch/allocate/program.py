@@ -51,7 +51,7 @@ class OutOfTime(HwsearchError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Incumbent:
     """A choice, the objective's value there, and a value that nothing allowed is below."""
 
     choice: Choice
@@ -188,7 +188,7 @@ class Program:
         value: Callable[[Choice], float],
         best: Choice | None = None,
         accept: Callable[[Choice], bool] | None = None,
-    ) -> Found | None:
+    ) -> Incumbent | None:
         """The least of a shifted objective, or None where nothing is allowed.
 
         value: the objective, exactly. best: a feasible choice. accept: exact feasibility, by default the problem's.
@@ -226,7 +226,7 @@ class Program:
         accept: Callable[[Choice], bool],
         core: NDArray[np.bool_],
         relaxed: Relaxed,
-    ) -> Found | None:
+    ) -> Incumbent | None:
         """`minimise` on a core of the columns; what it proves is of the core."""
         cuts: list[Ints] = []
         bound, allowed = relaxed.bound, core
@@ -245,7 +245,7 @@ class Program:
                         "no allocation was found in the time allowed; allow more, or loosen a budget"
                     )
                 outside = infeasible and not core[self.polytope.columns(best)].all()
-                return _found(best, value(best), value(best) if outside else bound, False, relaxed)
+                return _incumbent(best, value(best), value(best) if outside else bound, False, relaxed)
             if result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
                 bound = max(bound, objective.constant + result.mip_dual_bound / scale)
             choice = self.polytope.decode(result.x)
@@ -257,7 +257,7 @@ class Program:
             done = result.status == 0
             narrower = _span(objective, core & self.allowed(objective, value(best)))
             if not (done and 0 < narrower < 1e-3 * span):
-                return _found(best, value(best), bound, done, relaxed)
+                return _incumbent(best, value(best), bound, done, relaxed)
 
     def _bound(self, bounded: Cost, limit: int) -> bool:
         """Add the rows of a cost's bound; False where it cannot be met."""
@@ -328,7 +328,7 @@ def _span(objective: Linear, allowed: NDArray[np.bool_]) -> float:
     return float(objective.coefficients[allowed].max(initial=0))
 
 
-def _found(choice: Choice, value: float, bound: float, done: bool, relaxed: Relaxed) -> Found:
+def _incumbent(choice: Choice, value: float, bound: float, done: bool, relaxed: Relaxed) -> Incumbent:
     if value - bound <= _ROUND_OFF * abs(value):
         bound = value
-    return Found(choice, value, bound, done or value <= bound, relaxed)
+    return Incumbent(choice, value, bound, done or value <= bound, relaxed)

@@ -43,7 +43,7 @@ class Space:
     sensitivity: SensitivityTable
     model: LatencyModel
     problem: Problem
-    cells: tuple[tuple[Cell, ...], ...]
+    cells: tuple[tuple[UnitChoice, ...], ...]
     tails: Mapping[str, float] = field(default_factory=dict)
     energy: LatencyModel | None = None
 
@@ -91,7 +91,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Cell:
+class UnitChoice:
     """One choice of a unit: its variant, and the widths of its groups."""
 
     variant: Variant
@@ -124,13 +124,13 @@ def make_space(
     )
     offered = table.offered()
     base = f"dense.{table.header.options['base']}"
-    cells: list[tuple[Cell, ...]] = []
+    cells: list[tuple[UnitChoice, ...]] = []
     for unit in network.units:
         refused = sensitivity.refused.get(unit.name, {})
         own = [v for v in offered[unit.name] if ("precision" in axes or v == base) and v not in refused]
         variants = [Variant.parse(v) for v in own]
         found = [
-            Cell(v, widths)
+            UnitChoice(v, widths)
             for widths in product(*(grid[g] for g in unit.groups))
             for v in legal(network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))), variants)
             if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
@@ -163,7 +163,7 @@ def make_space(
     return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
 
 
-def _choices(table: LatencyTable, cells: Sequence[Sequence[Cell]]) -> list[list[tuple[Variant, dict[str, int]]]]:
+def _choices(table: LatencyTable, cells: Sequence[Sequence[UnitChoice]]) -> list[list[tuple[Variant, dict[str, int]]]]:
     """What the choices of each unit stand for, with the widths by group."""
     return [
         [(c.variant, dict(zip(u.groups, c.widths, strict=True))) for c in own]
@@ -196,7 +196,7 @@ def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str
 def _costs(
     table: LatencyTable,
     models: Sequence[LatencyModel],
-    cells: Sequence[Sequence[Cell]],
+    cells: Sequence[Sequence[UnitChoice]],
     grid: Mapping[str, Sequence[int]],
     groups: Sequence[str],
     tails: Mapping[str, float],
@@ -275,7 +275,7 @@ def _whole(values: Any) -> Any:
 
 def _ties(
     table: LatencyTable,
-    cells: Sequence[Sequence[Cell]],
+    cells: Sequence[Sequence[UnitChoice]],
     grid: Mapping[str, Sequence[int]],
     groups: Sequence[str],
 ) -> tuple[Tie, ...]:

@@ -101,7 +101,7 @@ class Cuda:
                 f"torch {torch.__version__} is a build for CPUs; engines run on memory of a torch with CUDA: see pytorch.org"
             )
         self._torch: Any = torch
-        with _told("torch cannot start CUDA"):
+        with _cuda_errors("torch cannot start CUDA"):
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._stream = self._torch.cuda.Stream(self._device)
             properties = self._torch.cuda.get_device_properties(self._device)
@@ -121,7 +121,7 @@ class Cuda:
     @contextmanager
     def work(self, what: str) -> Iterator[None]:
         """What torch does inside goes on the side stream; `what` says so where CUDA fails. Raises BackendUnavailable then."""
-        with _told(what), self._torch.cuda.stream(self._stream):
+        with _cuda_errors(what), self._torch.cuda.stream(self._stream):
             yield
 
     def buffer(self, shape: Sequence[int], dtype: str, *, channels_last: bool = False) -> Buffer:
@@ -141,7 +141,7 @@ class Cuda:
 
     def synchronize(self) -> None:
         """Wait for all that was launched on the side stream. Raises BackendUnavailable with CUDA's own reason if it failed."""
-        with _told("the GPU failed"):
+        with _cuda_errors("the GPU failed"):
             self._stream.synchronize()
 
     def capture(self, launch: Callable[[], Any]) -> Graph:
@@ -209,7 +209,7 @@ class Mark:
 
     def until(self, other: Mark) -> float:
         """Nanoseconds between two moments that have passed."""
-        with _told("the GPU tells no times"):
+        with _cuda_errors("the GPU tells no times"):
             return float(self._event.elapsed_time(other._event)) * 1e6
 
 
@@ -230,19 +230,19 @@ class Buffer:
     def write(self, array: Array) -> None:
         """Copy a host array of the buffer's shape and dtype to the device; it is there when this returns."""
         torch = self._cuda._torch
-        with _told("the copy to the GPU failed"), torch.cuda.stream(self._cuda._stream):
+        with _cuda_errors("the copy to the GPU failed"), torch.cuda.stream(self._cuda._stream):
             self._tensor.copy_(torch.from_numpy(array))
         self._cuda.synchronize()
 
     def read(self) -> Array:
         """A host copy, once all that was launched has run."""
-        with _told("the copy from the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
+        with _cuda_errors("the copy from the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
             found: Array = self._tensor.cpu().numpy()
         return found
 
     def clear(self) -> None:
         """Zeros."""
-        with _told("the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
+        with _cuda_errors("the GPU failed"), self._cuda._torch.cuda.stream(self._cuda._stream):
             self._tensor.zero_()
 
 
@@ -258,7 +258,7 @@ class Graph:
     def launch(self, count: int = 1) -> None:
         """Put `count` of them on the side stream, one behind the other."""
         replay = self._graph.replay
-        with _told("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):
+        with _cuda_errors("the CUDA graph cannot be launched"), self._cuda._torch.cuda.stream(self._cuda._stream):
             for _ in range(count):
                 replay()
 
@@ -291,7 +291,7 @@ class GraphRun:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _cuda_errors(what: str) -> Iterator[None]:
     """torch's errors of CUDA, out of memory among them, as ours."""
     try:
         yield

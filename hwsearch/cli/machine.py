@@ -18,7 +18,7 @@ def devices(as_json: AsJson = False) -> None:
     from hwsearch.device import fingerprint as device
 
     here, found, counter = device.fingerprint(), backends.status(), energy.find()
-    gpus, no_gpu = nvidia.told()
+    gpus, no_gpu = nvidia.gpus()
     if as_json:
         show.as_json(
             {
@@ -33,7 +33,7 @@ def devices(as_json: AsJson = False) -> None:
     measured = f"measured by {counter.source}" if counter.meter else f"not measured: {counter.reason}"
     print(f"{here}\nid {here.id}\nenergy {measured}\n")
     for gpu in gpus:
-        print(f"{gpu}\nid {gpu.id}, {gpu.uuid or 'UUID not told'}\n")
+        print(f"{gpu}\nid {gpu.id}, {gpu.uuid or 'UUID not known'}\n")
     if no_gpu:
         print(f"no GPU: {no_gpu}\n")
     rows = [

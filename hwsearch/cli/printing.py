@@ -57,14 +57,14 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def staircase(found: LatencyTable, machine: bool) -> None:
+def staircase(measured: LatencyTable, machine: bool) -> None:
     """Each width tried of each channel group, with its time by precision."""
     from hwsearch.latency import staircase as stairs
 
     if machine:
-        as_json(stairs.as_json(found))
+        as_json(stairs.as_json(measured))
         return
-    steps = stairs.staircase(found)
+    steps = stairs.staircase(measured)
     precisions = list(dict.fromkeys(p for s in steps for p in s.times_ns))
     rows, last = [], ""
     for s in steps:
@@ -79,22 +79,22 @@ def staircase(found: LatencyTable, machine: bool) -> None:
         )
 
 
-def table(found: LatencyTable, machine: bool) -> None:
+def table(measured: LatencyTable, machine: bool) -> None:
     """machine: as JSON, here and below."""
     from hwsearch.cli import overview
 
     if machine:
-        as_json(overview.as_json(found))
+        as_json(overview.as_json(measured))
     else:
-        print(overview.summary(found))
+        print(overview.summary(measured))
 
 
-def sections(found: Sequence[LatencyTable], machine: bool) -> None:
+def sections(tables: Sequence[LatencyTable], machine: bool) -> None:
     """The tables of one file."""
     from hwsearch.cli import overview
     from hwsearch.table.section import written
 
-    rows = overview.section_rows(found)
+    rows = overview.section_rows(tables)
     if machine:
         as_json({"sections": rows})
         return
@@ -108,30 +108,30 @@ def sections(found: Sequence[LatencyTable], machine: bool) -> None:
         )
         for r in rows
     ]
-    print(f"{found[0].network.name} on {found[0].header.device.get('chip')}, {found[0].header.backend}")
+    print(f"{tables[0].network.name} on {tables[0].header.device.get('chip')}, {tables[0].header.backend}")
     columns((*keys, "shape", "builds", "dense (ms)"), shown)
     print("`hwsearch table show` with --threads, --batch, --base, --shape or --load shows one of them")
 
 
-def diagnosis(found: Diagnosis, machine: bool) -> None:
+def diagnosis(diagnosed: Diagnosis, machine: bool) -> None:
     """Errors, how well sigma foretells them, and what they go with."""
     if machine:
-        as_json(found.to_json())
+        as_json(diagnosed.to_json())
     else:
-        print(found)
+        print(diagnosed)
 
 
-def check(found: Check, machine: bool) -> None:
+def check(checked: Check, machine: bool) -> None:
     """Each build then and now, and the verdict."""
     if machine:
-        as_json(found.to_json())
+        as_json(checked.to_json())
         return
     rows = [
         (b.role, f"{b.then:.4f}", f"{b.now:.4f}", f"{b.change:+.1%}", f"± {b.error:.1%}")
-        for b in found.builds
+        for b in checked.builds
     ]
     columns(("build", "then, of the reference", "now", "change", "standard error"), rows)
-    print(found)
+    print(checked)
 
 
 def sensitivity(scores: SensitivityTable, machine: bool) -> None:
@@ -213,30 +213,30 @@ def _widths(chosen: Allocation) -> list[tuple[str, str, str]]:
     return [("widths", ", ".join(narrow[:WORST]) + more, "")] if narrow else []
 
 
-def front(found: Front, machine: bool) -> None:
+def front(swept: Front, machine: bool) -> None:
     """One row a budget of the sweep, then the measured points."""
     if machine:
         as_json(
             {
-                "over": found.over,
-                "units": list(found.units),
-                "groups": list(found.groups),
-                "points": [vars(point) for point in found.points],
+                "over": swept.over,
+                "units": list(swept.units),
+                "groups": list(swept.groups),
+                "points": [vars(point) for point in swept.points],
             }
         )
         return
     rows = []
-    for point in found.points:
+    for point in swept.points:
         costs: tuple[str, ...] = ("-", "-", "-", "-")
         if not point.infeasible:
             sigma = f" ± {point.sigma_ns / 1e6:.2g}" if point.sigma_ns > 0 else ""
             memory = size(point.memory_bytes) if math.isfinite(point.memory_bytes) else "-"
             latency = f"{point.latency_ns / 1e6:.4g}{sigma} ms"
             costs = (latency, size(point.size_bytes), memory, f"{point.loss:.3g}")
-        budget = f"{point.budget / 1e6:.4g} ms" if found.over == "latency" else size(point.budget)
+        budget = f"{point.budget / 1e6:.4g} ms" if swept.over == "latency" else size(point.budget)
         note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
         rows.append((point.label if point.measured else budget, *costs, note))
-    columns((f"{found.over} budget", "latency", "size", "memory (estimated)", "loss", ""), rows)
+    columns((f"{swept.over} budget", "latency", "size", "memory (estimated)", "loss", ""), rows)
 
 
 def report(done: Report, machine: bool, folder: Path | None = None) -> None:
@@ -277,20 +277,20 @@ def engine_file(made: EngineFile, machine: bool) -> None:
         print(f"  {unit}: {what}")
 
 
-def verdicts(found: Sequence[Verdict], machine: bool, *, layers: bool = False) -> None:
+def verdicts(checked: Sequence[Verdict], machine: bool, *, layers: bool = False) -> None:
     """Variants by target: legal or not, with NVIDIA's reason, and what they were compiled to."""
     if machine:
-        as_json([verdict.to_json() for verdict in found])
+        as_json([verdict.to_json() for verdict in checked])
         return
     columns(
         ("target", "variant", "units", "legal", "compiled to", "layers"),
         [
             (v.target, v.variant, f"{len(v.units)} {'+'.join(v.ops)}", "yes" if v.legal else "no", _compiled(v),
              str(len(v.layers) or ""))
-            for v in found
+            for v in checked
         ],
     )  # fmt: skip
-    for v in found:
+    for v in checked:
         if not v.legal or not v.explained:
             star = "" if v.explained else " *"
             print(
@@ -299,7 +299,7 @@ def verdicts(found: Sequence[Verdict], machine: bool, *, layers: bool = False) -
             if v.reason:
                 print(f"  NVIDIA's builder: {plainly(v.reason)}")
     if layers:
-        for v in found:
+        for v in checked:
             if v.layers:
                 print(f"\n{v.variant} on {v.target}, base {v.base}")
                 columns(
@@ -309,7 +309,7 @@ def verdicts(found: Sequence[Verdict], machine: bool, *, layers: bool = False) -
                         for layer in v.layers
                     ],
                 )
-    if not all(v.explained for v in found):
+    if not all(v.explained for v in checked):
         print("* the builder does otherwise than NVIDIA's documentation says")
 
 

@@ -146,10 +146,10 @@ def _in_blocks(weight: torch.Tensor, unit: Unit, precision: str) -> StoredWeight
     )
 
 
-def rounded_weight(weight: torch.Tensor, own: StoredWeight) -> torch.Tensor:
+def rounded_weight(weight: torch.Tensor, kept: StoredWeight) -> torch.Tensor:
     """What a stored weight computes with, in fp32; `weight` gives its type."""
-    values = torch.from_numpy(np.ascontiguousarray(own.dequantized()))
-    return rounded(values, own.precision).to(weight.dtype)
+    values = torch.from_numpy(np.ascontiguousarray(kept.dequantized()))
+    return rounded(values, kept.precision).to(weight.dtype)
 
 
 def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:

@@ -141,10 +141,10 @@ def recheck(
         versions=dict(setup.backend.versions()),
     )  # fmt: skip
     with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
-        return measure_again(table, setup, spread(table, builds), progress)
+        return measure_again(table, setup, spread_builds(table, builds), progress)
 
 
-def spread(table: LatencyTable, count: int) -> list[Build]:
+def spread_builds(table: LatencyTable, count: int) -> list[Build]:
     """Some of a table's builds, from the slowest to the fastest at even steps, no allocation twice."""
     first: dict[Any, Build] = {}
     for build in usable(table):

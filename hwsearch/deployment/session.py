@@ -14,7 +14,7 @@ from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.backends.base import Engine
 from hwsearch.deployment.evaluate import predictor, score
-from hwsearch.deployment.recheck import Check, measure_again, spread
+from hwsearch.deployment.recheck import Check, measure_again, spread_builds
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.timing import Protocol, Timing, paired
@@ -86,8 +86,8 @@ class Session:
     def check(self, table: LatencyTable) -> Check:
         """Whether the table still holds, by three of its builds; looked at once."""
         if self._check is None:
-            with self._quiet():
-                self._check = measure_again(table, self.setup, spread(table, 3), reference=self.reference)
+            with self._as_profiled():
+                self._check = measure_again(table, self.setup, spread_builds(table, 3), reference=self.reference)
         return self._check
 
     def measure_all(
@@ -108,11 +108,11 @@ class Session:
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
-        with self._quiet():
+        with self._as_profiled():
             return self._measure(wanted)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def _as_profiled(self) -> Iterator[None]:
         """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
         with ExitStack() as stack:
             if self.setup.clocks:

@@ -320,7 +320,7 @@ def check(
     return list(verdicts(trt, Lowering(task, batch), names, _base(base), backend=backend, progress=progress))
 
 
-def offered(network: Network, base: str) -> dict[Variant, list[Unit]]:
+def units_offered(network: Network, base: str) -> dict[Variant, list[Unit]]:
     """Variants that a search may choose under a base, the base's own first, and the units that may have them on some GPU."""
     found: dict[Variant, list[Unit]] = {_plain(base): []}
     for unit in network.units:
@@ -336,7 +336,7 @@ def verdicts(
 ) -> Iterator[Verdict]:  # fmt: skip
     """The verdicts of `check`, one after the other."""
     progress = progress or Progress.silent()
-    choices = offered(low.network, base)
+    choices = units_offered(low.network, base)
     progress.start(len(choices) * len(targets), "variant and target")
     for variant, units in choices.items():
         networks: dict[tuple[str, ...], bytes] = {}

@@ -57,7 +57,7 @@ class Rapl:
 
 
 @dataclass(frozen=True)
-class Found:
+class Counter:
     """A meter, or why there is none. source: `RAPL` or `NVML`."""
 
     meter: Meter | None = None
@@ -68,12 +68,12 @@ class Found:
         return {"available": self.meter is not None, "source": self.source, "reason": self.reason}
 
 
-def find(*, gpu: bool = False, root: Path = POWERCAP) -> Found:
+def find(*, gpu: bool = False, root: Path = POWERCAP) -> Counter:
     """The counter of what a backend runs on: the CPU's packages, or the GPU that CUDA puts first."""
     return nvml() if gpu else rapl(root)
 
 
-def rapl(root: Path = POWERCAP) -> Found:
+def rapl(root: Path = POWERCAP) -> Counter:
     """The counter of all CPU packages under a powercap folder."""
     packages = []
     for path in sorted(root.glob("intel-rapl:*")) if root.is_dir() else ():
@@ -83,24 +83,24 @@ def rapl(root: Path = POWERCAP) -> Found:
         except OSError:
             continue
     if not packages:
-        return Found(reason=f"no RAPL package under {root}: the CPU has no counter, or a hypervisor hides it")
+        return Counter(reason=f"no RAPL package under {root}: the CPU has no counter, or a hypervisor hides it")
     try:
-        return Found(Rapl(tuple(packages)), f"RAPL, {len(packages)} package(s)")
+        return Counter(Rapl(tuple(packages)), f"RAPL, {len(packages)} package(s)")
     except PermissionError as error:
-        return Found(
+        return Counter(
             reason=f"{error.filename} may be read by root only; allow it with `chmod a+r` on each package's energy_uj"
         )
     except (OSError, ValueError) as error:
-        return Found(reason=f"the RAPL counter cannot be read: {error}")
+        return Counter(reason=f"the RAPL counter cannot be read: {error}")
 
 
-def nvml() -> Found:
+def nvml() -> Counter:
     """The counter of the GPU that CUDA puts first, by NVML."""
     try:
         meter, reason = nvidia.find().meter()
     except HwsearchError as error:
-        return Found(reason=str(error))
-    return Found(meter, "NVML") if meter else Found(reason=reason)
+        return Counter(reason=str(error))
+    return Counter(meter, "NVML") if meter else Counter(reason=reason)
 
 
 def tick_s(meter: Meter | None) -> float:

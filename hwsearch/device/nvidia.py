@@ -58,7 +58,7 @@ class State:
 
     def to_json(self) -> dict[str, Any]:
         """Without what is not told."""
-        return _told(asdict(self))
+        return _known(asdict(self))
 
     def __str__(self) -> str:
         parts = [
@@ -125,9 +125,9 @@ class Gpu:
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form, without what is not told."""
         own = {k: v for k, v in asdict(self).items() if k not in ("state", "not_told", "processes")}
-        found = {"id": self.id, "chip": self.chip, "kind": "gpu", **_told(own), "state": self.state.to_json()}
+        found = {"id": self.id, "chip": self.chip, "kind": "gpu", **_known(own), "state": self.state.to_json()}
         if self.processes is not None:
-            found["processes"] = [_told({"pid": pid, "memory_bytes": used}) for pid, used in self.processes]
+            found["processes"] = [_known({"pid": pid, "memory_bytes": used}) for pid, used in self.processes]
         return found
 
     def __repr__(self) -> str:
@@ -301,7 +301,7 @@ def every(nvml: Any = None) -> list[Probe]:
     return probes
 
 
-def told() -> tuple[tuple[Gpu, ...], str]:
+def gpus() -> tuple[tuple[Gpu, ...], str]:
     """(all GPUs of the machine, nothing), or (nothing, why there are none)."""
     try:
         return tuple(probe.gpu() for probe in every()), ""
@@ -415,11 +415,11 @@ def _profile(attributes: Any) -> str:
     return f"{part}{slices}g.{math.ceil(attributes.memorySizeMB / 1024)}gb"
 
 
-def _processes(found: Any) -> tuple[tuple[int, int | None], ...]:
-    return tuple((int(p.pid), None if p.usedGpuMemory is None else int(p.usedGpuMemory)) for p in found)
+def _processes(processes: Any) -> tuple[tuple[int, int | None], ...]:
+    return tuple((int(p.pid), None if p.usedGpuMemory is None else int(p.usedGpuMemory)) for p in processes)
 
 
-def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in fields.items()

@@ -265,27 +265,27 @@ def _singles(run: Run, warm: list[int], clock: Callable[[], int]) -> list[int]:
     return times(run, int(np.clip(SINGLES_NS / max(float(np.median(warm)), 1.0), 20, 200)), clock)
 
 
-def _energy_by_rounds(own: NDArray[np.float64], other: NDArray[np.float64]) -> Energy | None:
+def _energy_by_rounds(candidate: NDArray[np.float64], reference: NDArray[np.float64]) -> Energy | None:
     """Of joules of an inference of a candidate and of the reference, by block, two to a round; None where no meter moved.
 
     Means over all blocks, as a counter may be too coarse for one; the error is a bootstrap's over rounds.
     """
-    if not len(own) or own.sum() <= 0 or other.sum() <= 0:
+    if not len(candidate) or candidate.sum() <= 0 or reference.sum() <= 0:
         return None
-    own, other = own.reshape(-1, 2).sum(axis=1), other.reshape(-1, 2).sum(axis=1)
-    drawn = np.random.default_rng(0).integers(0, len(own), (300, len(own)))
-    above, below = own[drawn].sum(axis=1), other[drawn].sum(axis=1)
+    candidate, reference = candidate.reshape(-1, 2).sum(axis=1), reference.reshape(-1, 2).sum(axis=1)
+    drawn = np.random.default_rng(0).integers(0, len(candidate), (300, len(candidate)))
+    above, below = candidate[drawn].sum(axis=1), reference[drawn].sum(axis=1)
     ratios = above[below > 0] / below[below > 0]
-    error = float(np.std(ratios) / (own.sum() / other.sum()))
-    return Energy(float(own.mean() / 2), float(other.mean() / 2), error)
+    error = float(np.std(ratios) / (candidate.sum() / reference.sum()))
+    return Energy(float(candidate.mean() / 2), float(reference.mean() / 2), error)
 
 
-def _energy_by_ticks(own: NDArray[np.float64], other: NDArray[np.float64]) -> Energy | None:
+def _energy_by_ticks(candidate: NDArray[np.float64], reference: NDArray[np.float64]) -> Energy | None:
     """Of joules of an inference by ticks of the counter, each engine by itself; None where the counter did not move."""
-    if len(own) < 2 or len(other) < 2:
+    if len(candidate) < 2 or len(reference) < 2:
         return None
-    error = float(np.hypot(*(np.std(x, ddof=1) / np.mean(x) / np.sqrt(len(x)) for x in (own, other))))
-    return Energy(float(own.mean()), float(other.mean()), error)
+    error = float(np.hypot(*(np.std(x, ddof=1) / np.mean(x) / np.sqrt(len(x)) for x in (candidate, reference))))
+    return Energy(float(candidate.mean()), float(reference.mean()), error)
 
 
 def _warm_up(run: Run, protocol: Protocol, clock: Callable[[], int]) -> list[int]:

@@ -202,7 +202,7 @@ def examine(
     """
     progress = progress or Progress.silent()
     names = backends.names() if name is None else (name,)
-    gpus, no_gpu = nvidia.told()
+    gpus, no_gpu = nvidia.gpus()
     found = Examination(
         backends=(),
         device=devices.fingerprint().to_json(),

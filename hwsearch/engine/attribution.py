@@ -154,7 +154,7 @@ def executed_precisions(rows: Sequence[NodeRow], network: Network) -> tuple[str,
     return tuple(longest[u.name][1] if u.name in longest else "" for u in network.units)
 
 
-def told_apart(
+def without_fused_floats(
     executed: Sequence[str], rows: Sequence[NodeRow], allocation: Mapping[str, Variant], network: Network
 ) -> tuple[str, ...]:
     """Executed precisions, empty for a float unit inside a fused node that reports the int8 of a unit fused with it.

@@ -120,12 +120,12 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
 
 
-def _squares(found: NDArray[Any], simulated: torch.Tensor, dense: torch.Tensor) -> tuple[float, float, float]:
+def _squares(outputs: NDArray[Any], simulated: torch.Tensor, dense: torch.Tensor) -> tuple[float, float, float]:
     """Sums of squares: found from simulated (infinite where only one is a finite number), simulated from dense, simulated.
 
     Where the simulation gives NaN or infinity nothing but the same is right, and counts for nothing.
     """
-    have, want, plain = (np.asarray(y, np.float64) for y in (found, simulated, dense))
+    have, want, plain = (np.asarray(y, np.float64) for y in (outputs, simulated, dense))
     finite = np.isfinite(want)
     if have.shape != want.shape or not np.array_equal(have[~finite], want[~finite], equal_nan=True):
         return np.inf, 0.0, 0.0

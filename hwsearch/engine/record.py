@@ -11,7 +11,7 @@ import numpy as np
 from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Timing
-from hwsearch.engine.attribution import attribute, executed_precisions, told_apart
+from hwsearch.engine.attribution import attribute, executed_precisions, without_fused_floats
 from hwsearch.engine.outputs import reason
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable
@@ -67,15 +67,15 @@ def graph_bytes(setup: Setup, base: str) -> tuple[int, dict[str, dict[str, int]]
     return always, own
 
 
-def _add_kept_float(network: Network, model: Any, own: Mapping[str, dict[str, int]]) -> None:
+def _add_kept_float(network: Network, model: Any, bytes_of: Mapping[str, dict[str, int]]) -> None:
     """Add to each int8 unit what stands before the layers that read it where these are float (`rewrites.keep_float`)."""
     longest = max((len(name) for node in model.graph.node for name in (*node.input, *node.output)), default=0)
     for edge in network.edges:
-        if edge.dst in own and edge.src in own:
+        if edge.dst in bytes_of and edge.src in bytes_of:
             node = 3 * longest + len(edge.dst) + 64  # its names, and what protobuf puts around them
-            for variant in own[edge.src]:
+            for variant in bytes_of[edge.src]:
                 if Variant.parse(variant).quantized:
-                    own[edge.src][variant] += node
+                    bytes_of[edge.src][variant] += node
 
 
 def refusals(
@@ -109,7 +109,7 @@ def record(
     executed = executed_precisions(rows, setup.network)
     deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
     if role != "alone":
-        executed = told_apart(executed, rows, allocation, setup.network)
+        executed = without_fused_floats(executed, rows, allocation, setup.network)
     if role in PARTS:
         executed = tuple(
             e if u.name in allocation else "" for e, u in zip(executed, setup.network.units, strict=True)

@@ -90,14 +90,14 @@ def find_axes(run: Callable[[Any], Any], first: Any, second: Any, both: Any) -> 
         whole = _tensors(run(both))
     except Exception:
         return tuple(_by_size(y, size) for y in halves[0])
-    return tuple(_found(a, b, y, size) for a, b, y in zip(*halves, whole, strict=True))
+    return tuple(_batch_axis(a, b, y, size) for a, b, y in zip(*halves, whole, strict=True))
 
 
 def _by_size(y: torch.Tensor, size: int) -> BatchAxis:
     return BatchAxis(next((i for i, n in enumerate(y.shape) if n == size), None))
 
 
-def _found(a: torch.Tensor, b: torch.Tensor, whole: torch.Tensor, size: int) -> BatchAxis:
+def _batch_axis(a: torch.Tensor, b: torch.Tensor, whole: torch.Tensor, size: int) -> BatchAxis:
     if whole.shape == a.shape:
         return BatchAxis(None)
     grown = [i for i, (n, m) in enumerate(zip(a.shape, whole.shape, strict=False)) if n != m]

@@ -107,9 +107,9 @@ def left_channels(channels: Channels, mask: NDArray[np.bool_]) -> Channels:
     def axis(a: Axis) -> Axis:
         return Axis(a.axis, number[a.slots[mask[a.slots]]])
 
-    def shape(own: tuple[int, ...], axes: Sequence[Axis]) -> tuple[int, ...]:
+    def shape(old: tuple[int, ...], axes: Sequence[Axis]) -> tuple[int, ...]:
         left = {a.axis: len(a.kept(mask)) for a in axes}
-        return tuple(left.get(d, size) for d, size in enumerate(own))
+        return tuple(left.get(d, size) for d, size in enumerate(old))
 
     return replace(
         channels,

@@ -17,19 +17,19 @@ from hwsearch.graph.narrow import masked_graph, narrow_graph
 
 
 def tried(
-    found: Channels, graph: fx.GraphModule, inputs: list[Any], reads: list[tuple[str, int]]
+    channels: Channels, graph: fx.GraphModule, inputs: list[Any], reads: list[tuple[str, int]]
 ) -> Channels:
     """The channels without the groups that cannot be made narrower with the right result; `blocked` says why.
 
     inputs: the example, flat. reads: (path of its weight, the axis of it that holds what the unit reads) of each unit.
     """
     wrong = partial(_wrong, graph, inputs, reads)
-    bad = _bad(partial(wrong, found), [g for g in found.groups if g not in found.rescaled])
-    bad |= _bad(partial(wrong, found), [g for g in found.groups if g in found.rescaled])
-    found = found.without(bad, [f"channels of {g} stay whole: {why}" for g, why in bad.items()])
-    if bad and found.groups and (why := wrong(found, list(found.groups))):
-        found = found.without(list(found.groups), [f"all channels stay whole: {why}"])
-    return found
+    bad = _bad(partial(wrong, channels), [g for g in channels.groups if g not in channels.rescaled])
+    bad |= _bad(partial(wrong, channels), [g for g in channels.groups if g in channels.rescaled])
+    channels = channels.without(bad, [f"channels of {g} stay whole: {why}" for g, why in bad.items()])
+    if bad and channels.groups and (why := wrong(channels, list(channels.groups))):
+        channels = channels.without(list(channels.groups), [f"all channels stay whole: {why}"])
+    return channels
 
 
 def _bad(wrong: Callable[[list[str]], str], groups: list[str]) -> dict[str, str]:
@@ -46,12 +46,12 @@ def _wrong(
     graph: fx.GraphModule,
     inputs: list[Any],
     reads: list[tuple[str, int]],
-    found: Channels,
+    channels: Channels,
     groups: list[str],
 ) -> str:
     """What is wrong with the network with every other slot of some groups gone, or nothing."""
-    mask = found.mask({g: range(0, len(found.groups[g]), 2) for g in groups})
-    run = _Run(narrow_graph(graph, found, mask))
+    mask = channels.mask({g: range(0, len(channels.groups[g]), 2) for g in groups})
+    run = _Run(narrow_graph(graph, channels, mask))
     with torch.no_grad():
         try:
             have = run.run(*inputs, enable_io_processing=False)
@@ -61,9 +61,9 @@ def _wrong(
                 f"{module_path(node) or 'the model itself'} ({node.target})" if node is not None else "the model"
             )
             return f"{where} does not run with fewer: {first_line(error)}"
-        if not found.rescaled.isdisjoint(groups):
+        if not channels.rescaled.isdisjoint(groups):
             return ""
-        want = _Run(masked_graph(graph, found, mask, reads)).run(*inputs, enable_io_processing=False)
+        want = _Run(masked_graph(graph, channels, mask, reads)).run(*inputs, enable_io_processing=False)
     for a, b in zip(pytree.tree_leaves(have), pytree.tree_leaves(want), strict=True):
         if not isinstance(b, torch.Tensor) or not b.is_floating_point():
             continue

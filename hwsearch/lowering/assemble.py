@@ -119,7 +119,7 @@ def assemble(
                 zero = 0
             elif variant.precision == "int8" and unsigned_concat and builder.joined(node):
                 zero = ZERO_POINT
-            builder.activation(node, unit, call, variant.precision, scale, own=role == "in", zero_point=zero)
+            builder.activation(node, unit, call, variant.precision, scale, separate=role == "in", zero_point=zero)
     marks = [tag_of(n)[:2] for n in marked.graph.node if n.op_type == MARK]
     told = {unit for role, unit in marks if role == "weight"}
     units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
@@ -474,7 +474,8 @@ class _Builder:
         return maker is not None
 
     def activation(
-        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, own: bool, zero_point: int | None,
+        self, node: onnx.NodeProto, unit: str, call: int, precision: str, scale_value: float, *, separate: bool,
+        zero_point: int | None,
     ) -> None:  # fmt: skip
         """Quantize and dequantize; two units which read one tensor on one scale share it.
 
@@ -484,8 +485,8 @@ class _Builder:
         source = self.renamed.get(node.input[0], node.input[0])
         key = source, precision, scale_value, zero_point
         if self.quantize_outputs or not self.shared_grids or key not in self.dequantized:
-            role = "in" if own else "out"
-            base, port = f"{'' if own else '~'}{unit}|{call}", tag_of(node)[3]
+            role = "in" if separate else "out"
+            base, port = f"{'' if separate else '~'}{unit}|{call}", tag_of(node)[3]
             scale = self._constant(f"{node.output[0]}/scale", np.asarray(scale_value, np.float32))
             zero = f"{node.output[0]}/zero"
             if zero_point is not None:

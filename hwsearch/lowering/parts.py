@@ -159,7 +159,7 @@ def _plain(value: onnx.ValueInfoProto) -> bool:
     return bool(kind.elem_type == TensorProto.FLOAT and static)
 
 
-def _in_order(found: dict[str, onnx.ValueInfoProto], given: Iterable[str]) -> list[onnx.ValueInfoProto]:
+def _in_order(values: dict[str, onnx.ValueInfoProto], given: Iterable[str]) -> list[onnx.ValueInfoProto]:
     """The network's own inputs first, in its order."""
-    own = [name for name in given if name in found]
-    return [found[name] for name in (*own, *sorted(set(found) - set(own)))]
+    own = [name for name in given if name in values]
+    return [values[name] for name in (*own, *sorted(set(values) - set(own)))]

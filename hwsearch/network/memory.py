@@ -181,9 +181,9 @@ def _read(network: Network, unit: str, widths: Mapping[str, int]) -> int:
     return sum(map(math.prod, network.unit_at(unit, widths).input_shapes))
 
 
-def steps(found: Sequence[Tensor], units: int) -> tuple[tuple[int, ...], ...]:
+def steps(tensors: Sequence[Tensor], units: int) -> tuple[tuple[int, ...], ...]:
     """Which tensors (by number) are alive together: the sets that no other contains, in the order of the units."""
-    alive = [frozenset(n for n, t in enumerate(found) if t.first <= i <= t.last) for i in range(units)]
+    alive = [frozenset(n for n, t in enumerate(tensors) if t.first <= i <= t.last) for i in range(units)]
     distinct = list(dict.fromkeys(alive))
     return tuple(tuple(sorted(a)) for a in distinct if a and not any(a < other for other in distinct))
 

@@ -58,7 +58,7 @@ def plot_diagnosis(source: LatencyTable | LatencyModel, path: str | Path | None 
     return done(figure, path)
 
 
-def _parts(found: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
+def _parts(diagnosis: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
     """(how to draw them, what they are, points); hollow where the machine was disturbed."""
     parts = []
     for marker, color, what, heldout in (
@@ -66,7 +66,7 @@ def _parts(found: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
         ("D", HIGHLIGHT, "held out", True),
     ):
         for disturbed in (False, True):
-            points = [p for p in found.points if (p.heldout, p.disturbed) == (heldout, disturbed)]
+            points = [p for p in diagnosis.points if (p.heldout, p.disturbed) == (heldout, disturbed)]
             edge = (
                 {"markerfacecolor": "white", "markeredgecolor": color}
                 if disturbed
@@ -78,8 +78,8 @@ def _parts(found: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
     return parts
 
 
-def _over_time(axes: Axes, found: Diagnosis) -> None:
-    for look, label, points in _parts(found):
+def _over_time(axes: Axes, diagnosis: Diagnosis) -> None:
+    for look, label, points in _parts(diagnosis):
         x = [p.measured_ns / 1e6 for p in points]
         sigma = [p.together_ns / p.measured_ns for p in points]
         axes.errorbar(
@@ -93,10 +93,10 @@ def _over_time(axes: Axes, found: Diagnosis) -> None:
     axes.legend(frameon=False, fontsize=8.5)
 
 
-def _within_sigma(axes: Axes, found: Diagnosis) -> None:
+def _within_sigma(axes: Axes, diagnosis: Diagnosis) -> None:
     from scipy.stats import norm
 
-    z = np.sort([abs(p.z) for p in found.points])
+    z = np.sort([abs(p.z) for p in diagnosis.points])
     axes.step(z, np.arange(1, len(z) + 1) / len(z), where="post", color=FITTED, label="builds")
     grid = np.linspace(0.0, max(3.0, float(z[-1])), 100)
     axes.plot(grid, 2 * norm.cdf(grid) - 1, color=INK, linewidth=0.9, linestyle="--", label="normal")
@@ -107,16 +107,16 @@ def _within_sigma(axes: Axes, found: Diagnosis) -> None:
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
 
 
-def _against(axes: Axes, cause: str, found: Diagnosis) -> None:
-    for look, _, points in _parts(found):
+def _against(axes: Axes, cause: str, diagnosis: Diagnosis) -> None:
+    for look, _, points in _parts(diagnosis):
         axes.plot(
             [p.causes[cause] for p in points], [p.error for p in points], linestyle="none", markersize=3.5,
             **{**look, "markeredgewidth": 0.8 if points[0].disturbed else 0.4},
         )  # fmt: skip
     axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    correlation, p = found.correlations[cause]
-    suspect = cause in found.suspects
+    correlation, p = diagnosis.correlations[cause]
+    suspect = cause in diagnosis.suspects
     axes.set_xlabel(cause)
     axes.set_title(
         f"ρ {correlation:+.2f} (p {p:.1g}){': depends' if suspect else ''}", fontsize=9,

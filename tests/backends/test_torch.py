@@ -28,7 +28,7 @@ from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.torch import TorchBackend
 from hwsearch.backends.torch.arithmetic import arithmetic
 from hwsearch.backends.torch.engine import TorchEngine
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.setup import Setup
@@ -350,8 +350,8 @@ def test_flags_of_the_process_are_set_for_launches_only(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     before, older = flags(), legacy()
     seen: set[tuple[Any, ...]] = set()
-    real = Program.__call__
-    monkeypatch.setattr(Program, "__call__", lambda self, *a: (seen.add(flags()), real(self, *a))[1])
+    real = OnnxProgram.__call__
+    monkeypatch.setattr(OnnxProgram, "__call__", lambda self, *a: (seen.add(flags()), real(self, *a))[1])
     for base, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("fp16", "ieee")):
         seen.clear()
         engine = built(cuda, base=base)

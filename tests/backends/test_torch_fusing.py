@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hwsearch.backends.torch.compiler import compiled
 from hwsearch.backends.torch.graph import read
 from hwsearch.backends.torch.offering import Kernels
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 from hwsearch.backends.typed import strongly_typed
 from hwsearch.network.variants import uniform
 from hwsearch.testing.contract import small_network
@@ -45,11 +45,11 @@ def graph(
     return onnx.shape_inference.infer_shapes(model)
 
 
-def halves(model: onnx.ModelProto, there: Kernels = Kernels(), base: str = "fp16") -> Program:  # noqa: B008
+def halves(model: onnx.ModelProto, there: Kernels = Kernels(), base: str = "fp16") -> OnnxProgram:  # noqa: B008
     return compiled(read(strongly_typed(model, base)), CPU, there, base)
 
 
-def checked(model: onnx.ModelProto, made: Program, tolerance: float, seed: int = 0) -> None:
+def checked(model: onnx.ModelProto, made: OnnxProgram, tolerance: float, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     arrays = [
         rng.standard_normal([d.dim_value for d in v.type.tensor_type.shape.dim]).astype(np.float32)
@@ -58,7 +58,7 @@ def checked(model: onnx.ModelProto, made: Program, tolerance: float, seed: int =
     assert error(run(made, arrays), by_onnxruntime(model, arrays)) <= tolerance
 
 
-def operators(made: Program) -> list[str]:
+def operators(made: OnnxProgram) -> list[str]:
     return [s.op for s in made.steps if s.op != "Cast"]
 
 

@@ -16,7 +16,7 @@ from networks import NETWORKS
 import hwsearch as hs
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.products import RULES
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 from hwsearch.backends.typed import strongly_typed
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, legal, uniform
@@ -68,7 +68,7 @@ def off(got: Arrays, want: Arrays) -> float:
 
 def check(
     low: Lowering, variants: dict[str, Variant], there: Kernels = FLOATS, rounded: float = ROUNDED
-) -> Program:
+) -> OnnxProgram:
     model = strongly_typed(low.onnx(variants), "fp32")
     made, arrays = program(model, there), low.arrays()
     got, want = run(made, arrays), by_onnxruntime(model, arrays)

@@ -13,7 +13,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from hwsearch.backends.torch.offering import Kernels
 from hwsearch.backends.torch.products import RULES, is_2_4, kernels_for
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 from tests.backends.fake_cuda import Products
 from tests.backends.torch_programs import FLOATS, by_onnxruntime, error, program, run
 
@@ -117,17 +117,17 @@ class Case:
         for op, source, to in (("QuantizeLinear", "x", "x/q"), ("DequantizeLinear", "x/q", "x/dq")):
             self.nodes.append(helper.make_node(op, [source, "x/scale", "x/zero"], [to], name=f"u|0|{op}.in0"))
 
-    def program(self, there: Kernels = ALL, base: str = "fp32") -> Program:
+    def program(self, there: Kernels = ALL, base: str = "fp32") -> OnnxProgram:
         return program(self.model, there, base)
 
-    def checked(self, there: Kernels = ALL, tolerance: float = 1e-5) -> Program:
+    def checked(self, there: Kernels = ALL, tolerance: float = 1e-5) -> OnnxProgram:
         """Against ONNX Runtime, which computes halves in fp32 where its CPU kernels have none."""
         made = self.program(there)
         assert error(run(made, [self.x]), by_onnxruntime(self.model, [self.x])) <= tolerance
         return made
 
 
-def executed(made: Program) -> str:
+def executed(made: OnnxProgram) -> str:
     (found,) = [s.precision for s in made.steps if s.op in PRODUCT]
     return found
 

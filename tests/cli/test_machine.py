@@ -47,10 +47,10 @@ def test_devices_says_whether_energy_is_measured(monkeypatch: pytest.MonkeyPatch
     from hwsearch.device import energy
 
     monkeypatch.setattr(backends, "status", list)
-    monkeypatch.setattr(energy, "find", lambda: energy.Found(reason="no RAPL package"))
+    monkeypatch.setattr(energy, "find", lambda: energy.Counter(reason="no RAPL package"))
     assert "energy not measured: no RAPL package" in invoke("devices").stdout
     data = json.loads(invoke("devices", "--json").stdout)
     assert data["energy"] == {"available": False, "source": "", "reason": "no RAPL package"}
-    monkeypatch.setattr(energy, "find", lambda: energy.Found(lambda: 0.0, "RAPL, 1 package(s)"))
+    monkeypatch.setattr(energy, "find", lambda: energy.Counter(lambda: 0.0, "RAPL, 1 package(s)"))
     assert "energy measured by RAPL, 1 package(s)" in invoke("devices").stdout
     assert json.loads(invoke("devices", "--json").stdout)["energy"]["available"]

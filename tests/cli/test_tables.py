@@ -63,12 +63,12 @@ def checked(holds: bool) -> Any:
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
-def test_table_check(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool, code: int) -> None:
+def test_table_recheck(api: Install, monkeypatch: pytest.MonkeyPatch, holds: bool, code: int) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr("hwsearch.cli.sections.table_of_task", lambda path, task: f"table {path} of {task}")
     api(
         LatencyTable=Table,
-        check=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),
+        recheck=lambda table, task, **options: seen.update(table=table, task=task, **options) or checked(holds),
     )
     result = invoke("table", "recheck", "t.parquet", "--task", "zoo:x", "--builds", "3")
     assert result.exit_code == code

@@ -13,7 +13,7 @@ import tiny
 
 import hwsearch as hs
 from hwsearch.backends.base import BuildOptions
-from hwsearch.deployment.recheck import spread
+from hwsearch.deployment.recheck import spread_builds
 from hwsearch.deployment.session import Job, Session
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
@@ -40,14 +40,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
 
 
 def test_builds_are_spread_from_the_slowest_to_the_fastest(table: LatencyTable) -> None:
-    found = spread(table, 5)
+    found = spread_builds(table, 5)
     ratios = [b.ratio for b in found]
     assert len(found) == 5
     assert ratios == sorted(ratios, reverse=True)
     everything = [b.ratio for b in table.builds if b.base == "fp32" and b.as_asked()]
     assert ratios[-1] == min(everything)
     assert len({b.key for b in found}) == 5
-    assert len(spread(table, 10**6)) == len({b.key for b in table.builds if b.role != "reference"} - {None})
+    assert len(spread_builds(table, 10**6)) == len({b.key for b in table.builds if b.role != "reference"} - {None})
 
 
 def test_a_table_holds_on_the_device_that_it_was_made_on(table: LatencyTable) -> None:

@@ -23,11 +23,11 @@ from hwsearch.deployment.targets import (
     build,
     check,
     objections,
-    offered,
     otherwise,
     request_of,
     runtime,
     serialise,
+    units_offered,
     verdicts,
 )
 from hwsearch.errors import BackendUnavailable, IncompatibleTables, InvalidInput
@@ -58,7 +58,7 @@ def test_every_variant_is_built_or_refused_as_documented(name: str, base: str) -
         (v.target, v.variant, v.documented, v.reason) for v in found if not v.explained
     ]
     assert {(v.target, v.variant) for v in found} == {
-        (t, str(v)) for t in FIVE for v in offered(low.network, base)
+        (t, str(v)) for t in FIVE for v in units_offered(low.network, base)
     }
     for v in found:
         assert v.legal == (not v.reason)
@@ -77,7 +77,7 @@ def test_mixed_allocations_are_built_or_refused_as_documented(name: str) -> None
     low = network(name)
     rng = random.Random(0)
     for base in ("fp16", "bf16", "fp32"):
-        choices = offered(low.network, base)
+        choices = units_offered(low.network, base)
         variants = {
             u.name: rng.choice([v for v, own in choices.items() if u in own]) for u in low.network.units
         }
@@ -199,9 +199,9 @@ def test_tf32_is_a_flag_that_turing_does_not_know() -> None:
 
 def test_what_is_offered() -> None:
     low = small_network("attention")
-    assert next(str(v) for v in offered(low.network, "fp16")) == "dense.fp16"
+    assert next(str(v) for v in units_offered(low.network, "fp16")) == "dense.fp16"
     for base in BASES:
-        for variant, units in offered(low.network, base).items():
+        for variant, units in units_offered(low.network, base).items():
             assert units
             assert not objections(low.network, {u.name: variant for u in units}, base, target("sm120").name)
 
@@ -254,4 +254,4 @@ def test_an_allocation_loaded_from_its_file_is_the_same(tmp_path: Path) -> None:
 
 
 def test_variants_are_what_units_may_be() -> None:
-    assert set(offered(small_network("residual").network, "fp16")) >= {Variant("fp16"), Variant("int8")}
+    assert set(units_offered(small_network("residual").network, "fp16")) >= {Variant("fp16"), Variant("int8")}

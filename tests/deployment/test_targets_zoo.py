@@ -9,7 +9,7 @@ import pytest
 
 from hwsearch.backends.tensorrt.builder import serialise
 from hwsearch.backends.typed import strongly_typed
-from hwsearch.deployment.targets import objections, offered, request_of, runtime, verdicts
+from hwsearch.deployment.targets import objections, request_of, runtime, units_offered, verdicts
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
@@ -51,7 +51,7 @@ def test_every_variant(name: str, target: str) -> None:
 
 def some(low: Lowering, base: str, seed: int) -> dict[str, Variant]:
     """Each unit in a random variant of those that some GPU executes."""
-    choices, rng = offered(low.network, base), random.Random(seed)
+    choices, rng = units_offered(low.network, base), random.Random(seed)
     return {
         u.name: rng.choice([v for v, units in choices.items() if u in units] or [Variant(base)])
         for u in low.network.units

@@ -173,7 +173,7 @@ def test_without_a_driver_the_real_binding_says_so() -> None:
             BackendUnavailable, match=r"no NVIDIA driver answers here \(NVML Shared Library Not Found\)"
         ):
             find()
-        gpus, why = nvidia.told()
+        gpus, why = nvidia.gpus()
         assert (gpus, "no NVIDIA driver answers" in why) == ((), True)
     else:
         pytest.skip("there is a driver here")

@@ -11,7 +11,7 @@ import torch
 import hwsearch as hs
 from hwsearch.backends.base import NodeTime
 from hwsearch.backends.openvino import OpenVINOBackend
-from hwsearch.engine.attribution import attribute, executed_precisions, told_apart
+from hwsearch.engine.attribution import attribute, executed_precisions, without_fused_floats
 from hwsearch.engine.setup import set_up
 from hwsearch.lowering.marked import tensor_names
 from hwsearch.network.network import Edge, Network, Unit
@@ -91,9 +91,9 @@ def test_a_change_of_layout_is_an_edge_whichever_nodes_it_is_made_for() -> None:
 def test_a_fused_node_says_nothing_of_a_float_unit_that_it_holds() -> None:
     rows = attribute(NODES[:2], NETWORK, {})
     allocation = {"conv1": Variant("fp32"), "layer1.conv1": Variant("fp32"), "layer1.conv2": Variant("int8")}
-    assert told_apart(("fp32", "int8", "int8"), rows, allocation, NETWORK) == ("fp32", "", "int8")
+    assert without_fused_floats(("fp32", "int8", "int8"), rows, allocation, NETWORK) == ("fp32", "", "int8")
     alone = [replace(rows[1], units=("layer1.conv1",))]
-    assert told_apart(("fp32", "int8", ""), alone, allocation, NETWORK) == ("fp32", "int8", "")
+    assert without_fused_floats(("fp32", "int8", ""), alone, allocation, NETWORK) == ("fp32", "int8", "")
 
 
 def chain(*names: str, branches: bool = False) -> Network:

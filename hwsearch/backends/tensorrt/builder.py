@@ -78,14 +78,14 @@ def _parsed(trt: Any, builder: Any, log: Any, onnx: bytes) -> Any:
     network = builder.create_network(strongly)
     parser = trt.OnnxParser(network, log)
     if not parser.parse(onnx):
-        errors = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
+        errors = [_described(parser.get_error(i)) for i in range(parser.num_errors)]
         raise BackendUnavailable(
             f"{trt.__name__} does not take the ONNX network: {'; '.join(errors) or reasons(log.lines)}"
         )
     return network
 
 
-def _told(error: Any) -> str:
+def _described(error: Any) -> str:
     """A parser's error with the node that it is about, by what this version tells of it."""
     name = error.node_name() if hasattr(error, "node_name") else ""
     kind = error.node_operator() if hasattr(error, "node_operator") else ""

@@ -1,4 +1,4 @@
-"""An ONNX graph -> a `Program` on one device. Shapes are fixed, so that all arithmetic with shapes is done here.
+"""An ONNX graph -> a `OnnxProgram` on one device. Shapes are fixed, so that all arithmetic with shapes is done here.
 
 What depends on no input is computed once, on the CPU, and stored on the device in the form in which it is read. Dequantization of
 a product's operands is left out where the product itself reads the quantized numbers (`products`); everywhere else Q/DQ computes
@@ -28,7 +28,7 @@ from hwsearch.backends.torch.products import (
     out_axis,
     product,
 )
-from hwsearch.backends.torch.program import Program, Step, with_frees
+from hwsearch.backends.torch.program import OnnxProgram, Step, with_frees
 from hwsearch.backends.torch.quantizing import quantizer
 from hwsearch.errors import BackendUnavailable
 
@@ -44,7 +44,7 @@ _TENSOR_CORES = (*PRODUCTS, "ConvTranspose", "Einsum", "GRU", "LSTM")
 _FAILS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
-def compiled(graph: Graph, device: torch.device, there: Kernels, base: str = "fp32") -> Program:
+def compiled(graph: Graph, device: torch.device, there: Kernels, base: str = "fp32") -> OnnxProgram:
     """The program of a graph. there: kernels that it may use beside float ones. base: what its floats are, or tf32.
 
     Images lie channels last but in fp32: tensor cores want them so. Raises BackendUnavailable naming the node that torch
@@ -108,7 +108,7 @@ class _Compiler:
     declined: dict[str, str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
-    def run(self) -> Program:
+    def run(self) -> OnnxProgram:
         convolves = any(n.op in _CONVOLUTIONS for n in self.graph.nodes)
         self.channels_last = convolves and self.base != "fp32"
         for name, constant in self.graph.constants.items():
@@ -130,7 +130,7 @@ class _Compiler:
         places = tuple(self.stored.get(i) for i in range(len(self.live)))
         constants = {id(t): t for t in (*self.stored.values(), *self.bound)}
         size = sum(t.nbytes for t in constants.values())
-        return Program(steps, places, tuple(inputs), tuple(outputs), size, self.channels_last, self.declined)
+        return OnnxProgram(steps, places, tuple(inputs), tuple(outputs), size, self.channels_last, self.declined)
 
     # ---- tensors
 

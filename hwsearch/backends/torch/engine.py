@@ -1,4 +1,4 @@
-"""A `Program` on one GPU: captured as a CUDA graph, timed call by call in a pass apart."""
+"""A `OnnxProgram` on one GPU: captured as a CUDA graph, timed call by call in a pass apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hwsearch.backends.base import Array, NodeTime, TensorSpec, check_arrays
 from hwsearch.backends.cuda import Cuda, Graph, GraphRun, Mark, NotCaptured
 from hwsearch.backends.torch.arithmetic import arithmetic
 from hwsearch.backends.torch.graph import Graph as Network
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 from hwsearch.errors import BackendUnavailable
 
 _WARM_UP = 3
@@ -28,10 +28,10 @@ class TorchEngine:
     """Inputs stay in device memory of fixed addresses, outputs in memory of the graph's, so that one graph serves all inferences.
 
     run: launches one inference and waits until the GPU is done with it. Host transfers are excluded: inputs are on the device
-    since `prepare`, outputs stay there. size_bytes: of the constants on the device. declined: see `Program`.
+    since `prepare`, outputs stay there. size_bytes: of the constants on the device. declined: see `OnnxProgram`.
     """
 
-    def __init__(self, cuda: Cuda, program: Program, network: Network, base: str) -> None:
+    def __init__(self, cuda: Cuda, program: OnnxProgram, network: Network, base: str) -> None:
         """base: the precision that the program was compiled for.
 
         Raises BackendUnavailable with CUDA's own reason, also where the network cannot be captured as a graph: launched call by
@@ -118,7 +118,7 @@ class TorchEngine:
 
 
 def _launched(
-    cuda: Cuda, program: Program, inputs: list[torch.Tensor], base: str, before: Callable[[int], None] | None = None
+    cuda: Cuda, program: OnnxProgram, inputs: list[torch.Tensor], base: str, before: Callable[[int], None] | None = None
 ) -> list[torch.Tensor]:  # fmt: skip
     """Outputs of one inference, launched call by call; they are there once the stream has come so far."""
     with cuda.work("the GPU does not run the network"), arithmetic(base):
@@ -128,7 +128,7 @@ def _launched(
 class _Stopwatch:
     """Marks the stream before each call that launches something; `end` comes after an inference."""
 
-    def __init__(self, cuda: Cuda, program: Program, hold_ns: float) -> None:
+    def __init__(self, cuda: Cuda, program: OnnxProgram, hold_ns: float) -> None:
         self._cuda, self._hold_ns = cuda, hold_ns
         self._timed = [not step.views for step in program.steps]
         self._stretches: list[tuple[list[int], list[Mark]]] = []

@@ -31,7 +31,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Program:
+class OnnxProgram:
     """Calls in order. places: the constants where they stand, None for what is made. size_bytes: of all constants.
 
     channels_last: inputs of four axes are to lie so in memory. declined: for each product that a kernel did not take, against

@@ -68,8 +68,8 @@ class Channels:
         stays = np.concatenate([np.zeros(0, np.int64), *left.values()])
         number[stays] = np.arange(1, len(stays) + 1)
 
-        def axes(own: Sequence[Axis]) -> list[Axis]:
-            return [a for a in (Axis(a.axis, number[a.slots]) for a in own) if a.slots.any()]
+        def axes(axes_of: Sequence[Axis]) -> list[Axis]:
+            return [a for a in (Axis(a.axis, number[a.slots]) for a in axes_of) if a.slots.any()]
 
         nodes = {n: [axes(a) for a in several] for n, several in self.nodes.items()}
         return replace(
@@ -85,7 +85,7 @@ class Channels:
 
 
 def describe(
-    found: Channels,
+    channels: Channels,
     network: Network,
     sites: Mapping[str, tuple[str, Sequence[str]]],
     weights: Mapping[str, str],
@@ -96,12 +96,12 @@ def describe(
     sites: unit -> (node, nodes of its activations) of its first call. weights: unit -> path of its weight. stored_bytes: of
     each stored tensor that belongs to no unit.
     """
-    of_slot = {int(s): name for name, slots in found.groups.items() for s in slots}
+    of_slot = {int(s): name for name, slots in channels.groups.items() for s in slots}
 
     def indices(axis: Axis) -> list[tuple[str, int]]:
         """(group, how many indices belong to each of its slots)"""
         counts = Counter(of_slot[s] for s in axis.slots.tolist() if s != ALWAYS)
-        return [(group, count // len(found.groups[group])) for group, count in counts.items()]
+        return [(group, count // len(channels.groups[group])) for group, count in counts.items()]
 
     def ways(tensor: str, axes: Sequence[Axis]) -> list[Way]:
         return [Way(group, tensor, axis.axis, count) for axis in axes for group, count in indices(axis)]
@@ -109,19 +109,19 @@ def describe(
     units = []
     for unit in network.units:
         node, inputs = sites[unit.name]
-        own = [] if unit.stored else ways("output", found.nodes.get(node, [[]])[0])
+        own = [] if unit.stored else ways("output", channels.nodes.get(node, [[]])[0])
         for port, source in enumerate(inputs):
-            own += ways(f"input{port}", found.nodes.get(source, [[]])[0])
+            own += ways(f"input{port}", channels.nodes.get(source, [[]])[0])
         if unit.name in weights:
-            own += ways("weight", found.tensors.get(weights[unit.name], []))
+            own += ways("weight", channels.tensors.get(weights[unit.name], []))
         units.append(replace(unit, ways=tuple(own)))
     fixed: Counter[str] = Counter()
     for path, size in stored_bytes.items():
-        for axis in found.tensors.get(path, []):
+        for axis in channels.tensors.get(path, []):
             for group, count in indices(axis):
                 fixed[group] += size // len(axis.slots) * count
     groups = tuple(
-        ChannelGroup(name, len(slots), found.producers[name], found.consumers[name], fixed[name])
-        for name, slots in found.groups.items()
+        ChannelGroup(name, len(slots), channels.producers[name], channels.consumers[name], fixed[name])
+        for name, slots in channels.groups.items()
     )
-    return replace(network, units=tuple(units), groups=groups, blocked=found.blocked)
+    return replace(network, units=tuple(units), groups=groups, blocked=channels.blocked)

@@ -53,9 +53,9 @@ def reduced(run: Labels, n: fx.Node) -> Any:
     return [label] * len(out) if isinstance(out, list) else label
 
 
-def _positive_order(own: Mapping[str, Any]) -> bool:
+def _positive_order(arguments: Mapping[str, Any]) -> bool:
     """Whether a norm, if it is one, is of an order to which zeros add nothing."""
-    order = own.get("ord", own.get("p", 2))
+    order = arguments.get("ord", arguments.get("p", 2))
     return order is None or float(order) > 0
 
 
