@@ -7,8 +7,8 @@ whole network, without refitting, (c) widths searched under a budget of multiply
 in the fastest uniform precision. Each is measured in one session; for each budget a rival shows its best network that
 measured no slower than the joint one. Also: what refitting gains at 75 % width, and how long weights take.
 
-    python scripts/bench_widths.py zoo:fashion_resnet zoo:efficientnet_lite0
-    python scripts/bench_widths.py zoo:minilm --shares 0.769 --rivals 0
+    python scripts/bench/widths.py zoo:fashion_resnet zoo:efficientnet_lite0
+    python scripts/bench/widths.py zoo:minilm --shares 0.769 --rivals 0
 """
 
 from __future__ import annotations

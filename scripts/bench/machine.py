@@ -7,7 +7,7 @@ is timed. Printed for each engine: its time in the quiet windows; the standard d
 to window, over all of them and over those in which the reference was not slower than its quiet time by more than
 `regression.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
 
-    python scripts/bench_machine.py zoo:minilm --threads 1 2 --seconds 150
+    python scripts/bench/machine.py zoo:minilm --threads 1 2 --seconds 150
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import time
 
 import numpy as np
-from bench_processes import build, drawn
+from processes import build, drawn
 
 import hwsearch as hs
 from hwsearch import backends

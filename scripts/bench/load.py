@@ -5,7 +5,7 @@ Two profiles of one network over precisions, one on the machine as it is, one be
 allocations that neither has seen, timed on the quiet machine. Printed: the error of both fitted models on them, the error that
 each foretells (sigma), how many builds each table flags as unstable, and the widths of their intervals.
 
-    python scripts/bench_load.py zoo:fashion_resnet
+    python scripts/bench/load.py zoo:fashion_resnet
 """
 
 from __future__ import annotations

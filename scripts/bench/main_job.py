@@ -4,7 +4,7 @@
 For each backend: profile, take the budget half-way between the all-int8 and the all-base network as measured, run,
 and print the report beside the bars; then run the deployed ONNX file in OpenVINO and in ONNX Runtime and compare scores.
 
-    python scripts/bench_main_job.py zoo:fashion_resnet
+    python scripts/bench/main_job.py zoo:fashion_resnet
 """
 
 from __future__ import annotations

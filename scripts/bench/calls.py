@@ -6,7 +6,7 @@ workers awake during a run (and asleep after it), against workers that sleep bet
 the base precision, timed in turn; again and again, as what it costs to wake a thread on a virtual machine changes from minute to
 minute, and beside a busy process too, which keeps a core from falling asleep.
 
-    python scripts/bench_calls.py zoo:fashion_resnet --times 4 --pause 20
+    python scripts/bench/calls.py zoo:fashion_resnet --times 4 --pause 20
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The second network has the stages of `zoo:fashion_resnet` at other depths (rando
 twice, cold, and with the first one's table as --prior in less than half of those seconds; then allocations that neither profile has
 built are timed. Printed: builds and seconds of both profiles, and the errors of both fitted models on the same allocations.
 
-    python scripts/bench_prior.py --first profiles-of-mine/fashion_resnet.parquet
+    python scripts/bench/prior.py --first profiles-of-mine/fashion_resnet.parquet
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_latency_model import errors
+from latency_model import errors
 from torch import nn
 
 import hwsearch as hs

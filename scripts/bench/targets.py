@@ -9,8 +9,8 @@ executes the file node by node as ONNX says: sums in float32 in another order pu
 on its other side, so that two runtimes cannot be closer to each other than one is to itself. As many allocations again hold
 everything that some GPU executes, and are only built.
 
-    python scripts/bench_targets.py                            # about an hour on one core, most of it scores of minilm
-    python scripts/bench_targets.py zoo:fashion_resnet --allocations 3
+    python scripts/bench/targets.py                            # about an hour on one core, most of it scores of minilm
+    python scripts/bench/targets.py zoo:fashion_resnet --allocations 3
 """
 
 from __future__ import annotations

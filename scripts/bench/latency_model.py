@@ -8,7 +8,7 @@ additive model without boundary terms, a constant, the noise floor (one allocati
 allocations whose channels are all there, the sum of layers timed alone. With --budgets N also the closed loop, at budgets
 spread from the fastest to the dense network in the base precision.
 
-    python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
+    python scripts/bench/latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """SIGKILL a profile at random moments and go on with it: at most the build under way is lost, and the table is whole.
 
-python scripts/bench_kills.py zoo:fashion_resnet --kills 20
+python scripts/bench/kills.py zoo:fashion_resnet --kills 20
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ process for each; and in a process for each whose memory is in huge pages (`back
 
 Second: the first inferences of an engine whose turn comes behind another one, against those it settles to.
 
-    python scripts/bench_processes.py zoo:minilm zoo:efficientnet_lite0
+    python scripts/bench/processes.py zoo:minilm zoo:efficientnet_lite0
 """
 
 from __future__ import annotations
