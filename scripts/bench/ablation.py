@@ -60,14 +60,14 @@ def without(term: str | None) -> Iterator[Callable[..., LatencyModel]]:
 
 
 @dataclass(frozen=True)
-class Test:
+class Part:
     """Builds to predict, and those to fit on."""
 
     builds: Sequence[Build]
     known: Sequence[Build]
 
 
-def tests(table: LatencyTable, folds: int = FOLDS, seed: int = 0) -> list[Test]:
+def parts_of(table: LatencyTable, folds: int = FOLDS, seed: int = 0) -> list[Part]:
     """The folds, then the held-out builds."""
     builds = [b for b in usable(table) if b.role not in ("heldout", "deployed")]
     cells = [table.candidate(b).cells(table.network) for b in builds]
@@ -79,12 +79,12 @@ def tests(table: LatencyTable, folds: int = FOLDS, seed: int = 0) -> list[Test]:
     found = []
     for part in np.array_split(order, min(folds, len(order))) if len(order) else []:
         out = set(map(int, part))
-        found.append(Test([builds[i] for i in sorted(out)], [b for i, b in enumerate(builds) if i not in out]))
+        found.append(Part([builds[i] for i in sorted(out)], [b for i, b in enumerate(builds) if i not in out]))
     held = [b for b in usable(table) if b.role == "heldout"]
-    return [*found, Test(held, builds)]
+    return [*found, Part(held, builds)]
 
 
-def predicted(table: LatencyTable, parts: Sequence[Test], term: str | None) -> list[float]:
+def predicted(table: LatencyTable, parts: Sequence[Part], term: str | None) -> list[float]:
     """Time in ns of every build to predict; NaN where it holds what no build of its fit does."""
     times: list[float] = []
     with without(term) as fitted:
@@ -106,7 +106,7 @@ class Tested:
 
 
 def tested(table: LatencyTable, terms: Sequence[str]) -> Tested:
-    parts = tests(table)
+    parts = parts_of(table)
     measured = np.array([table.time_ns(b) for part in parts for b in part.builds])
     full = np.array(predicted(table, parts, None))
     own = np.isfinite(full)

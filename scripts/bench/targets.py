@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import numpy as np
 import onnxruntime
 import torch
@@ -53,10 +54,7 @@ Outputs = np.ndarray[Any, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=[f"zoo:{name}" for name in NAMES])
+    parser = common.parser(__doc__, tasks=[f"zoo:{name}" for name in NAMES])
     parser.add_argument("--only", choices=("uniform", "mixed"), help="one of the two parts; both take long")
     parser.add_argument("--allocations", type=int, default=10)
     parser.add_argument(

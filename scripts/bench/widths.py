@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
@@ -29,7 +30,6 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
 from hwsearch.deployment.closed_loop import closed_loop, sensitivity_for
 from hwsearch.deployment.session import Job, Session, uniform_candidates
-from hwsearch.device import fingerprint as device
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.loss.sensitivity import divergence
@@ -51,10 +51,7 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
+    parser = common.parser(__doc__, tasks=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
     parser.add_argument("--out", type=Path, default=Path("bench-widths"))
     parser.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
     parser.add_argument("--shares", type=float, nargs="*", default=list(np.linspace(0.95, 0.5, 8)),
@@ -62,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rivals", type=int, default=8, help="networks that each rival tries")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     for spec in args.tasks:
         bench(spec, args)
 
