@@ -31,16 +31,11 @@ RESAMPLED = 2000
 Patch = tuple[Any, str, Any]
 
 
-def nothing_pooled(*_: Any) -> tuple[Any, Any, Any]:
-    return np.zeros(0, np.intp), np.zeros(0), np.zeros(0)
-
-
 TERMS: dict[str, list[Patch]] = {
     "drift": [(regression, "_when", lambda builds: [0.0] * len(builds))],
-    "pooling": [(regression.Equations, "pooled", nothing_pooled)],
+    "pooling": [(regression.Equations, "prior", regression.Equations.vague)],
     "dispatch": [(regression, "dispatch_ns", lambda times, counted: 0.0)],
     "per-node": [(m, "slowed", lambda slowdown, nodes, ratio: 0.0) for m in (regression, latency_model)],
-    "scales": [(latency_model, name, [regression.MIDDLE]) for name in ("SCALES", "FEW_SCALES")],
     "boundaries": [],
 }
 """What is put in place of a part of the model to leave it out. `boundaries` is an option of `fit`."""
