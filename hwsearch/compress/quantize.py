@@ -231,11 +231,6 @@ def int8_scale(of: Range, port: str, bits: int = INT8_BITS) -> float:
     return of.limit / (UNSIGNED_LEVELS if of.unsigned else LEVELS)
 
 
-def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, scale limit / 127."""
-    return on_grid(x, limit / LEVELS)
-
-
 def on_grid(x: torch.Tensor, step: float, *, unsigned: bool = False) -> torch.Tensor:
     """What QuantizeLinear then DequantizeLinear return: int8 or uint8, zero point 0, of this scale in fp32."""
     scale = float(np.float32(step))

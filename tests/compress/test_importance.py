@@ -59,7 +59,7 @@ def test_elimination_keeps_one_of_two_twins() -> None:
     with torch.no_grad():
         model.a.weight[4], model.a.bias[4] = 3 * model.a.weight[1], 3 * model.a.bias[1]
     own = task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3)))
-    order = order_slots(own, "obs")["a"].tolist()
+    order = order_slots(own)["a"].tolist()
     assert order[-1] in (1, 4)
     assert not {1, 4} <= set(order[-2:])
 
