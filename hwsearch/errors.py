@@ -7,7 +7,6 @@
     ├── UntraceableModel          1  torch.export or the tracer cannot follow the module
     ├── BackendUnavailable        1  a runtime is missing, dead, or failed to build
     ├── UnsupportedVariant        1  a backend does not execute a variant as asked
-    ├── UnstableMeasurement       1  a timing could not be brought to the accuracy asked for
     ├── IncompatibleTables        1  files of two devices, networks, setups or schemas were mixed
     ├── DeviceBusy                1  another profile runs on this device
     ├── Infeasible                3  no allocation meets the budget; names the least that can be met
@@ -41,10 +40,6 @@ class BackendUnavailable(HwsearchError):
 
 class UnsupportedVariant(HwsearchError):
     """A backend does not execute a variant as asked."""
-
-
-class UnstableMeasurement(HwsearchError):
-    """A timing could not be brought to the accuracy asked for."""
 
 
 class IncompatibleTables(HwsearchError):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,18 +153,6 @@ def relative_gap(value: float, bound: float) -> float:
     """(value - bound) / max(|value|, |bound|), finite and not negative."""
     scale = max(abs(value), abs(bound))
     return max(0.0, (value - bound) / scale) if scale else 0.0
-
-
-def brute_force(problem: Problem) -> Solution | None:
-    """The best of all choices, or None if none is feasible: what every solver here must equal.
-
-    Ties go to the least first-budgeted cost. For tests: time grows as the product of the sizes.
-    """
-    prefer = next(iter(problem.budgets), None)
-    allowed: Iterable[Choice] = filter(problem.feasible, product(*map(range, problem.sizes)))
-    ranked = ((problem.total_loss(a), problem.cost(prefer, a) if prefer else 0, a) for a in allowed)
-    loss, _, best = min(ranked, default=(0.0, 0, None))
-    return None if best is None else problem.solution(best, "optimal", loss, 0.0)
 
 
 def _check_unary(what: str, arrays: Sequence[NDArray[np.generic]], sizes: Sequence[int], kind: type) -> None:

@@ -1,7 +1,7 @@
 """OpenVINO on CPUs: base precision by INFERENCE_PRECISION_HINT, int8 by Q/DQ, times by PERF_COUNT.
 
 Inferences are synchronous, `infer()`, in the calling thread. `start_async()` and `wait()` hand over between three threads,
-each of which has to be woken: 8 to 97 us an inference on one virtual machine (`scripts/bench_calls.py`).
+each of which has to be woken: 8 to 97 us an inference on one virtual machine (`scripts/bench/calls.py`).
 Sources: OpenVINO's documentation of the CPU device and of the runtime (execution graph) model; its pull request 29777.
 """
 

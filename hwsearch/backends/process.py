@@ -2,7 +2,7 @@
 
 How long an inference takes depends on where its engine's memory lies. One compiled in a process that has compiled a dozen others
 is a few percent slower than the first, and among processes those are slower whose memory is put together from small pages that
-others left (`scripts/bench_processes.py`). So engines that are timed are each the only one of a new process, as a deployed
+others left (`scripts/bench/processes.py`). So engines that are timed are each the only one of a new process, as a deployed
 network is, and glibc is asked to take their memory in huge pages, which are all alike; `ENVIRONMENT` does the same for others.
 And a runtime that dies takes one engine with it, not the profile.
 

@@ -39,7 +39,7 @@ from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.widths import Kept, Weights, in_slots
 from hwsearch.files import write_bytes
 from hwsearch.graph.narrow import Mask, cut
-from hwsearch.graph.trace import Traced, reads_axis
+from hwsearch.graph.trace import Traced
 from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
 
 if TYPE_CHECKING:
@@ -162,13 +162,13 @@ class WeightBank:
     def _refitted(self, unit: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
         own, weight, bias = self.traced.network[unit], self.traced.weight(unit), self.traced.bias(unit)
         assert weight is not None
-        axis, kept = self._axes[unit], np.arange(weight.shape[reads_axis(own)])
+        axis, kept = self._axes[unit], np.arange(weight.shape[own.in_axis])
         levels = int8_levels(self.int8_bits)
         if axis is not None:
             kept = axis.kept(self.mask(widths))
         found = {} if bias is None else {"bias": bias.clone()}
-        left = weight.index_select(reads_axis(own), torch.from_numpy(kept))
-        whole = len(kept) == weight.shape[reads_axis(own)] and not int8
+        left = weight.index_select(own.in_axis, torch.from_numpy(kept))
+        whole = len(kept) == weight.shape[own.in_axis] and not int8
         unknown = unit not in self.grams or not self.grams[unit].finite
         if whole or unknown or not refittable(own):
             if int8:
@@ -212,8 +212,8 @@ class WeightBank:
             weight, bias = self.weight(unit, widths, precision)
             own, axis = self.traced.network[unit], self._axes[unit]
             whole = torch.zeros(own.weight_shape)
-            kept = axis.kept(mask) if axis is not None else np.arange(own.weight_shape[reads_axis(own)])
-            found[unit] = whole.index_copy_(reads_axis(own), torch.from_numpy(kept), weight), bias
+            kept = axis.kept(mask) if axis is not None else np.arange(own.weight_shape[own.in_axis])
+            found[unit] = whole.index_copy_(own.in_axis, torch.from_numpy(kept), weight), bias
         return found
 
     def _concerned(
@@ -230,7 +230,7 @@ class WeightBank:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         path, bias_path = self.traced.paths[unit]
         tensors = self.traced.channels.tensors
-        axis = reads_axis(self.traced.network[unit])
+        axis = self.traced.network[unit].in_axis
         weight = cut(weight, [a for a in tensors.get(path or "", []) if a.axis != axis], mask)
         return weight, None if bias is None else cut(bias, tensors.get(bias_path or "", []), mask)
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.canonical import bound
-from hwsearch.graph.trace import Traced, reads_axis
+from hwsearch.graph.trace import Traced
 from hwsearch.graph.units import Site
 from hwsearch.network.network import Unit
 
@@ -56,24 +56,24 @@ def refittable(unit: Unit) -> bool:
     """Whether the weight can be refitted: a matrix product of what the unit reads and nothing else, in one group, not too large."""
     if unit.stored or unit.tied or not unit.weight_shape or dict(unit.attributes).get("groups", "1") != "1":
         return False
-    return math.prod(unit.weight_shape) // unit.weight_shape[1 - reads_axis(unit)] <= MOST_FEATURES
+    return math.prod(unit.weight_shape) // unit.weight_shape[1 - unit.in_axis] <= MOST_FEATURES
 
 
 def as_columns(unit: Unit, weight: torch.Tensor) -> torch.Tensor:
     """The weight as a matrix [outputs, features], the features of one input index side by side."""
-    return weight.flatten(1) if reads_axis(unit) == 1 else weight.flatten(1).T
+    return weight.flatten(1) if unit.in_axis == 1 else weight.flatten(1).T
 
 
 def from_columns(unit: Unit, matrix: torch.Tensor) -> torch.Tensor:
     """Inverse of `as_columns`, for any number of inputs and outputs."""
-    if reads_axis(unit) == 1:
+    if unit.in_axis == 1:
         return matrix.reshape(len(matrix), -1, *unit.weight_shape[2:])
     return matrix.T.reshape(matrix.shape[1], -1, *unit.weight_shape[2:])
 
 
 def feature_columns(unit: Unit, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Columns of `as_columns` that belong to indices along the axis that the unit reads."""
-    each = math.prod(unit.weight_shape[2:]) if reads_axis(unit) == 1 else 1
+    each = math.prod(unit.weight_shape[2:]) if unit.in_axis == 1 else 1
     return (np.asarray(indices, np.int64)[:, None] * each + np.arange(each)).ravel()
 
 
@@ -278,7 +278,7 @@ def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -
     if not held.rows or held.rows == whole.rows or not whole.finite:
         return RIDGE
     rng = np.random.default_rng(seeded(seed, name))
-    inputs = weight.shape[reads_axis(unit)]
+    inputs = weight.shape[unit.in_axis]
     kept = feature_columns(unit, np.sort(rng.permutation(inputs)[: -(-inputs // 2)]))
     matrix = as_columns(unit, weight)
     if len(matrix) > TRIAL_OUTPUTS:
@@ -295,7 +295,7 @@ def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -
 def _way(node: fx.Node, unit: Unit, site: Site) -> tuple[Any, ...]:
     """What tells the features of two calls apart."""
     source = node.args[site.activations[0]]
-    kernel = unit.weight_shape[2:] if reads_axis(unit) == 1 else ()
+    kernel = unit.weight_shape[2:] if unit.in_axis == 1 else ()
     return str(source), kernel, unit.attributes if any(k > 1 for k in kernel) or unit.attributes else ()
 
 

@@ -22,47 +22,25 @@ from hwsearch.compress.widths import in_slots, out_slots
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.trace import Traced
 
-CRITERIA = ("obs", "fisher", "taylor", "magnitude")
 Order = Mapping[str, NDArray[np.int64]]
 """For each group the positions of its slots, most important first."""
 
 
 def order_slots(
-    batches: Sequence[Batch],
-    criterion: str = "obs",
-    *,
-    grams: Grams | None = None,
-    seed: int = 0,
+    batches: Sequence[Batch], *, grams: Grams | None = None, seed: int = 0
 ) -> dict[str, NDArray[np.int64]]:
-    """Positions (0 .. channels - 1) of each group's slots, most important first, by one of these criteria.
+    """Positions (0 .. channels - 1) of each group's slots, most important first.
 
-    `magnitude`: the squared l2 norm of what stores the slot in producers and consumers, each relative to its whole.
-    `taylor`: (d loss / d gate)^2, the gate multiplied onto what consumers read, mean over batches of the square of the
-        batch's mean gradient (Molchanov et al., 2019, equation 8 with the gate as the parameter).
-    `fisher`: the same with the square inside, the mean over samples: the diagonal of the empirical Fisher matrix of the gates,
-        with labels drawn from the network's own outputs.
-    `obs`: slots are removed one by one, each time the one whose removal, with all that is left refitted, changes least what
-        consumers put out (`gram`), channels of their outputs weighed by their Fisher information.
+    Slots are removed one by one, each time the one whose removal, with all that is left refitted, changes least what consumers
+    put out (`gram`), channels of their outputs weighed by their Fisher information.
 
-    grams: those of the batches where they are known already (only `obs` needs them). Deterministic for one seed.
+    grams: those of the batches where they are known already. Deterministic for one seed.
     """
-    traced = batches[0][0]
-    if criterion == "magnitude":
-        scores = {g: _magnitude(traced, g) for g in traced.channels.groups}
-    elif criterion in ("taylor", "fisher"):
-        gates = gate_gradients(batches, seed)[0]
-        if criterion == "fisher":
-            scores = {g: np.mean([np.square(x).mean(0) for x in own], axis=0) for g, own in gates.items()}
-        else:
-            scores = {g: np.mean([np.square(x.mean(0)) for x in own], axis=0) for g, own in gates.items()}
-    elif criterion == "obs":
-        return _eliminated(batches, grams or Grams(batches), seed)
-    else:
-        raise ValueError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")
-    return {g: np.argsort(-s, kind="stable").astype(np.int64) for g, s in scores.items()}
+    return _eliminated(batches, grams or Grams(batches), seed)
 
 
 def _magnitude(traced: Traced, group: str) -> NDArray[np.float64]:
+    """Of each slot the squared l2 norm of what stores it in producers and consumers, each relative to its whole."""
     slots = traced.channels.groups[group]
     scores = np.zeros(len(slots))
     units = dict.fromkeys((*traced.channels.producers[group], *traced.channels.consumers[group]))

@@ -28,11 +28,3 @@ def nm_mask(weight: torch.Tensor, axis: int, n: int, m: int) -> torch.Tensor:
 def prune(weight: torch.Tensor, axis: int, n: int, m: int) -> torch.Tensor:
     """The weight with zeros where `nm_mask` leaves nothing."""
     return torch.where(nm_mask(weight, axis, n, m), weight.detach(), torch.zeros_like(weight))
-
-
-def follows(weight: torch.Tensor, axis: int, n: int, m: int) -> bool:
-    """Whether at most `n` of every `m` consecutive weights along `axis` are not zero."""
-    moved = weight.detach().movedim(axis, -1)
-    if moved.shape[-1] % m:
-        return False
-    return bool(((moved.reshape(*moved.shape[:-1], -1, m) != 0).sum(-1) <= n).all())

@@ -19,9 +19,8 @@ from hwsearch.network.variants import INT8_BITS, int8_levels
 
 LEVELS = int8_levels(INT8_BITS)
 UNSIGNED_LEVELS = 255
-METHODS = ("mse", "percentile", "minmax")
+METHODS = ("mse", "minmax")
 BINS = 2048
-PERCENTILE = 99.99
 _SAMPLE = 1 << 18
 VANISHING = 1e-34
 """Magnitude below which a tensor counts as zero: scales of its values would be denormal, which runtimes take for zero."""
@@ -155,7 +154,7 @@ def activation_ranges(
     """The range of each tensor that may be quantized.
 
     batches: calibration batches, each with a trace for its shape; each runs once. method: of the limit, `minmax` (the largest
-    seen), `percentile` (99.99 % of magnitudes) or `mse` (least mean squared error of rounding and clipping). unsigned: what was
+    seen) or `mse` (least mean squared error of rounding and clipping). unsigned: what was
     never negative is quantized to uint8, but for the second activation of a product, which stands where weights do.
     Tensors of more than 2^18 values are sampled at random. Raises InvalidInput where an output of the network is NaN or
     infinite; within the network both are legal.
@@ -203,8 +202,6 @@ def _limit(seen: _Seen, method: str, levels: int) -> float:
         return seen.top
     sample = torch.cat(seen.parts)
     counts = torch.histc(sample, BINS, 0.0, seen.top).double().numpy()
-    if method == "percentile":
-        return _percentile_limit(counts, seen.top)
     limit = _mse_limit(counts, seen.top, levels)
     # The histogram rounds; the sample itself has the last word between clipping and not.
     error, unclipped = (
@@ -212,12 +209,6 @@ def _limit(seen: _Seen, method: str, levels: int) -> float:
         for x in (limit, seen.top)
     )
     return limit if error <= unclipped else seen.top
-
-
-def _percentile_limit(counts: NDArray[np.float64], top: float) -> float:
-    total = np.cumsum(counts)
-    index = int(np.searchsorted(total, total[-1] * PERCENTILE / 100.0))
-    return top * (min(index, BINS - 1) + 1) / BINS
 
 
 def _mse_limit(counts: NDArray[np.float64], top: float, levels: int) -> float:
@@ -238,11 +229,6 @@ def int8_scale(of: Range, port: str, bits: int = INT8_BITS) -> float:
     if port == "in1" and bits < INT8_BITS:
         return of.top / int8_levels(bits)
     return of.limit / (UNSIGNED_LEVELS if of.unsigned else LEVELS)
-
-
-def fake_quantize(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """What QuantizeLinear then DequantizeLinear return: int8, zero point 0, scale limit / 127."""
-    return on_grid(x, limit / LEVELS)
 
 
 def on_grid(x: torch.Tensor, step: float, *, unsigned: bool = False) -> torch.Tensor:

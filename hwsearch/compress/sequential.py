@@ -39,16 +39,6 @@ from hwsearch.network.network import Unit
 from hwsearch.network.variants import INT8_BITS, STORAGE, Variant, ineligible, int8_levels
 
 
-def recalibrate(batches: Sequence[Batch], kept: Kept, weights: Weights) -> Weights:
-    """`weights` of the narrow network, and of its other units, with outputs of the dense network's mean and deviation.
-
-    batches: of the dense network; those of another shape than the first are left out. One pass of both networks side by
-    side, unit by unit in order of execution; each correction is seen by the units after it. It is what estimating
-    BatchNorm's statistics again does, folded into the weights. Units without a bias of their own stay.
-    """
-    return _SideBySide(batches, kept, weights).run(_moments)
-
-
 def refit_sequential(
     batches: Sequence[Batch],
     kept: Kept,

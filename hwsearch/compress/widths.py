@@ -9,8 +9,8 @@ import torch
 
 from hwsearch.graph.canonical import set_attr
 from hwsearch.graph.channels import Axis
-from hwsearch.graph.narrow import left_channels, masked_graph, narrow_graph
-from hwsearch.graph.trace import Traced, reads_axis
+from hwsearch.graph.narrow import left_channels, narrow_graph
+from hwsearch.graph.trace import Traced
 
 Kept = Mapping[str, Sequence[int]]
 """For each channel group the positions (0 .. channels - 1) of the slots that stay; groups left out stay whole."""
@@ -47,17 +47,11 @@ def put_weights(traced: Traced, weights: Weights) -> None:
             set_attr(traced.graph, bias_path, bias)
 
 
-def masked(traced: Traced, kept: Kept) -> Traced:
-    """The whole network whose units read zeros in place of the channels that are not kept."""
-    mask = traced.channels.mask(kept)
-    return replace(traced, graph=masked_graph(traced.graph, traced.channels, mask, traced.reads()))
-
-
 def in_slots(traced: Traced, unit: str) -> Axis | None:
     """The slots along the axis of a unit's weight that it reads, or None where no group runs along it."""
     path = traced.paths[unit][0]
     for axis in traced.channels.tensors.get(path or "", []):
-        if axis.axis == reads_axis(traced.network[unit]):
+        if axis.axis == traced.network[unit].in_axis:
             return axis
     return None
 
@@ -66,6 +60,6 @@ def out_slots(traced: Traced, unit: str) -> Axis | None:
     """The slots along the axis of a unit's weight that it puts out."""
     path = traced.paths[unit][0]
     for axis in traced.channels.tensors.get(path or "", []):
-        if axis.axis != reads_axis(traced.network[unit]):
+        if axis.axis != traced.network[unit].in_axis:
             return axis
     return None

@@ -90,10 +90,6 @@ class Device:
                   self.system, self.hypervisor is not None)  # fmt: skip
         return hashlib.sha256(json.dumps(stable).encode()).hexdigest()[:12]
 
-    def same_as(self, other: Device) -> bool:
-        """Whether times measured on one hold on the other."""
-        return self.id == other.id
-
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form, `id` included; `from_json` is its inverse."""
         return {"id": self.id, **asdict(self), "isa": list(self.isa)}

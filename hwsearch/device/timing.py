@@ -124,7 +124,7 @@ class Protocol:
     """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate.
 
     settle_ns: how long an engine runs untimed whenever its turn comes. Behind another engine the first inferences take
-    longer, of small networks by a few percent for 10 ms and more (`scripts/bench_processes.py`).
+    longer, of small networks by a few percent for 10 ms and more (`scripts/bench/processes.py`).
     """
 
     width: float = 0.01

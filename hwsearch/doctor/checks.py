@@ -36,8 +36,6 @@ PACKAGES = (
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-rtx", "tensorrt-rtx-cu12"),
 )
 """Whose versions a report gives, where they are installed."""
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4")
-"""All that some backend may execute."""
 PROVES = {
     "driver": "an NVIDIA driver answers",
     "runtime": "the runtime answers",
@@ -436,6 +434,8 @@ _REPORT = "attach what `hwsearch doctor --report file.json` writes to a bug repo
 
 def not_covered(backend: Backend, device: devices.Device | nvidia.Gpu) -> tuple[str, ...]:
     """What an examination without a failure still says nothing of."""
+    from hwsearch.network.variants import PRECISIONS
+
     offered = {v.precision for base in backend.bases() for v in backend.variants(base)}
     missing = [p for p in PRECISIONS if p not in offered]
     return (

@@ -22,7 +22,7 @@ from hwsearch.graph.export import check_types, export_program, first_line, weigh
 from hwsearch.graph.nonfinite import check_finite
 from hwsearch.graph.trial import tried
 from hwsearch.graph.units import Shapes, Site, bias_of, find_stored, find_units, outside_units, why_whole
-from hwsearch.network.network import Network, Unit
+from hwsearch.network.network import Network
 from hwsearch.task import Inputs
 
 NAMED = 8
@@ -79,7 +79,7 @@ class Traced:
 
     def reads(self) -> list[tuple[str, int]]:
         """(path of its weight, the axis of it that holds what the unit reads) of each layer with a weight."""
-        weights = ((self.paths[u.name][0], reads_axis(u)) for u in self.network.units if not u.stored)
+        weights = ((self.paths[u.name][0], u.in_axis) for u in self.network.units if not u.stored)
         return [(path, axis) for path, axis in weights if path is not None]
 
 
@@ -164,11 +164,6 @@ def _with_channels(traced: Traced, residual: bool) -> Traced:
     }
     network = channels.describe(found, traced.network, places, weights, others)
     return replace(traced, network=network, channels=found)
-
-
-def reads_axis(unit: Unit) -> int:
-    """The axis of a unit's weight that holds what it reads."""
-    return unit.in_axis
 
 
 def _signature(model: torch.nn.Module) -> list[str]:

@@ -21,22 +21,18 @@ from scipy.stats import kendalltau
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.layer_sum import layer_terms
 from hwsearch.latency.regression import (
-    FEW_SCALES,
-    MANY,
-    MIDDLE,
     PAIRS,
     PER_NODE,
-    SCALES,
     Equations,
     Feature,
     Floats,
+    Prior,
     all_features,
     edge_features,
     error_ns,
-    informed,
     slowed,
 )
-from hwsearch.latency.uncertainty import KNOWN, Spread, calibrated, rescaled, surprise
+from hwsearch.latency.uncertainty import KNOWN, Spread, calibrated, rescaled
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
@@ -60,8 +56,9 @@ class LatencyModel:
         left_out: Sequence[tuple[Build, Prediction]] = (),
     ) -> None:  # fmt: skip
         self.table = table
-        self._index = {f: i for i, f in enumerate(features)}
-        self._mean, self._covariance = mean, covariance
+        self.index = {f: i for i, f in enumerate(features)}
+        self.mean, self.covariance = mean, covariance
+        """Posterior of the terms, by `index`, in ns."""
         self.spread = spread
         self.left_out = tuple(left_out)
         """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
@@ -73,20 +70,20 @@ class LatencyModel:
         widths: slots kept, of the channel groups that are not whole.
         """
         row = self._row(variants, widths or {})
-        time_ns = float(row @ self._mean)
-        return Prediction(time_ns, float(self.spread.sigma(float(row @ self._covariance @ row), time_ns)))
+        time_ns = float(row @ self.mean)
+        return Prediction(time_ns, float(self.spread.sigma(float(row @ self.covariance @ row), time_ns)))
 
     def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
-        row = np.zeros(len(self._index))
+        row = np.zeros(len(self.index))
         for features in all_features(self.network, variants, widths).values():
             for feature, value in features:
-                if feature not in self._index:
+                if feature not in self.index:
                     if feature[0] == "unit":
                         raise InvalidInput(
                             f"the table has no measurement of {feature[2]} for unit signature {feature[1]}"
                         )
                     continue
-                row[self._index[feature]] += value
+                row[self.index[feature]] += value
         return row
 
     def predict_build(self, build: Build) -> Prediction:
@@ -113,35 +110,40 @@ class LatencyModel:
     def per_node(self) -> float:
         """How much of a slowdown is the same time for every executed node: 0 none of it, 1 all. 0 where no build of the fit was
         measured on a slower machine: then the table does not tell."""
-        return float(np.clip(self._mean[self._index[PER_NODE]], 0.0, 1.0)) if PER_NODE in self._index else 0.0
+        return float(np.clip(self.value(PER_NODE) or 0.0, 0.0, 1.0))
 
     @cached_property
     def drift(self) -> float:
         """The share by which times changed against the reference's over the profile."""
-        return float(self._mean[self._index["drift",]]) if ("drift",) in self._index else 0.0
+        return self.value(("drift",)) or 0.0
 
     @cached_property
     def rest_ns(self) -> float:
         """b0: what no unit and no edge accounts for."""
-        return float(self._mean[self._index["rest",]])
+        return float(self.mean[self.index["rest",]])
+
+    def value(self, feature: Feature) -> float | None:
+        """A term of the model, in ns; None where no build of the fit has it."""
+        place = self.index.get(feature)
+        return None if place is None else float(self.mean[place])
 
     def unit_ns(self, unit: str, variant: Variant, widths: Mapping[str, int] | None = None) -> float:
         """t[u, v] without any boundary, at some widths. Raises InvalidInput on what was not measured."""
-        feature = ("unit", self.network.unit_at(unit, widths or {}).signature, str(variant))
-        if feature not in self._index:
+        found = self.value(("unit", self.network.unit_at(unit, widths or {}).signature, str(variant)))
+        if found is None:
             raise InvalidInput(
                 f"the table has no measurement of {variant} for unit {unit} at widths {widths or 'whole'}"
             )
-        return float(self._mean[self._index[feature]])
+        return found
 
     def terms(self) -> dict[Feature, tuple[float, float]]:
         """Every term of the model with its value and its standard error, in ns."""
-        deviation = np.sqrt(np.maximum(np.diag(self._covariance), 0.0))
-        return {f: (float(self._mean[i]), float(deviation[i])) for f, i in self._index.items()}
+        deviation = np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
+        return {f: (float(self.mean[i]), float(deviation[i])) for f, i in self.index.items()}
 
     def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
         """Whether a unit was measured in a variant at some widths."""
-        return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self._index
+        return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self.index
 
     def foretells(self, build: Build) -> bool:
         """Whether every unit of a build was measured as it was built."""
@@ -163,8 +165,7 @@ class LatencyModel:
                         *edge_features(edge, pair, "src", share),
                         *edge_features(edge, pair, "dst", share),
                     ):
-                        if feature in self._index:
-                            total += value * float(self._mean[self._index[feature]])
+                        total += value * (self.value(feature) or 0.0)
             totals[pair] = total
         return totals
 
@@ -189,25 +190,26 @@ def fit(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
     equations = Equations(table, builds, boundaries)
-    everything = np.arange(len(builds))
-    pooled = equations.pooled(equations.vague(MIDDLE), everything)
-    tried = FEW_SCALES if len(equations.features) > MANY else SCALES
-    priors = [informed(equations.vague(scales), pooled) for scales in (tried if boundaries else SCALES[:1])]
-    measured, errors = equations.measured, equations.errors
-    foretold = [equations.left_out(*equations.solve(prior, everything)) for prior in priors]
-    best = int(np.argmin([surprise(*each, measured, errors) for each in foretold]))
-    guess, variances = foretold[best]
-    spread = calibrated(builds, guess, variances, measured, errors)
-    mean, factor = equations.solve(priors[best], everything, bounded=True)
-    covariance = cho_solve((factor, True), np.eye(len(mean)))
+    prior = equations.prior()
+    guess, variances = equations.left_out(*equations.solve(prior))
+    spread = calibrated(builds, guess, variances, equations.measured, equations.errors)
     known = np.sqrt(variances) < KNOWN * guess
     each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
-    model = LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+    model = solved(table, equations, prior, spread, left_out)
     if heldout := [b for b in heldout if model.foretells(b)]:
         times, measured, sigma = _against(model, heldout)
         model.spread = rescaled(spread, (measured - times) / sigma)
     return model
+
+
+def solved(
+    table: LatencyTable, equations: Equations, prior: Prior, spread: Spread, left_out: Sequence[tuple[Build, Prediction]] = ()
+) -> LatencyModel:
+    """The model that equations say under a prior."""
+    mean, factor = equations.solve(prior, bounded=True)
+    covariance = cho_solve((factor, True), np.eye(len(mean)))
+    return LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
 
 
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import theilslopes
 
+from hwsearch.latency.student_t import weight
+
 Floats = NDArray[np.float64]
 
 EXPECTED = 0.1
@@ -19,14 +21,13 @@ EXPECTED = 0.1
 MOST = 0.8
 """Of the shortest time, the most that is not its nodes'."""
 _ROUNDS = 20
-_FREEDOM = 4.0
 
 
 def dispatch_ns(times: Floats, counted: Floats) -> float:
     """The share of an inference that no node accounts for, in ns: times = dispatch + slope x counted.
 
     times, counted [builds]: of whole inferences and of the sums of their nodes, in ns, above zero. Least squares of relative
-    errors, neither term below zero, where errors follow Student's t with four degrees of freedom (a build whose nodes were
+    errors, neither term below zero, where errors follow `student_t` (a build whose nodes were
     counted on a machine of another speed than it was timed on does not decide). What builds scatter around the line says how far
     to trust it: the dispatch is shrunk towards zero. 0 where all builds count the same.
     """
@@ -39,8 +40,7 @@ def dispatch_ns(times: Floats, counted: Floats) -> float:
     for _ in range(_ROUNDS):
         off = rows @ fitted - 1.0
         scatter = max(1.48 * float(np.median(np.abs(off))), 1e-6)
-        weight = (_FREEDOM + 1.0) / (_FREEDOM + np.square(off / scatter))
-        root = np.sqrt(weight)
+        root = np.sqrt(weight(off / scatter))
         shrunk = np.vstack([rows * root[:, None], [scatter / EXPECTED, 0.0]])
         fitted, _ = nnls(shrunk, np.append(root, 0.0))
     return min(float(fitted[0]), MOST) * shortest

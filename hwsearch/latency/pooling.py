@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.latency.student_t import NORMAL, log_density
+
 Floats = NDArray[np.float64]
 
 TAUS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4)
@@ -24,8 +26,6 @@ TYPICAL = 0.08
 """What tau is likely to be, to within a factor of two, before any cell."""
 LEVEL = 1.0
 """Prior standard deviation of a level, in log time."""
-NORMAL = 0.62
-"""Of normal errors of variance 1 the squared scale that Student's t is likeliest to have."""
 VAGUE = 0.6
 """Relative standard error above which a foretold time is no better than none."""
 
@@ -70,9 +70,8 @@ def foretell(cells: Sequence[Cell], time: Floats, error: Floats) -> Foretold:
             mean[own], spread[own] = _without(designs[family], log[own], variance[own] + tau**2)
         known = measured & (spread < (VAGUE / 2) ** 2)
         total = spread[known] + variance[known] + tau**2
-        off = np.square(log[known] - mean[known]) / total
-        # Student's t with four degrees of freedom: a cell that went wrong does not widen all others
-        likelihood = float(np.sum(-0.5 * np.log(total) - 2.5 * np.log1p(off / (4.0 * NORMAL))))
+        # a cell that went wrong does not widen all others
+        likelihood = float(np.sum(log_density(log[known] - mean[known], NORMAL * total)))
         likelihood -= 0.5 * float(np.log(tau / TYPICAL) / np.log(2.0)) ** 2
         if best is None or likelihood > best[0]:
             best = likelihood, tau, mean, np.sqrt(spread + tau**2)

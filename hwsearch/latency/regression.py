@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from hwsearch.latency.overhead import dispatch_ns
 from hwsearch.latency.pooling import Cell, foretell
 from hwsearch.network.choices import Candidate
-from hwsearch.network.network import Edge, Network
+from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
 from hwsearch.table.header import Evidence
@@ -195,21 +195,8 @@ def _fused_groups(build: Build) -> dict[str, str]:
     return {name: root(name) for node in build.nodes for name in node.units}
 
 
-@dataclass(frozen=True)
-class Scales:
-    """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
-
-    pool: float
-    own: float
-
-
-NEXT_TO_NONE = Scales(0.0003, 0.0003)
-SCALES = [Scales(pool, own) for pool in (0.003, 0.01, 0.03, 0.1) for own in (0.001, 0.01, 0.03, 0.1)]
-SCALES.append(NEXT_TO_NONE)
-MIDDLE = Scales(0.03, 0.01)
-FEW_SCALES = [NEXT_TO_NONE, Scales(0.01, 0.001), MIDDLE, Scales(0.1, 0.03)]
-MANY = 400
-"""Parameters above which fewer priors are compared: the time to solve grows with their cube."""
+POOL, OWN = 0.03, 0.01
+"""Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +208,7 @@ class Prior:
 
 
 class Equations:
-    """All equations of some builds as one matrix, solved under different priors and on different builds.
+    """All equations of some builds as one matrix, and their solutions.
 
     What other tables of the device tell (`Header.prior`) are further equations, which every solution sees.
     """
@@ -257,47 +244,47 @@ class Equations:
         self.errors = error[first]
         self.typical = float(np.mean(self.measured))
         # an error that is a share of the measured time would favour whatever was measured too fast
-        expected = design @ self.solve(self.vague(MIDDLE), np.arange(self.builds), bounded=True)[0]
+        expected = design @ self.solve(self.vague(), bounded=True)[0]
         self._weigh(design, value, error + share * np.maximum(expected, 0.2 * value))
 
     def _weigh(self, design: Floats, value: Floats, error: Floats) -> None:
         self.a, self.b = csr_array(design / error[:, None]), value / error
 
-    def vague(self, scales: Scales) -> Prior:
+    def vague(self) -> Prior:
         """The prior of somebody who knows no more than how large times are."""
         mean = np.array([USUAL[0] if f == PER_NODE else 0.0 for f in self.features])
-        return Prior(mean, np.array([self.scale(f, scales) for f in self.features]))
+        return Prior(mean, np.array([self.scale(f) for f in self.features]))
 
-    def scale(self, feature: Feature, scales: Scales = MIDDLE) -> float:
+    def scale(self, feature: Feature) -> float:
         """Prior standard deviation of a parameter, in ns."""
-        deviation = {"unit": 3.0, "rest": 1.0, "pool": scales.pool, "pool bytes": scales.pool,
-                     "edge": scales.own / np.sqrt(len(self.network.units)),
+        deviation = {"unit": 3.0, "rest": 1.0, "pool": POOL, "pool bytes": POOL,
+                     "edge": OWN / np.sqrt(len(self.network.units)),
                      "drift": DRIFT / self.typical, PER_NODE[0]: USUAL[1] / self.typical}[feature[0]]  # fmt: skip
         # what other tables tell is not shrunk away
         return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
 
-    def pooled(self, prior: Prior, builds: NDArray[np.intp]) -> tuple[NDArray[np.intp], Floats, Floats]:
-        """(parameters, means, standard deviations) of the cells that some builds foretell from others: see `pooling`."""
+    def prior(self) -> Prior:
+        """What is known of each parameter but for its own equations: of a cell, what others foretell (`pooling`)."""
+        vague = self.vague()
         if not any(any(w is not None for w in c.levels) for c in self.cells.values()):
-            return np.zeros(0, np.intp), np.zeros(0), np.zeros(0)
-        mean, factor = self.solve(prior, builds)
+            return vague
+        mean, factor = self.solve(vague)
         error = np.sqrt(np.square(solve_triangular(factor, np.eye(len(mean)), lower=True)).sum(axis=0))
         place = np.array(list(self.cells))
         found = foretell(list(self.cells.values()), mean[place], error[place] / np.maximum(mean[place], 1e-9))
         known = np.isfinite(found.time)
-        return place[known], found.time[known], (found.time * found.error)[known]
+        vague.mean[place[known]] = found.time[known]
+        vague.deviation[place[known]] = (found.time * found.error)[known]
+        return vague
 
-    def solve(
-        self, prior: Prior, builds: NDArray[np.intp], *, bounded: bool = False
-    ) -> tuple[Floats, Floats]:
-        """Posterior mean, and the lower Cholesky factor of the inverse of its covariance, on some of the builds.
+    def solve(self, prior: Prior, *, bounded: bool = False) -> tuple[Floats, Floats]:
+        """Posterior mean, and the lower Cholesky factor of the inverse of its covariance.
 
         bounded: hold times of units and the rest at zero or above.
         """
-        chosen = np.isin(self.of_build, builds) | (self.of_build == self.builds)
-        a, b = self.a[chosen], self.b[chosen]
         weight = prior.deviation**-2.0
-        precision, target = (a.T @ a).toarray() + np.diag(weight), a.T @ b + weight * prior.mean
+        precision = (self.a.T @ self.a).toarray() + np.diag(weight)
+        target = self.a.T @ self.b + weight * prior.mean
         factor = cholesky(precision, lower=True)
         mean = cho_solve((factor, True), target)
         if bounded:
@@ -328,14 +315,6 @@ class Equations:
         return guess, np.maximum(variance, 0.0)
 
 
-def informed(prior: Prior, pooled: tuple[NDArray[np.intp], Floats, Floats]) -> Prior:
-    """A prior with what other cells foretell in the place of what it knew of those."""
-    mean, deviation = prior.mean.copy(), prior.deviation.copy()
-    place, times, errors = pooled
-    mean[place], deviation[place] = times, errors
-    return Prior(mean, deviation)
-
-
 def _cells(
     network: Network, candidates: Sequence[Candidate], index: Mapping[Feature, int]
 ) -> dict[int, Cell]:
@@ -347,11 +326,15 @@ def _cells(
             feature = ("unit", network.unit_at(unit.name, candidate.widths).signature, variant)
             if (place := index.get(feature)) is None or place in found:
                 continue
-            whole = [network.channels[g] for g in unit.groups]
-            own = [candidate.widths.get(g, n) for g, n in zip(unit.groups, whole, strict=True)]
-            levels = tuple(None if w == n else w for w, n in zip(own, whole, strict=True))
-            found[place] = Cell((unit.signature, tuple(whole), variant), levels)
+            found[place] = cell_of(network, unit, candidate.widths, variant)
     return found
+
+
+def cell_of(network: Network, unit: Unit, widths: Mapping[str, int], variant: str) -> Cell:
+    """Which stairs a unit is on in a variant, and where on them at some widths."""
+    whole = {g: network.channels[g] for g in unit.groups}
+    levels = tuple(None if widths.get(g, n) == n else widths[g] for g, n in whole.items())
+    return Cell((unit.signature, tuple(whole.values()), variant), levels)
 
 
 DRIFT = 0.1

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.latency.student_t import log_density
 from hwsearch.table.build import Build
 
 Floats = NDArray[np.float64]
@@ -69,29 +70,13 @@ def calibrated(
     off, variance, time, noise = (x[chosen] for x in (measured - guess, variances, guess, errors))
 
     def likelihood(spread: Spread) -> float:
-        fit = float(np.sum(_log_density(off, np.square(spread.sigma(variance, time)) + noise**2)))
+        fit = float(np.sum(log_density(off, np.square(spread.sigma(variance, time)) + noise**2)))
         away = np.square(np.log(spread.inflate)) + np.square(np.log(spread.floor / _UNCALIBRATED.floor))
         return fit - float(away) / 2.0
 
     best = max((Spread(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
     z = np.abs(off) / np.hypot(best.sigma(variance, time), noise)
     return best.scaled(scale_of(z))
-
-
-def _log_density(off: Floats, square: Floats) -> Floats:
-    """Of errors under Student's t with four degrees of freedom and a squared scale, up to a constant."""
-    return np.asarray(-0.5 * np.log(square) - 2.5 * np.log1p(off**2 / square / 4.0))
-
-
-def surprise(guess: Floats, variances: Floats, measured: Floats, errors: Floats) -> float:
-    """How badly predictions foretold what was measured: minus the mean log density of relative errors, a proper score.
-
-    guess, variances: of builds left out of a fit, in ns and ns^2. A prior that admits of everything excuses every error by its
-    variance: the density says what that costs.
-    """
-    time = np.maximum(guess, 0.1 * measured)
-    square = variances / time**2 + np.square(errors / measured) + _UNCALIBRATED.floor**2
-    return -float(np.mean(_log_density(guess / measured - 1.0, square)))
 
 
 def scale_of(z: Floats) -> float:

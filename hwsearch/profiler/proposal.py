@@ -17,20 +17,12 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cholesky, solve_triangular
 
+from hwsearch.latency.model import solved
 from hwsearch.latency.pooling import Cell, foretell
-from hwsearch.latency.regression import (
-    MIDDLE,
-    NODE_SHARE,
-    NODE_SPREAD,
-    PAIRS,
-    Equations,
-    Feature,
-    all_features,
-    edge_features,
-    informed,
-)
+from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, Equations, Feature, all_features, cell_of
+from hwsearch.latency.uncertainty import Spread
 from hwsearch.network.choices import Candidate, Grid, Offered, cover, random_candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.table.table import LatencyTable, usable
@@ -105,34 +97,29 @@ class Belief:
         self.network, self.offered, self.grid = table.network, offered, grid
         builds = [b for b in usable(table) if b.role != "heldout"]
         self.equations = equations = Equations(table, builds)
-        everything = np.arange(len(builds))
-        vague = equations.vague(MIDDLE)
-        prior = informed(vague, equations.pooled(vague, everything))
-        self.mean, self._factor = equations.solve(prior, everything, bounded=True)
-        self.covariance: Floats = cho_solve((self._factor, True), np.eye(len(self.mean)))
+        self.model = solved(table, equations, equations.prior(), Spread())
         self.build_error = float(np.median(equations.errors / equations.measured))
         self.unbuilt = self._unbuilt()
         """Mean and standard error, in ns, of the cells of the grid that no build holds."""
-        self._edges = {(e.src, e.dst): self._edge_ns(e.src, e.dst) for e in self.network.edges}
+        self._edges = {(e.src, e.dst): self.model.edge_ns(e.src, e.dst) for e in self.network.edges}
 
     def _unbuilt(self) -> dict[Feature, tuple[float, float]]:
-        index, network = self.equations.index, self.network
+        model, network = self.model, self.network
         cells: dict[Feature, Cell] = {}
         fallback: dict[Feature, float] = {}
         for unit in network.units:
-            whole = [network.channels[g] for g in unit.groups]
-            for widths in product(*(self.grid[g] for g in unit.groups)):
-                narrow = network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True)))
+            for steps in product(*(self.grid[g] for g in unit.groups)):
+                widths = dict(zip(unit.groups, steps, strict=True))
+                narrow = network.unit_at(unit.name, widths)
                 for variant in legal(narrow, self.offered[unit.name]):
                     feature = ("unit", narrow.signature, str(variant))
-                    if feature not in index and feature not in cells:
-                        levels = tuple(None if w == n else w for w, n in zip(widths, whole, strict=True))
-                        cells[feature] = Cell((unit.signature, tuple(whole), str(variant)), levels)
+                    if feature not in model.index and feature not in cells:
+                        cells[feature] = cell_of(network, unit, widths, str(variant))
                         fallback[feature] = self._whole_ns(unit.name, variant)
         known = self.equations.cells
         place = np.array(list(known), dtype=np.intp)
-        time = self.mean[place]
-        error = np.sqrt(np.diag(self.covariance)[place]) / np.maximum(time, 1e-9)
+        time = model.mean[place]
+        error = np.sqrt(np.diag(model.covariance)[place]) / np.maximum(time, 1e-9)
         absent = np.full(len(cells), np.nan)
         found = foretell(
             [*known.values(), *cells.values()],
@@ -148,31 +135,17 @@ class Belief:
         """Time of a unit at whole widths in this variant or in any other, else a typical one."""
         signature = self.network[unit].signature
         for other in (variant, *self.offered[unit]):
-            place = self.equations.index.get(("unit", signature, str(other)))
-            if place is not None:
-                return float(self.mean[place])
+            time_ns = self.model.value(("unit", signature, str(other)))
+            if time_ns is not None:
+                return time_ns
         return self.equations.typical / len(self.network.units)
 
     def unit_ns(self, unit: str, widths: Mapping[str, int], variant: Variant) -> float:
         """Expected time of a unit at some widths of the grid."""
         feature = ("unit", self.network.unit_at(unit, widths).signature, str(variant))
-        place = self.equations.index.get(feature)
-        if place is not None:
-            return float(self.mean[place])
+        time_ns = self.model.value(feature)
         # infinite where the unit cannot become the variant at these widths
-        return self.unbuilt.get(feature, (float("inf"), 0.0))[0]
-
-    def _edge_ns(self, src: str, dst: str) -> dict[tuple[bool, bool], float]:
-        totals = {(False, False): 0.0, **dict.fromkeys(PAIRS, 0.0)}
-        for edge in self.network.edges:
-            if (edge.src, edge.dst) != (src, dst):
-                continue
-            for pair in PAIRS:
-                both = (*edge_features(edge, pair, "src", 1.0), *edge_features(edge, pair, "dst", 1.0))
-                for feature, value in both:
-                    place = self.equations.index.get(feature)
-                    totals[pair] += value * float(self.mean[place]) if place is not None else 0.0
-        return totals
+        return self.unbuilt.get(feature, (float("inf"), 0.0))[0] if time_ns is None else time_ns
 
     def likely(self, rng: np.random.Generator) -> Candidate:
         """An allocation as a search might pick it: near the least time under random losses and a random price of them.
@@ -233,7 +206,7 @@ class _State:
 
     def __init__(self, belief: Belief, candidates: Sequence[Candidate]) -> None:
         self.belief, self.network = belief, belief.network
-        self.index = dict(belief.equations.index)
+        self.index = dict(belief.model.index)
         deviation = []
         for candidate in candidates:
             for own in all_features(self.network, candidate.variants, candidate.widths).values():
@@ -243,7 +216,7 @@ class _State:
                         deviation.append(
                             belief.unbuilt.get(feature) or (0.0, belief.equations.scale(feature))
                         )
-        self.mean = np.concatenate([belief.mean, [t for t, _ in deviation]])
+        self.mean = np.concatenate([belief.model.mean, [t for t, _ in deviation]])
         self.variance = np.square([s for _, s in deviation])
         self.learnt: list[Floats] = []
         """Covariance minus U U^T for each of these U [parameters, equations]."""
@@ -273,9 +246,10 @@ class _State:
 
     def _covary(self, rows: Floats) -> Floats:
         """Covariance @ rows^T."""
-        built = len(self.belief.mean)
+        model = self.belief.model
+        built = len(model.mean)
         product_ = np.concatenate(
-            [self.belief.covariance @ rows.T[:built], self.variance[:, None] * rows.T[built:]]
+            [model.covariance @ rows.T[:built], self.variance[:, None] * rows.T[built:]]
         )
         for u in self.learnt:
             product_ -= u @ (u.T @ rows.T)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import brute_force
 from problems import all_choices, network, problems
 from scipy.optimize import OptimizeResult
 from tied import channels, tied_problems
@@ -14,7 +15,7 @@ from tied import channels, tied_problems
 from hwsearch.allocate import program
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.polytope import Ints, Vector
-from hwsearch.allocate.problem import Cost, Problem, Tie, brute_force
+from hwsearch.allocate.problem import Cost, Problem, Tie
 from hwsearch.allocate.program import Program
 from hwsearch.errors import HwsearchError, Infeasible
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from oracles import brute_force
 from problems import all_choices, problems
 from tied import tied_problems
 
 from hwsearch.allocate.polytope import Polytope
-from hwsearch.allocate.problem import Cost, Problem, Tie, brute_force, relative_gap
+from hwsearch.allocate.problem import Cost, Problem, Tie, relative_gap
 from hwsearch.errors import InvalidInput
 
 TWO = Problem(

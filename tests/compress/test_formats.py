@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from oracles import follows
 
 from hwsearch.compress.formats import E2M1, StoredWeight, e2m1, quantized_activation, rounded, stored
-from hwsearch.compress.patterns import follows
 from hwsearch.compress.quantize import Range
 from hwsearch.errors import UnsupportedVariant
 from hwsearch.network.network import Unit

@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 from torch import nn
 
 from hwsearch.compress.gram import Batch
-from hwsearch.compress.importance import CRITERIA, gate_gradients, order_slots, removal_losses
+from hwsearch.compress.importance import gate_gradients, order_slots, removal_losses
 from hwsearch.graph.narrow import masked_graph
 from hwsearch.graph.trace import trace
 from hwsearch.loss.divergence import divergence
@@ -30,27 +30,25 @@ class Net(nn.Module):
         return self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["residual", "transformer_encoder", "densenet", "grouped", "unet"])
-def test_an_order_is_a_permutation_and_repeats(name: str, criterion: str) -> None:
+def test_an_order_is_a_permutation_and_repeats(name: str) -> None:
     model, x = NETWORKS[name]()
     own = task(model, x)
-    first, again = order_slots(own, criterion), order_slots(own, criterion)
+    first, again = order_slots(own), order_slots(own)
     assert list(first) == [g.name for g in own[0][0].network.groups]
     for group, order in first.items():
         assert sorted(order.tolist()) == list(range(own[0][0].network.channels[group]))
         np.testing.assert_array_equal(order, again[group])
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_dead_channels_go_first(criterion: str) -> None:
+def test_dead_channels_go_first() -> None:
     torch.manual_seed(0)
     model = Net()
     with torch.no_grad():
         for dead in (2, 5):
             model.a.weight[dead], model.a.bias[dead] = 0, 0
             model.b.weight[:, dead] = 0
-    order = order_slots(task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3))), criterion)["a"]
+    order = order_slots(task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3))))["a"]
     assert set(order[-2:].tolist()) == {2, 5}
 
 
@@ -61,7 +59,7 @@ def test_elimination_keeps_one_of_two_twins() -> None:
     with torch.no_grad():
         model.a.weight[4], model.a.bias[4] = 3 * model.a.weight[1], 3 * model.a.bias[1]
     own = task(model, *(torch.randn(16, 3, 9, 9) for _ in range(3)))
-    order = order_slots(own, "obs")["a"].tolist()
+    order = order_slots(own)["a"].tolist()
     assert order[-1] in (1, 4)
     assert not {1, 4} <= set(order[-2:])
 
@@ -96,7 +94,7 @@ def test_estimates_rank_as_losses_do() -> None:
     model = Net()
     own = task(model, *(torch.randn(64, 3, 9, 9) for _ in range(4)))
     traced, (x,), _ = own[0]
-    order = order_slots(own, "magnitude")
+    order = order_slots(own)
     cuts = [(g, w) for g, n in traced.network.channels.items() for w in range(1, n + 1)]
     estimates = removal_losses(own, order, cuts)
     losses = []
@@ -108,11 +106,6 @@ def test_estimates_rank_as_losses_do() -> None:
             losses.append(divergence(masked(x), traced.graph(x), "kl")[0])
     assert kendalltau(losses, [estimates[c] for c in cuts]).statistic > 0.5
     assert all(estimates[g, n] == 0.0 for g, n in traced.network.channels.items())
-
-
-def test_unknown_criterion() -> None:
-    with pytest.raises(ValueError, match="expected one of obs"):
-        order_slots(task(Net(), torch.randn(2, 3, 9, 9)), "size")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +127,7 @@ def test_an_operator_without_a_derivative_passes_no_gradient_and_ends_nothing(
     assert not gates["a"][0].any()
     assert gates["b"][0].any()
     assert set(squares) == {"c"}
-    for criterion in CRITERIA:
-        assert set(order_slots(own, criterion)) == {"a", "b"}
+    assert set(order_slots(own)) == {"a", "b"}
 
 
 def test_outputs_without_a_gradient_give_none() -> None:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from oracles import follows
 
-from hwsearch.compress.patterns import follows, nm_mask, prune
+from hwsearch.compress.patterns import nm_mask, prune
 
 
 @st.composite

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import torch
 from networks import NETWORKS
+from oracles import masked
 
-from hwsearch.compress.widths import in_slots, masked, narrow, out_slots
+from hwsearch.compress.widths import in_slots, narrow, out_slots
 from hwsearch.graph.trace import Traced, trace
 
 

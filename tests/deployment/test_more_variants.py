@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 from onnx import numpy_helper
+from oracles import follows
 from typer.testing import CliRunner
 
 import hwsearch as hs
 from hwsearch import cli
-from hwsearch.compress.patterns import follows
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.marked import unit_of
 from hwsearch.network.variants import Variant, legal

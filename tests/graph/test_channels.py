@@ -11,11 +11,12 @@ from architectures import BLOCKS, Attention, convolutional, transformer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, Apply, image, leaves
+from oracles import masked
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.widths import masked, narrow
+from hwsearch.compress.widths import narrow
 from hwsearch.graph.calls import as_call, flat_inputs
 from hwsearch.graph.trace import Traced, trace
 from hwsearch.graph.units import outside_units

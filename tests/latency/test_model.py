@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.linalg import solve_triangular
 from simulation import (
     OFFERED,
     alone_table,
@@ -17,7 +16,7 @@ from simulation import (
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import LatencyModel, Prediction, fit, layer_sum, noise_floor, validate
-from hwsearch.latency.regression import MIDDLE, Equations
+from hwsearch.latency.regression import Equations
 from hwsearch.network.choices import candidate_widths
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, uniform
@@ -207,13 +206,14 @@ def test_leaving_a_build_out_is_fitting_without_it() -> None:
     table = simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05)
     builds = list(table.builds)
     equations = Equations(table, builds)
-    prior, everything = equations.vague(MIDDLE), np.arange(len(builds))
-    guess, variance = equations.left_out(*equations.solve(prior, everything))
+    prior = equations.vague()
+    guess, variance = equations.left_out(*equations.solve(prior))
     for k in range(len(builds)):
-        mean, factor = equations.solve(prior, np.delete(everything, k))
-        half = solve_triangular(factor, equations.totals[k], lower=True)
-        assert guess[k] == pytest.approx(equations.totals[k] @ mean, rel=1e-4)
-        assert variance[k] == pytest.approx(half @ half, rel=1e-3)
+        others, total = equations.of_build != k, equations.totals[k]
+        a, b, weight = equations.a.toarray()[others], equations.b[others], prior.deviation**-2.0
+        covariance = np.linalg.inv(a.T @ a + np.diag(weight))
+        assert guess[k] == pytest.approx(total @ covariance @ (a.T @ b + weight * prior.mean), rel=1e-4)
+        assert variance[k] == pytest.approx(total @ covariance @ total, rel=1e-3)
 
 
 def test_builds_of_a_disturbed_machine_count_for_less() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from oracles import follows
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.patterns import follows
 from hwsearch.compress.simulate import Simulator
 from hwsearch.errors import UnsupportedVariant
 from hwsearch.lowering.lowering import Lowering

@@ -70,10 +70,6 @@ class Call:
         """Whether the node has such an input."""
         return index < len(self.node.inputs) and bool(self.node.inputs[index])
 
-    def wants(self, index: int) -> bool:
-        """Whether the node has such an output."""
-        return index < len(self.node.outputs) and bool(self.node.outputs[index])
-
     def shape(self, index: int = 0) -> tuple[int, ...]:
         found = self.shapes[index]
         assert found is not None

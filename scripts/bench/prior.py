@@ -5,26 +5,23 @@ The second network has the stages of `zoo:fashion_resnet` at other depths (rando
 twice, cold, and with the first one's table as --prior in less than half of those seconds; then allocations that neither profile has
 built are timed. Printed: builds and seconds of both profiles, and the errors of both fitted models on the same allocations.
 
-    python scripts/bench_prior.py --first profiles-of-mine/fashion_resnet.parquet
+    python scripts/bench/prior.py --first profiles-of-mine/fashion_resnet.parquet
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
-from bench_latency_model import errors
 from torch import nn
 
 import hwsearch as hs
 from hwsearch import backends
-from hwsearch.device import fingerprint as device
-from hwsearch.device.timing import paired
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.latency.model import fit
@@ -56,14 +53,12 @@ class Other(FashionResNet):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--first", type=Path, help="a table of zoo:fashion_resnet; measured anew without")
     parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for each profile")
     parser.add_argument("--heldout", type=int, default=15)
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     known = hs.load("zoo:fashion_resnet")
     torch.manual_seed(0)
     second = dataclasses.replace(known, model=Other().eval(), name="deeper")
@@ -84,15 +79,15 @@ def main() -> None:
     reference = reference_engine(setup)
     ratios = []
     for candidate in heldout:
-        own = setup.narrow({g: range(w) for g, w in candidate.widths.items()})
-        engine, _ = own.build(candidate.variants)
-        ratios.append(paired(reference.run, {"x": engine.run}, quiet_ns=tables["cold"].quiet_ns)["x"].ratio)
+        timing = common.against(reference.run, common.build(setup, candidate), tables["cold"].quiet_ns)
+        ratios.append(timing.ratio)
     for name, table in tables.items():
         print(
             f"{name}: {len(table.builds)} builds in {seconds[name]:.0f} s; ended by: {table.header.design.get('stopped')}"
         )
         predicted = np.array([models[name].predict(c.variants, c.widths).time_ns for c in heldout])
-        errors(f"{name}, {len(heldout)} held out", predicted, np.array(ratios) * table.header.reference_ns)
+        error = common.Errors.of(predicted, np.array(ratios) * table.header.reference_ns)
+        print(f"  {name}, {len(heldout)} held out: {error}")
     builds = [len(t.builds) for t in tables.values()]
     print(f"with prior: {builds[1] / builds[0]:.0%} of the builds, "
           f"{seconds['with prior'] / seconds['cold']:.0%} of the seconds")  # fmt: skip

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """SIGKILL a profile at random moments and go on with it: at most the build under way is lost, and the table is whole.
 
-python scripts/bench_kills.py zoo:fashion_resnet --kills 20
+python scripts/bench/kills.py zoo:fashion_resnet --kills 20
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import numpy as np
 
 import hwsearch as hs
@@ -23,10 +23,7 @@ CLI = [sys.executable, "-c", "from hwsearch.cli import main; main()"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("task", nargs="?", default="zoo:fashion_resnet")
+    parser = common.parser(__doc__, tasks="zoo:fashion_resnet")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--axes", default="width,precision")
     parser.add_argument("--seed", type=int, default=0)

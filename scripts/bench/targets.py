@@ -9,8 +9,8 @@ executes the file node by node as ONNX says: sums in float32 in another order pu
 on its other side, so that two runtimes cannot be closer to each other than one is to itself. As many allocations again hold
 everything that some GPU executes, and are only built.
 
-    python scripts/bench_targets.py                            # about an hour on one core, most of it scores of minilm
-    python scripts/bench_targets.py zoo:fashion_resnet --allocations 3
+    python scripts/bench/targets.py                            # about an hour on one core, most of it scores of minilm
+    python scripts/bench/targets.py zoo:fashion_resnet --allocations 3
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import numpy as np
 import onnxruntime
 import torch
@@ -53,10 +54,7 @@ Outputs = np.ndarray[Any, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=[f"zoo:{name}" for name in NAMES])
+    parser = common.parser(__doc__, tasks=[f"zoo:{name}" for name in NAMES])
     parser.add_argument("--only", choices=("uniform", "mixed"), help="one of the two parts; both take long")
     parser.add_argument("--allocations", type=int, default=10)
     parser.add_argument(

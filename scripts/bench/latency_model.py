@@ -8,7 +8,13 @@ additive model without boundary terms, a constant, the noise floor (one allocati
 allocations whose channels are all there, the sum of layers timed alone. With --budgets N also the closed loop, at budgets
 spread from the fastest to the dense network in the base precision.
 
-    python scripts/bench_latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
+    python scripts/bench/latency_model.py zoo:fashion_resnet zoo:minilm zoo:efficientnet_lite0 --threads 1 2
+
+With --ablate, or --without TERM, nothing is timed: what each term of the model wins is told from tables that are there
+(`ablation.py`). `spend-rest` is a step of the closed loop and not of the model: it runs on a simulated device.
+
+    python scripts/bench/latency_model.py --ablate --tables profiles/*.parquet
+    python scripts/bench/latency_model.py --without pooling spend-rest
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import ablation
+import common
 import numpy as np
-from scipy.stats import kendalltau
+import spending
 
 import hwsearch as hs
 from hwsearch import backends
@@ -30,8 +38,7 @@ from hwsearch.allocate.space import make_space
 from hwsearch.cli.overview import disturbed
 from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Session
-from hwsearch.device import fingerprint as device
-from hwsearch.device.timing import Timing, paired
+from hwsearch.device.timing import Timing
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
@@ -45,17 +52,13 @@ from hwsearch.table.build import Build
 from hwsearch.table.table import LatencyTable, usable
 
 ATTEMPTS = 3
+SPEND_REST = "spend-rest"
+HERE = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "tasks", nargs="*", default=["zoo:fashion_resnet", "zoo:efficientnet_lite0", "zoo:minilm"]
-    )
-    parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    tasks = ["zoo:fashion_resnet", "zoo:efficientnet_lite0", "zoo:minilm"]
+    parser = common.parser(__doc__, tasks=tasks, threads=[1], backend=True)
     parser.add_argument("--axes", default="width,precision")
     parser.add_argument("--heldout", type=int, default=25)
     parser.add_argument(
@@ -65,8 +68,20 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for each profile")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--out", type=Path, default=Path("bench-latency"))
+    parser.add_argument("--without", nargs="+", choices=[*ablation.TERMS, SPEND_REST], default=[], metavar="TERM",
+                        help=f"what a term wins, on saved tables: {', '.join(ablation.TERMS)}, or {SPEND_REST}")  # fmt: skip
+    parser.add_argument("--ablate", action="store_true", help="the same of every term of the model")
+    parser.add_argument(
+        "--tables", type=Path, nargs="+", default=sorted((HERE / "profiles").glob("*.parquet"))
+    )
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    if args.ablate or args.without:
+        if terms := list(ablation.TERMS) if args.ablate else [t for t in args.without if t != SPEND_REST]:
+            ablation.ablate(args.tables, terms)
+        if SPEND_REST in args.without:
+            spending.compare()
+        return
+    common.say_machine()
     for spec in args.tasks:
         for threads in args.threads:
             bench(spec, threads, args)
@@ -211,8 +226,8 @@ def timed(
     setup: Setup, reference: Callable[[], None], candidate: Candidate, quiet_ns: float
 ) -> tuple[Timing, int]:
     """(time, executed nodes)."""
-    engine, _ = setup.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)
-    return paired(reference, {"candidate": engine.run}, quiet_ns=quiet_ns)["candidate"], len(engine.nodes())
+    engine = common.build(setup, candidate)
+    return common.against(reference, engine, quiet_ns), len(engine.nodes())
 
 
 def show(
@@ -262,15 +277,7 @@ def profiled(build: Build) -> float:
 
 
 def errors(what: str, predicted: np.ndarray, measured: np.ndarray) -> None:
-    error = np.abs(predicted / measured - 1)
-    tau = (
-        kendalltau(predicted, measured).statistic
-        if len(measured) > 2 and np.ptp(predicted) > 0
-        else float("nan")
-    )
-    print(
-        f"  {what:22s} median error {np.median(error):6.1%}  90th percentile {np.percentile(error, 90):6.1%}  tau {tau:5.2f}"
-    )
+    print(f"  {what:22s} {common.Errors.of(predicted, measured)}")
 
 
 def loops(task: hs.Task, setup: Setup, table: LatencyTable, args: argparse.Namespace, axes: list[str]) -> None:

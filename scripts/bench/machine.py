@@ -7,22 +7,22 @@ is timed. Printed for each engine: its time in the quiet windows; the standard d
 to window, over all of them and over those in which the reference was not slower than its quiet time by more than
 `regression.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
 
-    python scripts/bench_machine.py zoo:minilm --threads 1 2 --seconds 150
+    python scripts/bench/machine.py zoo:minilm --threads 1 2 --seconds 150
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 
+import common
 import numpy as np
-from bench_processes import build, drawn
+from common import build
+from processes import drawn
 
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import Engine
 from hwsearch.deployment.session import uniform_candidates
-from hwsearch.device import fingerprint as device
 from hwsearch.device.stopwatch import times
 from hwsearch.device.timing import QUIET, Protocol
 from hwsearch.engine.setup import Setup, set_up
@@ -36,15 +36,10 @@ PROTOCOL = Protocol()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=["zoo:minilm"])
-    parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser = common.parser(__doc__, tasks=["zoo:minilm"], threads=[1, 2], backend=True)
     parser.add_argument("--seconds", type=float, default=150.0)
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     for task in args.tasks:
         for threads in args.threads:
             setup = set_up(hs.load(task), backends.get(args.backend), threads=threads)

@@ -7,24 +7,22 @@ process for each; and in a process for each whose memory is in huge pages (`back
 
 Second: the first inferences of an engine whose turn comes behind another one, against those it settles to.
 
-    python scripts/bench_processes.py zoo:minilm zoo:efficientnet_lite0
+    python scripts/bench/processes.py zoo:minilm zoo:efficientnet_lite0
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import common
 import numpy as np
+from common import build
 
 import hwsearch as hs
 from hwsearch import backends
-from hwsearch.backends.base import Engine
-from hwsearch.device import fingerprint as device
 from hwsearch.device.stopwatch import times
-from hwsearch.device.timing import paired
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.network.choices import Candidate, random_allocation
 from hwsearch.network.variants import legal, uniform
@@ -36,15 +34,10 @@ TURNS, INFERENCES = 25, 24
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=["zoo:minilm", "zoo:efficientnet_lite0"])
-    parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser = common.parser(__doc__, tasks=["zoo:minilm", "zoo:efficientnet_lite0"], threads=[1, 2], backend=True)
     parser.add_argument("--again", type=int, default=6, help="how often each allocation is built again")
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     for task in args.tasks:
         setup = set_up(hs.load(task), backends.get(args.backend), threads=args.threads[0])
         rebuilt(task, setup, args.again)
@@ -67,7 +60,7 @@ def rebuilt(task: str, setup: Setup, again: int) -> None:
                     engine.run()
                     engine.nodes()
                     del engine
-                ratios.append([paired(old.run, {"new": build(setup, c).run})["new"].ratio for c, old in kept])
+                ratios.append([common.against(old.run, build(setup, c)).ratio for c, old in kept])
         found = 100.0 * (np.array(ratios) - 1.0)
         print(f"{task}: {way:30s} built again: {found.mean():+.1f} % on average, from {found.min():+.1f} to {found.max():+.1f} %, "
               f"standard deviation {found.std(ddof=1):.1f} %", flush=True)  # fmt: skip
@@ -111,10 +104,6 @@ def drawn(setup: Setup, count: int, seed: int) -> list[Candidate]:
         )
         for _ in range(count)
     ]
-
-
-def build(setup: Setup, candidate: Candidate) -> Engine:
-    return setup.narrow({g: range(w) for g, w in candidate.widths.items()}).build(candidate.variants)[0]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ whole network, without refitting, (c) widths searched under a budget of multiply
 in the fastest uniform precision. Each is measured in one session; for each budget a rival shows its best network that
 measured no slower than the joint one. Also: what refitting gains at 75 % width, and how long weights take.
 
-    python scripts/bench_widths.py zoo:fashion_resnet zoo:efficientnet_lite0
-    python scripts/bench_widths.py zoo:minilm --shares 0.769 --rivals 0
+    python scripts/bench/widths.py zoo:fashion_resnet zoo:efficientnet_lite0
+    python scripts/bench/widths.py zoo:minilm --shares 0.769 --rivals 0
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
@@ -29,7 +30,6 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
 from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Job, Session, uniform_candidates
-from hwsearch.device import fingerprint as device
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.loss.divergence import divergence
@@ -52,10 +52,7 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
+    parser = common.parser(__doc__, tasks=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
     parser.add_argument("--out", type=Path, default=Path("bench-widths"))
     parser.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
     parser.add_argument("--shares", type=float, nargs="*", default=list(np.linspace(0.95, 0.5, 8)),
@@ -63,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rivals", type=int, default=8, help="networks that each rival tries")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     for spec in args.tasks:
         bench(spec, args)
 

@@ -5,28 +5,26 @@ Two profiles of one network over precisions, one on the machine as it is, one be
 allocations that neither has seen, timed on the quiet machine. Printed: the error of both fitted models on them, the error that
 each foretells (sigma), how many builds each table flags as unstable, and the widths of their intervals.
 
-    python scripts/bench_load.py zoo:fashion_resnet
+    python scripts/bench/load.py zoo:fashion_resnet
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import threading
 from pathlib import Path
 
+import common
 import numpy as np
 
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.cli.overview import disturbed
-from hwsearch.device import fingerprint as device
 from hwsearch.device.load import background
-from hwsearch.device.timing import paired
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import set_up
 from hwsearch.latency.model import fit
-from hwsearch.network.choices import random_allocation
+from hwsearch.network.choices import Candidate, random_allocation
 from hwsearch.network.variants import Variant
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
@@ -34,17 +32,13 @@ from hwsearch.table.table import LatencyTable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("task", nargs="?", default="zoo:fashion_resnet")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = common.parser(__doc__, tasks="zoo:fashion_resnet", threads=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--period", type=float, default=4.0, help="seconds that it runs, and that it rests")
     parser.add_argument("--time-limit", type=float, default=120.0)
     parser.add_argument("--heldout", type=int, default=15)
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}; {args.threads} thread(s)")
+    common.say_machine()
     setup = set_up(hs.load(args.task), backends.get("openvino"), threads=args.threads)
     with tempfile.TemporaryDirectory() as folder:
         tables: dict[str, LatencyTable] = {}
@@ -63,21 +57,22 @@ def main() -> None:
                     other.join()
     offered = {u: [Variant.parse(v) for v in vs] for u, vs in tables["quiet"].offered().items()}
     rng = np.random.default_rng(99)
-    drawn = [random_allocation(setup.network, offered, rng) for _ in range(args.heldout)]
+    whole = dict(setup.network.channels)
+    drawn = [Candidate(random_allocation(setup.network, offered, rng), whole) for _ in range(args.heldout)]
     reference = reference_engine(setup)
-    ratios = np.array([paired(reference.run, {"x": setup.build(a)[0].run})["x"].ratio for a in drawn])
+    ratios = np.array([common.against(reference.run, common.build(setup, c)).ratio for c in drawn])
     for name, table in tables.items():
         model = fit(table)
-        found = [model.predict(a) for a in drawn]
+        found = [model.predict(c.variants) for c in drawn]
         measured = ratios * table.header.reference_ns
-        error = np.abs(np.array([p.time_ns for p in found]) / measured - 1)
+        error = common.Errors.of([p.time_ns for p in found], measured)
         sigma = np.array([p.sigma_ns for p in found]) / measured
         width = [(b.high - b.low) / b.ratio for b in table.builds]
         print(f"  {name:10s} {len(table.builds)} builds, {np.mean([b.unstable for b in table.builds]):.0%} flagged unstable, "
               f"{disturbed(table)} measured on a disturbed machine all the while, reference {spread_of(table):.0%} slower at its "
               f"slowest tenth; "
-              f"interval {np.median(width):.1%}; error on {len(drawn)} allocations timed quietly: median {np.median(error):.1%}, "
-              f"90th percentile {np.percentile(error, 90):.1%}; foretold sigma {np.median(sigma):.1%}")  # fmt: skip
+              f"interval {np.median(width):.1%}; error on {len(drawn)} allocations timed quietly: median {error.median:.1%}, "
+              f"90th percentile {error.p90:.1%}; foretold sigma {np.median(sigma):.1%}")  # fmt: skip
 
 
 def spread_of(table: LatencyTable) -> float:

@@ -6,21 +6,21 @@ workers awake during a run (and asleep after it), against workers that sleep bet
 the base precision, timed in turn; again and again, as what it costs to wake a thread on a virtual machine changes from minute to
 minute, and beside a busy process too, which keeps a core from falling asleep.
 
-    python scripts/bench_calls.py zoo:fashion_resnet --times 4 --pause 20
+    python scripts/bench/calls.py zoo:fashion_resnet --times 4 --pause 20
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
+
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import Engine, example_arrays
-from hwsearch.device import fingerprint as device
 from hwsearch.device.load import background
 from hwsearch.device.timing import paired
 from hwsearch.engine.setup import set_up
@@ -31,14 +31,11 @@ COUNTED = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("task", nargs="?", default="zoo:fashion_resnet")
+    parser = common.parser(__doc__, tasks="zoo:fashion_resnet")
     parser.add_argument("--times", type=int, default=4)
     parser.add_argument("--pause", type=float, default=20.0, help="seconds between")
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     pairs = {
         (name, threads): calls(args.task, name, threads)
         for name in ("openvino", "onnxruntime")

@@ -4,34 +4,31 @@
 For each backend: profile, take the budget half-way between the all-int8 and the all-base network as measured, run,
 and print the report beside the bars; then run the deployed ONNX file in OpenVINO and in ONNX Runtime and compare scores.
 
-    python scripts/bench_main_job.py zoo:fashion_resnet
+    python scripts/bench/main_job.py zoo:fashion_resnet
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+import common
 
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
 from hwsearch.deployment.evaluate import predictor, score
 from hwsearch.deployment.report import Report
-from hwsearch.device import fingerprint as device
 from hwsearch.errors import BudgetMissed, Infeasible
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*", default=["zoo:fashion_resnet"])
+    parser = common.parser(__doc__, tasks=["zoo:fashion_resnet"])
     parser.add_argument("--backends", nargs="*", default=["openvino", "onnxruntime"])
     parser.add_argument("--out", type=Path, default=Path("bench-main"))
     args = parser.parse_args()
-    print(f"machine: {device.fingerprint()}")
+    common.say_machine()
     for spec in args.tasks:
         for name in args.backends:
             bench(spec, name, args.out)
