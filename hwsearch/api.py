@@ -8,6 +8,7 @@ from pathlib import Path
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import Budget, parse_budgets
+from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
 from hwsearch.deployment.closed_loop import closed_loop
@@ -67,9 +68,8 @@ def profile(
         time_limit_s: Seconds after which no further build begins.
         mode: `context` (whole networks), `sandwiched` (units between their neighbours, for networks too large to build whole)
             or `alone` (each unit by itself, the naive baseline); the last two keep every width whole.
-        axes: What allocations may differ in, `width`, `precision` or both; beside `width` also `residual`, the width of a
-            transformer's residual stream, and beside `precision` also `storage`: weights stored in int8 and computed with in
-            the base precision, for budgets on size.
+        axes: What allocations may differ in: `width`, `precision`; beside `width` also `residual`, the width of a transformer's
+            residual stream; beside `precision` also `storage`, weights in int8 computed with in the base precision.
         seed: Of the design of builds.
         builds: Builds of the design; None for what the network's size asks for.
         load: Busy workers beside the measured network, one thread each: a table of a shared machine is another one.
@@ -258,7 +258,7 @@ def run(
         The report of the deployed allocation.
 
     Raises:
-        Infeasible: No allocation is predicted to meet the budgets; it names the least that can be met.
+        Infeasible: No allocation is predicted to meet the budgets; it names the least that can.
         BudgetMissed: None met them as measured in five rounds; the nearest is left in `out`.
         IncompatibleTables: `out` holds files of something else.
         InvalidInput: A budget or an option is malformed.
@@ -276,20 +276,22 @@ def run(
     table_path, weights = folder / "table.parquet", folder / "weights"
     effort = Effort(time_limit_s, extend=False)
     table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress)
-    sensitivities = sensitivity_for(
-        setup, folder / "sens.parquet", seed=seed, grid=table.grid() if "width" in axes else {}, weights=weights,
-        progress=progress,
-    )  # fmt: skip
+    grid, path = table.grid() if "width" in axes else {}, folder / "sens.parquet"
+    sensitivities = sensitivity_for(setup, path, seed=seed, grid=grid, weights=weights, progress=progress)
     report, _, table = closed_loop(
         setup, table, sensitivities, parsed, folder, axes=axes, keep=keep, weights=weights, progress=progress
     )
     table.save(table_path)
-    sweep = front(table, sensitivities, axes=axes, keep=keep).with_measured(measured_points(report))
-    sweep.save(folder / "front.parquet")
-    plot_front(sweep, folder / "front.png")
+    _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
     if not report.met:
         raise _missed(report, parsed, folder)
     return report
+
+
+def _leave_front(sweep: Front, report: Report, folder: Path) -> None:
+    sweep = sweep.with_measured(measured_points(report))
+    sweep.save(folder / "front.parquet")
+    plot_front(sweep, folder / "front.png")
 
 
 def _missed(report: Report, budgets: Sequence[Budget], folder: Path) -> BudgetMissed:

@@ -37,7 +37,7 @@ from hwsearch.backends.tensorrt.buildlog import executed, fused_layers
 from hwsearch.backends.typed import strongly_typed
 from hwsearch.cli.printing import plainly
 from hwsearch.deployment.evaluate import predictor, score
-from hwsearch.deployment.targets import objections, offered, otherwise, request_of, runtime, verdicts
+from hwsearch.deployment.targets import objections, otherwise, request_of, runtime, units_offered, verdicts
 from hwsearch.errors import BackendUnavailable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
@@ -113,7 +113,7 @@ def mixed(trt: object, low: Lowering, args: argparse.Namespace) -> tuple[int, fl
         portable = number < args.allocations
         base = bases[number % len(bases)]
         plain = Variant("fp32" if base == "tf32" else base)
-        choices = offered(low.network, base)
+        choices = units_offered(low.network, base)
         if number // len(bases) % 2:  # one float precision, as a search on one GPU would have it
             choices = {v: units for v, units in choices.items() if v == plain or v.precision not in BASES}
         if portable:
