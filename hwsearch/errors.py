@@ -19,7 +19,11 @@ from __future__ import annotations
 
 
 class HwsearchError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the CLI exits with."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        exit_code: what the command line exits with.
+    """
 
     exit_code = 1
 
@@ -51,7 +55,12 @@ class DeviceBusy(HwsearchError):
 
 
 class Infeasible(HwsearchError):
-    """No allocation meets the budget. `least` maps each budgeted cost to the least that can be met."""
+    """No allocation meets the budget.
+
+    Args:
+        message: what was wrong, and the least that can be met.
+        least: each budgeted cost -> the least that can be met, in ns, bytes, nJ or MACs; empty where it is not known.
+    """
 
     exit_code = 3
 
@@ -61,7 +70,12 @@ class Infeasible(HwsearchError):
 
 
 class BudgetMissed(HwsearchError):
-    """The closed loop ended outside the budget. `nearest` is the report of the nearest allocation measured."""
+    """The closed loop ended outside the budget.
+
+    Args:
+        message: what was asked for and what was measured.
+        nearest: the report of the nearest allocation measured; None where there is none.
+    """
 
     exit_code = 3
 

@@ -15,9 +15,16 @@ from hwsearch.task import Task
 
 
 def load(spec: str) -> Task:
-    """A task from `file.py:function`, `package.module:function` or `zoo:NAME`.
+    """Load a task by name. The function that is named is called without arguments.
 
-    The function is called without arguments and returns a Task. Raises InvalidInput.
+    Args:
+        spec: `file.py:function`, `package.module:function` or `zoo:NAME`.
+
+    Returns:
+        The task that the function returned, with `spec` as its own.
+
+    Raises:
+        InvalidInput: the name is malformed, the file or function is absent or fails, or it returns no valid Task.
     """
     source, separator, name = spec.rpartition(":")
     if not separator or not source or not name:

@@ -21,15 +21,21 @@ Predict = Callable[..., Any]
 class Task:
     """A trained network with all that is needed to compress and score it.
 
-    model: the trained `nn.Module`; it is put in eval mode and never changed. Wrappers are taken off: `torch.compile`,
-        DataParallel, averaged weights. Raises InvalidInput on one without a module inside (a ScriptModule).
-    example_inputs: one input: a tensor, a tuple (positional) or a dict (keyword arguments) of tensors.
-        Dimension 0 of every tensor is the batch; its size here is the batch that is profiled and deployed.
-    calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`). Weights are refitted
-        on the first three quarters, losses measured on the last: samples that resemble each other should stand together.
-    evaluate: called as `evaluate(predict)`, where `predict` has the model's signature and is the module
-        or a compiled engine; returns the score, higher is better.
-    name: shown in reports and stored in tables.
+    Args:
+        model: the trained `nn.Module`; it is put in eval mode and never changed. Wrappers are taken off: `torch.compile`,
+            DataParallel, averaged weights.
+        example_inputs: one input: a tensor, a tuple (positional) or a dict (keyword arguments) of tensors.
+            Dimension 0 of every tensor is the batch; its size here is the batch that is profiled and deployed.
+        calibration: batches of the same form (any batch size, every other dimension as in `example_inputs`). Weights are refitted
+            on the first three quarters, losses measured on the last: samples that resemble each other should stand together.
+        evaluate: called as `evaluate(predict)`, where `predict` has the model's signature and is the module
+            or a compiled engine; returns the score, higher is better.
+        name: shown in reports and stored in tables.
+        divergence: how outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl if there are classes).
+        spec: what `load` was given; empty for a task that was made otherwise.
+
+    Raises:
+        InvalidInput: the model is a wrapper without one module inside (a ScriptModule).
     """
 
     model: torch.nn.Module
@@ -37,12 +43,8 @@ class Task:
     calibration: Sequence[Inputs] = field(repr=False)
     evaluate: Callable[[Predict], float]
     name: str = "task"
-
     divergence: str = "auto"
-    """How outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl if there are classes)."""
-
     spec: str = ""
-    """What `load` was given; empty for a task that was made otherwise."""
 
     def __post_init__(self) -> None:
         torch = sys.modules.get("torch")

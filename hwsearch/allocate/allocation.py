@@ -27,13 +27,25 @@ _KEYS = {
 class Allocation:
     """One variant for each unit and one width for each channel group, in network order.
 
-    widths: slots kept of each group. order: where any group is narrower, the slots of each, the most important first, apart
-    by spaces; a group keeps as many from the front.
-    predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never measured),
-    `macs`, `loss`. dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its
-    latency is a sum over layers and not measured. budgets: each with its `text`, `column` and integer `limit` (ns or bytes).
-    solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that). network, weights_digest:
-    fingerprints of what it is for. options: threads, batch, base.
+    Args:
+        variants: unit -> its variant, as `dense.int8`.
+        predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never
+            measured), `macs`, `loss`.
+        dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its latency is a sum
+            over layers and not measured.
+        budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs).
+        solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that).
+        network: fingerprint of the network that it is for.
+        weights_digest: hash of the weights that it is for.
+        device: what it was profiled on.
+        backend: name of the backend that it was searched on.
+        options: threads, batch, base and what else its table was measured under.
+        widths: group -> slots kept.
+        order: where any group is narrower, group -> its slots, the most important first, apart by spaces; a group keeps as many
+            from the front.
+        network_name: name of the task.
+        created: when it was found.
+        schema: version of the file format.
     """
 
     variants: dict[str, str]
@@ -82,20 +94,44 @@ class Allocation:
         return {group: [int(i) for i in text.split()] for group, text in self.order.items()}
 
     def counts(self) -> dict[str, int]:
-        """How many units have each variant, the most frequent first."""
+        """How many units have each variant.
+
+        Returns:
+            Variant -> units, the most frequent first.
+        """
         names = list(self.variants.values())
         return {v: names.count(v) for v in sorted(set(names), key=lambda v: (-names.count(v), v))}
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data.
+
+        Returns:
+            What the file holds.
+        """
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, in place in one step."""
+        """Write JSON, in place in one step.
+
+        Args:
+            path: file to write.
+        """
         write_bytes(path, (json.dumps(self.to_json(), indent=2) + "\n").encode())
 
     @staticmethod
     def load(path: str | Path) -> Allocation:
-        """Raises InvalidInput (absent, malformed, unknown variants) or IncompatibleTables (another schema)."""
+        """Read an allocation.
+
+        Args:
+            path: file that `save` or `hwsearch search` wrote.
+
+        Returns:
+            The allocation, checked.
+
+        Raises:
+            InvalidInput: the file is absent or malformed, or names unknown variants.
+            IncompatibleTables: it has another schema.
+        """
         from pydantic import TypeAdapter, ValidationError
 
         try:

@@ -43,12 +43,27 @@ def search(
     model: LatencyModel | None = None,
     tighten: Mapping[str, int] | None = None,
 ) -> Allocation:
-    """The allocation of least loss whose predicted costs meet every budget, solved exactly.
+    """Find the allocation of least loss whose predicted costs meet every budget, solved exactly.
 
     Latency counts as T + kappa * sigma. Where the dense fp32 network meets every budget, it is the answer.
-    axes: what may be chosen, `width`, `precision` or both. keep: patterns of names (`classifier*`) of units whose
-    channels all stay. tighten: integer limits that replace the budgets' own (the closed loop's).
-    Raises Infeasible naming the least that can be met; InvalidInput on malformed budgets.
+
+    Args:
+        table: latency table of the network.
+        sensitivity: losses of the same network.
+        budgets: upper bounds, for instance `latency=4ms` and `size=25%`.
+        axes: what may be chosen: `width`, `precision` or both; also `residual` and `storage`.
+        keep: patterns of names (`classifier*`) of units whose channels all stay.
+        kappa: how many standard errors of the prediction a latency budget keeps in reserve.
+        model: latency model to predict with; None fits one on the table.
+        tighten: cost -> integer limit (ns, bytes, nJ, MACs) that replaces the budget's own, as the closed loop does.
+
+    Returns:
+        One variant for each unit and one width for each channel group, with predicted costs.
+
+    Raises:
+        Infeasible: no allocation meets the budgets; it names the least that can be met.
+        InvalidInput: a budget, an axis or a pattern is malformed.
+        IncompatibleTables: table and sensitivities are of two networks.
     """
     parsed = parse_budgets(budgets)
     space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
@@ -149,7 +164,25 @@ def front(
     keep: Sequence[str] = (),
     model: LatencyModel | None = None,
 ) -> Front:
-    """Allocations that no other beats, over a sweep of one budget; `budgets` on other columns hold throughout."""
+    """Sweep one budget: the allocations that no other beats in both loss and cost.
+
+    Args:
+        table: latency table of the network.
+        sensitivity: losses of the same network.
+        over: the cost that is swept: `latency`, `size` or `memory`.
+        points: how many budgets are tried.
+        budgets: upper bounds on other costs, which hold throughout.
+        axes: as for `search`.
+        keep: as for `search`.
+        model: as for `search`.
+
+    Returns:
+        A point for each budget, with predicted latency in ns, size and memory in bytes, and loss.
+
+    Raises:
+        InvalidInput: a budget, an axis or a pattern is malformed.
+        IncompatibleTables: table and sensitivities are of two networks.
+    """
     parsed = parse_budgets(budgets) if budgets else ()
     space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
     fixed = as_limits(bounds(parsed, space.dense))

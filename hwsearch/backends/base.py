@@ -18,13 +18,20 @@ Array = NDArray[Any]
 class BuildOptions:
     """How a network is compiled: part of what a latency table is keyed by.
 
-    threads: inference threads. base: the precision of everything that Q/DQ does not change.
+    Args:
+        threads: inference threads.
+        base: the precision of everything that Q/DQ does not change.
     """
 
     threads: int = 1
     base: str = "fp32"
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data.
+
+        Returns:
+            What JSON can hold.
+        """
         return asdict(self)
 
 
@@ -32,10 +39,13 @@ class BuildOptions:
 class NodeTime:
     """One executed node of a compiled network.
 
-    name, op: the runtime's own. sources: names of the ONNX nodes or tensors it was made from, by the runtime's
-    record. precision: what it executed in, as `Variant.executed` writes it: `fp16`, `int8`, `2:4.fp16` where the kernel
-    skipped zeros, `int4` where only its weights are; or the runtime's own word.
-    time_ns: mean time of one inference, on the runtime's own counters.
+    Args:
+        name: the runtime's own name.
+        op: the runtime's own operator.
+        sources: names of the ONNX nodes or tensors it was made from, by the runtime's record.
+        precision: what it executed in, as `Variant.executed` writes it: `fp16`, `int8`, `2:4.fp16` where the kernel
+            skipped zeros, `int4` where only its weights are; or the runtime's own word.
+        time_ns: mean time of one inference, on the runtime's own counters.
     """
 
     name: str
@@ -47,7 +57,13 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and numpy dtype of an input or output."""
+    """An input or output of a compiled network.
+
+    Args:
+        name: as in the ONNX graph.
+        shape: static, the batch included.
+        dtype: name of the numpy dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -71,29 +87,55 @@ class Engine(Protocol):
         """Size of the runtime's own serialised form."""
 
     def __call__(self, *arrays: Array) -> list[Array]:
-        """Outputs for arrays of exactly the shapes of `inputs`. Raises InvalidInput on other shapes."""
+        """Run one inference.
+
+        Args:
+            *arrays: inputs of exactly the shapes of `inputs`, in that order.
+
+        Returns:
+            Outputs in the order of `outputs`; a later call leaves them as they are.
+
+        Raises:
+            InvalidInput: another count or other shapes.
+        """
 
     def prepare(self, *arrays: Array) -> None:
-        """Set the inputs that `run` uses."""
+        """Set the inputs that `run` uses.
+
+        Args:
+            *arrays: as for a call.
+
+        Raises:
+            InvalidInput: another count or other shapes.
+        """
 
     def run(self) -> None:
         """One inference on the prepared inputs, with nothing else in the way: this is what is timed."""
 
     def nodes(self, runs: int = 20) -> list[NodeTime]:
-        """Executed nodes with their mean times over `runs` inferences, in a pass apart from timing."""
+        """Executed nodes with their mean times, in a pass apart from timing.
+
+        Args:
+            runs: inferences to take the mean over.
+
+        Returns:
+            The nodes in the order of execution where the runtime tells it.
+        """
 
 
 @runtime_checkable
 class Backend(Protocol):
     """A runtime that compiles ONNX.
 
-    A backend may also have `own_process = True`: its engines are each compiled and run in a process of their own, see `process`.
-    `weight_storage = True`: it computes right with weights that a file stores in int8 and makes floating by Cast and Mul.
-    `unsigned_activations = True`: int8 activations that were never negative on calibration data are uint8 with zero point 0. It
-    gives them one more bit, and CPUs whose products take unsigned inputs need not convert them. `unsigned_concat = True`: Q/DQ
-    between a Concat and a convolution has to be uint8, see `assemble`. And `int8_bits = 8`, where int8 products are summed
-    exactly on every device that it runs on (7: with weights of 7 bits only); without it a small network is built and run to find
-    out, see `exactness`.
+    A backend may have these attributes as well:
+
+    - `own_process = True`: its engines are each compiled and run in a process of their own, see `process`.
+    - `weight_storage = True`: it computes right with weights that a file stores in int8 and makes floating by Cast and Mul.
+    - `unsigned_activations = True`: int8 activations that were never negative on calibration data are uint8 with zero point 0. It
+      gives them one more bit, and CPUs whose products take unsigned inputs need not convert them.
+    - `unsigned_concat = True`: Q/DQ between a Concat and a convolution has to be uint8, see `assemble`.
+    - `int8_bits = 8`, where int8 products are summed exactly on every device that it runs on (7: with weights of 7 bits only);
+      without it a small network is built and run to find out, see `exactness`.
     """
 
     name: str
@@ -103,21 +145,54 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Versions of the runtime's packages, and how it is called where times depend on that: tables of others are refused.
 
-        Raises BackendUnavailable where it is not installed or dead.
+        Returns:
+            Package -> version.
+
+        Raises:
+            BackendUnavailable: it is not installed or dead.
         """
 
     def bases(self) -> tuple[str, ...]:
-        """Base precisions that this device executes, the one to prefer first."""
+        """Base precisions that this device executes.
+
+        Returns:
+            Their names, the one to prefer first.
+        """
 
     def variants(self, base: str) -> tuple[Variant, ...]:
-        """What units may ask for under a base, `dense.BASE` first; `legal` says which of it one unit can become."""
+        """What units may ask for under a base; `legal` says which of it one unit can become.
+
+        Args:
+            base: the base precision.
+
+        Returns:
+            The variants, `dense.BASE` first.
+        """
 
     def build(self, onnx: bytes, options: BuildOptions) -> Engine:
-        """Compile a serialised ONNX model. Raises BackendUnavailable with the runtime's own reason."""
+        """Compile a network.
+
+        Args:
+            onnx: a serialised ONNX model.
+            options: how to compile it.
+
+        Returns:
+            The compiled network.
+
+        Raises:
+            BackendUnavailable: it cannot be built, with the runtime's own reason.
+        """
 
 
 def qdq_form(backend: Backend) -> dict[str, bool]:
-    """How a backend wants Q/DQ: the options of `assemble`."""
+    """How a backend wants Q/DQ.
+
+    Args:
+        backend: any backend.
+
+    Returns:
+        The options of `assemble`.
+    """
     return {
         "quantize_outputs": backend.quantize_outputs,
         "unsigned_concat": getattr(backend, "unsigned_concat", False),
@@ -125,7 +200,18 @@ def qdq_form(backend: Backend) -> dict[str, bool]:
 
 
 def check_arrays(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[Array]:
-    """Arrays as contiguous values of the specs' dtypes. Raises InvalidInput on another count or shape."""
+    """Make arrays fit an engine.
+
+    Args:
+        arrays: inputs in the order of `specs`.
+        specs: what the engine takes.
+
+    Returns:
+        Contiguous arrays of the specs' dtypes.
+
+    Raises:
+        InvalidInput: another count or shape.
+    """
     from hwsearch.errors import InvalidInput
 
     if len(arrays) != len(specs):
@@ -141,5 +227,12 @@ def check_arrays(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[A
 
 
 def example_arrays(specs: Sequence[TensorSpec]) -> list[Array]:
-    """Zeros of the right shapes: what an engine runs on before `prepare` is called."""
+    """What an engine runs on before `prepare` is called.
+
+    Args:
+        specs: what the engine takes.
+
+    Returns:
+        Zeros of the right shapes and dtypes.
+    """
     return [np.zeros(s.shape, dtype=s.dtype) for s in specs]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hwsearch.cli import deploying, machine, measuring, searching, tables, targets
+from hwsearch.cli import deploying, machine, measuring, searching, starting, tables, targets
 from hwsearch.cli.ending import Group
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 infeasible or budget missed.",
 )
 for command in (
-    machine.devices, machine.doctor, measuring.profile, measuring.sensitivity, searching.search, searching.front,
+    starting.init, machine.devices, machine.doctor, measuring.profile, measuring.sensitivity, searching.search, searching.front,
     deploying.deploy, targets.build, targets.check, deploying.verify, deploying.run,
 ):  # fmt: skip
     app.command()(command)

@@ -159,9 +159,20 @@ def deploy(
 ) -> Deployed:
     """Write the ONNX file of an allocation, after the backend has compiled those very bytes.
 
-    weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; without it they are refitted anew.
-    setup: the allocation's own setup, at its widths. Raises IncompatibleTables (another network), BackendUnavailable
-    (it does not build).
+    Args:
+        task: the task that was searched for.
+        allocation: the answer of a search.
+        out: file to write.
+        backend: None for the allocation's own.
+        weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; None refits them anew.
+        setup: the allocation's own setup, at its widths; None makes one.
+
+    Returns:
+        The file, its size in bytes, and the network as a torch module.
+
+    Raises:
+        IncompatibleTables: the allocation is of another network, of other weights, or of int8 that is inexact here.
+        BackendUnavailable: the runtime is not installed or does not build the network.
     """
     if setup is None:
         whole = of_allocation(task, allocation, backend)

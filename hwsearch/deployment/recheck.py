@@ -111,9 +111,23 @@ def recheck(
 ) -> Check:
     """Build and time a handful of a table's allocations again, spread from its fastest to its slowest.
 
-    task: the one that was profiled; None takes the table's own where that is of the zoo (a table is a file from anywhere:
-    no other code that it names is run). lock_clocks: as for `profile`, at the clock of the table.
-    Raises IncompatibleTables on another device, network, backend or runtime version; InvalidInput without a task.
+    Args:
+        table: the table to check; made in context.
+        task: the one that was profiled; None takes the table's own where that is of the zoo (a table is a file from anywhere:
+            no other code that it names is run).
+        backend: None for that of the table.
+        builds: how many builds to measure again.
+        lock_clocks: hold the GPU's clock at that of the table meanwhile.
+        progress: where progress is shown; None shows none.
+
+    Returns:
+        The builds then and now, as ratios to the reference engine, and whether the table holds.
+
+    Raises:
+        IncompatibleTables: another device, network, backend or runtime version.
+        InvalidInput: the table was made layer by layer, or there is no task or build to check.
+        DeviceBusy: another profile runs on this device.
+        BackendUnavailable: the runtime is not installed.
     """
     if table.header.mode != "context":
         raise InvalidInput("the table was made layer by layer; only one made in context can be checked")

@@ -113,10 +113,23 @@ def build(
 ) -> EngineFile:
     """Write the serialised engine of an allocation, whichever backend it was searched on.
 
-    target: `sm86` and the like, for `tensorrt-rtx`; `tensorrt` builds for the GPU of this machine (never tried: there was
-    none). base: instead of the allocation's own; what was in that one then is in this. weights: as for `deploy`.
-    Raises InvalidInput (unknown target), IncompatibleTables (of another network), BackendUnavailable (not installed; not
-    built, with NVIDIA's reason).
+    Args:
+        task: the task that was searched for.
+        allocation: the answer of a search.
+        out: file to write.
+        target: `sm86` and the like, for `tensorrt-rtx`; None for `tensorrt`, which builds for the GPU of this machine
+            (never tried: there was none).
+        backend: `tensorrt-rtx` or `tensorrt`.
+        base: base precision instead of the allocation's own; what was in that one then is in this.
+        weights: folder of refitted weights; None refits them anew.
+
+    Returns:
+        The file, its size in bytes, and the precision that each unit was compiled to.
+
+    Raises:
+        InvalidInput: unknown target, backend or base precision.
+        IncompatibleTables: the allocation is of another network.
+        BackendUnavailable: the builder is not installed, or refuses the network, with NVIDIA's reason.
     """
     trt = runtime(backend)
     if target is None and targets_of(trt):
@@ -310,10 +323,25 @@ def check(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> list[Verdict]:
-    """For each target and each variant that a search may choose, whether NVIDIA's builder takes the network.
+    """Ask NVIDIA's builder, for each target and each variant that a search may choose, whether it takes the network.
 
     Each network has every unit that may have the variant in it, the others in the base; where only some kinds of units may,
-    or the whole is refused, kinds are built apart. Raises InvalidInput, BackendUnavailable (the builder is not installed).
+    or the whole is refused, kinds are built apart. Nothing is timed.
+
+    Args:
+        task: the network to build.
+        targets: GPU architectures, for instance `sm75` and `sm89`.
+        base: precision of all that is not quantized: `fp16`, `bf16`, `fp32` or `tf32`.
+        backend: `tensorrt-rtx`, or `tensorrt` for the GPU of this machine.
+        batch: batch size; None for that of the example inputs.
+        progress: where progress is shown; None shows none.
+
+    Returns:
+        A verdict for each target, variant and kind of units.
+
+    Raises:
+        InvalidInput: unknown target, backend or base precision.
+        BackendUnavailable: the builder is not installed.
     """
     trt = runtime(backend)
     names = checked_targets(trt, backend, targets)

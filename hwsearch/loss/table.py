@@ -34,15 +34,24 @@ NOT_FINITE = "its simulation returns NaN or infinity on calibration data"
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """loss: unit -> variant it can become -> mean loss per sample (>= 0; dense.fp32 is 0 and always present).
+    """Losses of every (unit, variant) and every (channel group, width).
 
-    width_loss: group -> slots kept -> the same (0 for the whole width, which is always present). order: group -> its
-    slots, the most important first; a width keeps as many from the front. estimated: the (group, width) whose loss was not
-    measured, but follows the Fisher estimate from the group's narrowest measured width on.
-    refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
-    quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys it. int8_bits: of the
-    int8 weights, as the backend deploys them; unsigned: likewise whether int8 activations that were never negative are unsigned.
-    rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations.
+    Args:
+        network: the traced network.
+        loss: unit -> variant it can become -> mean loss a sample (>= 0; dense.fp32 is 0 and always present).
+        samples: how many samples of calibration data they are of.
+        divergence: `kl`, `mse` or `auto`, see `hwsearch.loss.divergence`.
+        quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys them.
+        rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations; None for too few.
+        created: date and time, ISO 8601.
+        validation: (predicted, simulated) loss of these allocations.
+        width_loss: group -> slots kept -> mean loss a sample (0 for the whole width, which is always present).
+        order: group -> its slots, the most important first; a width keeps as many from the front.
+        estimated: the (group, width) whose loss was not measured, but follows the Fisher estimate from the group's narrowest
+            measured width on.
+        int8_bits: bits of int8 weights, as the backend deploys them.
+        unsigned: whether int8 activations that were never negative are unsigned, as the backend deploys them.
+        refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
     """
 
     network: Network
@@ -70,7 +79,18 @@ class SensitivityTable:
             ) from error
 
     def of_width(self, group: str, width: int) -> float:
-        """Loss of one group at one width. Raises InvalidInput where it was not measured."""
+        """Loss of one group at one width.
+
+        Args:
+            group: name of the channel group.
+            width: slots kept.
+
+        Returns:
+            Mean loss a sample.
+
+        Raises:
+            InvalidInput: it was not measured.
+        """
         try:
             return self.width_loss[group][width]
         except KeyError as error:
@@ -80,18 +100,42 @@ class SensitivityTable:
             ) from error
 
     def total(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> float:
-        """Predicted loss of an allocation: the sum over units and groups."""
+        """Predicted loss of an allocation: the sum over units and groups.
+
+        Args:
+            variants: unit -> variant.
+            widths: group -> slots kept; None for whole ones.
+
+        Returns:
+            Mean loss a sample.
+        """
         narrower = {g: w for g, w in (widths or {}).items() if w < self.network.channels[g]}
         units = sum(self[unit, str(variant)] for unit, variant in variants.items())
         return units + sum(self.of_width(g, w) for g, w in narrower.items())
 
     def offers(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> bool:
-        """Whether nothing in an allocation is refused."""
+        """Whether nothing in an allocation is refused.
+
+        Args:
+            variants: unit -> variant.
+            widths: group -> slots kept.
+
+        Returns:
+            False where a variant or a width has no loss, for the reason in `refused`.
+        """
         chosen = [*((u, str(v)) for u, v in variants.items()), *((g, f"width{w}") for g, w in widths.items())]
         return not any(what in self.refused.get(of, ()) for of, what in chosen)
 
     def require(self, network: Network, int8: Int8 | None = None) -> None:
-        """Raises IncompatibleTables unless it is of this network, weights included, and of int8 of this kind (None: of any)."""
+        """Refuse the table for another network, other weights or another kind of int8.
+
+        Args:
+            network: the traced network that it is to be of.
+            int8: how int8 is deployed; None for any.
+
+        Raises:
+            IncompatibleTables: it is of something else, which is named.
+        """
         int8 = int8 or Int8(self.int8_bits, self.unsigned)
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
@@ -105,7 +149,11 @@ class SensitivityTable:
                 )
 
     def to_frame(self) -> pd.DataFrame:
-        """Columns unit (or group), variant (or `width` and the slots kept), loss."""
+        """The losses as rows.
+
+        Returns:
+            Columns `unit` (or the group), `variant` (or `width` and the slots kept) and `loss`.
+        """
         import pandas as pd
 
         return pd.DataFrame(self._rows())
@@ -120,6 +168,11 @@ class SensitivityTable:
         return units + groups
 
     def save(self, path: str | Path) -> None:
+        """Write a Parquet file, in place in one step.
+
+        Args:
+            path: where to.
+        """
         import pyarrow as pa
 
         header = {
@@ -144,7 +197,18 @@ class SensitivityTable:
 
     @staticmethod
     def load(path: str | Path) -> SensitivityTable:
-        """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The table.
+
+        Raises:
+            InvalidInput: the file is absent, truncated, damaged, or of another kind.
+            IncompatibleTables: it has a schema that this version does not read.
+        """
         table, header = read_parquet(path, KIND, SCHEMA)
         try:
             loss: dict[str, dict[str, float]] = {}

@@ -46,12 +46,22 @@ def plot_allocation(
     sensitivity: SensitivityTable | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """One row a unit, in network order, coloured by the precision chosen for it.
+    """Plot one row a unit, in network order, coloured by the precision chosen for it.
 
-    table: gives the predicted time of each unit, boundaries excepted, in ms; other variants' times are outlines.
-    Without one every bar has length 1. sensitivity: gives the loss of each unit, other variants' as hollow dots.
-    Arcs beside the names: edges between a unit with quantized activations and one without, where a conversion costs time.
-    path: where to save it. Raises InvalidInput where the table is of another network.
+    Arcs beside the names are edges between a unit with quantized activations and one without, where a conversion costs time.
+
+    Args:
+        allocation: the answer of a search.
+        table: gives the predicted time of each unit, boundaries excepted, in ms; other variants' times are outlines.
+            Without one every bar has length 1.
+        sensitivity: gives the loss of each unit, other variants' as hollow dots.
+        path: file to write, in the format that its suffix names; None writes none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInput: the table is of another network.
     """
     chosen = {unit: Variant.parse(v) for unit, v in allocation.variants.items()}
     model = fit(table) if isinstance(table, LatencyTable) else table

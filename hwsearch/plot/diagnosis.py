@@ -21,13 +21,21 @@ SHOWN = tuple(c for c in CAUSES if c != "measured time")
 
 
 def plot_diagnosis(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:
-    """Errors of a latency model, each build predicted without itself.
+    """Plot the errors of a latency model, each build predicted without itself.
 
     Above: the error against the measured time, with sigma (of prediction and measurement together); how often errors are
     within so many sigma, beside what a normal distribution would give. Below: the error against each thing that it should
     not depend on, one panel each.
-    source: a table (a model is fitted on it) or a model. path: where to save it. Raises InvalidInput where there is too
-    little to show.
+
+    Args:
+        source: a table (a model is fitted on it) or a model.
+        path: file to write, in the format that its suffix names; None writes none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInput: there is too little to show.
     """
     model = source if isinstance(source, LatencyModel) else fit(source)
     found = diagnose(model)

@@ -37,11 +37,18 @@ NAMES = {"memory": "peak memory of activations, estimated"}
 
 
 def plot_front(front: Front, path: str | Path | None = None) -> Figure:
-    """Loss against the swept cost: latency in ms, size or (estimated) peak memory in MB.
+    """Plot loss against the swept cost: latency in ms, size or (estimated) peak memory in MB.
 
     The front is a step line, its points coloured by the share of units in the coarsest precision, with bars of sigma.
     Allocations that another beats are hollow, budgets that nothing meets are crosses on the axis, measured allocations
-    are diamonds with their interval. path: where to save it, in the format its suffix names.
+    are diamonds with their interval.
+
+    Args:
+        front: the answer of `hwsearch.front`.
+        path: file to write, in the format that its suffix names; None writes none.
+
+    Returns:
+        The figure.
     """
     scale, unit = PER_UNIT[front.over]
     best = front.best()

@@ -18,12 +18,20 @@ from hwsearch.table.table import LatencyTable, usable
 
 
 def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | None = None) -> Figure:
-    """Predicted against measured latency, in ms, of every build of the table's base precision.
+    """Plot predicted against measured latency, in ms, of every build of the table's base precision.
 
-    source: a table (a model is fitted on it) or a model. Error bars: sigma of the prediction, the 95 % interval of
-    the measurement. Builds held out of the fit are marked; so are those in which a unit did not run as asked, which
-    are no part of the fit. path: where to save it, in the format its suffix names.
-    Raises InvalidInput where the table has no build to show.
+    Error bars are sigma of the prediction and the 95 % interval of the measurement. Builds held out of the fit are marked; so are
+    those in which a unit did not run as asked, which are no part of the fit.
+
+    Args:
+        source: a table (a model is fitted on it) or a model.
+        path: file to write, in the format that its suffix names; None writes none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInput: the table has no build to show.
     """
     model = source if isinstance(source, LatencyModel) else fit(source)
     table = model.table

@@ -17,10 +17,19 @@ MOST_PANELS = 30
 
 
 def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figure:
-    """Time of the units on each channel group against its width, by precision; widths on the grid are filled.
+    """Plot the time of the units on each channel group, in µs, against its width, by precision; widths on the grid are filled.
 
-    Groups of one shape and curve are drawn each by itself, at most thirty. Written to `path` (PNG, SVG or PDF) where one
-    is given. Raises InvalidInput where the table holds no probes of widths.
+    Groups of one shape and curve are drawn each by itself, at most thirty.
+
+    Args:
+        table: made over widths.
+        path: file to write (PNG, SVG or PDF); None writes none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInput: the table holds no probes of widths.
     """
     steps = staircase(table)
     groups = list(dict.fromkeys(s.group for s in steps))

@@ -42,7 +42,12 @@ WHOLE = (2,)
 
 
 class LatencyTable:
-    """Builds of one network on one device, backend and set of options."""
+    """Builds of one network on one device, backend and set of options.
+
+    Args:
+        header: what it was measured on and with.
+        builds: the measured rows, in the order in which they were made.
+    """
 
     def __init__(self, header: Header, builds: tuple[Build, ...] = ()) -> None:
         self.header = header
@@ -50,6 +55,7 @@ class LatencyTable:
 
     @property
     def network(self) -> Network:
+        """The network that was profiled."""
         return self.header.network
 
     def __repr__(self) -> str:
@@ -60,19 +66,48 @@ class LatencyTable:
         )
 
     def with_build(self, build: Build) -> LatencyTable:
-        """The table with one more build."""
+        """Add a build.
+
+        Args:
+            build: the row to add.
+
+        Returns:
+            The table with one more build; this one stays as it is.
+        """
         return LatencyTable(self.header, (*self.builds, build))
 
     def with_header(self, **changes: Any) -> LatencyTable:
+        """Change the header.
+
+        Args:
+            **changes: fields of the header and their new values.
+
+        Returns:
+            The table with another header; this one stays as it is.
+        """
         return LatencyTable(replace(self.header, **changes), self.builds)
 
     def rescaled(self) -> LatencyTable:
-        """The table with the median of all samples of the reference as the session's reference time."""
+        """Take the median of all samples of the reference as the session's reference time.
+
+        Returns:
+            The table on that scale.
+        """
         samples = np.concatenate([b.reference_ns for b in self.builds])
         return self.with_header(reference_ns=float(np.median(samples)))
 
     def find(self, role: str) -> Build:
-        """The first build of a role. Raises InvalidInput where the table has none (it is not finished)."""
+        """The first build of a role.
+
+        Args:
+            role: `dense`, `reference`, `uniform` and so on.
+
+        Returns:
+            The build.
+
+        Raises:
+            InvalidInput: the table has none: it is not finished, or was made of sandwiches.
+        """
         for build in self.builds:
             if build.role == role:
                 return build
@@ -85,7 +120,14 @@ class LatencyTable:
         )
 
     def time_ns(self, build: Build) -> float:
-        """Time of a build on the scale of the table's session, in ns."""
+        """Time of a build on the scale of the table's session.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            Time of one inference in ns.
+        """
         return build.ratio * self.header.reference_ns
 
     @property
@@ -100,7 +142,14 @@ class LatencyTable:
         return float(np.quantile(times, QUIET))
 
     def slowdown(self, build: Build) -> float:
-        """By how much slower than on the quiet machine the reference was all the while a build was measured, relatively."""
+        """By how much slower than on the quiet machine the reference was all the while a build was measured.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            The relative slowdown; 0 on the quiet machine.
+        """
         return build.quiet_ns / self.quiet_ns - 1.0
 
     @cached_property
@@ -110,19 +159,41 @@ class LatencyTable:
         return counts[0] if counts else 1
 
     def nodes(self, build: Build) -> float:
-        """Executed nodes of a build / those of the reference; 1 where they were not read back."""
+        """Executed nodes of a build, relative to the reference.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            Nodes of the build / those of the reference; 1 where they were not read back.
+        """
         return len(build.nodes) / self.reference_nodes if build.nodes else 1.0
 
     def disturbed(self, build: Build) -> bool:
-        """Whether something else slowed the machine down all the while a build was measured: it counts for less in a fit."""
+        """Whether something else slowed the machine down all the while a build was measured: it counts for less in a fit.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            True where it was disturbed.
+        """
         return 1.0 + self.slowdown(build) > DISTURBED
 
     def tail(self, quantile: float) -> float:
-        """That quantile of the times of single inferences, relative to their median.
+        """A quantile of the times of single inferences, relative to their median.
 
         Pooled over the raw samples of every build of whole networks, each relative to its own median: how far single
         inferences stray is the machine's doing, and no build alone has samples enough for a 99th percentile.
-        Raises InvalidInput where no whole network was built.
+
+        Args:
+            quantile: between 0 and 1, for instance 0.99.
+
+        Returns:
+            The quantile / the median.
+
+        Raises:
+            InvalidInput: no whole network was built.
         """
         samples = [b.inferences for b in self.builds if not b.partial]
         if not samples:
@@ -133,7 +204,11 @@ class LatencyTable:
         return float(np.quantile(np.concatenate(samples), quantile))
 
     def offered(self) -> dict[str, tuple[str, ...]]:
-        """Variants of each unit that were measured and ran as asked; layer by layer, units of one signature share them."""
+        """Variants of each unit that were measured and ran as asked; layer by layer, units of one signature share them.
+
+        Returns:
+            Unit -> variants, as `dense.int8`.
+        """
         if self.header.mode in LAYERED:
             return self._offered_by_signature()
         base = str(self.header.options["base"])
@@ -164,15 +239,30 @@ class LatencyTable:
         }
 
     def grid(self) -> dict[str, list[int]]:
-        """For each channel group the widths to choose from, the whole one first."""
+        """The widths to choose from.
+
+        Returns:
+            Channel group -> slots kept, the whole width first.
+        """
         return {g: self.header.grid.get(g, [n]) for g, n in self.network.channels.items()}
 
     def known(self) -> set[tuple[str, str]]:
-        """(signature, variant) of units that other tables of the device tell."""
+        """Units that other tables of the device tell of.
+
+        Returns:
+            Pairs of signature and variant.
+        """
         return {(e.feature[1], e.feature[2]) for e in self.header.prior if e.feature[0] == "unit"}
 
     def candidate(self, build: Build) -> Candidate:
-        """A build's variants by unit, and its widths by group."""
+        """What a build was made of.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            Its variants by unit, and its widths by group.
+        """
         names = [u.name for u in self.network.units]
         variants = {n: Variant.parse(v) for n, v in zip(names, build.variants, strict=True) if v}
         widths = build.widths or tuple(self.network.channels.values())
@@ -184,8 +274,13 @@ class LatencyTable:
         """Write the table and put it in place in one step: a killed writer leaves the old file.
 
         In a file of other sections it replaces the one of its own options and input shapes, or joins them.
-        Raises IncompatibleTables where those are of another model, device, backend or runtime, InvalidInput where the file
-        is no latency table.
+
+        Args:
+            path: file to write.
+
+        Raises:
+            IncompatibleTables: the file's sections are of another model, device, backend or runtime.
+            InvalidInput: the file is no latency table.
         """
         import pyarrow as pa
 
@@ -202,14 +297,23 @@ class LatencyTable:
     def load(
         path: str | Path, *, network: str | None = None, like: Mapping[str, Any] | None = None, **wanted: Any
     ) -> LatencyTable:
-        """The table of a file; where it has several, the one under the options wanted.
+        """Read the table of a file; where it has several, the one under the options wanted.
 
-        wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, `mps`, and `shape` (`"1x3x160x160"`, or one
-        for each input).
-        Of those left, the ones of this network (a fingerprint) are preferred, then the ones that agree with most of the
-        options in `like`.
-        Raises InvalidInput (absent, truncated, foreign; no table under these options, or several: then it lists them) or
-        IncompatibleTables (another schema).
+        Of those left, the ones of this network are preferred, then the ones that agree with most of the options in `like`.
+
+        Args:
+            path: file that `hwsearch profile` or `save` wrote.
+            network: fingerprint of the network to prefer.
+            like: options to prefer.
+            **wanted: `threads`, `batch`, `base`, `load`, `residual`, `cpus`, `clocks`, `mps`, `int8_bits`, `unsigned`, and `shape`
+                (`"1x3x160x160"`, or one for each input).
+
+        Returns:
+            The table.
+
+        Raises:
+            InvalidInput: absent, truncated or foreign; no table under these options, or several: then it lists them.
+            IncompatibleTables: another schema.
         """
         found = LatencyTable.sections(path, **wanted)
         found = [t for t in found if t.network.fingerprint == network] or found
@@ -220,7 +324,19 @@ class LatencyTable:
 
     @staticmethod
     def sections(path: str | Path, **wanted: Any) -> list[LatencyTable]:
-        """Every table of a file, or those under the options wanted, which are at least one. Raises as `load`."""
+        """Read every table of a file, or those under the options wanted.
+
+        Args:
+            path: file that `hwsearch profile` or `save` wrote.
+            **wanted: as for `load`.
+
+        Returns:
+            At least one table.
+
+        Raises:
+            InvalidInput: absent, truncated, foreign or damaged; no table under these options.
+            IncompatibleTables: another schema.
+        """
         tables = []
         for data, rows in read_sections(path, (SCHEMA, *OLDER), WHOLE):
             header = read_header(data, path)
@@ -241,7 +357,18 @@ class LatencyTable:
         self, *, device: Mapping[str, Any] | None = None, network: Network | None = None, backend: str | None = None,
         options: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Raises IncompatibleTables, naming what differs, unless the table is of this device, network and setup."""
+        """Insist that the table is of this device, network and setup; what is None is not compared.
+
+        Args:
+            device: what a fingerprint of the device holds.
+            network: the network, without its weights.
+            backend: name of the backend.
+            options: threads, batch, base and the others.
+            versions: of the runtime's packages.
+
+        Raises:
+            IncompatibleTables: one of them differs; the message names it.
+        """
         h = self.header
         pairs: list[tuple[str, Any, Any]] = []
         if device is not None:
@@ -269,7 +396,14 @@ class LatencyTable:
                 )
 
     def require_beside(self, header: Header) -> None:
-        """Raises IncompatibleTables unless a table of this header may be in one file with this one."""
+        """Insist that a table may be in one file with this one.
+
+        Args:
+            header: that of the other table.
+
+        Raises:
+            IncompatibleTables: it is of another model, device, backend or runtime.
+        """
         self.require(device=header.device, backend=header.backend, versions=header.versions)
         if self.network.model != header.network.model:
             raise IncompatibleTables(
@@ -278,7 +412,11 @@ class LatencyTable:
             )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a build: role, base, time and interval in ms, stability, counts of variants."""
+        """One row a build.
+
+        Returns:
+            Role, base, time and interval in ms, stability, number of samples, energy in mJ where it was read, counts of variants.
+        """
         import pandas as pd
 
         scale = self.header.reference_ns / 1e6

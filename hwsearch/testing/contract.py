@@ -217,7 +217,15 @@ class BackendContract:
     """
 
     def backend_for(self, backend: Backend, lowering: Lowering) -> Backend:
-        """The backend to build this network on."""
+        """The backend to build a network on.
+
+        Args:
+            backend: that of the fixture.
+            lowering: the network.
+
+        Returns:
+            The same backend, unless a subclass has one for this network.
+        """
         return backend
 
     def _setup(self, backend: Backend, network: str, base: str | None = None) -> Setup:
@@ -226,18 +234,21 @@ class BackendContract:
     # ---- what it says of itself
 
     def test_versions_are_named(self, backend: Backend) -> None:
+        """Tables of two versions of a runtime can be told apart."""
         assert backend.versions(), (
             "versions() is empty; tables could not tell two versions of the runtime apart"
         )
         assert all(k and v for k, v in backend.versions().items())
 
     def test_keeps_the_protocol(self, backend: Backend) -> None:
+        """Backend and engine have all that the protocols ask for."""
         assert isinstance(backend, Backend)
         assert isinstance(
             self._setup(backend, "residual").build(uniform(small_network("residual").network, "fp32"))[0], Engine
         )
 
     def test_variants_begin_with_the_base(self, backend: Backend) -> None:
+        """Each base comes first among its variants, none is there twice."""
         assert backend.bases(), "bases() is empty"
         for base in backend.bases():
             assert backend.variants(base)[0] == Variant(base)
@@ -258,12 +269,15 @@ class BackendContract:
             )
 
     def test_residual_network(self, backend: Backend) -> None:
+        """A residual CNN computes right in every variant, and its nodes name its units."""
         self._check_network(backend, "residual")
 
     def test_attention_network(self, backend: Backend) -> None:
+        """So does a transformer block."""
         self._check_network(backend, "attention")
 
     def test_network_of_two_inputs(self, backend: Backend) -> None:
+        """So does a network of two inputs and two outputs."""
         self._check_network(backend, "two_inputs")
 
     def test_weights_stored_in_int8(self, backend: Backend) -> None:
@@ -355,6 +369,7 @@ class BackendContract:
     # ---- inputs and errors
 
     def test_other_shapes_and_counts_are_refused(self, backend: Backend) -> None:
+        """Inputs of another shape or number raise InvalidInput."""
         setup = self._setup(backend, "two_inputs")
         engine, _ = setup.build(uniform(setup.network, setup.options.base))
         first, second = setup.lowering.arrays()
@@ -365,10 +380,12 @@ class BackendContract:
         assert len(engine.outputs) == 2
 
     def test_garbage_is_refused(self, backend: Backend) -> None:
+        """What is no ONNX raises BackendUnavailable."""
         for data in (b"", b"this is no ONNX", bytes(range(256)) * 8):
             _raises(BackendUnavailable, backend.build, data, BuildOptions(1, backend.bases()[0]))
 
     def test_unknown_base_is_refused(self, backend: Backend) -> None:
+        """A base precision that is not offered raises BackendUnavailable."""
         setup = self._setup(backend, "residual")
         data = setup.onnx(uniform(setup.network, "fp32")).SerializeToString()
         _raises(BackendUnavailable, setup.backend.build, data, BuildOptions(1, "fp3"))
@@ -376,6 +393,7 @@ class BackendContract:
     # ---- engines in use
 
     def test_runs_repeat(self, backend: Backend) -> None:
+        """The same inputs give the same outputs after runs."""
         setup = self._setup(backend, "residual")
         engine, _ = setup.build(uniform(setup.network, setup.options.base))
         inputs = setup.lowering.arrays()
@@ -386,6 +404,7 @@ class BackendContract:
         assert_close(engine(*inputs), before, 1e-6, "after three runs")
 
     def test_outputs_stay(self, backend: Backend) -> None:
+        """A later call leaves the outputs of an earlier one as they are."""
         setup = self._setup(backend, "two_inputs")
         engine, _ = setup.build(uniform(setup.network, setup.options.base))
         inputs = setup.lowering.arrays()
@@ -397,6 +416,7 @@ class BackendContract:
             assert not np.array_equal(other, copy), "other inputs gave the same outputs"
 
     def test_inputs_stay(self, backend: Backend) -> None:
+        """An engine does not write on its inputs."""
         setup = self._setup(backend, "residual")
         engine, _ = setup.build(uniform(setup.network, setup.options.base))
         inputs = setup.lowering.arrays()
@@ -407,6 +427,7 @@ class BackendContract:
         )
 
     def test_two_engines_at_once(self, backend: Backend) -> None:
+        """Two engines of one process do not disturb each other."""
         setup = self._setup(backend, "residual")
         lowest = setup.backend.variants(setup.options.base)[-1]
         one, _ = setup.build(uniform(setup.network, setup.options.base))

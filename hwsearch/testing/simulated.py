@@ -42,12 +42,18 @@ class Size:
 class LatencyLaw:
     """T(a) = rest + sum over units t[u, precision] * stairs[u] + sum over edges (fixed + per_byte * bytes)[class pair].
 
-    All in ns. units: unit -> {`Variant.executed`: time of all its calls at whole widths}. boundaries: class pair -> (ns, ns
-    for each byte of the edge's fp32 tensor); a pair that is not there costs nothing. rest_ns: paid by the whole network only.
-    end_ns: paid by a unit for each of its edges that leads out of a part of the network (layout changes), hidden in its node.
-    dispatch_ns: paid by every inference, in no node. node_ns: paid by every node, as where threads wait for each other after each.
-    whole: of each unit, the size that `units` is the time of. A narrower one takes the share that is left of its input
-    channels times that of its output channels, both rounded up to GRAIN: a staircase.
+    All in ns. A narrower unit takes the share that is left of its input channels times that of its output channels, both rounded up
+    to GRAIN: a staircase.
+
+    Args:
+        units: unit -> {`Variant.executed`: time of all its calls at whole widths}.
+        edges: those of the network.
+        boundaries: class pair -> (ns, ns for each byte of the edge's fp32 tensor); a pair that is not there costs nothing.
+        rest_ns: paid by the whole network only.
+        end_ns: paid by a unit for each of its edges that leads out of a part of the network (layout changes), hidden in its node.
+        dispatch_ns: paid by every inference, in no node.
+        node_ns: paid by every node, as where threads wait for each other after each.
+        whole: of each unit, the size that `units` is the time of.
     """
 
     units: Mapping[str, Mapping[str, float]]
@@ -67,7 +73,17 @@ class LatencyLaw:
         precisions: Sequence[str] = ("fp32", "int8"),
         unit_ns: float = 50_000.0,
     ) -> LatencyLaw:
-        """Units of about `unit_ns`, equal where their signatures are; boundaries that cost a large part of a unit."""
+        """Draw a law: units equal where their signatures are, boundaries that cost a large part of a unit.
+
+        Args:
+            network: the network to have a law for.
+            seed: of the draw.
+            precisions: those that units execute in.
+            unit_ns: about the time of a unit in fp32.
+
+        Returns:
+            The law.
+        """
         rng = np.random.default_rng(seed)
         speed = dict.fromkeys(precisions, (0.4, 0.7)) | {"fp32": (1.0, 1.0), "int8": (0.25, 0.8)}
         of_signature: dict[str, dict[str, float]] = {}
@@ -90,19 +106,43 @@ class LatencyLaw:
         )
 
     def stairs(self, unit: str, sizes: Mapping[str, Size]) -> float:
-        """Of its time at whole widths what a unit takes."""
+        """The share of its time at whole widths that a unit takes.
+
+        Args:
+            unit: its name.
+            sizes: sizes of the units that may be narrower.
+
+        Returns:
+            1 where the unit is not in `sizes`.
+        """
         if unit not in sizes:
             return 1.0
         own, dense = (math.prod(-(-n // GRAIN) for n in s.channels) for s in (sizes[unit], self.whole[unit]))
         return own / dense
 
     def boundary_ns(self, edge: Edge, pair: Pair) -> float:
-        """What one edge costs between units of these classes."""
+        """What one edge costs between units of two classes.
+
+        Args:
+            edge: the edge.
+            pair: whether its producer and its consumer quantize.
+
+        Returns:
+            Time in ns.
+        """
         fixed, per_byte = self.boundaries.get(pair, (0.0, 0.0))
         return fixed + per_byte * edge.tensor_bytes
 
     def time_ns(self, precisions: Mapping[str, str], sizes: Mapping[str, Size] | None = None) -> float:
-        """Time of a network of these units, each in its precision and size; of the whole one if all are there."""
+        """Time of a network of some units; of the whole one if all are there.
+
+        Args:
+            precisions: unit -> what it executes in.
+            sizes: of the units that are narrower.
+
+        Returns:
+            Time of one inference in ns.
+        """
         return self.dispatch_ns + sum(node.time_ns for node in self.nodes(precisions, sizes=sizes))
 
     def nodes(
@@ -114,7 +154,14 @@ class LatencyLaw:
         """What a runtime would record: a node for each unit, and a conversion node for every other edge.
 
         The boundaries of the edges between are folded into the unit that consumes them, as runtimes do at will.
-        sources: for each unit the names of its ONNX nodes. sizes: of the units that are narrower.
+
+        Args:
+            precisions: unit -> what it executes in.
+            sources: for each unit the names of its ONNX nodes.
+            sizes: of the units that are narrower.
+
+        Returns:
+            The nodes with their times.
         """
         sizes = sizes or {}
         times = {u: self.units[u][precision] * self.stairs(u, sizes) for u, precision in precisions.items()}
@@ -150,7 +197,15 @@ class LatencyLaw:
 
 
 def sizes_of(network: Network, widths: Mapping[str, int] | None = None) -> dict[str, Size]:
-    """The size of each unit at some widths."""
+    """The size of each unit at some widths.
+
+    Args:
+        network: the network.
+        widths: slots kept of each channel group; whole where a group is not there.
+
+    Returns:
+        Unit -> size.
+    """
     units = [network.unit_at(u.name, widths or {}) for u in network.units]
     return {u.name: Size(u.weight_shape[:2], math.prod(u.output_shape)) for u in units}
 
@@ -193,7 +248,14 @@ class Behaviour(TypedDict, total=False):
 class SimulatedBackend:
     """Keeps `hwsearch.backends.base.Backend` without a runtime; its engines advance `clock` instead of taking time.
 
-    Outputs are computed by `onnx.reference`, in fp32 whatever the base. Its keyword arguments are those of `Behaviour`.
+    Outputs are computed by `onnx.reference`, in fp32 whatever the base.
+
+    Args:
+        law: the time of every network.
+        behaviour: what differs from a quiet device with fp32 and int8; see `Behaviour`.
+
+    Raises:
+        TypeError: an argument that `Behaviour` does not have.
     """
 
     name = "simulated"
@@ -220,27 +282,72 @@ class SimulatedBackend:
             raise TypeError(f"a simulated backend has no {', '.join(sorted(unknown))}")
 
     def clock(self) -> int:
-        """Simulated ns since the backend was made."""
+        """Simulated time since the backend was made.
+
+        Returns:
+            Time in ns.
+        """
         return round(self._now_ns)
 
     def advance(self, time_ns: float) -> None:
-        """Let simulated time pass."""
+        """Let simulated time pass.
+
+        Args:
+            time_ns: how much, in ns.
+        """
         self._now_ns += time_ns
 
     def jitter(self, deviation: float) -> float:
-        """A random factor with median 1 and about this relative standard deviation."""
+        """A random factor with median 1.
+
+        Args:
+            deviation: about its relative standard deviation.
+
+        Returns:
+            1 where the deviation is 0.
+        """
         return float(np.exp(deviation * self._rng.standard_normal())) if deviation else 1.0
 
     def versions(self) -> Mapping[str, str]:
+        """Versions of what it runs on.
+
+        Returns:
+            A version that never changes.
+        """
         return {"simulated": "1"}
 
     def bases(self) -> tuple[str, ...]:
+        """Base precisions, as it was made with.
+
+        Returns:
+            Their names, the one to prefer first.
+        """
         return self._bases
 
     def variants(self, base: str) -> tuple[Variant, ...]:
+        """What units may ask for under a base.
+
+        Args:
+            base: the base precision.
+
+        Returns:
+            The base, int8 where it is offered, then what else was given.
+        """
         return Variant(base), *self._more
 
     def build(self, onnx: bytes, options: BuildOptions) -> SimulatedEngine:
+        """Compile a network; simulated time passes.
+
+        Args:
+            onnx: a serialised ONNX model.
+            options: its base has to be one of `bases`.
+
+        Returns:
+            The compiled network.
+
+        Raises:
+            BackendUnavailable: this build was to fail, the base is not offered, or the network is not of the law.
+        """
         number, self.builds = self.builds, self.builds + 1
         self.advance(self.build_ns)
         if number in self.failing:
@@ -253,7 +360,16 @@ class SimulatedBackend:
 
 
 class SimulatedEngine:
-    """A network whose units are in the precisions that its Q/DQ says, on a SimulatedBackend's clock."""
+    """A network whose units are in the precisions that its Q/DQ says, on a SimulatedBackend's clock.
+
+    Args:
+        backend: the device.
+        data: a serialised ONNX model.
+        options: how to compile it.
+
+    Raises:
+        BackendUnavailable: the network cannot be read, or has units that are not of the law.
+    """
 
     def __init__(self, backend: SimulatedBackend, data: bytes, options: BuildOptions) -> None:
         self._backend, self._data = backend, data
@@ -281,6 +397,7 @@ class SimulatedEngine:
 
     @property
     def size_bytes(self) -> int:
+        """Size of the ONNX model."""
         return len(self._data)
 
     @cached_property
@@ -302,15 +419,35 @@ class SimulatedEngine:
         return ReferenceEvaluator(model, new_ops=[dynamic_quantize()])
 
     def __call__(self, *arrays: Array) -> list[Array]:
+        """Run one inference; simulated time passes.
+
+        Args:
+            *arrays: inputs of exactly the shapes of `inputs`.
+
+        Returns:
+            Outputs, in fp32 whatever the base.
+
+        Raises:
+            InvalidInput: another count or other shapes.
+        """
         checked = check_arrays(arrays, self.inputs)
         self.run()
         feed = {spec.name: array for spec, array in zip(self.inputs, checked, strict=True)}
         return [np.array(value) for value in self._reference.run(None, feed)]
 
     def prepare(self, *arrays: Array) -> None:
+        """Set the inputs that `run` uses.
+
+        Args:
+            *arrays: as for a call.
+
+        Raises:
+            InvalidInput: another count or other shapes.
+        """
         self._prepared = check_arrays(arrays, self.inputs)
 
     def run(self) -> None:
+        """One inference: simulated time passes, nothing is computed."""
         drift = self._backend.drift(self._backend.clock() / 1e9) if self._backend.drift else 1.0
         time_ns = self.time_ns * drift * self._backend.jitter(self._backend.noise)
         self._backend.advance(time_ns)
@@ -318,6 +455,14 @@ class SimulatedEngine:
             self._backend.joules += time_ns * 1e-9 * self.power
 
     def nodes(self, runs: int = 20) -> list[NodeTime]:
+        """What a runtime would record.
+
+        Args:
+            runs: ignored: the clock needs no mean.
+
+        Returns:
+            Nodes with their times, in ns.
+        """
         sources: dict[str, tuple[str, ...]] = {}
         for node in self._model.graph.node:
             unit, own = unit_of(node.name)

@@ -1,0 +1,38 @@
+"""A task file to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hwsearch.errors import InvalidInput
+
+NAME = "task.py"
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", file_okay=False, help="Folder for task.py; made if it is not there.")
+    ] = Path(),
+) -> None:
+    """Write a task file to start from. It has a comment for each field, and runs as it is.
+
+    Example: `hwsearch init`, then `hwsearch run task.py:make_task --budget latency=50% --out out`.
+    """
+    path = folder / NAME
+    if path.exists() or path.is_symlink():
+        raise InvalidInput(f"{path} exists and is not overwritten; give another folder, or move the file away")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template())
+    except FileExistsError:
+        raise InvalidInput(f"{path} exists and is not overwritten; give another folder") from None
+    print(f"{path}: edit it, or run it as it is:\nhwsearch run {path}:make_task --budget latency=50% --out {folder / 'out'}")
+
+
+def template() -> str:
+    """The text of the task file."""
+    return Path(__file__).with_name("task_template.py").read_text(encoding="utf-8")
