@@ -195,7 +195,7 @@ def _fused_groups(build: Build) -> dict[str, str]:
     return {name: root(name) for node in build.nodes for name in node.units}
 
 
-POOL, OWN = 0.03, 0.01
+POOL, OWN = 0.1, 0.03
 """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
 
 
