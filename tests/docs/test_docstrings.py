@@ -79,7 +79,7 @@ def parameters(value: Any) -> list[str]:
     return [name for name in inspect.signature(value).parameters if name not in ("self", "cls")]
 
 
-@pytest.mark.parametrize("value", public())
+@pytest.mark.parametrize("value", list(public()))
 def test_a_public_docstring_tells_all(value: Any) -> None:
     if file_of(value) in OTHERWISE:
         return
