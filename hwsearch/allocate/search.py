@@ -76,8 +76,19 @@ def search(
         solution = _solve_with_reserve(space, limits, kappa)
     except Infeasible as error:
         in_shares = _in_shares(error, parsed, space.dense, wanted, limits)
-        raise _with_sizes(in_shares, space, limits) from None
+        raise _cut_short(_with_sizes(in_shares, space, limits), table) from None
     return as_allocation(space, solution, parsed, wanted)
+
+
+def _cut_short(error: Infeasible, table: LatencyTable) -> Infeasible:
+    """The same error, with how to go on where it is only of the widths that a profile had time for."""
+    if not table.header.cut_short or set(error.least) <= {"size", "macs", "memory"}:
+        return error
+    return Infeasible(
+        f"{error}. This is the least known so far: the profile ended at its time limit, and "
+        f"`hwsearch profile {table.header.task or 'TASK'} -o TABLE` with a longer --time-limit goes on with the table",
+        error.least,
+    )
 
 
 def _with_sizes(error: Infeasible, space: Space, limits: Mapping[str, int]) -> Infeasible:

@@ -16,8 +16,9 @@ PROBE_SHARE = 0.4
 def find_grid(recorder: Recorder, limit: TimeLimit) -> None:
     """Probe widths of every group, and keep those that are faster than every wider one kept.
 
-    Every group is probed at its narrowest width first, then half-way, and so on: where the time runs out, all have a
-    few steps. A longer profile goes on with the widths that are missing.
+    Every group is probed at its narrowest width first, whatever the time limit, as without it the least that can be met is not
+    known; then half-way, and so on: where the time runs out, all have a few steps. A longer profile goes on with the widths that
+    are missing.
     """
     network, base = recorder.setup.network, recorder.setup.options.base
     tried = {g: candidate_widths(n) for g, n in network.channels.items()}
@@ -42,7 +43,7 @@ def find_grid(recorder: Recorder, limit: TimeLimit) -> None:
             for number, variants in enumerate(uniforms if widths else ()):
                 if (tuple(probe.values()), number == 0) in done:
                     continue
-                if limit.late(PROBE_SHARE):
+                if turn and limit.late(PROBE_SHARE):
                     break
                 missing = True
                 recorder.measure("uniform" if number else "reference", Candidate(variants, network.channels))

@@ -97,6 +97,11 @@ class Header:
         return bool(self.section["unsigned"])
 
     @property
+    def cut_short(self) -> bool:
+        """Whether the time limit ended the design before it was content: widths and errors may be missing."""
+        return not self.design.get("enough", True)
+
+    @property
     def int8(self) -> Int8:
         """How the device and runtime took int8."""
         return Int8(self.int8_bits, self.unsigned)

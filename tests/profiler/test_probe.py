@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from profiling import narrow_law, narrow_setup, run_widths
 
+from hwsearch.allocate.search import search
+from hwsearch.errors import Infeasible
 from hwsearch.latency.model import fit
 from hwsearch.latency.staircase import staircase
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.variants import uniform
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
@@ -36,6 +39,29 @@ def test_the_time_limit_ends_the_search_for_a_grid() -> None:
     table = run_widths(narrow_setup(backend), None, time_limit_s=20.0)
     assert backend.clock() < 30e9
     assert fit(table).predict(uniform(table.network, "int8")).time_ns > 0
+
+
+def test_every_group_has_its_narrowest_width_however_early_the_time_limit_ends() -> None:
+    """Else "the least that can be met" would be that of a table without widths."""
+    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+    table = run_widths(narrow_setup(backend), None, time_limit_s=0.1)
+    assert {g: steps[0] for g, steps in table.grid().items()} == table.network.channels
+    assert {g: steps[-1] for g, steps in table.grid().items()} == {"stem": 8, "conv1": 8, "conv3": 4}
+    assert table.header.cut_short
+    zero = SensitivityTable(
+        table.network,
+        {u: dict.fromkeys((*vs, "dense.fp32"), 0.0) for u, vs in table.offered().items()},
+        1,
+        "kl",
+        False,
+        width_loss={g: dict.fromkeys(steps, 0.0) for g, steps in table.grid().items()},
+        order={g: tuple(range(n)) for g, n in table.network.channels.items()},
+    )
+    with pytest.raises(Infeasible, match=r"least known so far: .* ended at its time limit, and `hwsearch profile"):
+        search(table, zero, ["latency=1ns"])
+    with pytest.raises(Infeasible) as of_size:
+        search(table, zero, ["size=1B"])
+    assert "time limit" not in str(of_size.value), "sizes are known without a profile"
 
 
 def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
