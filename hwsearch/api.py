@@ -26,7 +26,7 @@ from hwsearch.network.variants import STORAGE as IN_INT8
 from hwsearch.plot import plot_front
 from hwsearch.profiler.profile import Effort
 from hwsearch.profiler.profile import profile as measure_table
-from hwsearch.profiler.reshape import own_shapes, reshaped
+from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress
 from hwsearch.table.section import Shapes
@@ -93,7 +93,7 @@ def profile(
     runtime = backends.get(backend)
     if shape is not None and shape != ():
         task = reshaped(task, shape)
-        own = own_shapes(task)[0][0]
+        own = example_shapes(task)[0][0]
         if batch not in (None, own):
             raise InvalidInput(f"the shape is of batch {own}, not {batch}; give only one of the two")
         batch = own

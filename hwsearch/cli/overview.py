@@ -10,8 +10,8 @@ from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import fit, validate
 from hwsearch.network.memory import peak_bytes
 from hwsearch.network.variants import Variant, legal, uniform
-from hwsearch.table.build import Build
-from hwsearch.table.header import SANDWICHED
+from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.parquet import KIND
 from hwsearch.table.table import SCHEMA, LatencyTable, usable
 
@@ -59,8 +59,8 @@ def memory(table: LatencyTable) -> dict[str, int | str]:
 
 def quality(table: LatencyTable) -> dict[str, float] | None:
     """Errors on the held-out builds, of the model and without boundary terms; None where nothing can be fitted."""
-    heldout = [b for b in usable(table) if b.role == "heldout"]
-    if table.header.mode != "context" or not heldout or len(usable(table)) - len(heldout) < 2:
+    heldout = [b for b in usable(table) if b.role == Role.HELDOUT]
+    if table.header.mode != Mode.CONTEXT or not heldout or len(usable(table)) - len(heldout) < 2:
         return None
     found = validate(fit(table), heldout)
     additive = validate(fit(table, boundaries=False), heldout)
@@ -124,7 +124,7 @@ def summary(table: LatencyTable) -> str:
         f"builds     {roles}; {sum(b.unstable for b in table.builds)} unstable, {disturbed(table)} on a disturbed machine, "
         f"{sum(not b.as_asked() for b in table.builds)} not executed as asked",
     ]
-    dense = next((b for b in table.builds if b.role == "dense"), None)
+    dense = next((b for b in table.builds if b.role == Role.DENSE), None)
     for role, what in (
         ("dense", "dense fp32"),
         ("reference", f"all {h.options.get('base')}"),
@@ -133,7 +133,7 @@ def summary(table: LatencyTable) -> str:
         for build in [b for b in table.builds if b.role == role][:1]:
             what = what or f"all {build.leading}"
             share = (
-                f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != "dense" else ""
+                f", {build.ratio / dense.ratio:.1%} of dense" if dense is not None and role != Role.DENSE else ""
             )
             width = (build.high - build.low) / 2 / build.ratio
             lines.append(
@@ -147,7 +147,7 @@ def summary(table: LatencyTable) -> str:
     ]
     lines.append(f"memory     {', '.join(sizes)} of activations at most ({peaks['source']})")
     lines += _gpu(table)
-    if h.mode == SANDWICHED:
+    if h.mode == Mode.SANDWICHED:
         lines += _sums(table)
     found = quality(table)
     if found is not None:
@@ -180,7 +180,7 @@ def section_rows(tables: Sequence[LatencyTable]) -> list[dict[str, Any]]:
     """Of each table of a file what it was measured under, how many builds it has and the dense network's time."""
     rows = []
     for table in tables:
-        dense = any(b.role == "dense" for b in table.builds)
+        dense = any(b.role == Role.DENSE for b in table.builds)
         rows.append(
             {
                 "options": dict(table.header.options),

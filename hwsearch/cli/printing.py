@@ -114,7 +114,7 @@ def sections(tables: Sequence[LatencyTable], machine: bool) -> None:
 
 
 def diagnosis(diagnosed: Diagnosis, machine: bool) -> None:
-    """Errors, how well sigma foretells them, and what they go with."""
+    """Errors, how well sigma predicts them, and what they go with."""
     if machine:
         as_json(diagnosed.to_json())
     else:

@@ -70,12 +70,12 @@ def table_of_task(
     path: str | Path, task: Task, *, batch: int | None = None, **wanted: Any
 ) -> LatencyTable:
     """The table in a file that is of a task's own input shapes, where it has several; wanted: as `LatencyTable.load`."""
-    from hwsearch.profiler.reshape import own_shapes
+    from hwsearch.profiler.reshape import example_shapes
     from hwsearch.table.section import only
     from hwsearch.table.table import LatencyTable
 
     tables = LatencyTable.sections(path, batch=batch, **wanted)
-    sizes = [shape if batch is None else (batch, *shape[1:]) for shape in own_shapes(task)]
+    sizes = [shape if batch is None else (batch, *shape[1:]) for shape in example_shapes(task)]
     fitting = [t for t in tables if list(t.network.input_shapes) == sizes] or tables
     return fitting[only([t.header.section for t in fitting], path)]
 

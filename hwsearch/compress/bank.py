@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 COMBINATIONS = 64
 """Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
 VERSION = 2
+_WEIGHT, _BIAS = "|weight", "|bias"
 
 
 class WeightBank:
@@ -136,6 +137,24 @@ class WeightBank:
             self._memory[unit, name] = entry
         return entry["weight"], entry.get("bias")
 
+    def allocation(
+        self, variants: Mapping[str, Variant], widths: Mapping[str, int], make: Callable[[], Weights]
+    ) -> Weights:
+        """Weights of a whole allocation: those that an earlier process left in the folder, else made, and left there."""
+        if self.folder is None:
+            return make()
+        chosen = [sorted((u, str(v)) for u, v in variants.items()), sorted(widths.items())]
+        name = hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
+        path = self.folder / "allocations" / f"{name}.safetensors"
+        if (kept := _loaded(path)) is not None:
+            units = {key.removesuffix(_WEIGHT) for key in kept if key.endswith(_WEIGHT)}
+            return {unit: (kept[unit + _WEIGHT], kept.get(unit + _BIAS)) for unit in units}
+        made = make()
+        tensors = {unit + _WEIGHT: weight for unit, (weight, _) in made.items()}
+        tensors |= {unit + _BIAS: bias for unit, (_, bias) in made.items() if bias is not None}
+        write_bytes(path, save_tensors({key: t.detach().contiguous().clone() for key, t in tensors.items()}))
+        return made
+
     def _path(self, unit: str, name: str) -> Path:
         assert self.folder is not None
         number = next(i for i, u in enumerate(self.traced.network.units) if u.name == unit)
@@ -146,12 +165,7 @@ class WeightBank:
         )
 
     def _load(self, unit: str, name: str) -> dict[str, torch.Tensor] | None:
-        if self.folder is None or not self._path(unit, name).exists():
-            return None
-        try:
-            return dict(load_tensors(self._path(unit, name).read_bytes()))
-        except SafetensorError:
-            return None
+        return None if self.folder is None else _loaded(self._path(unit, name))
 
     def _make(self, unit: str, name: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
         made = self._refitted(unit, widths, int8)
@@ -261,3 +275,13 @@ class WeightBank:
         finally:
             if progress is not None:
                 progress.stop()
+
+
+def _loaded(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file; None where it is not there, or damaged: it is made again then."""
+    if not path.exists():
+        return None
+    try:
+        return dict(load_tensors(path.read_bytes()))
+    except SafetensorError:
+        return None

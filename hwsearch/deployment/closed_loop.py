@@ -12,7 +12,7 @@ from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.search import KAPPA, as_limits, search
 from hwsearch.compress.bank import WeightBank
-from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
+from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_variants
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
@@ -23,6 +23,7 @@ from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import AXES
 from hwsearch.progress import Progress
+from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable
 
 MAX_ROUNDS = 5
@@ -140,12 +141,13 @@ class _Trial:
         """Deploy and measure the answer of a round; the table, with the build, is saved."""
         if self._bank is None and allocation.narrow:
             self._bank = weight_bank(self.setup.lowering, self.weights, self.order)
-        deployed = as_deployed(self.setup, allocation, self._bank)
+        bank = self._bank if allocation.narrow else bank_of(self.setup, allocation, self.weights)
+        deployed = as_deployed(self.setup, allocation, bank)
         deploy(self.setup.lowering.task, allocation, self._path(number), setup=deployed)
         report, build = measure_allocation(
             self.session, allocation, deployed, table=table, budgets=self.budgets, rounds=number
         )
-        table = table.with_build(replace(build, role="deployed"))
+        table = table.with_build(replace(build, role=Role.DEPLOYED))
         if report.wrong_units:
             table = table.with_header(unsupported=_without_wrong(table, allocation, report.wrong_units))
         table.save(self.folder / "table.parquet")

@@ -118,8 +118,7 @@ def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None =
         int8_bits=int8_bits_of(allocation),
     )
     check_allocation(allocation, whole.network)
-    bank = weight_bank(whole, weights, allocation.slots) if allocation.narrow else None
-    return _refitted(whole, allocation, bank)
+    return _refitted(whole, allocation, _bank(whole, allocation, weights))
 
 
 def as_deployed(setup: Setup, allocation: Allocation, bank: WeightBank | None = None) -> Setup:
@@ -130,7 +129,7 @@ def as_deployed(setup: Setup, allocation: Allocation, bank: WeightBank | None = 
 
 def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
-        return refitted(lowering, parse_variants(allocation))
+        return refitted(lowering, parse_variants(allocation), bank=bank)
     if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
         raise IncompatibleTables(
             "the allocation is of other channel groups than the network has; search again"
@@ -140,8 +139,13 @@ def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | Non
 
 
 def bank_of(setup: Setup, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
-    """The weights that an allocation is put together from, kept in `folder`."""
-    return weight_bank(setup.lowering, folder, allocation.slots) if allocation.narrow else None
+    """The weights that an allocation is put together from, and its own once they are refitted, kept in `folder`."""
+    return _bank(setup.lowering, allocation, folder)
+
+
+def _bank(lowering: Lowering, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
+    needed = allocation.narrow or folder is not None
+    return weight_bank(lowering, folder, allocation.slots) if needed else None
 
 
 def parse_variants(allocation: Allocation) -> dict[str, Variant]:

@@ -20,9 +20,10 @@ from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import fit
 from hwsearch.loading import load
 from hwsearch.network.choices import RESIDUAL
-from hwsearch.profiler.reshape import own_shapes, reshaped
+from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.progress import Progress
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable, usable
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def recheck(
         DeviceBusy: another profile runs on this device.
         BackendUnavailable: the runtime is not installed.
     """
-    if table.header.mode != "context":
+    if table.header.mode != Mode.CONTEXT:
         raise InvalidInput("the table was made layer by layer; only one made in context can be checked")
     if task is None:
         if not table.header.task.startswith("zoo:"):
@@ -138,7 +139,7 @@ def recheck(
             )
         task = load(table.header.task)
     options, shapes = table.header.options, table.network.input_shapes
-    if len(shapes) == len(own_shapes(task)) and [s[1:] for s in shapes] != [s[1:] for s in own_shapes(task)]:
+    if len(shapes) == len(example_shapes(task)) and [s[1:] for s in shapes] != [s[1:] for s in example_shapes(task)]:
         with suppress(InvalidInput):  # a task of another network, which is refused below
             task = reshaped(task, shapes)  # as `profile --shape` made it
     chosen = backend or table.header.backend
@@ -162,7 +163,7 @@ def spread_builds(table: LatencyTable, count: int) -> list[Build]:
     """Some of a table's builds, from the slowest to the fastest at even steps, no allocation twice."""
     first: dict[Any, Build] = {}
     for build in usable(table):
-        if build.role not in ("reference", "deployed"):  # a deployed one kept other slots, with other weights
+        if build.role not in (Role.REFERENCE, Role.DEPLOYED):  # a deployed one kept other slots, with other weights
             first.setdefault(build.key, build)
     ranked = sorted(first.values(), key=lambda b: -b.ratio)
     if not ranked or count < 1:
@@ -198,8 +199,8 @@ def measure_again(
     for number, build in enumerate(builds):
         now, nodes = timings[str(number)], table.nodes(build)
         widths = np.hypot((build.high - build.low) / build.ratio, now.width) / 3.92
-        before = model.quiet(build.ratio, nodes, table.slowdown(build))
-        after = model.quiet(now.ratio, nodes, now.quiet_ns / table.quiet_ns - 1.0)
+        before = model.on_quiet_machine(build.ratio, nodes, table.slowdown(build))
+        after = model.on_quiet_machine(now.ratio, nodes, now.quiet_ns / table.quiet_ns - 1.0)
         converted = [p.sigma_ns / p.time_ns for p in (before, after)]
         scale = table.header.reference_ns
         again.append(

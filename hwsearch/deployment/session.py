@@ -24,14 +24,14 @@ from hwsearch.engine.setup import Setup
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import evaluating
 from hwsearch.latency.model import LatencyModel, fit
-from hwsearch.latency.regression import MOODS
+from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.loss.divergence import divergence
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.memory import peak_bytes
 from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.profiler.layerwise import sandwich_engine
-from hwsearch.table.build import Build
-from hwsearch.table.header import SANDWICHED
+from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
@@ -66,12 +66,13 @@ class Session:
     """Engines of one task, timed together: the deployed one, the dense one and uniform ones, on one scale.
 
     table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
-    slower than the table's was, times are those of the quiet machine, by what the table tells of slowdowns (`LatencyModel.quiet`).
+    slower than the table's was, times are those of the quiet machine, by what the table knows of slowdowns (see
+    `LatencyModel.on_quiet_machine`).
     """
 
     def __init__(self, setup: Setup, table: LatencyTable | None = None) -> None:
         self.setup, self.table = setup, table
-        if table is not None and table.header.mode == SANDWICHED:
+        if table is not None and table.header.mode == Mode.SANDWICHED:
             self.reference = sandwich_engine(setup)
         else:
             self.reference = reference_engine(setup)
@@ -142,7 +143,7 @@ class Session:
                 variants=job.variants,
                 timing=timings[name],
                 build=replace(
-                    record(setups[name], "deployed", job.variants, job.base, timings[name], *built[name], 0.0),
+                    record(setups[name], Role.DEPLOYED, job.variants, job.base, timings[name], *built[name], 0.0),
                     widths=tuple(setups[name].network.channels.values()),
                 ),
                 engine=built[name][0],
@@ -168,14 +169,14 @@ class Session:
         ratio, slowdown = measured.timing.ratio, self._slowdown(measured.timing)
         if self.table is None or not slowdown:
             return ratio * self.scale_ns
-        return self._model.quiet(ratio, self.table.nodes(measured.build), slowdown).time_ns
+        return self._model.on_quiet_machine(ratio, self.table.nodes(measured.build), slowdown).time_ns
 
     def _slowdown(self, timing: Timing) -> float:
         """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
-        if self.table is None or self.table.header.mode != "context":
+        if self.table is None or self.table.header.mode != Mode.CONTEXT:
             return 0.0
         slowdown = timing.quiet_ns / self.table.quiet_ns - 1.0
-        return slowdown if abs(slowdown) > MOODS else 0.0
+        return slowdown if abs(slowdown) > USUAL_SLOWDOWN else 0.0
 
     @cached_property
     def _model(self) -> LatencyModel:

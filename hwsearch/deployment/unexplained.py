@@ -1,6 +1,6 @@
 """What a report cannot explain: a loss, or a fall of the score, far above the predicted loss; and the likeliest layer.
 
-A sum of losses of single layers foretells that of a whole network to a small factor. Where it is off by more, layers spoil each
+A sum of losses of single layers predicts that of a whole network to a small factor. Where it is off by more, layers spoil each
 other's work, or the calibration data does not show what the network meets, and "met" would be half of the truth.
 """
 
@@ -47,7 +47,7 @@ def unexplained(
     loss: Mapping[str, float],
     score: Mapping[str, float],
 ) -> list[str]:
-    """Sentences for the report and the exit; empty where the measurement is as foretold.
+    """Sentences for the report and the exit; empty where the measurement is as predicted.
 
     setup: the deployed network; whole: the same with all channels. loss: predicted, measured. score: dense, deployed (higher is
     better).

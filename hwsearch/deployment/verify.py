@@ -18,7 +18,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.loss.table import NOT_FINITE
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
-from hwsearch.table.header import SANDWICHED
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 
@@ -54,7 +54,7 @@ def measure_allocation(
     require_energy(budgets, dense)
     bound = bounds(budgets, dense)
     drift = None
-    if table is not None and table.header.mode != SANDWICHED and _parted(measured, allocation):
+    if table is not None and table.header.mode != Mode.SANDWICHED and _parted(measured, allocation):
         drift = session.check(table).to_json()
     loss = {"predicted": allocation.predicted["loss"], "measured": session.loss(own)}
     score = {"dense": session.dense_score, "deployed": session.score(own, "the deployed engine")}

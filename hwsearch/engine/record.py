@@ -19,7 +19,7 @@ from hwsearch.lowering.assemble import bytes_of_units
 from hwsearch.lowering.marked import tensor_names
 from hwsearch.network.network import Network
 from hwsearch.network.variants import STORAGE, Variant, legal, weight_bytes
-from hwsearch.table.build import PARTS, Build
+from hwsearch.table.build import PARTS, Build, Role
 from hwsearch.table.table import LatencyTable
 
 COUNTED_NS = 1e8
@@ -99,7 +99,7 @@ def refusals(
 
 
 def record(
-    setup: Setup, role: str, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
+    setup: Setup, role: Role, allocation: Mapping[str, Variant], base: str, timing: Timing, engine: Engine, model: Any,
     build_s: float,
 ) -> Build:  # fmt: skip
     """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
@@ -108,7 +108,7 @@ def record(
     rows = attribute(engine.nodes(runs), setup.network, tensor_names(model))
     executed = executed_precisions(rows, setup.network)
     deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
-    if role != "alone":
+    if role != Role.ALONE:
         executed = without_fused_floats(executed, rows, allocation, setup.network)
     if role in PARTS:
         executed = tuple(

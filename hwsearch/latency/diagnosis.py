@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import LatencyModel, Validation, noise_floor, summarise
 from hwsearch.latency.regression import error_ns
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 
 Floats = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ SUSPECT = 0.01
 
 
 @dataclass(frozen=True)
-class Point:
+class BuildError:
     """One build: measured and predicted ns, with the standard errors of both, and the causes.
 
     heldout: left out of the fit for good. disturbed: something else slowed the machine down in all rounds of its timing.
@@ -62,7 +62,7 @@ class Diagnosis:
     errors over all points. drift: the share by which times changed against the reference's over the profile.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[BuildError, ...]
     correlations: dict[str, tuple[float, float]]
     quality: Validation
     drift: float = 0.0
@@ -110,22 +110,22 @@ def diagnose(model: LatencyModel) -> Diagnosis:
     number = {id(b): i for i, b in enumerate(table.builds)}
     points = []
     for build, p in model.left_out:
-        if build.role != "reference":  # it is what everything is measured against
+        if build.role != Role.REFERENCE:  # it is what everything is measured against
             points.append((build, p.time_ns, p.sigma_ns))
     for build in table.builds:
-        if build.role == "heldout" and build.as_asked():
+        if build.role == Role.HELDOUT and build.as_asked():
             found = model.predict_build(build)
             points.append((build, found.time_ns, found.sigma_ns))
     made = tuple(
-        Point(
+        BuildError(
             role=b.role, measured_ns=table.time_ns(b), error_ns=error_ns(table, b), predicted_ns=t, sigma_ns=s,
-            heldout=b.role == "heldout", disturbed=table.disturbed(b), causes=_causes(model, b, number[id(b)]),
+            heldout=b.role == Role.HELDOUT, disturbed=table.disturbed(b), causes=_causes(model, b, number[id(b)]),
         )
         for b, t, s in points
     )  # fmt: skip
     if len(made) < 3:
         raise InvalidInput(
-            "the table has too few builds of whole networks that others foretell, or that were held out; profile longer, "
+            "the table has too few builds of whole networks that others predict, or that were held out; profile longer, "
             "and in context"
         )
     errors = np.array([p.error for p in made])

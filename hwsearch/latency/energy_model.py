@@ -3,7 +3,7 @@
 A build's energy is a ratio to the reference's, measured in the same rounds, as its time is. What a node takes is not counted by
 itself: a build's energy is shared out over its nodes by their times, as if it drew the same power all along. That it does not
 is left to the end-to-end equations of all builds and to sigma. On simulated devices whose power depends on the precision
-this foretells new builds better than end-to-end equations alone wherever there are widths, which are built once each; with a
+this predicts new builds better than end-to-end equations alone wherever there are widths, which are built once each; with a
 few cells only, both do. Energies are in nJ wherever the model says ns.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import LatencyModel, fit
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 NANO = 1e9
@@ -28,8 +29,8 @@ def energy_table(table: LatencyTable) -> LatencyTable:
     Raises InvalidInput, saying what is missing, where its profile counted no energy.
     """
     builds = [b for b in map(_as_energy, table.builds) if b is not None and not b.partial]
-    missing = [role for role in ("reference", "dense") if role not in {b.role for b in builds}]
-    if missing or table.header.mode != "context":
+    missing = [role for role in (Role.REFERENCE, Role.DENSE) if role not in {b.role for b in builds}]
+    if missing or table.header.mode != Mode.CONTEXT:
         raise InvalidInput(
             f"a budget on energy needs energies, and the table has none of its {' and '.join(missing) or 'whole networks'}: "
             f"it was profiled where no counter was read ({table.header.device.get('chip')}, {table.header.backend}); "

@@ -19,8 +19,8 @@ from hwsearch.latency.overhead import dispatch_ns
 from hwsearch.latency.regression import Feature, edge_features
 from hwsearch.network.sandwich import Context, contexts, filling
 from hwsearch.network.variants import Variant
-from hwsearch.table.build import Build
-from hwsearch.table.header import SANDWICHED
+from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 UNIT = 0.1
@@ -50,8 +50,8 @@ def layer_terms(table: LatencyTable, base: str | None = None) -> Terms:
     Raises InvalidInput where it holds no layer under that base.
     """
     base = base or str(table.header.options["base"])
-    sandwiched = table.header.mode == SANDWICHED
-    role = "sandwich" if sandwiched else "alone"
+    sandwiched = table.header.mode == Mode.SANDWICHED
+    role = Role.SANDWICH if sandwiched else Role.ALONE
     builds = [b for b in table.builds if b.role == role and b.base == base]
     rest, times = _between(table, builds) if sandwiched else (0.0, _alone(table, builds))
     if times:  # a stored tensor is no work of its own
@@ -79,8 +79,8 @@ def dense_ns(table: LatencyTable) -> tuple[float, float, bool]:
 
     Measured where it was built; a sum over sandwiches where only those were. Raises InvalidInput where there is neither.
     """
-    if table.header.mode != SANDWICHED:
-        build = table.find("dense")
+    if table.header.mode != Mode.SANDWICHED:
+        build = table.find(Role.DENSE)
         return table.time_ns(build), (build.high - build.low) / 3.92 * table.header.reference_ns, False
     terms = layer_terms(table, "fp32")
     index = {f: i for i, f in enumerate(terms.features)}

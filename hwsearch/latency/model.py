@@ -32,10 +32,10 @@ from hwsearch.latency.regression import (
     error_ns,
     slowed,
 )
-from hwsearch.latency.uncertainty import KNOWN, Spread, calibrated, rescaled
+from hwsearch.latency.uncertainty import KNOWN, ErrorScale, calibrated, rescaled
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.header import LAYERED
 from hwsearch.table.table import LatencyTable, usable
 
@@ -52,14 +52,14 @@ class LatencyModel:
     """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
 
     def __init__(
-        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, spread: Spread,
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, error_scale: ErrorScale,
         left_out: Sequence[tuple[Build, Prediction]] = (),
     ) -> None:  # fmt: skip
         self.table = table
         self.index = {f: i for i, f in enumerate(features)}
         self.mean, self.covariance = mean, covariance
         """Posterior of the terms, by `index`, in ns."""
-        self.spread = spread
+        self.error_scale = error_scale
         self.left_out = tuple(left_out)
         """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
         self.network: Network = table.network
@@ -71,7 +71,7 @@ class LatencyModel:
         """
         row = self._row(variants, widths or {})
         time_ns = float(row @ self.mean)
-        return Prediction(time_ns, float(self.spread.sigma(float(row @ self.covariance @ row), time_ns)))
+        return Prediction(time_ns, float(self.error_scale.sigma(float(row @ self.covariance @ row), time_ns)))
 
     def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
         row = np.zeros(len(self.index))
@@ -96,7 +96,7 @@ class LatencyModel:
         off = slowed(self.table.slowdown(build), self.table.nodes(build), build.ratio)
         return replace(found, time_ns=found.time_ns + self.per_node * off * self.table.header.reference_ns)
 
-    def quiet(self, ratio: float, nodes: float, slowdown: float) -> Prediction:
+    def on_quiet_machine(self, ratio: float, nodes: float, slowdown: float) -> Prediction:
         """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
 
         nodes: executed nodes / the reference's. sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
@@ -145,7 +145,7 @@ class LatencyModel:
         """Whether a unit was measured in a variant at some widths."""
         return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self.index
 
-    def foretells(self, build: Build) -> bool:
+    def predicts(self, build: Build) -> bool:
         """Whether every unit of a build was measured as it was built."""
         candidate = self.table.candidate(build)
         return all(self.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
@@ -183,8 +183,8 @@ def fit(
         return layer_sum(table)
     heldout: list[Build] = []
     if builds is None:
-        heldout = [b for b in usable(table) if b.role == "heldout"]
-        builds = [b for b in usable(table) if b.role != "heldout"]
+        heldout = [b for b in usable(table) if b.role == Role.HELDOUT]
+        builds = [b for b in usable(table) if b.role != Role.HELDOUT]
     if len(builds) < 2:
         raise InvalidInput(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
@@ -192,24 +192,25 @@ def fit(
     equations = Equations(table, builds, boundaries)
     prior = equations.prior()
     guess, variances = equations.left_out(*equations.solve(prior))
-    spread = calibrated(builds, guess, variances, equations.measured, equations.errors)
+    error_scale = calibrated(builds, guess, variances, equations.measured, equations.errors)
     known = np.sqrt(variances) < KNOWN * guess
-    each = zip(builds, guess, spread.sigma(variances, guess), known, strict=True)
+    each = zip(builds, guess, error_scale.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
-    model = solved(table, equations, prior, spread, left_out)
-    if heldout := [b for b in heldout if model.foretells(b)]:
+    model = solved(table, equations, prior, error_scale, left_out)
+    if heldout := [b for b in heldout if model.predicts(b)]:
         times, measured, sigma = _against(model, heldout)
-        model.spread = rescaled(spread, (measured - times) / sigma)
+        model.error_scale = rescaled(error_scale, (measured - times) / sigma)
     return model
 
 
 def solved(
-    table: LatencyTable, equations: Equations, prior: Prior, spread: Spread, left_out: Sequence[tuple[Build, Prediction]] = ()
+    table: LatencyTable, equations: Equations, prior: Prior, error_scale: ErrorScale,
+    left_out: Sequence[tuple[Build, Prediction]] = (),
 ) -> LatencyModel:
     """The model that equations say under a prior."""
     mean, factor = equations.solve(prior, bounded=True)
     covariance = cho_solve((factor, True), np.eye(len(mean)))
-    return LatencyModel(table, equations.features, mean, covariance, spread=spread, left_out=left_out)
+    return LatencyModel(table, equations.features, mean, covariance, error_scale=error_scale, left_out=left_out)
 
 
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:
@@ -227,7 +228,7 @@ def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floa
 def layer_sum(table: LatencyTable) -> LatencyModel:
     """The sum over layers of a table made layer by layer; boundaries between precisions count in sigma only."""
     terms = layer_terms(table)
-    return LatencyModel(table, terms.features, terms.mean, terms.covariance, spread=Spread(1.0, terms.floor))
+    return LatencyModel(table, terms.features, terms.mean, terms.covariance, error_scale=ErrorScale(1.0, terms.floor))
 
 
 # ---------------------------------------------------------------- report
@@ -278,9 +279,9 @@ def noise_floor(table: LatencyTable) -> float | None:
     """
     groups: dict[Any, list[float]] = {}
     for build in table.builds:
-        if build.role == "reference":
+        if build.role == Role.REFERENCE:
             groups.setdefault(build.key, []).insert(0, 1.0)
         if not build.partial:
             groups.setdefault(build.key, []).append(build.ratio)
-    spread = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
-    return float(np.median(spread)) if spread else None
+    differences = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
+    return float(np.median(differences)) if differences else None

@@ -1,12 +1,12 @@
 """What a unit at some widths is likely to take, from what it takes at others: the prior of cells that were seldom built.
 
-Times over widths are a staircase, and not monotone, so that no formula in channels or FLOPs foretells them. But the stairs of
+Times over widths are a staircase, and not monotone, so that no formula in channels or FLOPs predicts them. But the stairs of
 the input's channels and those of the output's nearly multiply: with one level for each width of each channel group,
 
     log t[u, w_in, w_out, p] = a[u, p] + b[u, p, w_in] + c[u, p, w_out] + e,   e ~ N(0, tau^2)
 
-fitted on the cells that builds have measured, foretells one cell from its row and its column. How far off that is, tau, is
-estimated from cells foretold without themselves (an empirical Bayes prior: Gelman et al., Bayesian Data Analysis, ch. 5).
+fitted on the cells that builds have measured, predicts one cell from its row and its column. How far off that is, tau, is
+estimated from cells predicted without themselves (an empirical Bayes prior: Gelman et al., Bayesian Data Analysis, ch. 5).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ TYPICAL = 0.08
 """What tau is likely to be, to within a factor of two, before any cell."""
 LEVEL = 1.0
 """Prior standard deviation of a level, in log time."""
-VAGUE = 0.6
-"""Relative standard error above which a foretold time is no better than none."""
+UNSURE = 0.6
+"""Relative standard error above which a predicted time is no better than none."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Pooled:
     """Time of each cell and its relative standard error, infinite where the others say nothing of it. tau: as above."""
 
     time: Floats
@@ -48,12 +48,12 @@ class Foretold:
     tau: float
 
 
-def foretell(cells: Sequence[Cell], time: Floats, error: Floats) -> Foretold:
+def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
     """Each cell from the others of its family, never from its own time.
 
     time [cells]: measured, in any unit; NaN or at most 0 where a cell was not. error [cells]: relative standard errors.
     """
-    measured = np.isfinite(time) & (time > 0) & np.isfinite(error) & (error < VAGUE)
+    measured = np.isfinite(time) & (time > 0) & np.isfinite(error) & (error < UNSURE)
     families: dict[Hashable, list[int]] = {}
     for i, cell in enumerate(cells):
         families.setdefault(cell.family, []).append(i)
@@ -68,7 +68,7 @@ def foretell(cells: Sequence[Cell], time: Floats, error: Floats) -> Foretold:
         mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
         for family, own in shared.items():
             mean[own], spread[own] = _without(designs[family], log[own], variance[own] + tau**2)
-        known = measured & (spread < (VAGUE / 2) ** 2)
+        known = measured & (spread < (UNSURE / 2) ** 2)
         total = spread[known] + variance[known] + tau**2
         # a cell that went wrong does not widen all others
         likelihood = float(np.sum(log_density(log[known] - mean[known], NORMAL * total)))
@@ -77,8 +77,8 @@ def foretell(cells: Sequence[Cell], time: Floats, error: Floats) -> Foretold:
             best = likelihood, tau, mean, np.sqrt(spread + tau**2)
     assert best is not None
     _, tau, mean, spread = best
-    known = np.isfinite(mean) & (spread < VAGUE)
-    return Foretold(
+    known = np.isfinite(mean) & (spread < UNSURE)
+    return Pooled(
         np.where(known, np.exp(np.where(known, mean, 0.0)), np.nan), np.where(known, spread, np.inf), tau
     )
 

@@ -21,11 +21,11 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.sparse import csr_array
 
 from hwsearch.latency.overhead import dispatch_ns
-from hwsearch.latency.pooling import Cell, foretell
+from hwsearch.latency.pooling import Cell, pooled
 from hwsearch.network.choices import Candidate
 from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.network.variants import Variant
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Evidence
 from hwsearch.table.table import LatencyTable
 
@@ -82,12 +82,12 @@ class Row:
     error: float
     share: float = 0.0
 
-    def drifting(self, when: float) -> Row:
+    def drifting(self, moment: float) -> Row:
         """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
-        return replace(self, features=[*self.features, (("drift",), when * self.value)]) if when else self
+        return replace(self, features=[*self.features, (("drift",), moment * self.value)]) if moment else self
 
 
-MOODS = 0.05
+USUAL_SLOWDOWN = 0.05
 """By how much a machine may be slower or faster with all ratios as they were."""
 PER_NODE = ("slowdown per node",)
 """The parameter of how much of a slowdown is the same time for every executed node (1), and not the same share of its time (0)."""
@@ -98,12 +98,12 @@ USUAL = (0.7, 0.2)
 def slowed(slowdown: float, nodes: float, ratio: float) -> float:
     """By how much what was measured is off the quiet machine's ratio, for each unit of `PER_NODE`.
 
-    slowdown: of the reference, relative; up to `MOODS` it tells nothing. nodes: executed nodes / the reference's. ratio: time / the
-    reference's, measured together. Where every node takes d longer (threads that wait for each other after each, on virtual
-    cores that lie further apart), times are T + n d and R + m d, of n and m nodes, and their ratio r tells that of the quiet
-    times: T / R = r - s (n / m - r), with s = m d / R.
+    slowdown: of the reference, relative; up to `USUAL_SLOWDOWN` it tells nothing. nodes: executed nodes / the reference's. ratio:
+    time / the reference's, measured together. Where every node takes d longer (threads that wait for each other after each, on
+    virtual cores that lie further apart), times are T + n d and R + m d, of n and m nodes, and their ratio r tells that of the
+    quiet times: T / R = r - s (n / m - r), with s = m d / R.
     """
-    return slowdown * (nodes - ratio) if abs(slowdown) > MOODS else 0.0
+    return slowdown * (nodes - ratio) if abs(slowdown) > USUAL_SLOWDOWN else 0.0
 
 
 DISTURBANCE, TAKEN, INTRUSION = 0.05, 0.25, 0.3
@@ -113,7 +113,7 @@ second, where a slowdown follows a law, and the third beyond, where a program th
 
 def error_share(table: LatencyTable, build: Build) -> float:
     """Relative standard error of a build's measured time: from its interval, and where something else took the machine."""
-    slower = max(table.slowdown(build) - MOODS, 0.0)
+    slower = max(table.slowdown(build) - USUAL_SLOWDOWN, 0.0)
     disturbed = DISTURBANCE * slower + INTRUSION * max(slower - TAKEN, 0.0)
     return float(np.hypot(max((build.high - build.low) / 3.92 / build.ratio, 0.002), disturbed))
 
@@ -220,12 +220,12 @@ class Equations:
             (k, row) for k, build in enumerate(builds) for row in rows_of(table, build, boundaries, beside)
         ]
         self.builds = len(builds)
-        self.told = {e.feature for e in table.header.prior}
+        self.in_prior = {e.feature for e in table.header.prior}
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
-        told = [(len(builds), row) for row in _told(evidence, [row for _, row in rows])]
-        when = _when(builds)
-        rows = [(k, row.drifting(when[k])) for k, row in rows] + told
+        known = [(len(builds), row) for row in _prior_rows(evidence, [row for _, row in rows])]
+        moments = _session_times(builds)
+        rows = [(k, row.drifting(moments[k])) for k, row in rows] + known
         self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
         self.index = {f: i for i, f in enumerate(self.features)}
         self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
@@ -244,13 +244,13 @@ class Equations:
         self.errors = error[first]
         self.typical = float(np.mean(self.measured))
         # an error that is a share of the measured time would favour whatever was measured too fast
-        expected = design @ self.solve(self.vague(), bounded=True)[0]
+        expected = design @ self.solve(self.weak_prior(), bounded=True)[0]
         self._weigh(design, value, error + share * np.maximum(expected, 0.2 * value))
 
     def _weigh(self, design: Floats, value: Floats, error: Floats) -> None:
         self.a, self.b = csr_array(design / error[:, None]), value / error
 
-    def vague(self) -> Prior:
+    def weak_prior(self) -> Prior:
         """The prior of somebody who knows no more than how large times are."""
         mean = np.array([USUAL[0] if f == PER_NODE else 0.0 for f in self.features])
         return Prior(mean, np.array([self.scale(f) for f in self.features]))
@@ -261,21 +261,21 @@ class Equations:
                      "edge": OWN / np.sqrt(len(self.network.units)),
                      "drift": DRIFT / self.typical, PER_NODE[0]: USUAL[1] / self.typical}[feature[0]]  # fmt: skip
         # what other tables tell is not shrunk away
-        return self.typical * float(max(deviation, 0.1) if feature in self.told else deviation)
+        return self.typical * float(max(deviation, 0.1) if feature in self.in_prior else deviation)
 
     def prior(self) -> Prior:
-        """What is known of each parameter but for its own equations: of a cell, what others foretell (`pooling`)."""
-        vague = self.vague()
+        """What is known of each parameter but for its own equations: of a cell, what others predict (`pooling`)."""
+        weak_prior = self.weak_prior()
         if not any(any(w is not None for w in c.levels) for c in self.cells.values()):
-            return vague
-        mean, factor = self.solve(vague)
+            return weak_prior
+        mean, factor = self.solve(weak_prior)
         error = np.sqrt(np.square(solve_triangular(factor, np.eye(len(mean)), lower=True)).sum(axis=0))
         place = np.array(list(self.cells))
-        found = foretell(list(self.cells.values()), mean[place], error[place] / np.maximum(mean[place], 1e-9))
+        found = pooled(list(self.cells.values()), mean[place], error[place] / np.maximum(mean[place], 1e-9))
         known = np.isfinite(found.time)
-        vague.mean[place[known]] = found.time[known]
-        vague.deviation[place[known]] = (found.time * found.error)[known]
-        return vague
+        weak_prior.mean[place[known]] = found.time[known]
+        weak_prior.deviation[place[known]] = (found.time * found.error)[known]
+        return weak_prior
 
     def solve(self, prior: Prior, *, bounded: bool = False) -> tuple[Floats, Floats]:
         """Posterior mean, and the lower Cholesky factor of the inverse of its covariance.
@@ -341,27 +341,27 @@ DRIFT = 0.1
 """Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
 
 
-def _when(builds: Sequence[Build]) -> list[float]:
+def _session_times(builds: Sequence[Build]) -> list[float]:
     """For each build when in the profile it was measured, -0.5 to 0.5; 0 for those that were deployed, in other sessions."""
-    number = np.cumsum([b.role != "deployed" for b in builds]) - 1
+    number = np.cumsum([b.role != Role.DEPLOYED for b in builds]) - 1
     last = max(int(number[-1]), 1)
     return [
-        0.0 if b.role == "deployed" else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
+        0.0 if b.role == Role.DEPLOYED else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
     ]
 
 
-def _told(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:
-    """What other tables tell as equations on this table's scale.
+def _prior_rows(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:
+    """What other tables know, as equations on this table's scale.
 
     The two sessions may have run at different speeds: the ratio is taken from units that both measured, the weighted median
     over equations that hold nothing but such units; without one it is 1, and uncertain.
     """
-    told = {e.feature: e.ns for e in evidence if e.feature[0] == "unit"}
+    known = {e.feature: e.ns for e in evidence if e.feature[0] == "unit"}
     logs, weights = [], []
     for row in rows:
-        theirs = sum(value * told.get(feature, float("nan")) for feature, value in row.features)
-        if theirs > 0 and row.value > 0:  # not where a term is unknown
-            logs.append(np.log(row.value / theirs))
+        before = sum(value * known.get(feature, float("nan")) for feature, value in row.features)
+        if before > 0 and row.value > 0:  # not where a term is unknown
+            logs.append(np.log(row.value / before))
             weights.append(row.value)
     speed, spread = 1.0, 0.1
     if logs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.table import LatencyTable
 
 
@@ -56,7 +56,7 @@ def staircase(table: LatencyTable) -> list[Step]:
 
 def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
     """(group, width) -> precision -> time, in ns."""
-    whole_networks = [b for b in reversed(table.builds) if b.role in ("reference", "uniform")]
+    whole_networks = [b for b in reversed(table.builds) if b.role in (Role.REFERENCE, Role.UNIFORM)]
     anchors = {b.variants: b for b in whole_networks}
     alike = {b.leading: b for b in whole_networks}
     times: dict[tuple[str, int], dict[str, float]] = {}
@@ -64,7 +64,7 @@ def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
         precision = build.leading
         # a unit that cannot become the variant at the width probed is in the base precision there
         anchor = anchors.get(build.variants) or alike.get(precision)
-        if build.role != "probe" or anchor is None:
+        if build.role != Role.PROBE or anchor is None:
             continue
         widths = table.candidate(build).widths
         for group, whole in table.network.channels.items():

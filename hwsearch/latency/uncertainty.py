@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.latency.student_t import log_density
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Spread:
+class ErrorScale:
     """How uncertain predictions are, calibrated on builds left out of the fit.
 
     inflate: on the standard error that the posterior covariance gives. floor: relative, of what two builds of one
@@ -34,9 +34,9 @@ class Spread:
         """Standard error in ns, of scalars or arrays."""
         return np.sqrt(self.inflate**2 * variance + np.square(self.floor * time_ns))
 
-    def scaled(self, scale: float) -> Spread:
+    def scaled(self, scale: float) -> ErrorScale:
         """So many times as wide, but never better than what two sessions on one machine differ by."""
-        return Spread(max(self.inflate * scale, 0.1), max(self.floor * scale, _SESSIONS))
+        return ErrorScale(max(self.inflate * scale, 0.1), max(self.floor * scale, _SESSIONS))
 
 
 _SESSIONS = 0.01
@@ -46,16 +46,16 @@ _ENOUGH = 8
 """Builds from which on sigma is calibrated on them."""
 KNOWN = 0.1
 """Relative standard error above which a build left out of the fit held terms that the others do not tell."""
-_UNCALIBRATED = Spread(1.0, 0.02)
-"""Where too few builds can be foretold by the others: 2 % is what sessions on shared machines differ by."""
+_UNCALIBRATED = ErrorScale(1.0, 0.02)
+"""Where too few builds can be predicted by the others: 2 % is what sessions on shared machines differ by."""
 _TRUST = 6
 """Held-out builds that count as much as the calibration on builds of the fit."""
 
 
 def calibrated(
     builds: Sequence[Build], guess: Floats, variances: Floats, measured: Floats, errors: Floats
-) -> Spread:
-    """The spread that fits the errors on left-out builds.
+) -> ErrorScale:
+    """The scale that fits the errors on left-out builds.
 
     Its shape is the likeliest where errors follow Student's t with four degrees of freedom, so that a build that went wrong
     does not widen all others, under a weak prior; its scale is that of `scale_of`, but never claims to be better than one
@@ -63,18 +63,18 @@ def calibrated(
     errors of the measured times, which are no fault of the model.
     """
     known = np.sqrt(variances) < KNOWN * guess
-    design = known & np.array([b.role == "design" for b in builds])
+    design = known & np.array([b.role == Role.DESIGN for b in builds])
     chosen = design if design.sum() >= _ENOUGH else known
     if chosen.sum() < _ENOUGH:
         return _UNCALIBRATED
     off, variance, time, noise = (x[chosen] for x in (measured - guess, variances, guess, errors))
 
-    def likelihood(spread: Spread) -> float:
-        fit = float(np.sum(log_density(off, np.square(spread.sigma(variance, time)) + noise**2)))
-        away = np.square(np.log(spread.inflate)) + np.square(np.log(spread.floor / _UNCALIBRATED.floor))
+    def likelihood(scale: ErrorScale) -> float:
+        fit = float(np.sum(log_density(off, np.square(scale.sigma(variance, time)) + noise**2)))
+        away = np.square(np.log(scale.inflate)) + np.square(np.log(scale.floor / _UNCALIBRATED.floor))
         return fit - float(away) / 2.0
 
-    best = max((Spread(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
+    best = max((ErrorScale(float(k), float(f)) for k in _INFLATES for f in _FLOORS), key=likelihood)
     z = np.abs(off) / np.hypot(best.sigma(variance, time), noise)
     return best.scaled(scale_of(z))
 
@@ -88,10 +88,10 @@ def scale_of(z: Floats) -> float:
     return float(np.sqrt(one * two))
 
 
-def rescaled(spread: Spread, z: Floats) -> Spread:
-    """The spread as builds held out of the fit have it: few of them move it a little, many decide.
+def rescaled(scale: ErrorScale, z: Floats) -> ErrorScale:
+    """The scale as builds held out of the fit have it: few of them move it a little, many decide.
 
     z: their errors in units of sigma.
     """
     share = len(z) / (len(z) + _TRUST)
-    return spread.scaled(max(scale_of(np.abs(z)), 0.1) ** share)
+    return scale.scaled(max(scale_of(np.abs(z)), 0.1) ** share)

@@ -67,6 +67,17 @@ def refitted(
     if narrow:
         assert bank is not None, "narrower widths need a weight bank"
         kept, weights = bank.kept(widths or {}), dict(bank.assemble(widths or {}))
+
+    def refit() -> Weights:
+        batches = _limited(lowering)
+        return refit_sequential(batches, kept, weights, variants, int8_bits=lowering.int8_bits)
+
+    new = bank.allocation(variants, narrow, refit) if bank is not None else refit()
+    return lowering.narrow(kept, new, calibrate=True)
+
+
+def _limited(lowering: Lowering) -> list[Any]:
+    """As many calibration batches as `SAMPLES` and `MEMORY` allow, evenly drawn."""
     largest = max(4 * math.prod(u.output_shape) for u in lowering.network.units) / lowering.batch
     most = min(SAMPLES, MEMORY / (8 * largest))
     every = lowering.fitting
@@ -74,9 +85,7 @@ def refitted(
         next((t.shape[0] for t in pytree.tree_leaves(b[1:]) if isinstance(t, torch.Tensor)), 1) for b in every
     )
     count = max(1, min(len(every), int(len(every) * most / samples)))
-    batches = [every[round(i)] for i in np.linspace(0, len(every) - 1, count)]
-    new = refit_sequential(batches, kept, weights, variants, int8_bits=lowering.int8_bits)
-    return lowering.narrow(kept, new, calibrate=True)
+    return [every[round(i)] for i in np.linspace(0, len(every) - 1, count)]
 
 
 def as_module(lowering: Lowering) -> torch.nn.Module:

@@ -33,7 +33,7 @@ from hwsearch.plot.style import (
     titles,
     where,
 )
-from hwsearch.table.header import SANDWICHED
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _unit_ms(model: LatencyModel | None, unit: str, variant: Variant, widths: Ma
     try:
         return model.unit_ns(unit, variant, widths) / 1e6
     except InvalidInput:
-        if model.table.header.mode == SANDWICHED and variant == Variant("fp32"):
+        if model.table.header.mode == Mode.SANDWICHED and variant == Variant("fp32"):
             return dense_unit_ns(model.table, unit) / 1e6
     for build in model.table.builds:
         if not build.partial and set(build.variants) == {str(variant)} and build.nodes:

@@ -1,4 +1,4 @@
-"""Errors of a latency model on builds that it has not seen: how large, how well foretold, and what they go with."""
+"""Errors of a latency model on builds that it has not seen: how large, how well predicted, and what they go with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from hwsearch.latency.diagnosis import CAUSES, Diagnosis, Point, diagnose
+from hwsearch.latency.diagnosis import CAUSES, BuildError, Diagnosis, diagnose
 from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, Picture, done, where
 from hwsearch.table.table import LatencyTable
@@ -66,7 +66,7 @@ def plot_diagnosis(source: LatencyTable | LatencyModel, path: str | Path | None 
     return done(figure, path)
 
 
-def _parts(diagnosis: Diagnosis) -> list[tuple[dict[str, Any], str, list[Point]]]:
+def _parts(diagnosis: Diagnosis) -> list[tuple[dict[str, Any], str, list[BuildError]]]:
     """(how to draw them, what they are, points); hollow where the machine was disturbed."""
     parts = []
     for marker, color, what, heldout in (

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.model import LatencyModel, fit, noise_floor, validate
 from hwsearch.plot.style import FAINT, HIGHLIGHT, INK, done, legend_below, light, single_axes, titles, where
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.header import LAYERED
 from hwsearch.table.table import LatencyTable, usable
 
@@ -40,8 +40,8 @@ def plot_predictions(source: LatencyTable | LatencyModel, path: str | Path | Non
     base = table.header.options["base"]
     good = usable(table)
     groups = {
-        "fitted": [b for b in good if b.role != "heldout"],
-        "held out": [b for b in good if b.role == "heldout"],
+        "fitted": [b for b in good if b.role != Role.HELDOUT],
+        "held out": [b for b in good if b.role == Role.HELDOUT],
         "not as asked": [b for b in table.builds if b.base == base and not b.partial and not b.as_asked()],
     }
     if model.table.header.mode in LAYERED:

@@ -10,6 +10,7 @@ from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.timelimit import TimeLimit
+from hwsearch.table.build import Role
 from hwsearch.table.table import usable
 
 LEAST = 4
@@ -25,14 +26,14 @@ class HeldOut:
 
     @property
     def number(self) -> int:
-        return self.recorder.count("heldout")
+        return self.recorder.count(Role.HELDOUT)
 
     def add(self, rng: np.random.Generator) -> bool:
         """Measure one more; False where none is found."""
         candidate = self._drawn(rng)
         if candidate is None:
             return False
-        self.recorder.measure("heldout", candidate)
+        self.recorder.measure(Role.HELDOUT, candidate)
         return True
 
     def complete(self) -> None:
@@ -49,7 +50,7 @@ class HeldOut:
         model = fit(table)
         errors = []
         for build in usable(table):
-            if build.role == "heldout" and not table.disturbed(build) and model.foretells(build):
+            if build.role == Role.HELDOUT and not table.disturbed(build) and model.predicts(build):
                 time = model.predict_build(build).time_ns
                 errors.append(abs(time / table.time_ns(build) - 1.0))
         return float(np.percentile(errors, 75)) if len(errors) >= LEAST else None
@@ -71,7 +72,7 @@ class HeldOut:
         built = {
             cell
             for b in usable(table)
-            if b.role != "heldout"
+            if b.role != Role.HELDOUT
             for cell in table.candidate(b).cells(self.recorder.setup.network)
         }
         return built | table.known()

@@ -23,6 +23,7 @@ from hwsearch.lowering.parts import cut
 from hwsearch.network.sandwich import Sandwich, largest, plan
 from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.progress import Progress
+from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable
 
 METADATA_BYTES = 1024
@@ -77,7 +78,7 @@ class Layers:
         self.progress.expect(len(jobs))
         for name, variant in self._timed([(n, v) for (_, v), n in jobs.items()], time_limit_s):
             model = isolate(self.setup.lowering.marked, self.setup.network[name])
-            self._measure("alone", model, {name: variant}, self.setup.options.base, reference)
+            self._measure(Role.ALONE, model, {name: variant}, self.setup.options.base, reference)
 
     @cached_property
     def plan(self) -> tuple[Sandwich, ...]:
@@ -121,12 +122,12 @@ class Layers:
             }
             if all(variants[u] != variant for u in sandwich.filling):
                 return self.progress.step(f"{variant}: refused by {', '.join(sandwich.filling)}")
-            self._measure("sandwich", model, variants, base, self.reference, sandwich.filling)
+            self._measure(Role.SANDWICH, model, variants, base, self.reference, sandwich.filling)
             if self.table.header.unsupported == refused:
                 return None
 
     def _measure(
-        self, role: str, marked: Any, variants: Mapping[str, Variant], base: str, reference: Engine,
+        self, role: Role, marked: Any, variants: Mapping[str, Variant], base: str, reference: Engine,
         known: tuple[str, ...] | None = None,
     ) -> None:  # fmt: skip
         """Build and time a part of the network, unless the table has it. known: units whose precision it tells."""

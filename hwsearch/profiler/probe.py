@@ -7,7 +7,8 @@ from hwsearch.network.choices import Candidate, apart, candidate_widths, halving
 from hwsearch.network.variants import settled, uniform
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.timelimit import TimeLimit
-from hwsearch.profiler.transfer import told_grid
+from hwsearch.profiler.transfer import known_grid
+from hwsearch.table.build import Role
 
 PROBE_SHARE = 0.4
 """Of the time limit, what finding the widths worth knowing may take."""
@@ -30,10 +31,10 @@ def find_grid(recorder: Recorder, limit: TimeLimit) -> None:
         len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20
     )
     header = recorder.table.header
-    told = {} if header.grid else told_grid(recorder.table, tried, uniforms)
+    told = {} if header.grid else known_grid(recorder.table, tried, uniforms)
     classes = [[g for g in c if g not in told] for c in apart(network)]
     # what was refused since an earlier profile changes the second uniform allocation, but not what its probes showed
-    done = {(b.widths, b.variants == base_names) for b in recorder.table.builds if b.role == "probe"}
+    done = {(b.widths, b.variants == base_names) for b in recorder.table.builds if b.role == Role.PROBE}
     missing = False
     orders = {g: halving(len(steps) - 1) for g, steps in tried.items()}
     for turn in range(max(map(len, orders.values()), default=0)):
@@ -46,9 +47,9 @@ def find_grid(recorder: Recorder, limit: TimeLimit) -> None:
                 if turn and limit.late(PROBE_SHARE):
                     break
                 missing = True
-                recorder.measure("uniform" if number else "reference", Candidate(variants, network.channels))
+                recorder.measure(Role.UNIFORM if number else Role.REFERENCE, Candidate(variants, network.channels))
                 recorder.measure(
-                    "probe", Candidate(settled(network, variants, probe, base), probe), short=True
+                    Role.PROBE, Candidate(settled(network, variants, probe, base), probe), short=True
                 )
     if header.grid and not missing:
         return

@@ -24,10 +24,11 @@ from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
 from hwsearch.progress import Progress
-from hwsearch.table.header import LAYERED, SANDWICHED, Header
+from hwsearch.table.build import Role
+from hwsearch.table.header import LAYERED, Header, Mode
 from hwsearch.table.table import LatencyTable
 
-MODES = ("context", *reversed(LAYERED))
+MODES = tuple(Mode)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def profile(
     out: str | Path | None,
     effort: Effort | None = None,
     *,
-    mode: str = "context",
+    mode: str = Mode.CONTEXT,
     axes: Sequence[str] = AXES,
     seed: int = 0,
     prior: Sequence[LatencyTable] = (),
@@ -90,7 +91,7 @@ def profile(
         table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
         table = _storage_refused(setup, table)
         recorder = Recorder(setup, table, path, effort.protocol, progress or Progress.silent(), seed)
-        if mode == SANDWICHED:
+        if mode == Mode.SANDWICHED:
             _layers(recorder).sandwiched(effort.time_limit_s)
         elif mode in LAYERED:
             _alone(recorder, effort.time_limit_s)
@@ -135,18 +136,18 @@ def _anchors(recorder: Recorder) -> None:
     """The whole network in the base precision, in fp32, as low as every unit goes and stored in int8; sizes of its file."""
     setup = recorder.setup
     base, network = setup.options.base, setup.network
-    recorder.measure("reference", Candidate(uniform(network, base), network.channels))
-    recorder.measure("dense", Candidate(uniform(network, "fp32"), network.channels), base="fp32")
+    recorder.measure(Role.REFERENCE, Candidate(uniform(network, base), network.channels))
+    recorder.measure(Role.DENSE, Candidate(uniform(network, "fp32"), network.channels), base="fp32")
     everything = {u.name: legal(u, setup.variants(base)) for u in network.units}
     lowest = {u: max(v, key=lambda x: x.quantized) for u, v in everything.items()}
     if any(v.quantized for v in lowest.values()):
-        recorder.measure("uniform", Candidate(lowest, network.channels))
+        recorder.measure(Role.UNIFORM, Candidate(lowest, network.channels))
     if setup.storage and setup.stores:  # however early the time limit ends the profile, the least size is known
         small = {u: STORAGE if STORAGE in v else v[0] for u, v in everything.items()}
-        recorder.measure("uniform", Candidate(small, network.channels))
+        recorder.measure(Role.UNIFORM, Candidate(small, network.channels))
     table = recorder.table
     always, own = graph_bytes(setup, base)
-    dense = table.find("dense").file_bytes
+    dense = table.find(Role.DENSE).file_bytes
     recorder.keep(
         table.with_header(graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=dense)
     )
@@ -160,7 +161,7 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         backend=setup.backend.name,
         versions=dict(setup.backend.versions()),
         options=setup.described,
-        mode=mode,
+        mode=Mode(mode),
         command=" ".join(_without_folder(word) for word in sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=_without_folder(setup.lowering.task.spec),
@@ -179,7 +180,7 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
                 f"{out} was made in mode {old.header.mode}, not {mode}; give another file"
             )
         return old
-    told = of_sections(sections, table, signatures(setup.network)) if mode == "context" else ()
+    told = of_sections(sections, table, signatures(setup.network)) if mode == Mode.CONTEXT else ()
     return table.with_header(prior=tuple(told))
 
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
 
 from hwsearch.latency.model import solved
-from hwsearch.latency.pooling import Cell, foretell
+from hwsearch.latency.pooling import Cell, pooled
 from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, Equations, Feature, all_features, cell_of
-from hwsearch.latency.uncertainty import Spread
+from hwsearch.latency.uncertainty import ErrorScale
 from hwsearch.network.choices import Candidate, Grid, Offered, cover, random_candidate
 from hwsearch.network.variants import Variant, legal
+from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable, usable
 
 Floats = NDArray[np.float64]
@@ -95,9 +96,9 @@ class Belief:
 
     def __init__(self, table: LatencyTable, offered: Offered, grid: Grid) -> None:
         self.network, self.offered, self.grid = table.network, offered, grid
-        builds = [b for b in usable(table) if b.role != "heldout"]
+        builds = [b for b in usable(table) if b.role != Role.HELDOUT]
         self.equations = equations = Equations(table, builds)
-        self.model = solved(table, equations, equations.prior(), Spread())
+        self.model = solved(table, equations, equations.prior(), ErrorScale())
         self.build_error = float(np.median(equations.errors / equations.measured))
         self.unbuilt = self._unbuilt()
         """Mean and standard error, in ns, of the cells of the grid that no build holds."""
@@ -121,7 +122,7 @@ class Belief:
         time = model.mean[place]
         error = np.sqrt(np.diag(model.covariance)[place]) / np.maximum(time, 1e-9)
         absent = np.full(len(cells), np.nan)
-        found = foretell(
+        found = pooled(
             [*known.values(), *cells.values()],
             np.concatenate([time, absent]),
             np.concatenate([error, absent]),

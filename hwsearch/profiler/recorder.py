@@ -18,7 +18,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.table import LatencyTable
 
 SHORT = Protocol(width=0.015, limit_s=1.0)
@@ -69,14 +69,14 @@ class Recorder:
         return sum(b.role in roles for b in self.table.builds)
 
     def measure(
-        self, role: str, candidate: Candidate, base: str | None = None, *, short: bool = False
+        self, role: Role, candidate: Candidate, base: str | None = None, *, short: bool = False
     ) -> Build:
         """Build, time and read back one allocation, unless the table has it; it is on disk on return."""
         base = base or self.setup.options.base
         variants = tuple(str(candidate.variants[u.name]) for u in self.setup.network.units)
         widths = tuple(candidate.widths[g] for g in self.setup.network.channels)
         for old in self.table.builds:
-            if old.key == (base, variants, widths) and old.role == role and role not in ("design", "heldout"):
+            if old.key == (base, variants, widths) and old.role == role and role not in (Role.DESIGN, Role.HELDOUT):
                 return old
         reference = self.reference
         begun = self.setup.clock()
@@ -112,12 +112,12 @@ class Recorder:
             table.save(self.out)
 
     def _quiet_ns(self) -> float | None:
-        """Time of the reference on the quiet machine, by the last builds; machines have moods that last."""
+        """Time of the reference on the quiet machine, by the last builds; a machine drifts for minutes."""
         last = [b.quiet_ns for b in self.table.builds[-RECENT:]]
         return float(np.quantile(last, QUIET)) if len(last) >= RECENT // 4 else None
 
     def _note_unsupported(self, build: Build) -> None:
-        if build.role == "dense":
+        if build.role == Role.DENSE:
             return
         self.table = self.table.with_header(unsupported=refusals(self.table, build))
 

@@ -44,7 +44,7 @@ def reshaped(task: Task, shapes: Shapes) -> Task:
     return replace(task, example_inputs=example, calibration=calibration, evaluate=_no_score)
 
 
-def own_shapes(task: Task) -> tuple[Shape, ...]:
+def example_shapes(task: Task) -> tuple[Shape, ...]:
     """Shapes of the example's tensors, in the order of `Network.input_shapes`."""
     return tuple(tuple(t.shape) for t in _tensors(task.example_inputs))
 

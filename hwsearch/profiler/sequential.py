@@ -11,6 +11,7 @@ from hwsearch.profiler.heldout import HeldOut
 from hwsearch.profiler.proposal import Proposal, propose
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.timelimit import TimeLimit
+from hwsearch.table.build import Role
 
 MOST_BUILDS = 400
 FIRST = 4
@@ -37,7 +38,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
     """
     begun, steps = recorder.setup.clock(), sum(map(len, recorder.table.grid().values()))
     before = recorder.table.header.design
-    built = recorder.count("design", "heldout")
+    built = recorder.count(Role.DESIGN, Role.HELDOUT)
     if not count and (before.get("builds"), before.get("steps")) == (built, steps) and before["enough"]:
         return
     held = HeldOut(recorder, limit)
@@ -49,7 +50,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
             design={
                 "stopped": stopped,
                 "enough": stopped != LATE,
-                "builds": recorder.count("design", "heldout"),
+                "builds": recorder.count(Role.DESIGN, Role.HELDOUT),
                 "steps": steps,
                 "seconds": round(before.get("seconds", 0.0) + (recorder.setup.clock() - begun) / 1e9, 1),
                 "error": round(proposal.error, 5) if proposal else None,
@@ -66,10 +67,10 @@ def most_builds(recorder: Recorder) -> int:
     """
     network, grid, offered = recorder.setup.network, recorder.table.grid(), recorder.offered()
     cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
-    others = len(recorder.table.builds) - recorder.count("design", "heldout")
+    others = len(recorder.table.builds) - recorder.count(Role.DESIGN, Role.HELDOUT)
     least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
     most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
-    return max(4, round(most * (1.0 - 0.4 * _told(recorder))))
+    return max(4, round(most * (1.0 - 0.4 * _known_share(recorder))))
 
 
 def _until_enough(
@@ -80,10 +81,10 @@ def _until_enough(
     queue: list[Candidate] = []
     proposal: Proposal | None = None
     most = count or most_builds(recorder)
-    first = round(max(FIRST, 1 + max(map(len, recorder.offered().values()))) * (1.0 - _told(recorder)))
+    first = round(max(FIRST, 1 + max(map(len, recorder.offered().values()))) * (1.0 - _known_share(recorder)))
     while True:
         offered = recorder.offered()
-        designed = recorder.count("design")
+        designed = recorder.count(Role.DESIGN)
         # what a resumed profile draws depends on what is on disk, not on when it was killed
         rng = np.random.default_rng([recorder.seed, designed])
         if all(len(v) == 1 for v in (*offered.values(), *grid.values())):
@@ -104,17 +105,17 @@ def _until_enough(
                 queue = list(proposal.candidates)
                 if count is None:
                     recorder.progress.expect(BATCH if proposal.error > GOAL else 0)
-                    if why := _told_enough(proposal, held):
+                    if why := _why_enough(proposal, held):
                         held.complete()
                         if not _doubted(held):
                             return why, proposal
             candidate = queue.pop(0)
             if any(str(v) not in map(str, offered[u]) for u, v in candidate.variants.items()):
                 continue  # refused since it was proposed
-        recorder.measure("design", candidate, short=True)
+        recorder.measure(Role.DESIGN, candidate, short=True)
 
 
-def _told_enough(proposal: Proposal, held: HeldOut) -> str:
+def _why_enough(proposal: Proposal, held: HeldOut) -> str:
     """Why no further build is worth its time; empty where one is."""
     if proposal.error <= GOAL:
         return f"likely allocations are known to {proposal.error:.1%}"
@@ -132,7 +133,7 @@ def _doubted(held: HeldOut) -> bool:
     return error is not None and error > DOUBT
 
 
-def _told(recorder: Recorder) -> float:
+def _known_share(recorder: Recorder) -> float:
     """Share of the cells at whole widths that other tables of the device tell."""
     network = recorder.setup.network
     cells = all_cells(network, recorder.offered(), whole(network))

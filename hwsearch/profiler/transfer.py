@@ -13,7 +13,7 @@ from hwsearch.latency.model import fit
 from hwsearch.network.choices import FASTER, candidate_widths, worth
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
-from hwsearch.table.header import Evidence
+from hwsearch.table.header import Evidence, Mode
 from hwsearch.table.table import LatencyTable
 
 OWN = ("batch", "residual")
@@ -44,7 +44,7 @@ def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) 
     prior.with_header(options=comparable(prior.header.options)).require(
         device=h.device, backend=h.backend, options=comparable(h.options), versions=h.versions
     )
-    if prior.header.mode != "context":
+    if prior.header.mode != Mode.CONTEXT:
         raise IncompatibleTables(
             "a table made layer by layer says nothing of layers in context; give another as --prior"
         )
@@ -63,7 +63,7 @@ def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) 
     return found
 
 
-def told_grid(
+def known_grid(
     table: LatencyTable, tried: Mapping[str, Sequence[int]], uniforms: Sequence[Mapping[str, Variant]]
 ) -> dict[str, list[int]]:
     """Widths worth knowing of the channel groups whose stairs other tables tell, so that no probe is needed.

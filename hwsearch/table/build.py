@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,22 @@ from hwsearch.errors import InvalidInput
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
 
-PARTS = ("alone", "sandwich")
+
+class Role(StrEnum):
+    """Why a build was made. Written to files as its value."""
+
+    REFERENCE = "reference"
+    DENSE = "dense"
+    UNIFORM = "uniform"
+    PROBE = "probe"
+    DESIGN = "design"
+    HELDOUT = "heldout"
+    DEPLOYED = "deployed"
+    ALONE = "alone"
+    SANDWICH = "sandwich"
+
+
+PARTS = (Role.ALONE, Role.SANDWICH)
 """Roles of builds of a part of the network: one unit by itself, or some between their neighbours."""
 
 
@@ -41,8 +57,7 @@ class NodeRow:
 class Build:
     """One compiled allocation, measured end to end against the reference engine, and its executed nodes.
 
-    role: `reference`, `dense`, `uniform`, `probe`, `design`, `heldout`, `deployed`, or, of a part of the
-    network, `alone` or `sandwich`.
+    role: why it was made; `alone` and `sandwich` are of a part of the network.
     base: base precision it was compiled with. variants: for each unit, in network order; empty where it is no part.
     widths: slots kept of each channel group, in network order.
     ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
@@ -55,7 +70,7 @@ class Build:
     states: of the GPU before and after it was timed; empty where it ran on a CPU.
     """
 
-    role: str
+    role: Role
     base: str
     variants: tuple[str, ...]
     ratio: float
@@ -97,7 +112,7 @@ class Build:
         import pyarrow as pa
 
         raw = {name: getattr(self, name) for name in ("samples_ns", "reference_ns", "singles_ns")}
-        own = {**asdict(self), **raw}
+        own = {**asdict(self), "role": str(self.role), **raw}
         return pa.Table.from_pylist([own], schema=columns())
 
     @cached_property
@@ -134,7 +149,7 @@ def read_builds(rows: Any, network: Network, path: str | Path) -> tuple[Build, .
             Build(
                 **{
                     **row,
-                    "role": now_called(row["role"]),
+                    "role": Role(now_called(row["role"])),
                     "variants": tuple(row["variants"]),
                     "executed": tuple(row["executed"]),
                     "widths": tuple(row["widths"]),

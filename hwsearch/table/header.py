@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from hwsearch.network.variants import Int8
 from hwsearch.table.build import now_called
 from hwsearch.table.section import Section
 
-SANDWICHED = "sandwiched"
-LAYERED = ("alone", SANDWICHED)
+
+class Mode(StrEnum):
+    """How a table was made: of whole networks, of units between their neighbours, or of each unit by itself."""
+
+    CONTEXT = "context"
+    SANDWICHED = "sandwiched"
+    ALONE = "alone"
+
+
+LAYERED = (Mode.ALONE, Mode.SANDWICHED)
 """Modes of tables made layer by layer."""
 
 
@@ -67,7 +76,7 @@ class Header:
     backend: str
     versions: dict[str, str]
     options: dict[str, Any]
-    mode: str = "context"
+    mode: Mode = Mode.CONTEXT
     command: str = ""
     created: str = ""
     reference_ns: float = 0.0
@@ -113,7 +122,7 @@ class Header:
     def from_json(data: Mapping[str, Any]) -> Header:
         fields = {k: v for k, v in data.items() if k in Header.__dataclass_fields__}
         prior = tuple(Evidence.from_json(e) for e in data.get("prior", ()))
-        mode = now_called(data.get("mode", "context"))
+        mode = Mode(now_called(data.get("mode", "context")))
         return Header(
             **{**fields, "mode": mode, "network": Network.from_json(data["network"]), "prior": prior}
         )

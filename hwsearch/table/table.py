@@ -26,8 +26,8 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.choices import Candidate
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
-from hwsearch.table.build import Build, columns, read_builds
-from hwsearch.table.header import LAYERED, SANDWICHED, Header, read_header
+from hwsearch.table.build import Build, Role, columns, read_builds
+from hwsearch.table.header import LAYERED, Header, Mode, read_header
 from hwsearch.table.parquet import read_sections, write_sections
 from hwsearch.table.section import matching, only
 
@@ -111,7 +111,7 @@ class LatencyTable:
         for build in self.builds:
             if build.role == role:
                 return build
-        if self.header.mode == SANDWICHED:
+        if self.header.mode == Mode.SANDWICHED:
             raise InvalidInput(
                 f"the table was made of sandwiches and has no {role} build; profile with --mode context for one"
             )
@@ -133,12 +133,12 @@ class LatencyTable:
     @property
     def dense_ns(self) -> float:
         """Time of the dense fp32 network, in ns."""
-        return self.time_ns(self.find("dense"))
+        return self.time_ns(self.find(Role.DENSE))
 
     @cached_property
     def quiet_ns(self) -> float:
         """Time of the reference on the quiet machine. Deployed builds do not count: they are of other sessions."""
-        times = [b.quiet_ns for b in self.builds if b.role != "deployed"] or [b.quiet_ns for b in self.builds]
+        times = [b.quiet_ns for b in self.builds if b.role != Role.DEPLOYED] or [b.quiet_ns for b in self.builds]
         return float(np.quantile(times, QUIET))
 
     def slowdown(self, build: Build) -> float:
@@ -155,7 +155,7 @@ class LatencyTable:
     @cached_property
     def reference_nodes(self) -> int:
         """Nodes that the reference executes, or, in a table without it, the first build that was read back."""
-        counts = [len(b.nodes) for b in sorted(self.builds, key=lambda b: b.role != "reference") if b.nodes]
+        counts = [len(b.nodes) for b in sorted(self.builds, key=lambda b: b.role != Role.REFERENCE) if b.nodes]
         return counts[0] if counts else 1
 
     def nodes(self, build: Build) -> float:

@@ -32,8 +32,8 @@ Patch = tuple[Any, str, Any]
 
 
 TERMS: dict[str, list[Patch]] = {
-    "drift": [(regression, "_when", lambda builds: [0.0] * len(builds))],
-    "pooling": [(regression.Equations, "prior", regression.Equations.vague)],
+    "drift": [(regression, "_session_times", lambda builds: [0.0] * len(builds))],
+    "pooling": [(regression.Equations, "prior", regression.Equations.weak_prior)],
     "dispatch": [(regression, "dispatch_ns", lambda times, counted: 0.0)],
     "per-node": [(m, "slowed", lambda slowdown, nodes, ratio: 0.0) for m in (regression, latency_model)],
     "boundaries": [],
@@ -86,14 +86,14 @@ def predicted(table: LatencyTable, parts: Sequence[Part], term: str | None) -> l
         for part in parts:
             model = fitted(table, builds=part.known)
             times += [
-                model.predict_build(b).time_ns if model.foretells(b) else float("nan") for b in part.builds
+                model.predict_build(b).time_ns if model.predicts(b) else float("nan") for b in part.builds
             ]
     return times
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Measured times and those predicted with and without each term, of the builds that every fit foretells."""
+    """Measured times and those predicted with and without each term, of the builds that every fit predicts."""
 
     measured: np.ndarray
     full: np.ndarray

@@ -113,7 +113,7 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     # as `verify` does on a machine that is slower than the table's
     measured = np.array(
         [
-            model.quiet(t / table.header.reference_ns, k.get("nodes", 1.0), s).time_ns
+            model.on_quiet_machine(t / table.header.reference_ns, k.get("nodes", 1.0), s).time_ns
             for t, s, k in zip(raw, slower, kept, strict=True)
         ]
     )

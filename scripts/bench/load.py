@@ -3,7 +3,7 @@
 
 Two profiles of one network over precisions, one on the machine as it is, one beside a busy process that comes and goes; then
 allocations that neither has seen, timed on the quiet machine. Printed: the error of both fitted models on them, the error that
-each foretells (sigma), how many builds each table flags as unstable, and the widths of their intervals.
+each predicts (sigma), how many builds each table flags as unstable, and the widths of their intervals.
 
     python scripts/bench/load.py zoo:fashion_resnet
 """
@@ -72,7 +72,7 @@ def main() -> None:
               f"{disturbed(table)} measured on a disturbed machine all the while, reference {spread_of(table):.0%} slower at its "
               f"slowest tenth; "
               f"interval {np.median(width):.1%}; error on {len(drawn)} allocations timed quietly: median {error.median:.1%}, "
-              f"90th percentile {error.p90:.1%}; foretold sigma {np.median(sigma):.1%}")  # fmt: skip
+              f"90th percentile {error.p90:.1%}; predicted sigma {np.median(sigma):.1%}")  # fmt: skip
 
 
 def spread_of(table: LatencyTable) -> float:

@@ -5,7 +5,7 @@ The reference, the network at whole widths in every uniform variant, at a quarte
 interleaved as `timing.paired` does it. Rounds are put together to windows of a few seconds, as long as one build of a profile
 is timed. Printed for each engine: its time in the quiet windows; the standard deviation of its ratio to the reference from window
 to window, over all of them and over those in which the reference was not slower than its quiet time by more than
-`regression.MOODS`; and how much longer it took in the others. No latency model can foretell one window better than that.
+`regression.USUAL_SLOWDOWN`; and how much longer it took in the others. No latency model can predict one window better than that.
 
     python scripts/bench/machine.py zoo:minilm --threads 1 2 --seconds 150
 """
@@ -26,7 +26,7 @@ from hwsearch.deployment.session import uniform_candidates
 from hwsearch.device.stopwatch import times
 from hwsearch.device.timing import QUIET, Protocol
 from hwsearch.engine.setup import Setup, set_up
-from hwsearch.latency.regression import MOODS
+from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import uniform
 
@@ -88,8 +88,8 @@ def tell(what: str, names: list[str], windows: np.ndarray) -> None:
     """A line an engine."""
     reference = windows[:, 0]
     slower = reference / np.quantile(reference, QUIET) - 1.0
-    quiet = slower <= MOODS
-    print(f"\n{what}: {len(windows)} windows, the reference slower by more than {MOODS:.0%} in {np.sum(~quiet)} of them "
+    quiet = slower <= USUAL_SLOWDOWN
+    print(f"\n{what}: {len(windows)} windows, the reference slower by more than {USUAL_SLOWDOWN:.0%} in {np.sum(~quiet)} of them "
           f"(by {np.median(slower[~quiet]) if (~quiet).any() else 0:.0%}, median)")  # fmt: skip
     for place, name in enumerate(names):
         ratio = np.log(windows[:, place] / reference)

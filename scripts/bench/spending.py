@@ -60,7 +60,7 @@ def compare(name: str = "cnn", budgets: int = BUDGETS, build_noise: float = 0.01
                 with patch.object(closed_loop, "SPARE", spare):
                     try:
                         report, _, _ = closed_loop.closed_loop(
-                            task, setup, table, losses, parse_budgets([f"latency={bound}ns"]), home,
+                            setup, table, losses, parse_budgets([f"latency={bound}ns"]), home,
                             weights=home / "weights",
                         )  # fmt: skip
                     except Infeasible:

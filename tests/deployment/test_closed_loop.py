@@ -16,7 +16,7 @@ import hwsearch as hs
 from hwsearch.allocate.costs import Costs
 from hwsearch.deployment import closed_loop as loop
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
-from hwsearch.latency.model import LatencyModel, Prediction, Spread, fit
+from hwsearch.latency.model import ErrorScale, LatencyModel, Prediction, fit
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -192,7 +192,7 @@ def test_what_an_answer_leaves_over_is_spent_on_less_loss(
 
     def unsure(table: LatencyTable, **options: Any) -> LatencyModel:
         model = fit(table, **options)
-        model.spread = Spread(1.0, 0.12)
+        model.error_scale = ErrorScale(1.0, 0.12)
         return model
 
     monkeypatch.setattr(loop, "fit", unsure)

@@ -232,7 +232,7 @@ def test_the_model_of_energies_foretells_builds_it_has_not_seen(counted: Latency
         abs(counted.time_ns(b) / counted.header.reference_ns / (b.energy_ratio or 1) - 1) for b in heldout
     ]
     assert np.median(errors) < 0.05
-    assert np.median(errors) < 0.3 * np.median(times)  # times alone would foretell them worse
+    assert np.median(errors) < 0.3 * np.median(times)  # times alone would predict them worse
 
 
 @pytest.mark.parametrize("share", [30, 50, 80])

@@ -1,4 +1,4 @@
-"""Errors on left-out builds: whether sigma foretells them, and what they go with."""
+"""Errors on left-out builds: whether sigma predicts them, and what they go with."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_leaving_a_build_out_is_fitting_without_it() -> None:
     table = simulated_table(NETWORK, LAW, noise=0.02, node_noise=0.05)
     builds = list(table.builds)
     equations = Equations(table, builds)
-    prior = equations.vague()
+    prior = equations.weak_prior()
     guess, variance = equations.left_out(*equations.solve(prior))
     for k in range(len(builds)):
         others, total = equations.of_build != k, equations.totals[k]
@@ -281,11 +281,11 @@ def test_how_much_of_a_slowdown_is_the_same_time_for_every_node(per_node: bool) 
     assert hit
     for i in hit:
         b = table.builds[i]
-        converted = model.quiet(b.ratio, table.nodes(b), table.slowdown(b)).time_ns
+        converted = model.on_quiet_machine(b.ratio, table.nodes(b), table.slowdown(b)).time_ns
         assert converted == pytest.approx(quiet.time_ns(quiet.builds[i]), rel=0.05)
 
 
 def test_small_moods_of_the_machine_tell_nothing() -> None:
     model = fit(slowed(simulated_table(NETWORK, LAW, design=36, noise=0.003, node_noise=0.02), 0.04, True))
     assert model.per_node == 0.0
-    assert model.quiet(0.5, 1.0, 0.04) == Prediction(0.5 * model.table.header.reference_ns, 0.0)
+    assert model.on_quiet_machine(0.5, 1.0, 0.04) == Prediction(0.5 * model.table.header.reference_ns, 0.0)

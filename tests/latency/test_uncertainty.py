@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hwsearch.latency.uncertainty import Spread, rescaled, scale_of
+from hwsearch.latency.uncertainty import ErrorScale, rescaled, scale_of
 
 
 @pytest.mark.parametrize("degrees", [4, 200])
@@ -15,7 +15,7 @@ def test_the_scale_has_two_thirds_inside_one_sigma_and_nearly_all_inside_two(deg
 
 
 def test_few_held_out_builds_move_sigma_a_little_and_many_decide() -> None:
-    plain = Spread(2.0, 0.04)
+    plain = ErrorScale(2.0, 0.04)
     rng = np.random.default_rng(1)
     few, many = (rescaled(plain, 0.25 * rng.standard_normal(n)) for n in (3, 500))
     assert 0.2 * plain.inflate < many.inflate < 0.3 * plain.inflate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from hwsearch.engine.setup import Setup, set_up
 from hwsearch.graph.trace import trace
 from hwsearch.loss.divergence import divergence
 from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.lowering import refitted as refitting
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant, uniform
@@ -164,3 +166,30 @@ def test_a_unit_that_reads_infinity_keeps_its_weight() -> None:
     nearest = quantize_weight(model.second.weight, 0).dequantized()
     torch.testing.assert_close(weight, torch.from_numpy(nearest))
     assert all(bool(torch.isfinite(own.weight(u, {}, "int8")[0]).all()) for u in variants)
+
+
+def test_a_refitted_allocation_is_read_from_the_folder_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`deploy` and `verify` after `run` refit nothing; another allocation is refitted, a damaged file made again."""
+    low = made("cnn")
+    widths = {g: max(n // 2, 1) for g, n in low.network.channels.items()}
+    variants = uniform(low.network, "int8")
+    first = refitted(low, variants, widths, weight_bank(low, tmp_path))
+    calls: list[Any] = []
+    real = refitting.refit_sequential
+    monkeypatch.setattr(refitting, "refit_sequential", lambda *a, **k: calls.append(a) or real(*a, **k))
+    order = weight_bank(low, None).order
+
+    def again(widths: dict[str, int]) -> Lowering:
+        return refitted(low, variants, widths, weight_bank(low, tmp_path, order))
+
+    second = again(widths)
+    assert not calls
+    assert second.onnx(variants).SerializeToString() == first.onnx(variants).SerializeToString()
+    again({g: n for g, n in widths.items() if g == "stem"})
+    assert len(calls) == 1
+    for file in tmp_path.glob("*/allocations/*.safetensors"):
+        file.write_bytes(b"damaged")
+    again(widths)
+    assert len(calls) == 2

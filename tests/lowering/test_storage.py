@@ -1,4 +1,4 @@
-"""What takes bytes: stored tensors as units, in int8 where that is asked for, and the size that is foretold of a file."""
+"""What takes bytes: stored tensors as units, in int8 where that is asked for, and the size that is predicted of a file."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_the_dense_size_is_that_of_the_modules_own_tensors() -> None:
 
 @pytest.mark.parametrize("quantize_outputs", [False, True])
 def test_sizes_of_files_of_mixed_allocations(low: Lowering, quantize_outputs: bool) -> None:
-    """What the table foretells of any file is never below it, and little above."""
+    """What the table predicts of any file is never below it, and little above."""
     backend = SimulatedBackend(LatencyLaw({}), quantize_outputs=quantize_outputs)
     setup = Setup(low, backend, BuildOptions(), storage=True)
     always, own = graph_bytes(setup, "fp32")
@@ -360,7 +360,7 @@ def simulated(low: Lowering) -> SimulatedBackend:
 
 
 def test_a_budget_on_size_is_met_by_what_is_stored_in_int8(tmp_path: Path) -> None:
-    """Even of a network of which next to nothing is a layer; the file has the bytes that were foretold."""
+    """Even of a network of which next to nothing is a layer; the file has the bytes that were predicted."""
     low = made("stored")
     report = run(
         low.task, ["size=36%"], tmp_path, backend=simulated(low), axes=["precision"], time_limit_s=5.0

@@ -17,7 +17,7 @@ import hwsearch as hs
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import as_call
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.profiler.reshape import own_shapes, reshaped, to_shape
+from hwsearch.profiler.reshape import example_shapes, reshaped, to_shape
 
 
 class TwoInputs(nn.Module):
@@ -87,7 +87,7 @@ def test_what_has_the_shape_stays_as_it_is() -> None:
 
 def test_a_task_of_images_at_another_size_and_batch() -> None:
     task = reshaped(tiny.task("cnn"), "2x3x12x10")
-    assert own_shapes(task) == ((2, 3, 12, 10),)
+    assert example_shapes(task) == ((2, 3, 12, 10),)
     assert [tuple(b.shape) for b in task.calibration] == [(64, 3, 12, 10), (32, 3, 12, 10)]  # type: ignore[union-attr]
     found, old = Lowering(task).network, tiny.lowering("cnn").network
     assert found.input_shapes == ((2, 3, 12, 10),)
@@ -106,8 +106,8 @@ def test_inputs_by_name_in_any_order() -> None:
         assert torch.equal(named["ids"], batch["ids"][:, :4])
         assert torch.equal(named["mask"], batch["mask"][:, :4])
     by_place = text(tuple(example.values()), [tuple(batch.values())])
-    assert own_shapes(reshaped(by_place, ["2x9", "2x9"])) == ((2, 9), (2, 9))
-    assert own_shapes(reshaped(by_place, ["ids=1x9", "mask=1x9"])) == ((1, 9), (1, 9))
+    assert example_shapes(reshaped(by_place, ["2x9", "2x9"])) == ((2, 9), (2, 9))
+    assert example_shapes(reshaped(by_place, ["ids=1x9", "mask=1x9"])) == ((1, 9), (1, 9))
     assert Lowering(reshaped(by_place, ["1x9", "1x9"])).network.input_shapes == ((1, 9), (1, 9))
 
 
