@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import numpy as np
 
-import hwsearch as hs
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import make_space
@@ -36,8 +35,6 @@ def compare(name: str = "cnn", budgets: int = BUDGETS, build_noise: float = 0.01
     """A line with the round and one without it: slack, loss and rounds over the budgets that both met."""
     import tiny
 
-    old = tiny.task(name)
-    task = hs.Task(old.model, old.example_inputs, old.calibration, lambda predict: 0.0, "simulated")
     law = LatencyLaw.random(tiny.lowering(name).network, 2)
     backend = SimulatedBackend(law, noise=0.003, build_noise=build_noise, node_noise=0.02)
     setup = Setup(tiny.lowering(name), backend, BuildOptions())
