@@ -24,7 +24,7 @@ from hwsearch.network.choices import (
 )
 from hwsearch.network.network import ChannelGroup, Edge, Network, Unit, Way
 from hwsearch.network.variants import Variant, network_bytes, uniform
-from hwsearch.table.build import Build
+from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Header
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
@@ -117,7 +117,7 @@ def simulated_build(
     rows = attribute(nodes, network, {})
     error = 1.96 * max(noise, 1e-3)
     return Build(
-        role=role, base="fp32", variants=tuple(str(variants[u.name]) for u in network.units),
+        role=Role(role), base="fp32", variants=tuple(str(variants[u.name]) for u in network.units),
         ratio=ratio, low=ratio * (1 - error), high=ratio * (1 + error), unstable=False,
         samples_ns=np.full(10, round(ratio * reference_ns(law)), np.int64),
         reference_ns=np.full(10, round(reference_ns(law)), np.int64),
@@ -194,7 +194,7 @@ def alone_table(network: Network, law: LatencyLaw) -> LatencyTable:
             ratio = law.time_ns({unit.name: variant.precision}) / reference_ns(law)
             builds.append(
                 Build(
-                    role="alone", base="fp32",
+                    role=Role.ALONE, base="fp32",
                     variants=tuple(str(variant) if u is unit else "" for u in network.units),
                     ratio=ratio, low=ratio, high=ratio, unstable=False,
                     samples_ns=np.ones(1, np.int64), reference_ns=np.ones(1, np.int64),

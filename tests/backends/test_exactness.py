@@ -293,7 +293,7 @@ def test_an_allocation_of_8_bits_is_refused_where_sums_are_not_exact(tmp_path: A
     exact = SimulatedBackend(setup.backend.law)  # type: ignore[attr-defined]
     assert of_allocation(setup.lowering.task, found, exact).lowering.int8_bits == 8
     inexact = SimulatedBackend(setup.backend.law, int8_bits=7)  # type: ignore[attr-defined]
-    with pytest.raises(IncompatibleTables, match=r"8 bits.*simulated.*takes 7 bits.*search on this device"):
+    with pytest.raises(IncompatibleTables, match=r"8 bits.*simulated.*takes 7 bits.*search here"):
         of_allocation(setup.lowering.task, found, inexact)
     setup, table = tables(tmp_path, 7)
     found = search(table, sensitivity_for(setup, None, grid=table.grid()), ["latency=60%"])

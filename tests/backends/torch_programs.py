@@ -12,7 +12,7 @@ import torch
 from hwsearch.backends.torch.compiler import compiled
 from hwsearch.backends.torch.graph import read
 from hwsearch.backends.torch.offering import Kernels
-from hwsearch.backends.torch.program import Program
+from hwsearch.backends.torch.program import OnnxProgram
 
 CPU = torch.device("cpu")
 FLOATS = Kernels()
@@ -22,11 +22,11 @@ ON_CPU = Kernels(int8=True, fp8=True)
 Arrays = list[np.ndarray[Any, Any]]
 
 
-def program(model: onnx.ModelProto, there: Kernels = FLOATS, base: str = "fp32") -> Program:
+def program(model: onnx.ModelProto, there: Kernels = FLOATS, base: str = "fp32") -> OnnxProgram:
     return compiled(read(model), CPU, there, base)
 
 
-def run(made: Program, arrays: Arrays) -> Arrays:
+def run(made: OnnxProgram, arrays: Arrays) -> Arrays:
     inputs = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
     return [
         value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy() for value in made(inputs)

@@ -25,7 +25,7 @@ from tests.networks import NETWORKS
 
 
 def of(own: list[Batch], folder: Path | None = None) -> WeightBank:
-    return WeightBank(folder, own[0][0], own, order_slots(own, "magnitude"))
+    return WeightBank(folder, own[0][0], own, order_slots(own))
 
 
 def half(own: list[Batch]) -> dict[str, int]:

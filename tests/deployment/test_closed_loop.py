@@ -104,10 +104,15 @@ def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[P
     folder, _, _ = done
     before = LatencyTable.load(folder / "table.parquet")
     sensitivities = (folder / "sens.parquet").read_bytes()
-    weights = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+    def entries() -> dict[Path, int]:
+        files = (p for p in folder.rglob("*.safetensors") if p.parent.name != "allocations")
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    weights = entries()
     assert weights
     report = hs.run(task(), ["macs=95%", between(backend().law, 0.9)], folder, backend=backend())
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == weights
+    assert entries() == weights
     assert report.met
     after = LatencyTable.load(folder / "table.parquet")
     assert [b.role for b in after.builds if b.role != "deployed"] == [
@@ -167,7 +172,7 @@ def test_dense_is_the_answer_where_it_meets_the_budget(done: tuple[Path, hs.Task
 def test_a_dense_network_that_misses_is_followed_by_another(tmp_path: Path) -> None:
     """Every engine is off by a few per cent: the dense one built again misses 100 %, and nothing of it joins the fit."""
     law = LatencyLaw.random(tiny.lowering("cnn").network, precisions=("fp32", "bf16", "int8"))
-    runtime = backend(bases=("bf16", "fp32"), build_noise=0.02, seed=1)
+    runtime = backend(bases=("bf16", "fp32"), build_noise=0.02, seed=2)
     runtime.law = law
     report = hs.run(task(), ["latency=100%"], tmp_path, backend=runtime, axes=["precision"])
     assert report.met

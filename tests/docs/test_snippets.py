@@ -40,8 +40,8 @@ from hwsearch.cli import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = ("text", "json", "toml")
-VERDICTS = {"table check": 1, "verify": 3}
-"""Exit codes that say what was measured, on a busy machine too: the table does not hold, the budget is missed."""
+VERDICTS = {"table recheck": 1, "table diagnose": 2, "verify": 3}
+"""Exit codes that say what was measured, on a busy machine too: a table that does not hold, too few builds, a missed budget."""
 RENDERED = re.compile(r"^\{[\w-]+\}|^:::")  # MyST directives
 
 _FENCE = re.compile(r"^(`{3,})\s*(.*)$")
