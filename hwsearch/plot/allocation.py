@@ -97,12 +97,24 @@ def plot_allocation(
         times, f"{allocation.network_name}: the allocation", where(_allocation_header(allocation)),
         *_allocation_text(allocation, model, chosen),
     )  # fmt: skip
+    handles = _variant_handles(chosen)
+    if model or sensitivity:
+        handles.append(
+            Patch(facecolor="none", edgecolor=FAINT, label="hollow: another variant, in its colour")
+        )
+    handles.append(Line2D([], [], color=INK, linewidth=1.0, label=f"quantized meets float ({crossed})"))
+    legend_below(figure, handles, columns=len(handles))
+    return done(figure, path)
+
+
+def _variant_handles(chosen: Mapping[str, Variant]) -> list[Any]:
+    """A legend entry for each variant, with how many units have it."""
     order = list(WEIGHT_BITS)
     kinds = sorted(
         set(chosen.values()), key=lambda v: (order.index(v.precision), v.kept is not None, v.pattern)
     )
     counts = {v: sum(own == v for own in chosen.values()) for v in kinds}
-    handles: list[Any] = [
+    return [
         Patch(
             facecolor=PRECISION_COLORS[v.precision],
             edgecolor="white" if v.kept else PRECISION_COLORS[v.precision],
@@ -111,13 +123,6 @@ def plot_allocation(
         )
         for v, n in counts.items()
     ]
-    if model or sensitivity:
-        handles.append(
-            Patch(facecolor="none", edgecolor=FAINT, label="hollow: another variant, in its colour")
-        )
-    handles.append(Line2D([], [], color=INK, linewidth=1.0, label=f"quantized meets float ({crossed})"))
-    legend_below(figure, handles, columns=len(handles))
-    return done(figure, path)
 
 
 def _draw_boundaries(
