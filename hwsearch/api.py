@@ -12,6 +12,7 @@ from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
 from hwsearch.deployment.closed_loop import closed_loop
+from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
 from hwsearch.deployment.report import Report, measured_points
 from hwsearch.deployment.session import Session
@@ -200,7 +201,7 @@ def verify(
         lock_clocks: As for `profile`, at the clock of the allocation's table.
 
     Returns:
-        The report; `met` says whether every budget holds.
+        The report; `state` says whether every budget holds.
 
     Raises:
         IncompatibleTables: The table is of another device, or the allocation of another network.
@@ -283,7 +284,7 @@ def run(
     )
     table.save(table_path)
     _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
-    if not report.met:
+    if report.state == State.MISSED:
         raise _missed(report, parsed, folder)
     return report
 

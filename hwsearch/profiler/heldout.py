@@ -1,4 +1,8 @@
-"""Builds that are kept from the fit, to tell by them how far off its predictions are."""
+"""Builds that are kept from the fit, to tell by them how far off its predictions are.
+
+Held-out builds are looked at while the profile goes on: they may end it, and widen its predictions. An error reported on them would
+be that of builds chosen for a small one, so every third is a test build, which nothing looks at until the profile is done.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,36 @@ from hwsearch.table.table import usable
 
 LEAST = 4
 """Held-out builds by which a profile tells anything."""
+TEST_EVERY = 3
+"""Of the builds that are kept out every so many is a test build."""
+LEAST_TESTED = 2
+"""Test builds from which on an error is reported on them."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out builds of a profile: allocations of cells that were all built, none of which was."""
+    """The held-out and test builds of a profile: allocations of cells that were all built, none of which was."""
 
     recorder: Recorder
     limit: TimeLimit
 
     @property
     def number(self) -> int:
-        return self.recorder.count(Role.HELDOUT)
+        return self.recorder.count(Role.HELDOUT, Role.TEST)
 
     def add(self, rng: np.random.Generator) -> bool:
         """Measure one more; False where none is found."""
         candidate = self._drawn(rng)
         if candidate is None:
             return False
-        self.recorder.measure(Role.HELDOUT, candidate)
+        self.recorder.measure(Role.TEST if self.number % TEST_EVERY == 1 else Role.HELDOUT, candidate)
         return True
 
     def complete(self) -> None:
         """As many as it takes to tell anything by them, while there is time."""
         for _ in range(4 * LEAST):
-            if self.number >= LEAST or self.limit.late():
+            enough = self.recorder.count(Role.HELDOUT) >= LEAST and self.recorder.count(Role.TEST) >= LEAST_TESTED
+            if enough or self.limit.late():
                 return
             if not self.add(np.random.default_rng([self.recorder.seed, len(self.recorder.table.builds)])):
                 return
@@ -72,7 +81,7 @@ class HeldOut:
         built = {
             cell
             for b in usable(table)
-            if b.role != Role.HELDOUT
+            if not b.kept_out
             for cell in table.candidate(b).cells(self.recorder.setup.network)
         }
         return built | table.known()

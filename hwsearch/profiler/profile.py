@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
+from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
 from hwsearch.engine.setup import Setup
@@ -71,7 +73,7 @@ def profile(
             at its beginning), and fewer builds do.
 
     Raises:
-        DeviceBusy: Another profile runs here.
+        DeviceBusy: Another command measures on this device, or writes `out`, and does not end.
         IncompatibleTables: `out` is of something else.
     """
     effort = effort or Effort()
@@ -86,11 +88,17 @@ def profile(
         raise InvalidInput(f"the time limit must be positive, got {effort.time_limit_s} s")
     axes = check_axes(axes)
     fingerprint = devices.fingerprint_for(setup.backend).to_json()
-    with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
-        path = Path(out) if out is not None else None
+    progress = progress or Progress.silent()
+    path = Path(out) if out is not None else None
+    with ExitStack() as held:
+        held.enter_context(lock(fingerprint["id"], say=progress.say))
+        if path is not None:
+            held.enter_context(lock_path(path, say=progress.say))
+        held.enter_context(background(setup.load))
+        held.enter_context(setup.locked())
         table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
         table = _storage_refused(setup, table)
-        recorder = Recorder(setup, table, path, effort.protocol, progress or Progress.silent(), seed)
+        recorder = Recorder(setup, table, path, effort.protocol, progress, seed)
         if mode == Mode.SANDWICHED:
             _layers(recorder).sandwiched(effort.time_limit_s)
         elif mode in LAYERED:

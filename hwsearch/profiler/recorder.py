@@ -76,7 +76,7 @@ class Recorder:
         variants = tuple(str(candidate.variants[u.name]) for u in self.setup.network.units)
         widths = tuple(candidate.widths[g] for g in self.setup.network.channels)
         for old in self.table.builds:
-            if old.key == (base, variants, widths) and old.role == role and role not in (Role.DESIGN, Role.HELDOUT):
+            if old.key == (base, variants, widths) and old.role == role and role not in (Role.DESIGN, Role.HELDOUT, Role.TEST):
                 return old
         reference = self.reference
         begun = self.setup.clock()

@@ -28,6 +28,7 @@ class Role(StrEnum):
     PROBE = "probe"
     DESIGN = "design"
     HELDOUT = "heldout"
+    TEST = "test"
     DEPLOYED = "deployed"
     ALONE = "alone"
     SANDWICH = "sandwich"
@@ -124,6 +125,11 @@ class Build:
     def partial(self) -> bool:
         """Whether it is of a part of the network only."""
         return self.role in PARTS
+
+    @property
+    def kept_out(self) -> bool:
+        """Whether no fit sees it. Held-out builds end a profile and widen its predictions; test builds do nothing but judge it."""
+        return self.role in (Role.HELDOUT, Role.TEST)
 
     @property
     def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:

@@ -439,6 +439,12 @@ class LatencyTable:
         ).fillna(0)
 
 
+def judged_by(table: LatencyTable) -> list[Build]:
+    """The builds on which the error of a fit is reported: test builds, or held-out ones where there are fewer than two."""
+    tested, held = ([b for b in usable(table) if b.role == role] for role in (Role.TEST, Role.HELDOUT))
+    return tested if len(tested) >= 2 else held + tested
+
+
 def usable(table: LatencyTable) -> list[Build]:
     """Builds a fit may use: whole networks under the table's base that ran as asked."""
     base = table.header.options["base"]

@@ -93,8 +93,8 @@ def test_a_killed_profile_loses_at_most_one_build(tmp_path: Path) -> None:
     assert len(run(set_up(noise=0.01), out).builds) == 3 + DESIGN  # and the dead process's lock is free
 
 
-def test_one_profile_at_a_time(tmp_path: Path) -> None:
-    with devices.lock(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
+def test_one_profile_at_a_time(tmp_path: Path, busy: Any) -> None:
+    with busy(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
         run(set_up(), tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()
     run(set_up(), tmp_path / "t.parquet", builds=1)
