@@ -17,8 +17,8 @@ SCHEMA = 2
 
 _MAKE = "expected an allocation from `hwsearch search`"
 _KEYS = {
-    "predicted": ("latency_ns", "sigma_ns", "size_bytes", "loss"),
-    "dense": ("latency_ns", "size_bytes"),
+    "predicted": ("size_bytes", "loss"),
+    "dense": ("size_bytes",),
     "solver": ("status", "gap"),
 }
 
@@ -30,9 +30,9 @@ class Allocation:
     Args:
         variants: unit -> its variant, as `dense.int8`.
         predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never
-            measured), `macs`, `loss`.
+            measured), `macs`, `loss`. Without the first two where nothing bounds latency and a layer was not measured as it is.
         dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its latency is a sum
-            over layers and not measured.
+            over layers and not measured; without a latency where no table was measured.
         budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs).
         solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that).
         network: fingerprint of the network that it is for.
@@ -69,7 +69,7 @@ class Allocation:
         """What is predicted to be the cost of each kind."""
         of = self.predicted
         return Costs(
-            latency=of["latency_ns"],
+            latency=of.get("latency_ns"),
             **{tail: of.get(f"{tail}_ns") for tail in TAILS},
             size=of["size_bytes"],
             memory=of.get("memory_bytes"),

@@ -64,7 +64,7 @@ def _floating(space: Space, choice: Sequence[int], whole: int) -> str:
             continue
         why = refused.get(unit, {}).get(str(STORAGE)) or (
             f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
-            if not any(str(STORAGE) in own for own in space.table.offered().values())
+            if not any(c.variant == STORAGE for own in space.cells for c in own)
             else "no smaller form of it was measured, or its loss is not known"
         )
         reasons.setdefault(why, []).append(unit)

@@ -20,14 +20,14 @@ class Timed:
     """How sure the latencies of a report are, and what the machine was like, in ns.
 
     Attributes:
-        sigma: Standard error of the predicted latency.
+        sigma: Standard error of the predicted latency; None where none was predicted.
         low, high: 95 % interval of the measured one.
         unconverted: What was measured on the table's scale, before what the table knows of a slower machine was taken off.
         now: Raw median of the deployed engine, as fast as the machine just was.
         reference, reference_now: Time of the reference engine on the table's scale, and its raw median.
     """
 
-    sigma: float
+    sigma: float | None
     low: float
     high: float
     unconverted: float
@@ -153,6 +153,16 @@ class Report:
             return "MISSED"
         return "met, but what it loses is not explained: see the warnings" if self.unexplained else "met"
 
+    def _foreseen(self) -> str:
+        """What was predicted of the latency, and what bounds it."""
+        latency = self.latency_ms
+        predicted = "not predicted, "
+        if latency["predicted"] is not None:
+            predicted = f"{latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
+        if latency["budget"] is not None:
+            return f"{predicted}budget {latency['budget']:.4g} ms, "
+        return predicted + ("" if set(TAILS) & set(self.bound.known()) else "not bounded, ")
+
     def _memory(self) -> list[str]:
         if self.measured.memory is None:
             return []
@@ -224,9 +234,8 @@ class Report:
             f"{self.task} on {self.backend}, {self.device.get('chip', 'this device')}, {self.options.get('threads')} thread(s)",
             f"budget   {self.verdict} after {self.rounds} round(s); solver {self.solver['status']}, "
             f"gap {self.solver['gap']:.2g}",
-            f"latency  {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
-            + (f"budget {latency['budget']:.4g} ms, " if latency["budget"] is not None else "")
-            + f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
+            f"latency  {latency['measured']:.4g} ms measured, {self._foreseen()}"
+             f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",

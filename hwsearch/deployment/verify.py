@@ -98,7 +98,7 @@ def _meets(session: Session, measured: Measured, bound: Costs) -> bool:
 def _timed(session: Session, measured: Measured, allocation: Allocation) -> Timed:
     timing, time_ns = measured.timing, session.time_ns(measured)
     return Timed(
-        sigma=allocation.predicted["sigma_ns"],
+        sigma=allocation.predicted.get("sigma_ns"),
         low=timing.low / timing.ratio * time_ns,
         high=timing.high / timing.ratio * time_ns,
         unconverted=timing.ratio * session.scale_ns,
@@ -148,5 +148,7 @@ def _float_only(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> d
 
 def _parted(measured: Costs, allocation: Allocation) -> bool:
     """Whether a measurement is further from the prediction than that is uncertain."""
+    if "latency_ns" not in allocation.predicted:
+        return False
     predicted, sigma = allocation.predicted["latency_ns"], allocation.predicted["sigma_ns"]
     return bool(abs(measured["latency"] - predicted) > max(3 * sigma, 0.05 * predicted))
