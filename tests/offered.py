@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,13 +22,17 @@ from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.choices import candidate_widths
 from hwsearch.network.memory import peak_bytes
+from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal, network_bytes
 from hwsearch.profiler.profile import Effort, profile, without_times
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
+
+Array = NDArray[np.float64]
 
 FAST = Protocol(width=0.05, block_ns=1, warmup_ns=1, limit_s=0.5)
 QUALIFIED = ("the least known so far", "a prediction cannot tell")
@@ -68,7 +74,6 @@ class Trial:
     builds: int
     exists: bool
     refused: str = ""
-    tags: set[str] = field(default_factory=set)
 
     @property
     def outcome(self) -> str:
@@ -83,51 +88,78 @@ class Trial:
         return self.exists and self.outcome == "refused"
 
 
-def trial(seed: int) -> Trial:
-    """A random network, law, time limit and budgets, from the profile to the search, beside exhaustive search."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
+@cache
+def network(number: int) -> tuple[Lowering, SensitivityTable]:
+    """A random network made ready, and the losses of all that a profile would try of it."""
+    torch.manual_seed(number)
     x, y = torch.randn(8, 3, 6, 6), torch.randn(4, 3, 6, 6)
-    task = hs.Task(Chain(rng).eval(), x[:1], [x, y], lambda _: 0.0, f"random{seed}")
+    task = hs.Task(Chain(np.random.default_rng(number)).eval(), x[:1], [x, y], lambda _: 0.0, f"random{number}")
     lowering = Lowering(task)
+    setup = Setup(lowering, SimulatedBackend(LatencyLaw.random(lowering.network)), BuildOptions(), storage=True)
+    grid = {g: candidate_widths(n) for g, n in lowering.network.channels.items()}
+    return lowering, sensitivity_for(setup, None, grid=grid)
+
+
+def trial(seed: int, networks: int) -> Trial:
+    """One of so many networks with a random law, time limit and budgets: profile and search, beside exhaustive search."""
+    rng = np.random.default_rng(seed)
+    lowering, losses = network(seed % networks)
     kinds = KINDS[int(rng.integers(len(KINDS)))]
     law = LatencyLaw.random(lowering.network, seed)
     backend = SimulatedBackend(law, noise=0.002, build_noise=0.002, node_noise=0.01, build_ns=10**9, seed=seed)
     setup = Setup(lowering, backend, BuildOptions(), storage="size" in kinds)
-    sizes = without_times(setup)
-    costs = {c: np.array(own) for c, own in zip(("latency", "size", "memory", "macs"), zip(*_offered(setup, law, sizes), strict=True), strict=True)}
-    # budgets around what one allocation of the fastest or smallest tenth costs, now and then below the least
-    near = np.argsort(costs[kinds[0]])[: max(1, len(costs["size"]) // 10)]
-    chosen = near[int(rng.integers(len(near)))]
-    bounds = {c: int(costs[c][chosen] * rng.choice((0.97, 1.0, 1.0, 1.03, 1.2))) for c in kinds}
+    table = without_times(setup)
+    every, of = list(allocations(setup)), columns(setup, law, table)
+    costs = {c: np.array([of[c](*own) for own in every], float) for c in kinds}
+    bounds = _bounds(costs, rng)
     units = {"latency": "ns", "macs": "MAC"}
     budgets = [f"{c}={bound}{units.get(c, 'B')}" for c, bound in bounds.items()]
     exists = bool(np.all([costs[c] <= bound for c, bound in bounds.items()], axis=0).any())
-    parsed, table = parse_budgets(budgets), sizes
     if not set(kinds) <= set(COMPUTED):
         limit_s = float(np.exp(rng.uniform(np.log(2.0), np.log(150.0))))
         table = profile(setup, None, Effort(limit_s, protocol=FAST))
-    losses = sensitivity_for(setup, None, grid=widths_to_score(table, parsed))
+    scored = widths_to_score(table, parse_budgets(budgets))
+    known = {g: {w: own[w] for w in scored[g]} for g, own in losses.width_loss.items()}
     try:
-        search(table, losses, budgets)
+        search(table, replace(losses, width_loss=known), budgets)
     except Infeasible as error:
         return Trial(budgets, len(table.builds), exists, str(error))
     return Trial(budgets, len(table.builds), exists)
 
 
-def _offered(setup: Setup, law: LatencyLaw, sizes: LatencyTable) -> Iterator[tuple[float, int, int, int]]:
-    """(ns, bytes, bytes of activations, MACs) of every allocation: each variant of the backend at each width to try."""
-    network, header = setup.network, sizes.header
-    steps = [candidate_widths(n) for n in network.channels.values()]
-    for chosen in product(*steps):
+def _bounds(costs: Mapping[str, Array], rng: np.random.Generator) -> dict[str, int]:
+    """Budgets around what an allocation costs that is among the best twentieth by the first of them, or below the least."""
+    order = np.argsort(next(iter(costs.values())), kind="stable")
+    chosen = order[int(rng.integers(max(1, len(order) // 20))) if rng.random() < 0.7 else 0]
+    return {c: int(own[chosen] * rng.choice((0.97, 1.0, 1.0, 1.01, 1.05, 1.2))) for c, own in costs.items()}
+
+
+Allocation = tuple[dict[str, Variant], dict[str, int], Network]
+
+
+def allocations(setup: Setup) -> Iterator[Allocation]:
+    """Every (variants, widths, network at these widths) that is offered."""
+    network = setup.network
+    for chosen in product(*(candidate_widths(n) for n in network.channels.values())):
         widths = dict(zip(network.channels, chosen, strict=True))
-        narrow, at = network.narrow(widths), sizes_of(network, widths)
+        narrow = network.narrow(widths)
         for variants in product(*(legal(u, setup.variants()) for u in narrow.units)):
-            own: dict[str, Variant] = dict(zip((u.name for u in narrow.units), variants, strict=True))
-            graph = header.graph_bytes + sum(header.unit_bytes[u][str(v)] for u, v in own.items())
-            yield (
-                law.time_ns({u: "int8" if v.quantized else "fp32" for u, v in own.items()}, at),
-                network_bytes(narrow, own) + graph,
-                peak_bytes(network, own, widths, base="fp32"),
-                narrow.macs,
-            )
+            yield dict(zip((u.name for u in network.units), variants, strict=True)), widths, narrow
+
+
+def columns(setup: Setup, law: LatencyLaw, sizes: LatencyTable) -> dict[str, Callable[..., float]]:
+    """What an allocation costs, of each kind."""
+    network, header = setup.network, sizes.header
+
+    def size(variants: Mapping[str, Variant], _: Mapping[str, int], narrow: Network) -> int:
+        graph = sum(header.unit_bytes[u][str(v)] for u, v in variants.items())
+        return network_bytes(narrow, variants) + header.graph_bytes + graph
+
+    return {
+        "latency": lambda variants, widths, _: law.time_ns(
+            {u: "int8" if v.quantized else "fp32" for u, v in variants.items()}, sizes_of(network, widths)
+        ),
+        "size": size,
+        "memory": lambda variants, widths, _: peak_bytes(network, variants, widths, base="fp32"),
+        "macs": lambda _, __, narrow: narrow.macs,
+    }

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwsearch.allocate.budget import TAILS
+from hwsearch.allocate.budget import COMPUTED, TAILS
 from hwsearch.allocate.costs import Costs
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
@@ -17,10 +17,12 @@ SCHEMA = 2
 
 _MAKE = "expected an allocation from `hwsearch search`"
 _KEYS = {
-    "predicted": ("size_bytes", "loss"),
-    "dense": ("size_bytes",),
+    "predicted": ("latency_ns", "sigma_ns", "size_bytes", "loss"),
+    "dense": ("latency_ns", "size_bytes"),
     "solver": ("status", "gap"),
 }
+_MEASURED = ("latency_ns", "sigma_ns")
+"""Not there where budgets are on what is computed alone, and nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,13 @@ class Allocation:
                 raise InvalidInput(
                     f"{path} is not an allocation: width and order of {group} do not fit together; search again"
                 )
-        parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
-        parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [
+            ("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets
+        ]
+        computed = {b.get("column") for b in allocation.budgets} <= set(COMPUTED) and bool(allocation.budgets)
+        optional = _MEASURED if computed else ()
+        for key, wanted in _KEYS.items():
+            parts.append((key, getattr(allocation, key), tuple(name for name in wanted if name not in optional)))
         for key, part, wanted in parts:
             missing = [name for name in wanted if name not in part]
             if missing:

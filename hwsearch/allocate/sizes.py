@@ -57,18 +57,22 @@ def explained(space: Space, choice: Sequence[int]) -> str:
 def _floating(space: Space, choice: Sequence[int], whole: int) -> str:
     """The units that stay floating in a choice of least size, and why."""
     network, refused = space.table.network, space.table.header.unsupported
+    widths = space.widths(choice)
+    smaller = {u.name: any(not c.variant.plain for c in own) for u, own in zip(network.units, space.cells, strict=True)}
     reasons: dict[str, list[str]] = {}
     bytes_of: dict[str, int] = {}
     for unit, variant in space.variants(choice).items():
         if not variant.plain or not network[unit].weight_shape:
             continue
         why = refused.get(unit, {}).get(str(STORAGE)) or (
-            f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
+            "in int8 it takes no less, with what that adds to the graph"
+            if smaller[unit]
+            else f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
             if not any(c.variant == STORAGE for own in space.cells for c in own)
             else "no smaller form of it was measured, or its loss is not known"
         )
         reasons.setdefault(why, []).append(unit)
-        bytes_of[why] = bytes_of.get(why, 0) + weight_bytes(network[unit], Variant(variant.precision))
+        bytes_of[why] = bytes_of.get(why, 0) + weight_bytes(network.unit_at(unit, widths), variant)
     told = [
         f"; {size / whole:.0%} stays floating ({', '.join(units[:NAMED])}{', ...' if len(units) > NAMED else ''}): {why}"
         for why, units in reasons.items()
