@@ -237,9 +237,7 @@ def run(
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there, with another budget, uses the table and the sensitivities again. Where only size, memory or
-    MACs are bounded, nothing is profiled and there is neither table nor front: any width may be chosen, and latency is
-    measured of the answer alone.
+    `weights`; another run there uses them again. Where only size, memory or MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
@@ -278,11 +276,8 @@ def run(
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, weights = folder / "table.parquet", folder / "weights"
     timed = any(b.column not in COMPUTED for b in parsed)
-    if timed:
-        effort = Effort(time_limit_s, extend=False)
-        table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress)
-    else:
-        table = without_times(setup)
+    effort = Effort(time_limit_s, extend=False)
+    table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress) if timed else without_times(setup)
     grid, path = widths_to_score(table, parsed) if "width" in axes else {}, folder / "sens.parquet"
     sensitivities = sensitivity_for(setup, path, seed=seed, grid=grid, weights=weights, progress=progress)
     report, _, table = closed_loop(
