@@ -79,12 +79,15 @@ def test_the_least_is_known_of_however_short_a_profile() -> None:
             assert model.knows(unit.name, Variant(variant), widths)
 
 
-def test_a_design_that_is_content_leaves_time_for_the_widths_left_out() -> None:
-    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
-    short = run_widths(narrow_setup(backend), None, time_limit_s=38.0)
-    assert unprobed(short)
-    long = run_widths(narrow_setup(SimulatedBackend(narrow_law(), build_ns=1_000_000_000)), None, time_limit_s=70.0)
-    assert not unprobed(long)
+def test_a_design_that_is_content_leaves_its_time_to_the_widths_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwsearch.profiler.sequential.GOAL", 0.05)
+
+    def left(later: float) -> int:
+        monkeypatch.setattr("hwsearch.profiler.profile.LATER_SHARE", later)
+        backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+        return sum(map(len, unprobed(run_widths(narrow_setup(backend), None, time_limit_s=60.0)).values()))
+
+    assert left(0.0) > left(0.75)
 
 
 def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
