@@ -80,12 +80,13 @@ def test_the_least_is_known_of_however_short_a_profile() -> None:
 
 
 def test_a_design_that_is_content_leaves_its_time_to_the_widths_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hwsearch.profiler.sequential.GOAL", 0.05)
+    monkeypatch.setattr("hwsearch.profiler.sequential.GOAL", 0.2)  # content early
+    monkeypatch.setattr("hwsearch.profiler.sequential.DOUBT", 1.0)
 
     def left(later: float) -> int:
         monkeypatch.setattr("hwsearch.profiler.profile.LATER_SHARE", later)
         backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
-        return sum(map(len, unprobed(run_widths(narrow_setup(backend), None, time_limit_s=60.0)).values()))
+        return sum(map(len, unprobed(run_widths(narrow_setup(backend), None, time_limit_s=50.0)).values()))
 
     assert left(0.0) > left(0.75)
 
