@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
-from hwsearch.allocate.budget import Budget, parse_budgets
+from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
@@ -20,12 +20,13 @@ from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
+from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
 from hwsearch.plot import plot_front
-from hwsearch.profiler.profile import Effort
+from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
@@ -237,7 +238,7 @@ def run(
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there, with another budget, uses the table and the sensitivities again.
+    `weights`; another run there uses them again. Where only size, memory or MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
@@ -275,18 +276,30 @@ def run(
     )  # fmt: skip
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, weights = folder / "table.parquet", folder / "weights"
+    timed = any(b.column not in COMPUTED for b in parsed)
     effort = Effort(time_limit_s, extend=False)
-    table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress)
-    grid, path = table.grid() if "width" in axes else {}, folder / "sens.parquet"
+    table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress) if timed else without_times(setup)
+    grid, path = widths_to_score(table, parsed) if "width" in axes else {}, folder / "sens.parquet"
     sensitivities = sensitivity_for(setup, path, seed=seed, grid=grid, weights=weights, progress=progress)
     report, _, table = closed_loop(
         setup, table, sensitivities, parsed, folder, axes=axes, keep=keep, weights=weights, progress=progress
     )
-    table.save(table_path)
-    _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
+    if timed:
+        table.save(table_path)
+        _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
     if report.state == State.MISSED:
         raise _missed(report, parsed, folder)
     return report
+
+
+def widths_to_score(table: LatencyTable, budgets: Sequence[Budget]) -> Mapping[str, Sequence[int]]:
+    """The widths of each channel group that may be chosen under some budgets.
+
+    Those worth their time where only what is measured is bounded; else all that were measured, or, with nothing measured, all.
+    """
+    if not table.builds:
+        return {g: candidate_widths(n) for g, n in table.network.channels.items()}
+    return measured_widths(table) if any(b.column in COMPUTED for b in budgets) else table.grid()
 
 
 def _leave_front(sweep: Front, report: Report, folder: Path) -> None:

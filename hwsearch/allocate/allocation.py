@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwsearch.allocate.budget import TAILS
+from hwsearch.allocate.budget import COMPUTED, TAILS
 from hwsearch.allocate.costs import Costs
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
@@ -21,6 +21,8 @@ _KEYS = {
     "dense": ("latency_ns", "size_bytes"),
     "solver": ("status", "gap"),
 }
+_MEASURED = ("latency_ns", "sigma_ns")
+"""Not there where budgets are on what is computed alone, and nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Allocation:
     Args:
         variants: unit -> its variant, as `dense.int8`.
         predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never
-            measured), `macs`, `loss`.
+            measured), `macs`, `loss`. Without the first two where nothing bounds latency and a layer was not measured as it is.
         dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its latency is a sum
-            over layers and not measured.
+            over layers and not measured; without a latency where no table was measured.
         budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs).
         solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that).
         network: fingerprint of the network that it is for.
@@ -69,7 +71,7 @@ class Allocation:
         """What is predicted to be the cost of each kind."""
         of = self.predicted
         return Costs(
-            latency=of["latency_ns"],
+            latency=of.get("latency_ns"),
             **{tail: of.get(f"{tail}_ns") for tail in TAILS},
             size=of["size_bytes"],
             memory=of.get("memory_bytes"),
@@ -169,8 +171,13 @@ class Allocation:
                 raise InvalidInput(
                     f"{path} is not an allocation: width and order of {group} do not fit together; search again"
                 )
-        parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
-        parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [
+            ("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets
+        ]
+        computed = {b.get("column") for b in allocation.budgets} <= set(COMPUTED) and bool(allocation.budgets)
+        optional = _MEASURED if computed else ()
+        for key, wanted in _KEYS.items():
+            parts.append((key, getattr(allocation, key), tuple(name for name in wanted if name not in optional)))
         for key, part, wanted in parts:
             missing = [name for name in wanted if name not in part]
             if missing:

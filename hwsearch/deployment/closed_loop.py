@@ -89,7 +89,7 @@ def closed_loop(
     `folder` the files of the best round: of least loss of those that met the budgets, else of those that met them within the
     noise, else the nearest. Returns its report and allocation, and the table with what was measured.
     """
-    session = session or Session(setup, table)
+    session = session or Session(setup, table if table.builds else None)
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     bound, dense = session.bounds(budgets, table)
@@ -103,12 +103,14 @@ def closed_loop(
     spending = False
     try:
         for number in range(1, MAX_ROUNDS + 1):
-            model = fit(table)
+            model = fit(table) if table.builds else None
             if last is not None:
                 again = _predicted(model, last.allocation)
-                limits = looser(limits, last, again) if spending else tighter(limits, last, again)
+                limits = looser(limits, last, again) if spending and again else tighter(limits, last, again)
             try:
-                allocation = search(table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=limits)
+                allocation = search(
+                    table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=limits, doubtful=True
+                )
             except Infeasible as error:
                 if best is None:
                     raise _slower_now(error, budgets, session) from None
@@ -164,10 +166,13 @@ class _Trial:
         report, build = measure_allocation(
             self.session, allocation, deployed, table=table, budgets=self.budgets, rounds=number
         )
-        table = table.with_build(replace(build, role=Role.DEPLOYED))
+        measured = bool(table.builds)
+        if measured:
+            table = table.with_build(replace(build, role=Role.DEPLOYED))
         if report.wrong_units:
             table = table.with_header(unsupported=_without_wrong(table, allocation, report.wrong_units))
-        table.save(self.folder / "table.parquet")
+        if measured:
+            table.save(self.folder / "table.parquet")
         return Round(allocation, report), table
 
     def keep(self, number: int, best: Round) -> None:
@@ -187,10 +192,8 @@ class _Trial:
 
 def _said(report: Report) -> str:
     latency = report.latency_ms
-    return (
-        f"round {report.rounds}: {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} predicted, "
-        f"{report.verdict}"
-    )
+    predicted = f"{latency['predicted']:.4g} predicted, " if latency["predicted"] is not None else ""
+    return f"round {report.rounds}: {latency['measured']:.4g} ms measured, {predicted}{report.verdict}"
 
 
 def _left_over(report: Report) -> float:
@@ -224,8 +227,13 @@ def _without_wrong(
     return refused
 
 
-def _predicted(model: LatencyModel, allocation: Allocation) -> Prediction:
-    """What a model says of an allocation; of one under another base (the dense one) what was said before."""
+def _predicted(model: LatencyModel | None, allocation: Allocation) -> Prediction | None:
+    """What a model says of an allocation; of one under another base (the dense one) what was said before.
+
+    None where none was predicted, as nothing bounds its latency.
+    """
+    if model is None or "latency_ns" not in allocation.predicted:
+        return None
     if allocation.options["base"] != model.table.header.options["base"]:
         return Prediction(float(allocation.predicted["latency_ns"]), float(allocation.predicted["sigma_ns"]))
     return model.predict(parse_variants(allocation), allocation.widths)
@@ -250,7 +258,7 @@ def _slower_now(error: Infeasible, budgets: Sequence[Budget], session: Session) 
     )
 
 
-def tighter(limits: Limits, last: Round, again: Prediction) -> Limits:
+def tighter(limits: Limits, last: Round, again: Prediction | None) -> Limits:
     """Limits for the next round, by what the last answer was over.
 
     Args:
@@ -258,9 +266,10 @@ def tighter(limits: Limits, last: Round, again: Prediction) -> Limits:
         again: What the model, fitted with the measurement, predicts of the last answer now. Where it has learnt the whole
             difference the latency limit stays; else it falls by the rest. Every round asks for a little less.
     """
-    bound, before = last.report.bound, last.allocation.costs
-    learnt = again.time_ns / before["latency"]
-    now = replace(before, **{c: before[c] * learnt for c in ("latency", *TAILS) if c in before.known()})
+    bound, now = last.report.bound, last.allocation.costs
+    if again is not None:
+        learnt = again.time_ns / now["latency"]
+        now = replace(now, **{c: now[c] * learnt for c in ("latency", *TAILS) if c in now.known()})
     next_limits = dict(limits)
     for column, factor in last.over().items():
         predicted = getattr(now, column)

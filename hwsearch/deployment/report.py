@@ -21,12 +21,12 @@ class Timed:
     """What was predicted, and what the machine was like, in ns.
 
     Attributes:
-        sigma: Standard error of the predicted latency.
+        sigma: Standard error of the predicted latency; None where none was predicted.
         unconverted: What was measured on the table's scale, before what the table knows of a slower machine was taken off.
         reference, reference_now: Time of the reference engine on the table's scale, and its raw median.
     """
 
-    sigma: float
+    sigma: float | None
     unconverted: float
     reference: float
     reference_now: float
@@ -180,6 +180,16 @@ class Report:
             "the machine is at this moment"
         ]
 
+    def _foreseen(self) -> str:
+        """What was predicted of the latency, and what bounds it."""
+        latency = self.latency_ms
+        predicted = "not predicted, "
+        if latency["predicted"] is not None:
+            predicted = f"{latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
+        if latency["budget"] is not None:
+            return f"{predicted}budget {latency['budget']:.4g} ms, "
+        return predicted + ("" if set(TAILS) & set(self.bound.known()) else "not bounded, ")
+
     def _memory(self) -> list[str]:
         if self.measured.memory is None:
             return []
@@ -264,9 +274,8 @@ class Report:
             f"budget   {self.verdict} after {self.rounds} round(s); solver {self.solver['status']}, "
             f"gap {self.solver['gap']:.2g}",
             f"latency  {latency['measured']:.4g} ms measured ({latency['measured_low']:.4g} to {latency['measured_high']:.4g} in "
-            f"{self.judged.windows} window(s)), {latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
-            + (f"budget {latency['budget']:.4g} ms, " if latency["budget"] is not None else "")
-            + f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
+            f"{self.judged.windows} window(s)), {self._foreseen()}"
+            f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
             *self._now(),
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",

@@ -120,7 +120,7 @@ def _judged(
 
 def _timed(session: Session, measured: Measured, judged: Judgement, allocation: Allocation) -> Timed:
     return Timed(
-        sigma=allocation.predicted["sigma_ns"],
+        sigma=allocation.predicted.get("sigma_ns"),
         unconverted=judged.measured["latency"] * measured.timing.ratio * session.scale_ns / session.time_ns(measured),
         reference=session.scale_ns,
         reference_now=session.reference_now_ns,
@@ -167,5 +167,7 @@ def _float_only(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> d
 
 def _parted(measured: Costs, allocation: Allocation) -> bool:
     """Whether a measurement is further from the prediction than that is uncertain."""
+    if "latency_ns" not in allocation.predicted:
+        return False
     predicted, sigma = allocation.predicted["latency_ns"], allocation.predicted["sigma_ns"]
     return bool(abs(measured["latency"] - predicted) > max(3 * sigma, 0.05 * predicted))

@@ -67,24 +67,13 @@ class HeldOut:
     def _drawn(self, rng: np.random.Generator) -> Candidate | None:
         recorder = self.recorder
         network, grid = recorder.setup.network, recorder.table.grid()
-        done, built = recorder.candidates(), self._built()
+        done, built = recorder.candidates(), recorder.known_cells()
         for _ in range(50):
             drawn = random_candidate(network, recorder.offered(), grid, rng)
             candidate = self._known(drawn, built)
             if candidate not in done and built.issuperset(candidate.cells(network)):
                 return candidate
         return None
-
-    def _built(self) -> set[tuple[str, str]]:
-        """Cells that a fit will know."""
-        table = self.recorder.table
-        built = {
-            cell
-            for b in usable(table)
-            if not b.kept_out
-            for cell in table.candidate(b).cells(self.recorder.setup.network)
-        }
-        return built | table.known()
 
     def _known(self, candidate: Candidate, built: set[tuple[str, str]]) -> Candidate:
         """The candidate with another variant where that of a unit was not built at these widths."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.latency.staircase import unprobed
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
 from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
-from hwsearch.profiler.probe import find_grid
+from hwsearch.profiler.probe import find_grid, measure_variants
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.timelimit import TimeLimit
@@ -31,6 +32,8 @@ from hwsearch.table.header import LAYERED, Header, Mode
 from hwsearch.table.table import LatencyTable
 
 MODES = tuple(Mode)
+LATER_SHARE = 0.75
+"""Of the time limit, until which widths that it left out are probed once the design is content."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,14 @@ def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     progress.start(3 + (effort.builds or most_builds(recorder)), title, limit_s=effort.time_limit_s)
     try:
         _anchors(recorder)
-        if widths:
+        if widths and setup.network.groups:
             find_grid(recorder, limit)
+        else:
+            measure_variants(recorder, setup.network.channels)
         build_by_design(recorder, limit, effort.builds)
+        if widths and not effort.builds and unprobed(recorder.table) and not limit.late(LATER_SHARE):
+            find_grid(recorder, limit, LATER_SHARE)
+            build_by_design(recorder, limit)
         recorder.keep(recorder.table.with_header(ended=True))
     finally:
         progress.stop()
@@ -161,9 +169,20 @@ def _anchors(recorder: Recorder) -> None:
     )
 
 
-def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -> LatencyTable:
-    """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
-    header = Header(
+def without_times(setup: Setup) -> LatencyTable:
+    """A table of sizes alone, without a build: for budgets that nothing measured bounds."""
+    base = setup.options.base
+    always, own = graph_bytes(setup, base)
+    dense = setup.onnx(uniform(setup.network, "fp32")).ByteSize()
+    header = _header(setup, devices.fingerprint_for(setup.backend).to_json(), Mode.CONTEXT)
+    table = LatencyTable(
+        replace(header, graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=int(dense))
+    )
+    return _storage_refused(setup, table)
+
+
+def _header(setup: Setup, device: dict[str, Any], mode: str) -> Header:
+    return Header(
         network=setup.network,
         device=device,
         backend=setup.backend.name,
@@ -174,6 +193,11 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=_without_folder(setup.lowering.task.spec),
     )
+
+
+def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -> LatencyTable:
+    """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
+    header = _header(setup, device, mode)
     table = LatencyTable(header)
     if out is None or not out.exists():
         return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,11 +15,14 @@ import torch
 
 import hwsearch as hs
 from hwsearch.allocate.costs import Costs
+from hwsearch.cli import printing as show
 from hwsearch.deployment import closed_loop as loop
 from hwsearch.deployment.confirm import State
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency.model import ErrorScale, LatencyModel, Prediction, fit
+from hwsearch.latency.staircase import measured_widths
 from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.choices import candidate_widths
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -112,15 +116,48 @@ def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[P
 
     weights = entries()
     assert weights
-    report = hs.run(task(), ["macs=95%", between(backend().law, 0.9)], folder, backend=backend())
+    assert hs.run(task(), [between(backend().law, 0.9)], folder, backend=backend()).met
     assert entries() == weights
-    assert report.met
     after = LatencyTable.load(folder / "table.parquet")
     assert [b.role for b in after.builds if b.role != "deployed"] == [
         b.role for b in before.builds if b.role != "deployed"
     ]
     assert (folder / "sens.parquet").read_bytes() == sensitivities
+
+
+def test_beside_a_budget_on_what_is_computed_every_measured_width_may_be_chosen(
+    done: tuple[Path, hs.Task, Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(done[0], tmp_path / "run")
+    before = LatencyTable.load(folder / "table.parquet")
+    assert before.grid()["stem"] != measured_widths(before)["stem"]
+    report = hs.run(task(), ["macs=95%", between(backend().law, 0.9)], folder, backend=backend())
+    assert report.met
     assert report.macs["deployed"] <= 0.95 * report.macs["dense"]
+    scored = hs.SensitivityTable.load(folder / "sens.parquet").width_loss
+    assert {g: sorted(own, reverse=True) for g, own in scored.items()} == measured_widths(before)
+    after = LatencyTable.load(folder / "table.parquet")
+    assert [b.role for b in after.builds if b.role != "deployed"] == [b.role for b in before.builds if b.role != "deployed"]
+
+
+def test_budgets_on_what_is_computed_alone_need_no_profile(tmp_path: Path) -> None:
+    """Any width may be chosen; latency is measured of the answer, and neither predicted nor bounded."""
+    report = hs.run(task(), ["size=30%", "macs=40%"], tmp_path, backend=backend())
+    assert report.met
+    assert {p.name for p in tmp_path.iterdir()} == FILES - {"table.parquet", "front.png", "front.parquet"}
+    assert report.latency_ms["predicted"] is report.latency_ms["sigma"] is report.latency_ms["budget"] is None
+    assert 0 < report.latency_ms["measured"] < report.latency_ms["dense"]
+    assert "ms measured, not predicted, not bounded, dense" in str(report)
+    assert report.size_bytes["deployed"] <= report.size_bytes["budget"]
+    found = hs.Allocation.load(tmp_path / "alloc.json")
+    assert "latency_ns" not in found.predicted
+    scored = hs.SensitivityTable.load(tmp_path / "sens.parquet").width_loss
+    channels = tiny.lowering("cnn").network.channels
+    assert {g: sorted(own, reverse=True) for g, own in scored.items()} == {g: candidate_widths(n) for g, n in channels.items()}
+    show.allocation(found, machine=False)
+    with pytest.raises(Infeasible, match=r"the least size is .*made of the graph \d+% \(.*convolutions \d+% \(") as caught:
+        hs.run(task(), ["size=1%"], tmp_path, backend=backend())
+    assert "so far" not in str(caught.value), "every width was searched"
 
 
 def test_without_widths_every_channel_stays(done: tuple[Path, hs.Task, Any]) -> None:

@@ -146,7 +146,7 @@ def test_a_table_of_something_else_is_refused_and_kept(
 def test_a_profile_over_widths_that_dies_resumes(tmp_path: Path, number: int) -> None:
     """While it looks for the grid, and after."""
     out = tmp_path / "t.parquet"
-    backend = SimulatedBackend(narrow_law(), noise=0.002, failing=(number,))
+    backend = SimulatedBackend(narrow_law(), noise=0.0005, failing=(number,))
     with pytest.raises(BackendUnavailable):
         run_widths(narrow_setup(backend), out)
     kept = LatencyTable.load(out)
