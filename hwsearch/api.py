@@ -308,7 +308,7 @@ def _require_sensitivities(folder: Path, setup: Setup) -> None:
     if not path.exists():
         return
     try:
-        SensitivityTable.load(path).require(setup.network, setup.lowering.int8)
+        SensitivityTable.load(path).require(setup.network, setup.lowering.int8, weights=False)
     except IncompatibleTables as error:
         raise IncompatibleTables(
             f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "

@@ -52,6 +52,7 @@ class SensitivityTable:
         int8_bits: bits of int8 weights, as the backend deploys them.
         unsigned: whether int8 activations that were never negative are unsigned, as the backend deploys them.
         refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
+        made_of: everything that the losses depend on, by name, as numbers or digests; empty in files of versions without it.
     """
 
     network: Network
@@ -68,6 +69,7 @@ class SensitivityTable:
     int8_bits: int = INT8_BITS
     unsigned: bool = False
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    made_of: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -126,12 +128,13 @@ class SensitivityTable:
         chosen = [*((u, str(v)) for u, v in variants.items()), *((g, f"width{w}") for g, w in widths.items())]
         return not any(what in self.refused.get(of, ()) for of, what in chosen)
 
-    def require(self, network: Network, int8: Int8 | None = None) -> None:
+    def require(self, network: Network, int8: Int8 | None = None, *, weights: bool = True) -> None:
         """Refuse the table for another network, other weights or another kind of int8.
 
         Args:
             network: the traced network that it is to be of.
             int8: how int8 is deployed; None for any.
+            weights: whether its weights must be the same.
 
         Raises:
             IncompatibleTables: it is of something else, which is named.
@@ -139,7 +142,7 @@ class SensitivityTable:
         int8 = int8 or Int8(self.int8_bits, self.unsigned)
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
-            ("weights", self.network.weights_digest, network.weights_digest),
+            ("weights", self.network.weights_digest, network.weights_digest if weights else self.network.weights_digest),
             ("bits of int8 weights", self.int8_bits, int8.bits),
             ("int8 activations (unsigned)", self.unsigned, int8.unsigned),
         ):
@@ -190,6 +193,7 @@ class SensitivityTable:
             "order": {g: list(slots) for g, slots in self.order.items()},
             "estimated": sorted(map(list, self.estimated)),
             **({"refused": self.refused} if self.refused else {}),
+            "made_of": self.made_of,
         }
         rows = self._rows()
         schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
