@@ -19,6 +19,7 @@ from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
+from hwsearch.files import make_folder
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
@@ -265,7 +266,7 @@ def run(
     """
     parsed = parse_budgets(budgets)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     axes = check_axes(axes)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     setup = set_up(

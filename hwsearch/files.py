@@ -40,7 +40,7 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -58,11 +58,12 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         raise
 
 
-def _unwritable(path: str | Path, error: OSError) -> HwsearchError:
+def unwritable(path: str | Path, error: OSError) -> HwsearchError:
+    """Why a file cannot be written, what is left of it, and what to do."""
     todo = _WHAT_TO_DO.get(error.errno or 0, "give another place, or mend this one")
     kept = "; the file that is there is as it was" if Path(path).is_file() else ""
     return HwsearchError(f"{path} cannot be written: {error.strerror or error}{kept}; {todo}, then run again")

@@ -48,9 +48,7 @@ def sensitivity_for(
         if not why and not missing:
             return kept
         if why:
-            progress.start(None, "sensitivities")
             progress.say(f"{path} is of other {why}: measured anew, and replaced")
-            progress.stop()
     return measure_sensitivity(
         setup.lowering, path, variants=setup.variants(), quantize_outputs=setup.backend.quantize_outputs,
         kind=setup.lowering.task.divergence, seed=seed, grid=narrower, bank=_bank(setup, weights, narrower, progress),

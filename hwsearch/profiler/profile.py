@@ -88,7 +88,7 @@ def profile(
     fingerprint = devices.fingerprint_for(setup.backend).to_json()
     with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
         path = Path(out) if out is not None else None
-        table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
+        table = _with_prior(_of_these_weights(_opened(setup, path, fingerprint, mode), setup, progress), prior)
         table = _storage_refused(setup, table)
         recorder = Recorder(setup, table, path, effort.protocol, progress or Progress.silent(), seed)
         if mode == Mode.SANDWICHED:
@@ -182,6 +182,17 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         return old
     told = of_sections(sections, table, signatures(setup.network)) if mode == Mode.CONTEXT else ()
     return table.with_header(prior=tuple(told))
+
+
+def _of_these_weights(table: LatencyTable, setup: Setup, progress: Progress | None) -> LatencyTable:
+    """The table of a network of this structure with the network as it is now: its weights, and which units stay in float.
+
+    What was measured stays, variants that returned wrong outputs as well.
+    """
+    old, new = table.network, setup.network
+    if old.weights_digest != new.weights_digest and progress is not None:
+        progress.say("the network has other weights than when it was profiled: its times are used, as they depend on none")
+    return table.with_header(network=new)
 
 
 def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTable:

@@ -145,7 +145,7 @@ class Build:
         return all(not e or not v or Variant.parse(v).runs_as(e) for v, e in pairs)
 
 
-TODO = "profile again, or take another copy"
+TODO = "take another copy, or move it away and profile again"
 LATER = ("energy_j", "reference_energy_j", "energy_error", "states", "singles_ns")
 """Columns that older files lack, and that may be null."""
 

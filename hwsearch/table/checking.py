@@ -78,7 +78,7 @@ class Rows:
         wrong = ~np.asarray(right(found), bool)
         if wrong.any():
             place = int(wrong.argmax())
-            self.refuse(int(rows[place]), field, found[place].item(), expected)
+            self.refuse(int(rows[place]), field, values[place].as_py(), expected)
         if least:
             few = np.bincount(rows, minlength=len(self.rows)) < least
             if few.any():
