@@ -136,7 +136,7 @@ def sensitivity(
 
     Args:
         task: What is scored.
-        out: File of the table; it is used again if it is there.
+        out: File of the table; it is used again if it is there, and all that made it is the same.
         backend: Name of a backend, or a backend.
         base: Precision of what is not quantized; None for the backend's preferred one.
         batch: Batch size; None for the table's, or that of the example inputs.
@@ -237,7 +237,8 @@ def run(
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there, with another budget, uses the table and the sensitivities again.
+    `weights`; another run there, with another budget, uses the table and the sensitivities again; of these and the weights what
+    was made of something else (other calibration data, divergence, seed, weights of the model) is made anew, and that is said.
 
     Args:
         task: What is deployed.
