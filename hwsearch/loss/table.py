@@ -302,4 +302,4 @@ def _check_rows(rows: Rows, network: Network) -> None:
             rows.refuse(row, "variant", text, f"a variant of unit {name} such as dense.int8")
         if width is not None and not (width.isdecimal() and 0 < int(width) <= network.channels.get(name, 0)):
             rows.refuse(row, "variant", text, f"{WIDTH}1 to {WIDTH}{network.channels.get(name, 0)} of group {name}")
-    rows.once("unit", "variant")
+    rows.once("unit", "variant", whole=False)

@@ -157,12 +157,19 @@ def read_builds(rows: Any, network: Network, path: str | Path, where: str = "") 
     """
     _check(Rows(rows, path, TODO, where), network)
     numbers = ("samples_ns", "reference_ns", "singles_ns")
-    arrays = {n: rows[n].to_pylist() if n in rows.schema.names else [()] * len(rows) for n in numbers}
+    have = [n for n in numbers if n in rows.schema.names]
+    arrays = {n: [np.array(v.values, np.int64) if v.is_valid else None for v in rows[n]] for n in have}
+    none = np.zeros(0, np.int64)
+
+    def times(name: str, i: int) -> NDArray[np.int64]:
+        found = arrays[name][i] if name in arrays else None
+        return none if found is None else found
+
     return tuple(
         Build(
             **{
                 **row,
-                **{n: np.array(arrays[n][i] or (), np.int64) for n in numbers},
+                **{n: times(n, i) for n in numbers},
                 "role": Role(now_called(row["role"])),
                 "variants": tuple(row["variants"]),
                 "executed": tuple(row["executed"]),
@@ -171,7 +178,7 @@ def read_builds(rows: Any, network: Network, path: str | Path, where: str = "") 
                 "states": tuple(_state(s) for s in row.get("states") or ()),
             }
         )
-        for i, row in enumerate(rows.to_pylist())
+        for i, row in enumerate(rows.drop_columns(have).to_pylist())
     )
 
 
@@ -198,7 +205,7 @@ def _check(rows: Rows, network: Network) -> None:
     _check_whole(rows)
     _check_widths(rows, network)
     _check_nodes(rows, network)
-    rows.once("role", "base", "variants", "widths", "samples_ns", "reference_ns", "measured_at", "build_s", "ratio")
+    rows.once("role", "base", "ratio", "low", "high", "build_s", "file_bytes", "measured_at")
 
 
 def _check_times(rows: Rows) -> None:

@@ -108,14 +108,14 @@ class Rows:
             if value in bad:
                 self.refuse(int(row), field, value, "variants such as dense.int8")
 
-    def once(self, *fields: str) -> None:
-        """No two rows are the same in these columns."""
-        seen: dict[str, int] = {}
-        for row, key in enumerate(map(repr, zip(*(self.rows[f].to_pylist() for f in fields), strict=True))):
-            if key in seen:
-                value = {f: self.rows[f][row].as_py() for f in fields[:2]}
-                self.refuse(row, fields[0], value, f"each row once: row {seen[key]} is the same")
-            seen[key] = row
+    def once(self, *fields: str, whole: bool = True) -> None:
+        """No two rows are the same in these columns; whole: and in all others."""
+        seen: dict[Any, list[int]] = {}
+        for row, key in enumerate(zip(*(self.rows[f].to_pylist() for f in fields), strict=True)):
+            for before in seen.setdefault(key, []):
+                if not whole or self.rows.slice(before, 1).equals(self.rows.slice(row, 1)):
+                    self.refuse(row, fields[0], key[0], f"each row once: row {before} is the same")
+            seen[key].append(row)
 
 
 def is_variant(text: Any) -> bool:

@@ -105,6 +105,12 @@ def cast(name: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
     return lambda t: t.set_column(t.schema.get_field_index(name), name, t[name].cast(kind))
 
 
+def again(table: pa.Table) -> pa.Table:
+    """The loss of one choice twice, and not the same."""
+    other = table.slice(0, 1).set_column(table.schema.get_field_index("loss"), "loss", pa.array([9.0]))
+    return pa.concat_tables([table.slice(0, ROW), other, table.slice(ROW)])
+
+
 def twice(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.slice(0, ROW), table.slice(0, 1), table.slice(ROW)])
 
@@ -164,7 +170,7 @@ IN_ROW = {
         (F, row(loss=-0.5)),
         (F, row(loss=math.nan)),
     ],
-    "unit": [(S, row(unit="ghost")), (S, columns(twice))],
+    "unit": [(S, row(unit="ghost")), (S, columns(twice)), (S, columns(again))],
     "variant": [
         (S, row(variant="dense.int3")),
         (S, row(unit="conv0", variant="width25")),
