@@ -20,6 +20,7 @@ from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
+from hwsearch.files import make_folder
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.table import SensitivityTable
@@ -137,7 +138,7 @@ def sensitivity(
 
     Args:
         task: What is scored.
-        out: File of the table; it is used again if it is there.
+        out: File of the table; it is used again if it is there, and all that made it is the same.
         backend: Name of a backend, or a backend.
         base: Precision of what is not quantized; None for the backend's preferred one.
         batch: Batch size; None for the table's, or that of the example inputs.
@@ -238,7 +239,9 @@ def run(
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there uses them again. Where only size, memory or MACs are bounded, there is neither table nor front.
+    `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was made
+    of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory or
+    MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
@@ -267,7 +270,7 @@ def run(
     """
     parsed = parse_budgets(budgets)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     axes = check_axes(axes)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     setup = set_up(
@@ -322,7 +325,7 @@ def _require_sensitivities(folder: Path, setup: Setup) -> None:
     if not path.exists():
         return
     try:
-        SensitivityTable.load(path).require(setup.network, setup.lowering.int8)
+        SensitivityTable.load(path).require(setup.network, setup.lowering.int8, weights=False)
     except IncompatibleTables as error:
         raise IncompatibleTables(
             f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "

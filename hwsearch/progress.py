@@ -93,7 +93,7 @@ class Progress:
             self._bar.update(self._row, note=note)
             self._bar.refresh()
         else:
-            self._line(f"{self._count()} {self._what}: {note}")
+            self._line(f"{self._count()} {self._what}: {note}" if self._what else note)
 
     def stop(self) -> None:
         """End the stage; does nothing where none is open."""

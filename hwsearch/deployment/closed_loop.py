@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hwsearch import files
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.costs import Costs
@@ -177,7 +177,7 @@ class _Trial:
 
     def keep(self, number: int, best: Round) -> None:
         """The files of a round take the places of the answer's."""
-        shutil.copyfile(self._path(number), self.folder / "model.onnx")
+        files.copy(self._path(number), self.folder / "model.onnx")
         best.allocation.save(self.folder / "alloc.json")
         best.report.save(self.folder / "report.json")
 

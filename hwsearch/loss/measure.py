@@ -6,7 +6,6 @@ One pass a batch; finished batches are kept beside the table, so that a killed r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,9 +16,11 @@ import numpy as np
 from scipy.stats import kendalltau
 from torch.utils import _pytree as pytree
 
+from hwsearch.compress.bank import METHOD as REFITTING
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.compress.simulate import Simulator
+from hwsearch.files import changed, write_bytes
 from hwsearch.loss.divergence import divergence
 from hwsearch.loss.table import NOT_FINITE, SensitivityTable
 from hwsearch.lowering.lowering import Lowering
@@ -27,6 +28,10 @@ from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
 
+METHOD = 1
+"""Of measuring losses, counted up whenever it computes something else."""
+SAMPLES = 256
+"""Samples that losses are of, at most."""
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
@@ -65,7 +70,7 @@ def measure_sensitivity(
     variants: Sequence[Variant],
     quantize_outputs: bool = False,
     kind: str = "auto",
-    samples: int = 256,
+    samples: int = SAMPLES,
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     bank: WeightBank | None = None,
@@ -87,11 +92,12 @@ def measure_sensitivity(
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
     batches = _limited(lowering.scoring, samples)
-    settings = [
-        kind, quantize_outputs, lowering.int8_bits, lowering.unsigned, [str(v) for v in variants], samples, plan.cuts,
-        bank.key if bank is not None else "",
-    ]  # fmt: skip
-    sums = _Sums(out, lowering.network, *settings)
+    made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, samples=samples, seed=seed)
+    begun_with = {
+        **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
+        "refitted weights": bank.key if bank is not None else "none",
+    }  # fmt: skip
+    sums = _Sums(out, begun_with, progress)
     if bank is not None and len(sums.batches) < len(batches):
         _refit(bank, plan, variants, progress)
     progress.start(len(batches), f"sensitivity of {lowering.network.name or 'the network'}")
@@ -120,12 +126,33 @@ def measure_sensitivity(
         order=_order(lowering.network, bank) if bank is not None and plan.every else {},
         estimated=frozenset(c for c in plan.every if c not in measured and c[1] in width_loss[c[0]]),
         refused=refused,
+        made_of=made_of,
     )
     table = _validated(table, plan.whole, sums.mean("whole"))
     if out is not None:
         table.save(out)
     sums.remove()
     return table
+
+
+def ingredients(
+    lowering: Lowering, *, kind: str, quantize_outputs: bool, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, str]:
+    """Everything that a loss depends on beside the variant or the width that it is of, by name."""
+    return {
+        "network": lowering.network.fingerprint,
+        "weights": lowering.network.weights_digest,
+        "calibration data": lowering.calibration_digest,
+        "divergence": kind,
+        "samples": str(samples),
+        "seed": str(seed),
+        "bits of int8 weights": str(lowering.int8_bits),
+        "unsigned int8 activations": str(lowering.unsigned),
+        "quantized outputs": str(quantize_outputs),
+        "method of ranges": lowering.method,
+        "method of refitting": str(REFITTING),
+        "method of scoring": str(METHOD),
+    }
 
 
 def _plan(
@@ -286,25 +313,30 @@ def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], sam
 class _Sums:
     """Sums of losses of finished batches, in a JSON file beside the table until it is whole."""
 
-    def __init__(self, out: str | Path | None, network: Network, *settings: Any) -> None:
+    def __init__(self, out: str | Path | None, made_of: Mapping[str, str], progress: Progress) -> None:
         self.path = Path(f"{out}.partial") if out is not None else None
-        self.key = [network.fingerprint, network.weights_digest, *map(str, settings)]
+        self.made_of = dict(made_of)
         self.batches: dict[str, dict[str, Any]] = {}
-        if self.path is not None and self.path.exists():
-            try:
-                data = json.loads(self.path.read_text())
-            except ValueError:
-                data = {}
-            if isinstance(data, dict) and data.get("key") == self.key:
-                self.batches = data["sums"]
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            data = json.loads(self.path.read_bytes())
+            before, batches = dict(data.get("made_of", {})), dict(data["sums"])
+            losses = [x for own in batches.values() for what in ("units", "whole") for x in own[what]]
+            if not all(isinstance(x, float) for x in losses) or any(int(own["count"]) < 1 for own in batches.values()):
+                raise ValueError("a loss is no number")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            progress.say(f"{self.path} is damaged: begun anew")
+            return
+        if why := changed(before, self.made_of):
+            progress.say(f"{self.path} was begun with other {why}: begun anew")
+        else:
+            self.batches = batches
 
     def add(self, index: int, units: list[float], whole: list[float], count: int) -> None:
         self.batches[str(index)] = {"units": units, "whole": whole, "count": count}
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".writing")
-            temporary.write_text(json.dumps({"key": self.key, "sums": self.batches}))
-            os.replace(temporary, self.path)
+            write_bytes(self.path, json.dumps({"made_of": self.made_of, "sums": self.batches}).encode())
 
     @property
     def count(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from hwsearch.compress.bank import WeightBank
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables
-from hwsearch.loss.measure import measure_sensitivity
+from hwsearch.files import changed
+from hwsearch.loss.measure import ingredients, measure_sensitivity
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.variants import STORAGE, legal
@@ -24,7 +25,9 @@ def sensitivity_for(
     weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """The sensitivities at `path` where they are of this network and form, else measured anew.
+    """The sensitivities at `path` where all that made them is the same now, else measured anew; what has changed is said.
+
+    A file that does not tell what made it, of an earlier version, is measured anew as well.
 
     Args:
         grid: Widths of the channel groups to score.
@@ -35,10 +38,17 @@ def sensitivity_for(
     """
     progress = progress or Progress.silent()
     narrower = {g: steps for g, steps in (grid or {}).items() if len(steps) > 1}
+    made_of = ingredients(
+        setup.lowering, kind=setup.lowering.task.divergence, quantize_outputs=setup.backend.quantize_outputs, seed=seed
+    )
     if path is not None and Path(path).exists():
         kept = SensitivityTable.load(path)
-        if _holds(kept, setup, narrower, path):
+        missing = _missing(kept, setup, narrower, path)
+        why = changed(kept.made_of, made_of)
+        if not why and not missing:
             return kept
+        if why:
+            progress.say(f"{path} is of other {why}: measured anew, and replaced")
     return measure_sensitivity(
         setup.lowering, path, variants=setup.variants(), quantize_outputs=setup.backend.quantize_outputs,
         kind=setup.lowering.task.divergence, seed=seed, grid=narrower, bank=_bank(setup, weights, narrower, progress),
@@ -46,11 +56,11 @@ def sensitivity_for(
     )  # fmt: skip
 
 
-def _holds(
+def _missing(
     kept: SensitivityTable, setup: Setup, grid: Mapping[str, Sequence[int]], path: str | Path
 ) -> bool:
-    """Whether a file has a loss, or a reason for none, of everything wanted. Raises IncompatibleTables."""
-    kept.require(setup.network, setup.lowering.int8)
+    """Whether a file lacks a loss, and a reason for none, of anything wanted. Raises IncompatibleTables."""
+    kept.require(setup.network, setup.lowering.int8, weights=False)
     wanted = {u.name: set(map(str, legal(u, setup.variants()))) for u in setup.network.units}
     missing = {v for u, vs in wanted.items() for v in vs - {*kept.loss[u], *kept.refused.get(u, {})}}
     if missing - {str(STORAGE)} or kept.quantize_outputs != setup.backend.quantize_outputs:
@@ -58,7 +68,7 @@ def _holds(
         raise IncompatibleTables(
             f"{path} was made for another backend or base precision (it holds {', '.join(have)}); give another file"
         )
-    return not missing and all(
+    return bool(missing) or not all(
         {f"width{w}" for w in steps} <= {*(f"width{w}" for w in kept.width_loss.get(g, ())), *kept.refused.get(g, {})}
         for g, steps in grid.items()
     )
@@ -70,9 +80,10 @@ def _bank(
     """Refitted weights; None where nothing is narrower or quantized."""
     if grid:
         progress.start(None, "finding which channels matter")
-        bank = weight_bank(setup.lowering, weights)
+        bank = weight_bank(setup.lowering, weights, say=progress.say)
         progress.stop()
         return bank
     if any(v.precision == "int8" for v in setup.variants()):
-        return weight_bank(setup.lowering, weights, {g: range(n) for g, n in setup.network.channels.items()})
+        order = {g: range(n) for g, n in setup.network.channels.items()}
+        return weight_bank(setup.lowering, weights, order, progress.say)
     return None

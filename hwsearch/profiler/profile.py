@@ -99,7 +99,7 @@ def profile(
             held.enter_context(lock_path(path, say=progress.say))
         held.enter_context(background(setup.load))
         held.enter_context(setup.locked())
-        table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
+        table = _with_prior(_of_these_weights(_opened(setup, path, fingerprint, mode), setup, progress), prior)
         table = _storage_refused(setup, table)
         recorder = Recorder(setup, table, path, effort.protocol, progress, seed)
         if mode == Mode.SANDWICHED:
@@ -214,6 +214,17 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         return old
     told = of_sections(sections, table, signatures(setup.network)) if mode == Mode.CONTEXT else ()
     return table.with_header(prior=tuple(told))
+
+
+def _of_these_weights(table: LatencyTable, setup: Setup, progress: Progress | None) -> LatencyTable:
+    """The table of a network of this structure with the network as it is now: its weights, and which units stay in float.
+
+    What was measured stays, variants that returned wrong outputs as well.
+    """
+    old, new = table.network, setup.network
+    if old.weights_digest != new.weights_digest and progress is not None:
+        progress.say("the network has other weights than when it was profiled: its times are used, as they depend on none")
+    return table.with_header(network=new)
 
 
 def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTable:
