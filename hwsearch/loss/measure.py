@@ -6,6 +6,7 @@ One pass a batch; finished batches are kept beside the table, so that a killed r
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.compress.simulate import Simulator
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.loss.divergence import divergence
 from hwsearch.loss.table import NOT_FINITE, SensitivityTable
 from hwsearch.lowering.lowering import Lowering
@@ -27,9 +29,14 @@ from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
 
+SAMPLES = 256
+"""Samples that losses are of, at most."""
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
+
+REFITTING, SCORING = "refitting weights", "the sensitivities"
+"""Stages of a whole run that are planned; see `Progress.plan`."""
 
 Choice = tuple[Mapping[str, Variant], Mapping[str, int]]
 """What is simulated: variants by unit, widths by group; what is not named stays dense fp32 and whole."""
@@ -65,10 +72,10 @@ def measure_sensitivity(
     variants: Sequence[Variant],
     quantize_outputs: bool = False,
     kind: str = "auto",
-    samples: int = 256,
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     bank: WeightBank | None = None,
+    limit: TimeLimit | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
     """Score every (unit, variant it can become) and (channel group, width) of `grid`, in torch.
@@ -80,31 +87,24 @@ def measure_sensitivity(
         variants: What units may become; a unit is scored in those that are legal for it.
         quantize_outputs: Whether int8 and fp8 quantize outputs, as the backend deploys them.
         kind: See `divergence`.
-        samples: At most so many, of the calibration batches that no weight was refitted on.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
+        limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
+            is measured by another call. One batch is measured in any case.
     """
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
-    batches = _limited(lowering.scoring, samples)
+    batches = _limited(lowering.scoring, SAMPLES)
     settings = [
-        kind, quantize_outputs, lowering.int8_bits, lowering.unsigned, [str(v) for v in variants], samples, plan.cuts,
+        kind, quantize_outputs, lowering.int8_bits, lowering.unsigned, [str(v) for v in variants], SAMPLES, plan.cuts,
         bank.key if bank is not None else "",
     ]  # fmt: skip
     sums = _Sums(out, lowering.network, *settings)
     if bank is not None and len(sums.batches) < len(batches):
+        progress.enter(REFITTING)
         _refit(bank, plan, variants, progress)
-    progress.start(len(batches), f"sensitivity of {lowering.network.name or 'the network'}")
-    try:
-        for index, (traced, args, kwargs) in enumerate(batches):
-            if str(index) not in sums.batches:
-                simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=quantize_outputs)
-                losses, count = _losses(lowering, simulate, plan.choices(), kind, bank)
-                whole, _ = _losses(lowering, simulate, plan.whole, kind, bank)
-                sums.add(index, losses, whole, count)
-            progress.step(f"batch {index + 1} of {len(batches)}")
-    finally:
-        progress.stop()
+    progress.enter(SCORING)
+    _score(lowering, batches, plan, sums, _Scorer(kind, quantize_outputs, bank, progress), limit or TimeLimit(math.inf))
     loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean("units"))
     measured = set(plan.cuts)
     table = SensitivityTable(
@@ -124,8 +124,57 @@ def measure_sensitivity(
     table = _validated(table, plan.whole, sums.mean("whole"))
     if out is not None:
         table.save(out)
-    sums.remove()
+    if len(sums.batches) == len(batches):
+        sums.remove()
     return table
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """How choices are compared with the dense network."""
+
+    kind: str
+    quantize_outputs: bool
+    bank: WeightBank | None
+    progress: Progress
+
+    def losses(self, lowering: Lowering, simulate: Simulator, choices: Sequence[Choice]) -> tuple[list[float], int]:
+        """(divergence of each choice summed over the samples of a batch, how many samples those are)."""
+        losses, count = [], 1
+        for units, widths in choices:
+            replaced = self.bank.masked_weights(widths, units) if self.bank is not None else {}
+            mask = self.bank.mask(widths) if self.bank is not None and widths else None
+            outputs = simulate(units, replaced, mask)
+            loss, count = divergence(outputs, simulate.dense, self.kind, lowering.batch_axes)
+            losses.append(loss)
+            self.progress.advance()
+        return losses, count
+
+
+def _score(
+    lowering: Lowering, batches: Sequence[Any], plan: Plan, sums: _Sums, scorer: _Scorer, limit: TimeLimit
+) -> None:
+    """Add to the sums the batches that they lack, while there is time; one at least."""
+    progress, choices = scorer.progress, plan.choices()
+    each, longest = len(choices) + len(plan.whole), 0.0
+    name = lowering.network.name or "the network"
+    progress.start(each * len(batches), f"sensitivity of {name}", each * len(sums.batches))
+    try:
+        for index, (traced, args, kwargs) in enumerate(batches):
+            if str(index) in sums.batches:
+                continue
+            if sums.batches and limit.left_s < longest:
+                progress.say(f"the time limit ends it: losses are of {sums.count} samples; the same command scores the others")
+                break
+            begun = limit.used_s
+            simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=scorer.quantize_outputs)
+            losses, count = scorer.losses(lowering, simulate, choices)
+            whole, _ = scorer.losses(lowering, simulate, plan.whole)
+            sums.add(index, losses, whole, count)
+            longest = max(longest, limit.used_s - begun)
+            progress.step(f"batch {index + 1} of {len(batches)}", each * len(sums.batches))
+    finally:
+        progress.stop()
 
 
 def _plan(
@@ -162,20 +211,6 @@ def _refit(bank: WeightBank, plan: Plan, variants: Sequence[Variant], progress: 
         bank.build({g: [w for own, w in plan.cuts if own == g] for g in groups}, progress=progress)
     if any(v.precision == "int8" for v in variants):
         bank.build({}, ["int8"], progress=progress)
-
-
-def _losses(
-    lowering: Lowering, simulate: Simulator, choices: Sequence[Choice], kind: str, bank: WeightBank | None
-) -> tuple[list[float], int]:
-    """(divergence of each choice summed over the samples of a batch, how many samples those are)."""
-    losses, count = [], 1
-    for units, widths in choices:
-        replaced = bank.masked_weights(widths, units) if bank is not None else {}
-        mask = bank.mask(widths) if bank is not None and widths else None
-        outputs = simulate(units, replaced, mask)
-        loss, count = divergence(outputs, simulate.dense, kind, lowering.batch_axes)
-        losses.append(loss)
-    return losses, count
 
 
 def _order(network: Network, bank: WeightBank) -> dict[str, tuple[int, ...]]:

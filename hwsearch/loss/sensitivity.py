@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hwsearch.compress.bank import WeightBank
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables
 from hwsearch.loss.measure import measure_sensitivity
@@ -22,13 +23,19 @@ def sensitivity_for(
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     weights: str | Path | None = None,
+    bank: WeightBank | None = None,
+    limit: TimeLimit | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
     """The sensitivities at `path` where they are of this network and form, else measured anew.
 
+    Those that a time limit cut short are gone on with.
+
     Args:
         grid: Widths of the channel groups to score.
         weights: Folder of refitted weights to use and to leave.
+        bank: The refitted weights, where they are known already: `bank_for`.
+        limit: See `measure_sensitivity`.
 
     Raises:
         IncompatibleTables: The file is of another network, kind of int8, backend or base precision.
@@ -38,11 +45,14 @@ def sensitivity_for(
     if path is not None and Path(path).exists():
         kept = SensitivityTable.load(path)
         if _holds(kept, setup, narrower, path):
-            return kept
+            if not Path(f"{path}.partial").exists():
+                return kept
+            if narrower:
+                bank = bank or weight_bank(setup.lowering, weights, kept.order)
     return measure_sensitivity(
         setup.lowering, path, variants=setup.variants(), quantize_outputs=setup.backend.quantize_outputs,
-        kind=setup.lowering.task.divergence, seed=seed, grid=narrower, bank=_bank(setup, weights, narrower, progress),
-        progress=progress,
+        kind=setup.lowering.task.divergence, seed=seed, grid=narrower,
+        bank=bank or bank_for(setup, weights, narrower, progress), limit=limit, progress=progress,
     )  # fmt: skip
 
 
@@ -64,11 +74,11 @@ def _holds(
     )
 
 
-def _bank(
+def bank_for(
     setup: Setup, weights: str | Path | None, grid: Mapping[str, Sequence[int]], progress: Progress
 ) -> WeightBank | None:
     """Refitted weights; None where nothing is narrower or quantized."""
-    if grid:
+    if any(len(steps) > 1 for steps in grid.values()):
         progress.start(None, "finding which channels matter")
         bank = weight_bank(setup.lowering, weights)
         progress.stop()

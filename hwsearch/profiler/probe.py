@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.staircase import group_times
 from hwsearch.network.choices import Candidate, apart, candidate_widths, halving, worth
 from hwsearch.network.variants import settled, uniform
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.profiler.transfer import known_grid
 from hwsearch.table.build import Role
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from profiling import FAST, narrow_setup
 
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.model import fit, validate
 from hwsearch.profiler.heldout import LEAST, HeldOut
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 
