@@ -12,7 +12,7 @@ from hwsearch.allocate.budget import Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
-from hwsearch.deployment.allowance import LOOP, PROFILE, Allowance, prepared, shared_out
+from hwsearch.deployment.allowance import LOOP, PREPARING, PROFILE, Allowance, prepared, shared_out
 from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
 from hwsearch.deployment.report import Report, measured_points
@@ -295,6 +295,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     with progress.logged(folder / "run.log"):
+        progress.plan({PREPARING: limit.left_s})
+        progress.enter(PREPARING)
+        progress.start(None, "making the network ready")
         setup = set_up(
             task, runtime, threads=threads, base=base, batch=batch, load=load,
             axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),

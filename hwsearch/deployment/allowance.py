@@ -22,7 +22,7 @@ from hwsearch.network.variants import legal
 from hwsearch.progress import Progress, spoken
 from hwsearch.table.table import LatencyTable
 
-PROFILE, LOOP = "the profile", "search, deployment and verification"
+PREPARING, PROFILE, LOOP = "making ready", "the profile", "search, deployment and verification"
 """Stages of a run, beside those of the sensitivities; see `Progress.plan`."""
 MOST_RESERVED = 0.75
 """Of what is left when the profile begins, the share that is kept for later stages at most."""
@@ -59,16 +59,18 @@ class Allowance:
     begun_s: float = 0.0
 
     def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
-        """Of so many batches of samples; 0 where the sensitivities are there already."""
+        """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
         if not self.pass_s:
             return 0.0
         network = self.setup.network
         grid = table.grid() if table and table.header.grid else {g: candidate_widths(n) for g, n in network.channels.items()}
         widths = min(MOST_WIDTHS, sum(len(steps) - 1 for steps in grid.values())) if "width" in self.axes else 0
         variants = [legal(u, self.setup.variants()) for u in network.units]
-        choices = sum(map(len, variants)) + widths + VALIDATION_ALLOCATIONS
+        choices = sum(map(len, variants)) + widths
+        if not batches:  # the least: one batch, without whole allocations
+            return choices * self.pass_s
         refits = VALIDATION_ALLOCATIONS * len(variants) / 2 if widths else 0
-        return batches * choices * self.pass_s + refits * self.refit_s
+        return batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s
 
     def loop_s(self, table: LatencyTable | None) -> float:
         """Of the closed loop with one round: engines are built, timed and scored, the answer's more than once."""
@@ -81,7 +83,7 @@ class Allowance:
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
         batches = len(self.setup.lowering.scoring)
-        most, least = self.scoring_s(table, batches), self.scoring_s(table, 1)
+        most, least = self.scoring_s(table, batches), self.scoring_s(table, 0)
         scoring = min(most, max(least, MOST_SCORING * self.begun_s))
         return min(scoring + self.loop_s(table), MOST_RESERVED * self.begun_s)
 
@@ -90,8 +92,8 @@ class Allowance:
         left, loop = max(self.limit.left_s, 0.0), self.loop_s(table)
         if table is None:
             reserved = self.reserve(None)
-            return {PROFILE: left - reserved, SCORING: max(reserved - loop, 0.0), LOOP: min(loop, reserved)}
-        most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 1)
+            return {PROFILE: max(left - reserved, 0.0), SCORING: max(reserved - loop, self.scoring_s(None, 0)), LOOP: loop}
+        most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         return {REFITTING: 0.0, SCORING: min(most, max(least, left - loop)), LOOP: loop}
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:

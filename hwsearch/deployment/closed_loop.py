@@ -81,14 +81,14 @@ def closed_loop(
     """
     clock = deadline or TimeLimit(math.inf, setup.clock)
     longest_s = 0.0
+    progress = progress or Progress.silent()
+    progress.start(None, "search, deploy and verify")
     session = session or Session(setup, table)
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     bound, dense = session.bounds(budgets, table)
     limits: Limits = {} if dense.within(bound) else as_limits(bound)
     trial = _Trial(setup, session, budgets, folder, weights, sensitivity.order)
-    progress = progress or Progress.silent()
-    progress.start(None, "search, deploy and verify")
     best = last = None
     spending = False
     try:

@@ -39,7 +39,7 @@ class TimeLimit:
         limit_s = max(self._limit_s - self._reserve(), 0.0)
         if self.used_s <= share * limit_s:
             return False
-        if share not in self._said:
+        if limit_s and share not in self._said:
             self._said.add(share)
             self._say(f"{share:.0%} of the time limit of {limit_s:.0f} s is used")
         return True

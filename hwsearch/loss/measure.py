@@ -89,7 +89,8 @@ def measure_sensitivity(
         kind: See `divergence`.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
         limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
-            is measured by another call. One batch is measured in any case.
+            is measured by another call. One batch is measured in any case, without whole allocations where there is no time for them:
+            the rank correlation is not known then.
     """
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]
@@ -169,7 +170,9 @@ def _score(
             begun = limit.used_s
             simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=scorer.quantize_outputs)
             losses, count = scorer.losses(lowering, simulate, choices)
-            whole, _ = scorer.losses(lowering, simulate, plan.whole)
+            whole = [math.nan] * len(plan.whole)  # they tell how far the sum is to be trusted: not known where time is short
+            if limit.left_s > 0.0:
+                whole, _ = scorer.losses(lowering, simulate, plan.whole)
             sums.add(index, losses, whole, count)
             longest = max(longest, limit.used_s - begun)
             progress.step(f"batch {index + 1} of {len(batches)}", each * len(sums.batches))
@@ -221,7 +224,7 @@ def _validated(
     table: SensitivityTable, whole: Sequence[Choice], simulated: np.ndarray[Any, np.dtype[np.float64]]
 ) -> SensitivityTable:
     """The table with predicted and simulated losses of whole allocations, and their rank correlation."""
-    known = [i for i, choice in enumerate(whole) if table.offers(*choice)]
+    known = [i for i, choice in enumerate(whole) if table.offers(*choice) and np.isfinite(simulated[i])]
     pairs = tuple((float(table.total(*whole[i])), float(simulated[i])) for i in known)
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
     return replace(table, rank_correlation=tau if np.isfinite(tau) else None, validation=pairs)
