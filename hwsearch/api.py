@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hwsearch import backends
@@ -11,6 +12,7 @@ from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
+from hwsearch.deployment.allowance import LOOP, PREPARING, PROFILE, Allowance, prepared, shared_out
 from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
@@ -18,11 +20,13 @@ from hwsearch.deployment.report import Report, measured_points
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
-from hwsearch.engine.setup import Setup, set_up
+from hwsearch.device.lock import lock, lock_path
+from hwsearch.device.timelimit import TimeLimit
+from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
 from hwsearch.files import make_folder
 from hwsearch.latency.staircase import measured_widths
-from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
@@ -32,6 +36,7 @@ from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress
+from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
 from hwsearch.task import Task
@@ -104,9 +109,14 @@ def profile(
         task, runtime, threads=threads, base=base, batch=batch, axes=axes, load=load,
         clocks=clocks_to_lock(runtime) if lock_clocks else 0, energy=energy,
     )  # fmt: skip
-    known = [t for p in prior for t in ([p] if isinstance(p, LatencyTable) else _comparable(p, setup))]
+    known = _tables(prior, setup)
     effort = Effort(time_limit_s, builds)
     return measure_table(setup, out, effort, mode=mode, axes=axes, seed=seed, prior=known, progress=progress)
+
+
+def _tables(prior: Sequence[LatencyTable | str | Path], setup: Setup) -> list[LatencyTable]:
+    """Other tables, or those of their files that are of a setup's options."""
+    return [t for p in prior for t in ([p] if isinstance(p, LatencyTable) else _comparable(p, setup))]
 
 
 def _comparable(path: str | Path, setup: Setup) -> list[LatencyTable]:
@@ -231,9 +241,14 @@ def run(
     batch: int | None = None,
     seed: int = 0,
     time_limit_s: float = 600.0,
+    mode: str = "context",
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
+    builds: int | None = None,
     load: int = 0,
+    prior: Sequence[LatencyTable | str | Path] = (),
+    lock_clocks: bool = False,
+    energy: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
@@ -241,7 +256,7 @@ def run(
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
     `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was made
     of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory or
-    MACs are bounded, there is neither table nor front.
+    MACs are bounded, there is neither table nor front. What is printed while it runs is added to run.log.
 
     Args:
         task: What is deployed.
@@ -252,11 +267,18 @@ def run(
         base: Precision of what is not quantized; None for the backend's preferred one.
         batch: Batch size; None for that of the example inputs.
         seed: Of the design of builds and the samples that weights are refitted on.
-        time_limit_s: Seconds of profiling.
+        time_limit_s: Seconds of the whole run. The profile takes what refitting, sensitivities and the closed loop leave;
+            sensitivities are of fewer samples where time is short, and there are fewer rounds. What an answer needs is done in any
+            case: builds of the narrowest widths, losses on one batch of samples, one round.
+        mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
+        builds: As for `profile`.
         load: Busy workers beside the network, while profiling and verifying.
+        prior: As for `profile`.
+        lock_clocks: As for `profile`, while verifying as well.
+        energy: As for `profile`; a budget on energy brings it with it.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -264,34 +286,80 @@ def run(
 
     Raises:
         Infeasible: No allocation is predicted to meet the budgets; it names the least that can.
-        BudgetMissed: None met them as measured in five rounds; the nearest is left in `out`.
+        BudgetMissed: None met them as measured, in five rounds or those that there was time for; the nearest is left in `out`.
         IncompatibleTables: `out` holds files of something else.
         InvalidInput: A budget or an option is malformed.
     """
-    parsed = parse_budgets(budgets)
-    folder = Path(out)
+    parsed, axes = parse_budgets(budgets), check_axes(axes)
+    if mode == Mode.ALONE:
+        raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
+    if time_limit_s <= 0:
+        raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    runtime, folder = backends.get(backend), Path(out)
+    limit, progress = TimeLimit(time_limit_s, clock_of(runtime)), progress or Progress.silent()
     make_folder(folder)
-    axes = check_axes(axes)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
-    setup = set_up(
-        task, backends.get(backend), threads=threads, base=base, batch=batch, load=load,
-        axes={*axes, STORAGE} if stores else axes, energy=any(b.column == "energy" for b in parsed),
-    )  # fmt: skip
+    with (
+        lock_path(folder, say=progress.say),
+        lock(fingerprint_for(runtime).id, say=progress.say),
+        progress.logged(folder / "run.log"),
+    ):
+        progress.plan({PREPARING: limit.left_s})
+        progress.enter(PREPARING)
+        progress.start(None, "making the network ready")
+        setup = set_up(
+            task, runtime, threads=threads, base=base, batch=batch, load=load,
+            axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),
+            clocks=clocks_to_lock(runtime) if lock_clocks else 0,
+        )  # fmt: skip
+        effort = Effort(time_limit_s, builds, extend=False)
+        known = _tables(prior, setup)
+        report = _run(
+            setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=known, progress=progress
+        )
+        progress.record(str(report))
+        if report.state == State.MISSED:
+            raise _missed(report, parsed, folder, late=limit.late())
+    return report
+
+
+def _run(
+    setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
+    mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable], progress: Progress,
+) -> Report:  # fmt: skip
+    """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
-    table_path, weights = folder / "table.parquet", folder / "weights"
-    timed = any(b.column not in COMPUTED for b in parsed)
-    effort = Effort(time_limit_s, extend=False)
-    table = measure_table(setup, table_path, effort, axes=axes, seed=seed, progress=progress) if timed else without_times(setup)
-    grid, path = widths_to_score(table, parsed) if "width" in axes else {}, folder / "sens.parquet"
-    sensitivities = sensitivity_for(setup, path, seed=seed, grid=grid, weights=weights, progress=progress)
-    report, _, table = closed_loop(
-        setup, table, sensitivities, parsed, folder, axes=axes, keep=keep, weights=weights, progress=progress
+    table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
+    timed = any(b.column not in COMPUTED for b in budgets)
+    allowance = prepared(
+        Allowance(limit, setup, axes), weights, scored=holds_now(setup, path, seed), progress=progress
     )
+    if timed:
+        stages = allowance.plan(None)
+        progress.say(shared_out(limit, stages))
+        progress.plan(stages)
+        progress.enter(PROFILE)
+        effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
+        table = measure_table(
+            setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
+        )
+    else:
+        table = without_times(setup)
+    progress.plan(allowance.plan(table))
+    sensitivities = sensitivity_for(
+        setup, path, seed=seed, grid=widths_to_score(table, budgets) if "width" in axes else {}, weights=weights,
+        bank=allowance.bank, limit=allowance.scoring_limit(table), progress=progress,
+    )  # fmt: skip
+    progress.enter(LOOP)
+    session = Session(setup, table if table.builds else None)
+    session.dense_score = allowance.dense_score
+    report, _, table = closed_loop(
+        setup, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, session=session,
+        deadline=limit, progress=progress,
+    )  # fmt: skip
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
-    if report.state == State.MISSED:
-        raise _missed(report, parsed, folder)
     return report
 
 
@@ -311,11 +379,13 @@ def _leave_front(sweep: Front, report: Report, folder: Path) -> None:
     plot_front(sweep, folder / "front.png")
 
 
-def _missed(report: Report, budgets: Sequence[Budget], folder: Path) -> BudgetMissed:
+def _missed(report: Report, budgets: Sequence[Budget], folder: Path, *, late: bool) -> BudgetMissed:
+    rounds = f"{report.rounds} round{'' if report.rounds == 1 else 's'}{', all that there was time for' if late else ''}"
     return BudgetMissed(
-        f"no allocation met {', '.join(map(str, budgets))} as measured in {report.rounds} rounds; the nearest measured "
+        f"no allocation met {', '.join(map(str, budgets))} as measured in {rounds}; the nearest measured "
         f"{report.latency_ms['measured']:.4g} ms, {report.size_bytes['deployed']:,.0f} bytes and is in {folder}. "
-        "Ask for a little more, or profile again on a quieter machine.",
+        f"{'The same command goes on from there; or ask' if late else 'Ask'} for a little more, or profile again on a quieter "
+        "machine.",
         nearest=report,
     )
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -21,88 +24,133 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Progress of one stage after another, written to `stream` (standard error unless said).
+    """Progress of one stage after another, written to `stream` (standard error unless said), and to a log where there is one.
 
     Nothing is drawn between steps: a thread that redraws a bar would disturb what is being timed.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic, quiet: bool = False
+    ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._quiet = False
+        self._quiet = quiet
+        self._log: TextIO | None = None
         self._bar: Bar | None = None
         self._row: TaskID | None = None
         self._total: int | None = None
         self._what = ""
         self._done = 0
-        self._at = 0.0
-        self._end = math.inf
+        self._at = self._begun = clock()
+        self._until: Callable[[], float] = lambda: math.inf
         self._times: list[float] = []
+        self._plan: dict[str, float] = {}
+        self._stage = ""
+        self._entered = 0.0
 
     @staticmethod
     def silent() -> Progress:
         """One that shows nothing, for callers who did not ask."""
-        progress = Progress()
-        progress._quiet = True
-        return progress
+        return Progress(quiet=True)
 
-    def start(self, total: int | None, what: str, done: int = 0, limit_s: float | None = None) -> None:
-        """Begin a stage of `total` steps (None where nobody knows), `done` of them by an earlier run.
+    @contextmanager
+    def logged(self, path: Path) -> Iterator[Self]:
+        """Every line also goes to the end of a file, with the time, while the block runs; so does the error that ends it."""
+        with path.open("a", encoding="utf-8", buffering=1) as self._log:
+            self.record(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+            try:
+                yield self
+            except BaseException as error:
+                self.record(f"ended by {type(error).__name__}: {error}")
+                raise
+            finally:
+                self._log = None
+                self._plan = {}
+                self._close()
 
-        limit_s: seconds after which it ends, done or not. A stage before it, if still open, ends.
+    def plan(self, stages: Mapping[str, float]) -> None:
+        """The stages of a whole run that are to come, in order, with the seconds that each is expected to take.
+
+        The time left is then that of all of them. What was planned before is replaced.
+        """
+        self._plan = dict(stages)
+
+    def enter(self, stage: str) -> None:
+        """A planned stage begins: those planned before it are over. Does nothing where none of that name is planned."""
+        if stage in self._plan:
+            names = list(self._plan)
+            self._plan = {name: self._plan[name] for name in names[names.index(stage) :]}
+            self._stage, self._entered = stage, self._clock()
+            self._total, self._times = None, []
+
+    def start(
+        self, total: int | None, what: str, done: int = 0, until: Callable[[], float] | None = None
+    ) -> None:
+        """Begin a job of `total` steps (None where nobody knows), `done` of them by an earlier run.
+
+        until: seconds to when it ends, done or not. A job before it, if still open, ends.
         """
         self.stop()
-        self._end = math.inf if limit_s is None else self._clock() + limit_s
+        self._until = until or (lambda: math.inf)
         self._total, self._what = total, what
         self._done = done
         self._at, self._times = self._clock(), []
-        if self._quiet:
-            return
-        if self._on_terminal():
-            self._open_bar()
-        elif done:
-            self._line(f"{self._count()} {what}: done before, kept")
+        if done:
+            self._tell(f"{self._count()} {what}: done before, kept", "")
+        elif self._plan:
+            self._tell(", ".join(part for part in (what, self._left()) if part), "")
+        elif self._on_terminal():
+            self._show("")
 
     def step(self, note: str, done: int | None = None) -> None:
         """One step is done, or `done` steps in all; `note` says what the last one was."""
-        fresh = 1 if done is None else done - self._done
+        self.advance(1 if done is None else done - self._done)
+        line = ", ".join(part for part in (f"{self._count()} {self._what}: {note}", self._left()) if part)
+        self._tell(line, note)
+
+    def advance(self, fresh: int = 1) -> None:
+        """So many steps more are done, of which there is nothing to say."""
         self._done += fresh
         before, self._at = self._at, self._clock()
         self._times += [(self._at - before) / max(1, fresh)] * fresh  # none where `done` did not grow
-        if self._quiet:
-            return
-        if self._bar is not None and self._row is not None:
-            self._bar.update(self._row, completed=self._done, note=note, left=self._left())
-            self._bar.refresh()
-        else:
-            self._line(
-                ", ".join(part for part in (f"{self._count()} {self._what}: {note}", self._left()) if part)
-            )
+        if self._bar is not None:
+            self._show(None)
 
     def expect(self, more: int) -> None:
-        """So many steps are left: for stages that find out how many they need."""
+        """So many steps are left: for jobs that find out how many they need."""
         self._total = self._done + more
-        if self._bar is not None and self._row is not None:
-            self._bar.update(self._row, total=self._total)
 
     def say(self, note: str) -> None:
         """Something worth knowing that is no step."""
-        if self._quiet:
+        self._tell(f"{self._count()} {self._what}: {note}" if self._what else note, note)
+
+    def record(self, text: str) -> None:
+        """Only into the log: each line with the time. A log that cannot be written ends, and that is said."""
+        if self._log is None:
             return
-        if self._bar is not None and self._row is not None:
-            self._bar.update(self._row, note=note)
-            self._bar.refresh()
-        else:
-            self._line(f"{self._count()} {self._what}: {note}" if self._what else note)
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        try:
+            self._log.write("".join(f"{now}  {line}\n" for line in text.splitlines() or [""]))
+        except OSError as error:
+            name, self._log = self._log.name, None
+            self.say(f"{name} cannot be written any more ({error.strerror})")
 
     def stop(self) -> None:
-        """End the stage; does nothing where none is open."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._row = None
+        """End the job; does nothing where none is open. The bar of a whole run stays."""
+        if not self._plan:
+            self._close()
 
     @property
     def seconds_left(self) -> float | None:
+        """Time that is still needed, of all that is planned; None where nobody knows."""
+        own = self._steps_left()
+        if not self._plan:
+            return own
+        of_stage = self._plan.get(self._stage, 0.0)
+        later = sum(self._plan.values()) - of_stage
+        return later + (max(0.0, of_stage - (self._clock() - self._entered)) if own is None else own)
+
+    def _steps_left(self) -> float | None:
         """Time that the steps to come will take if they are like those before; None before the first.
 
         Steps far shorter than the longest do not count: they found their work done by an earlier run.
@@ -111,7 +159,7 @@ class Progress:
             return None
         real = [t for t in self._times if t >= max(self._times) / 10]
         steps = sum(real) / len(real) * max(0, self._total - self._done)
-        return min(steps, max(0.0, self._end - self._clock()))
+        return min(steps, max(0.0, self._until()))
 
     def __enter__(self) -> Self:
         return self
@@ -119,27 +167,48 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        self._close()
 
     def _on_terminal(self) -> bool:
-        return self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
+        return not self._quiet and self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
+
+    def _show(self, note: str | None) -> None:
+        """Draw the line anew; note: None leaves what it says."""
+        if self._bar is None:
+            self._open_bar()
+        assert self._bar is not None
+        assert self._row is not None
+        left = self.seconds_left
+        done, total = float(self._done), self._total
+        if self._plan:  # the bar is of the whole run, by time
+            done, total = 1e3 * (self._clock() - self._begun) / max(self._clock() - self._begun + (left or 0.0), 1e-9), 1000
+        said: dict[str, Any] = {} if note is None else {"note": note}
+        self._bar.update(
+            self._row, description=self._what, total=total, completed=done, count=self._count(), left=self._left(), **said
+        )
+        self._bar.refresh()
 
     def _open_bar(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
         self._bar = Bar(*columns, console=Console(file=self._stream), auto_refresh=False)
+        self._row = self._bar.add_task(self._what, total=self._total, completed=self._done, count="", left="", note="")
         self._bar.start()
-        self._row = self._bar.add_task(self._what, total=self._total, completed=self._done, left="", note="")
-        self._bar.refresh()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._row = None
 
     def _count(self) -> str:
         width = len(str(self._total or ""))
@@ -149,8 +218,13 @@ class Progress:
         seconds = self.seconds_left
         return "" if seconds is None else f"{spoken(seconds)} left"
 
-    def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+    def _tell(self, line: str, note: str) -> None:
+        """A line in the log; the note in the bar on a terminal, the line elsewhere."""
+        self.record(line)
+        if self._on_terminal():
+            self._show(note)
+        elif not self._quiet:
+            print(line, file=self._stream, flush=True)
 
 
 def spoken(seconds: float) -> str:

@@ -75,7 +75,8 @@ def test_jumping_to_the_end_leaves_nothing() -> None:
 def test_a_time_limit_bounds_the_time_left() -> None:
     clock = Clock()
     progress = Progress(io.StringIO(), clock=clock)
-    progress.start(100, "profiling", limit_s=60)
+    ends = clock.now + 60
+    progress.start(100, "profiling", until=lambda: ends - clock.now)
     clock.now += 10
     progress.step("one")
     assert progress.seconds_left == pytest.approx(50)

@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 
 from hwsearch.cli import deploying, machine, measuring, searching, starting, tables, targets
-from hwsearch.cli.ending import Group
+from hwsearch.cli.ending import Command, Group
 
 app = typer.Typer(
     cls=Group,
-    add_completion=False,
     rich_markup_mode=None,  # rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -22,11 +21,22 @@ app = typer.Typer(
     "accuracy, on measured times of compiled code.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 infeasible or budget missed.",
 )
-for command in (
-    starting.init, machine.devices, machine.doctor, measuring.profile, measuring.sensitivity, searching.search, searching.front,
-    deploying.deploy, targets.build, targets.check, deploying.verify, deploying.run,
-):  # fmt: skip
-    app.command()(command)
+_TASK, _BUDGET = "task.py:make_task", "--budget latency=50%"
+for command, example in (
+    (starting.init, "hwsearch init"),
+    (machine.devices, "hwsearch devices"),
+    (machine.doctor, "hwsearch doctor --backend openvino --report doctor.json"),
+    (measuring.profile, f"hwsearch profile {_TASK} -o table.parquet --time-limit 5m"),
+    (measuring.sensitivity, f"hwsearch sensitivity {_TASK} -o sens.parquet --table table.parquet --weights weights"),
+    (searching.search, f"hwsearch search --table table.parquet --sensitivity sens.parquet {_BUDGET} -o alloc.json"),
+    (searching.front, "hwsearch front --table table.parquet --sensitivity sens.parquet -o front.parquet --plot front.png"),
+    (deploying.deploy, f"hwsearch deploy {_TASK} alloc.json -o model.onnx --weights weights"),
+    (targets.build, f"hwsearch build {_TASK} alloc.json --target sm86 -o engine.plan"),
+    (targets.check, f"hwsearch check {_TASK} --target sm75,sm80,sm86,sm89,sm120"),
+    (deploying.verify, f"hwsearch verify {_TASK} alloc.json -o report.json --table table.parquet --weights weights"),
+    (deploying.run, f"hwsearch run {_TASK} {_BUDGET} --out out --time-limit 5m"),
+):
+    app.command(cls=Command, epilog=f"Example: {example}")(command)
 app.add_typer(tables.app, name="table")
 
 

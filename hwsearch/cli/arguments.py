@@ -17,9 +17,16 @@ AllocationFile = Annotated[Path, typer.Argument(metavar="ALLOCATION", help="Made
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="File to write.")
 ]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="Runtime; `hwsearch devices` lists them.")]
+MaybeOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", dir_okay=False,
+        help="File to write; may be left out with --json: the result is on standard output alone then.",
+    ),
+]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="`hwsearch devices` lists them.")]
 MaybeBackend = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="Runtime; by default the allocation's.")
+    str | None, typer.Option("--backend", metavar="NAME", help="By default the allocation's.")
 ]
 EngineBackend = Annotated[
     str,
@@ -27,14 +34,21 @@ EngineBackend = Annotated[
         "--backend", metavar="NAME", help="`tensorrt-rtx`, or `tensorrt` for the GPU of this machine."
     ),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Inference threads.")]
+MADE = "What the table is of"
+"""Panel of the options under which a table is made."""
+Threads = Annotated[int, typer.Option(min=1, help="Inference threads.", rich_help_panel=MADE)]
 Base = Annotated[
     str | None,
     typer.Option(
-        metavar="PRECISION", help="Precision of all that is not int8; by default the runtime's best."
+        metavar="PRECISION",
+        help="Base precision: of all that is not quantized; by default the backend's best.",
+        rich_help_panel=MADE,
     ),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Batch size; by default that of the example inputs.")]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Batch size; by default that of the example inputs.", rich_help_panel=MADE),
+]
 Axes = Annotated[
     str,
     typer.Option(
@@ -49,7 +63,7 @@ Keep = Annotated[
     typer.Option(
         "--keep",
         metavar="PATTERN",
-        help="Layers whose channels all stay, for instance 'classifier*'; may be given several times.",
+        help="Units whose channels all stay, for instance 'classifier*'; may be given several times.",
     ),
 ]
 Weights = Annotated[
@@ -59,13 +73,31 @@ Weights = Annotated[
     ),
 ]
 Load = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Busy workers beside the network while it is measured.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Busy workers beside the network while it is measured.", rich_help_panel=MADE
+    ),
 ]
 LockClocks = Annotated[
     bool,
     typer.Option(
         "--lock-clocks",
         help="Hold the GPU's clock meanwhile; needs root, and is undone. Others on the GPU feel it.",
+        rich_help_panel=MADE,
+    ),
+]
+Prior = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--prior",
+        metavar="FILE",
+        help="Table of another network on this device, whose units need not be learnt again; may be given several times.",
+    ),
+]
+Energy = Annotated[
+    bool,
+    typer.Option(
+        "--energy", help="Also read a GPU's counter of energy, 6 s for each build; a CPU's is always read."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
@@ -73,6 +105,7 @@ TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling:
 AnyTable = Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Picture to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; errors and warnings are still shown.")]
 TableFile = Annotated[Path, typer.Option("--table", metavar="FILE", help="Made by `hwsearch profile`.")]
 SensitivityFile = Annotated[
     Path, typer.Option("--sensitivity", metavar="FILE", help="Made by `hwsearch sensitivity`.")
@@ -101,6 +134,12 @@ def seconds(duration: str) -> float:
     if total <= 0:
         raise InvalidInput(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
     return total
+
+
+def require_output(output: Path | None, as_json: bool) -> None:
+    """Raises InvalidInput where the result would go nowhere that programs can read it from."""
+    if output is None and not as_json:
+        raise InvalidInput("-o FILE says where the result goes; it may be left out with --json, which prints it")
 
 
 def require_backend(backend: str, lock_clocks: bool = False) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -16,18 +17,21 @@ from hwsearch.cli.arguments import (
     Base,
     Batch,
     Budgets,
+    Energy,
     Keep,
     Load,
     LockClocks,
     MaybeBackend,
-    Output,
+    MaybeOutput,
+    Prior,
+    Quiet,
     Seed,
     TaskSpec,
     Threads,
-    TimeLimit,
     Weights,
     axes_of,
     require_backend,
+    require_output,
     seconds,
 )
 from hwsearch.cli.ending import MISSED, say
@@ -55,7 +59,7 @@ def deploy(
     weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the ONNX file of an allocation."""
+    """Write the ONNX file of an allocation, with refitted weights."""
     import hwsearch as hs
     from hwsearch.allocate.allocation import Allocation
 
@@ -84,7 +88,7 @@ def deploy(
 def verify(
     task: TaskSpec,
     allocation: AllocationFile,
-    output: Output,
+    output: MaybeOutput = None,
     backend: MaybeBackend = None,
     threads: Annotated[int | None, typer.Option(min=1, help="By default the allocation's.")] = None,
     table: Annotated[
@@ -95,6 +99,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Measure an allocation. Latency, score and size, beside what was predicted; exit 3 if a budget is missed."""
+    require_output(output, as_json)
     import hwsearch as hs
     from hwsearch.allocate.allocation import Allocation
 
@@ -112,7 +117,8 @@ def verify(
         weights=weights,
         lock_clocks=lock_clocks,
     )
-    report.save(output)
+    if output is not None:
+        report.save(output)
     _finish(report, as_json)
 
 
@@ -130,20 +136,36 @@ def run(
     keep: Keep = None,
     load: Load = 0,
     seed: Seed = 0,
-    time_limit: TimeLimit = "10m",
+    time_limit: Annotated[
+        str,
+        typer.Option(metavar="DURATION", help="Of the whole run: 90s, 10m, 1h30m. The profile takes what the later stages leave."),
+    ] = "10m",
+    mode: Annotated[
+        Literal["context", "sandwiched"],
+        typer.Option(help="Of the profile; sandwiched, for networks too large to build whole, keeps every width whole."),
+    ] = "context",
+    prior: Prior = None,
+    lock_clocks: LockClocks = False,
+    energy: Energy = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do all of it, until the budget holds. Profile, score, search, deploy, verify; uses what DIR already has."""
-    limit = seconds(time_limit)
-    require_backend(backend)
+    """Do all of it, until the budget holds. Profile, sensitivities, search, deploy, verify; uses what DIR already has.
+
+    DIR/run.log says what was done when, while it runs.
+    """
+    begun, limit = time.monotonic(), seconds(time_limit)
+    require_backend(backend, lock_clocks)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
     try:
-        with Progress() as progress:
+        with Progress(quiet=quiet) as progress:
+            own = hs.load(task)
             report = hs.run(
-                hs.load(task), budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed,
-                axes=axes_of(axes), keep=keep or (), load=load, time_limit_s=limit, progress=progress,
+                own, budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
+                axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
+                time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:

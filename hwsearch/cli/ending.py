@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from hwsearch.errors import HwsearchError
 
@@ -19,6 +19,22 @@ RESUMED = ("profile", "sensitivity", "run")
 """Commands that leave in their output what they have finished, and go on from there."""
 MISSED = 3
 _ADVICE = re.compile(r"tlparse|TORCH_LOGS|TORCHDYNAMO_|TORCH_COMPILE_DEBUG|TORCH_SHOW_CPP_STACKTRACES")
+
+
+class Command(TyperCommand):
+    """Its help has the options of each panel under the panel's name, as rich would show them, at once."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Called by typer."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                usual = "Arguments" if param.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(param, "rich_help_panel", None) or usual, []).append(record)
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
 
 
 class Group(TyperGroup):

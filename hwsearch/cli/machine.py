@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from hwsearch.cli import printing as show
-from hwsearch.cli.arguments import AsJson
+from hwsearch.cli.arguments import AsJson, Quiet
 
 
 def devices(as_json: AsJson = False) -> None:
-    """Show this machine, its GPUs and its runtimes."""
+    """Show this machine, its GPUs and its backends."""
     from hwsearch import backends
     from hwsearch.device import energy, nvidia
     from hwsearch.device import fingerprint as device
@@ -31,22 +31,24 @@ def devices(as_json: AsJson = False) -> None:
         )
         return
     measured = f"measured by {counter.source}" if counter.meter else f"not measured: {counter.reason}"
-    print(f"{here}\nid {here.id}\nenergy {measured}\n")
+    show.wrapped(str(here))
+    show.wrapped(f"id {here.id}")
+    show.wrapped(f"energy {measured}")
     for gpu in gpus:
-        print(f"{gpu}\nid {gpu.id}, {gpu.uuid or 'UUID not known'}\n")
+        show.wrapped(f"\n{gpu}")
+        show.wrapped(f"id {gpu.id}, {gpu.uuid or 'UUID not known'}")
     if no_gpu:
-        print(f"no GPU: {no_gpu}\n")
-    rows = [
-        (b.name, ", ".join(b.versions.values()), ", ".join(b.bases), "yes" if b.available else b.reason)
-        for b in found
-    ]
-    show.columns(("backend", "version", "base precisions", "available"), rows)
+        show.wrapped(f"\nno GPU: {no_gpu}")
+    print("\nbackends")
+    for b in found:
+        own = f"{', '.join(b.versions.values())}; base precision {', '.join(b.bases)}"
+        show.wrapped(f"{b.name:14s}{own if b.available else f'not available: {b.reason}'}", indent=14)
 
 
 def doctor(
     backend: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Runtime to examine; by default every one that is installed."),
+        typer.Option(metavar="NAME", help="Backend to examine; by default every one that is installed."),
     ] = None,
     report: Annotated[
         Path | None,
@@ -60,6 +62,7 @@ def doctor(
         bool,
         typer.Option("--lock-clocks", help="Also try whether a GPU's clocks can be locked, for a moment."),
     ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Examine what works on this machine. Driver, runtimes, permissions, small engines, the backend contract.
@@ -70,7 +73,7 @@ def doctor(
     from hwsearch.errors import BackendUnavailable
     from hwsearch.progress import Progress
 
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         keep = None if report is None else lambda sofar: sofar.save(report)
         found = examine(backend, lock_clocks=lock_clocks, progress=progress, keep=keep)
     if as_json:

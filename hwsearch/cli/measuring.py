@@ -9,14 +9,18 @@ import typer
 
 from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
+    MADE,
     AsJson,
     Axes,
     Backend,
     Base,
     Batch,
+    Energy,
     Load,
     LockClocks,
-    Output,
+    MaybeOutput,
+    Prior,
+    Quiet,
     Seed,
     TaskSpec,
     Threads,
@@ -24,6 +28,7 @@ from hwsearch.cli.arguments import (
     Weights,
     axes_of,
     require_backend,
+    require_output,
     seconds,
 )
 from hwsearch.cli.sections import choosing
@@ -32,7 +37,7 @@ from hwsearch.errors import InvalidInput
 
 def profile(
     task: TaskSpec,
-    output: Output,
+    output: MaybeOutput = None,
     backend: Backend = "openvino",
     threads: Threads = 1,
     base: Base = None,
@@ -53,24 +58,14 @@ def profile(
             "--shape",
             metavar="[NAME=]SHAPE",
             help="Input shape, batch first, for instance 1x3x160x160; once for each input. By default that of the example.",
+            rich_help_panel=MADE,
         ),
     ] = None,
-    prior: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--prior",
-            metavar="FILE",
-            help="Table of another network on this device, whose layers need not be learnt again.",
-        ),
-    ] = None,
+    prior: Prior = None,
     lock_clocks: LockClocks = False,
-    energy: Annotated[
-        bool,
-        typer.Option(
-            "--energy", help="Also read a GPU's counter of energy, 6 s for each build; a CPU's is always read."
-        ),
-    ] = False,
+    energy: Energy = False,
     seed: Seed = 0,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a latency table. An interrupted one goes on where it stopped.
@@ -78,11 +73,12 @@ def profile(
     Other options or another shape of the same model become another section of the file.
     """
     limit = seconds(time_limit)
+    require_output(output, as_json)
     require_backend(backend, lock_clocks)
     import hwsearch as hs
     from hwsearch.progress import Progress
 
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=axes_of(axes), load=load, seed=seed, progress=progress,
@@ -94,21 +90,23 @@ def profile(
 @choosing
 def sensitivity(
     task: TaskSpec,
-    output: Output,
     section: dict[str, Any],
+    output: MaybeOutput = None,
     backend: Backend = "openvino",
     base: Base = None,
     batch: Batch = None,
     axes: Axes = "width,precision",
     table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Latency table, to score just the widths that it found."),
+        typer.Option(metavar="FILE", help="Latency table, to measure just the widths that it found."),
     ] = None,
     weights: Weights = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score what each variant of each unit and each width of each channel group loses. On calibration data."""
+    """Measure sensitivities: the loss of each variant of each unit and each width of each channel group. On calibration data."""
+    require_output(output, as_json)
     if section and table is None:
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")
     require_backend(backend)
@@ -118,7 +116,7 @@ def sensitivity(
 
     own = hs.load(task)
     found = None if table is None else table_of_task(table, own, batch=batch, base=base, **section)
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         scores = hs.sensitivity(
             own, out=output, backend=backend, base=base, batch=batch, axes=axes_of(axes), weights=weights, seed=seed,
             table=found, progress=progress,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,15 @@ _ARTIFACTS = {
 def as_json(data: Any) -> None:
     """JSON as every parser takes it: null where a number is not finite."""
     print(json.dumps(_finite(data), indent=2))
+
+
+def wrapped(text: str, indent: int = 2) -> None:
+    """Text in lines no wider than the terminal, those after the first indented."""
+    width = max(shutil.get_terminal_size().columns - 1, 40)
+    lines = textwrap.wrap(
+        text.lstrip("\n"), width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    print("\n" * text.startswith("\n") + "\n".join(lines))
 
 
 def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -155,7 +166,7 @@ def sensitivity(scores: SensitivityTable, machine: bool) -> None:
                 if w < whole
             )
             groups.append((group, str(whole), lost))
-        columns(("channel group", "channels", "loss at each width"), groups)
+        columns(("channel group", "whole", "loss at each width"), groups)
         if scores.estimated:
             print(f"~: {len(scores.estimated)} estimated by the Fisher matrix, not measured")
     tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"

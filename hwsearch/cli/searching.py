@@ -13,21 +13,23 @@ from hwsearch.cli.arguments import (
     Budgets,
     Keep,
     MaybeBudgets,
-    Output,
+    MaybeOutput,
     Plot,
     SensitivityFile,
     TableFile,
     axes_of,
+    require_output,
 )
 from hwsearch.cli.sections import choosing
 
 
 @choosing
 def search(
-    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, output: Output, section: dict[str, Any],
-    axes: Axes = "width,precision", keep: Keep = None, as_json: AsJson = False,
+    table: TableFile, sensitivity: SensitivityFile, budget: Budgets, section: dict[str, Any],
+    output: MaybeOutput = None, axes: Axes = "width,precision", keep: Keep = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Find the best allocation under budgets. The one of least predicted loss, solved exactly."""
+    require_output(output, as_json)
     import hwsearch as hs
 
     scores = hs.SensitivityTable.load(sensitivity)
@@ -38,7 +40,8 @@ def search(
         axes=axes_of(axes),
         keep=keep or (),
     )
-    allocation.save(output)
+    if output is not None:
+        allocation.save(output)
     show.allocation(allocation, as_json)
 
 
@@ -46,8 +49,8 @@ def search(
 def front(
     table: TableFile,
     sensitivity: SensitivityFile,
-    output: Output,
     section: dict[str, Any],
+    output: MaybeOutput = None,
     over: Annotated[
         Literal["latency", "size", "memory"], typer.Option(help="The cost that is swept.")
     ] = "latency",
@@ -59,6 +62,7 @@ def front(
     as_json: AsJson = False,
 ) -> None:
     """Sweep a budget. The allocations that no other beats in both loss and cost."""
+    require_output(output, as_json)
     import hwsearch as hs
 
     scores = hs.SensitivityTable.load(sensitivity)
@@ -66,7 +70,8 @@ def front(
         hs.LatencyTable.load(table, network=scores.network.fingerprint, **section), scores, over=over, points=points,
         budgets=budget or (), axes=axes_of(axes), keep=keep or (),
     )  # fmt: skip
-    found.save(output)
+    if output is not None:
+        found.save(output)
     if plot is not None:
         hs.plot_front(found, plot)
     show.front(found, as_json)

@@ -14,55 +14,23 @@ if TYPE_CHECKING:
     from hwsearch.table.table import LatencyTable
     from hwsearch.task import Task
 
-_WHICH = "Of a file with several tables, the one"
+PANEL = "Which table of a file with several"
 
 OPTIONS: dict[str, Any] = {
-    "threads": Annotated[int | None, typer.Option(min=1, help=f"{_WHICH} of so many inference threads.")],
-    "batch": Annotated[int | None, typer.Option(min=1, help=f"{_WHICH} of this batch size.")],
-    "base": Annotated[
-        str | None, typer.Option(metavar="PRECISION", help=f"{_WHICH} of this base precision.")
-    ],
-    "shape": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--shape", metavar="SHAPE", help=f"{_WHICH} of this input shape, for instance 1x3x160x160."
-        ),
-    ],
-    "load": Annotated[
-        int | None, typer.Option(min=0, metavar="N", help=f"{_WHICH} made beside so many busy workers.")
-    ],
-    "residual": Annotated[
-        bool | None,
-        typer.Option("--residual/--no-residual", help=f"{_WHICH} with the residual stream as an axis."),
-    ],
-    "cpus": Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help=f"{_WHICH} made on these CPUs, for instance 0,1; '' for all."),
-    ],
-    "clocks": Annotated[
-        int | None,
-        typer.Option(
-            min=0, metavar="MHZ", help=f"{_WHICH} made at a GPU clock locked to this; 0 for unlocked."
-        ),
-    ],
-    "mps": Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=100.0, metavar="PERCENT", help=f"{_WHICH} made under this share of MPS; 0 for none."
-        ),
-    ],
-    "int8_bits": Annotated[
-        int | None,
-        typer.Option(
-            "--int8-bits", min=7, max=8, metavar="BITS", help=f"{_WHICH} of int8 weights of so many bits."
-        ),
-    ],
-    "unsigned": Annotated[
-        bool | None,
-        typer.Option(
-            "--unsigned/--signed", help=f"{_WHICH} of unsigned int8 activations, or of signed ones."
-        ),
-    ],
+    name: Annotated[kind, typer.Option(*words, help=f"{help_[0].upper()}{help_[1:]}.", rich_help_panel=PANEL, **more)]
+    for name, kind, words, help_, more in (
+        ("threads", int | None, (), "so many inference threads", {"min": 1}),
+        ("batch", int | None, (), "this batch size", {"min": 1}),
+        ("base", str | None, (), "this base precision", {"metavar": "PRECISION"}),
+        ("shape", list[str] | None, ("--shape",), "this input shape, for instance 1x3x160x160", {"metavar": "SHAPE"}),
+        ("load", int | None, (), "made beside so many busy workers", {"min": 0, "metavar": "N"}),
+        ("residual", bool | None, ("--residual/--no-residual",), "with the residual stream as an axis", {}),
+        ("cpus", str | None, (), "made on these CPUs, for instance 0,1; '' for all", {"metavar": "LIST"}),
+        ("clocks", int | None, (), "made at a GPU clock locked to this; 0 for unlocked", {"min": 0, "metavar": "MHZ"}),
+        ("mps", float | None, (), "made under this share of MPS; 0 for none", {"min": 0.0, "max": 100.0, "metavar": "PERCENT"}),
+        ("int8_bits", int | None, ("--int8-bits",), "int8 weights of so many bits", {"min": 7, "max": 8, "metavar": "BITS"}),
+        ("unsigned", bool | None, ("--unsigned/--signed",), "unsigned int8 activations, or signed ones", {}),
+    )
 }
 
 

@@ -18,10 +18,7 @@ def init(
         Path, typer.Argument(metavar="DIR", file_okay=False, help="Folder for task.py; made if it is not there.")
     ] = Path(),
 ) -> None:
-    """Write a task file to start from. It has a comment for each field, and runs as it is.
-
-    Example: `hwsearch init`, then `hwsearch run task.py:make_task --budget latency=50% --out out`.
-    """
+    """Write a task file to start from. It has a comment for each field, and runs as it is: `hwsearch run task.py:make_task ...`."""
     path = folder / NAME
     if path.exists() or path.is_symlink():
         raise InvalidInput(f"{path} exists and is not overwritten; give another folder, or move the file away")

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from hwsearch.cli import printing as show
-from hwsearch.cli.arguments import AnyTable, AsJson, LockClocks, Plot
+from hwsearch.cli.arguments import AnyTable, AsJson, LockClocks, Plot, Quiet
+from hwsearch.cli.ending import Command
 from hwsearch.cli.sections import choosing
 
-app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.")
+app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.", epilog="Example: hwsearch table show table.parquet")
 
 
-@app.command("show")
+@app.command("show", cls=Command, epilog="Example: hwsearch table show table.parquet --threads 1")
 @choosing
 def table_show(
     file: AnyTable,
@@ -30,7 +31,7 @@ def table_show(
         show.sections(tables, as_json)
 
 
-@app.command("staircase")
+@app.command("staircase", cls=Command, epilog="Example: hwsearch table staircase table.parquet --plot stairs.png")
 @choosing
 def table_staircase(
     file: AnyTable,
@@ -47,7 +48,7 @@ def table_staircase(
     show.staircase(table, as_json)
 
 
-@app.command("diagnose")
+@app.command("diagnose", cls=Command, epilog="Example: hwsearch table diagnose table.parquet --plot errors.png")
 @choosing
 def table_diagnose(
     file: AnyTable,
@@ -66,7 +67,7 @@ def table_diagnose(
     show.diagnosis(diagnose(model), as_json)
 
 
-@app.command("recheck")
+@app.command("recheck", cls=Command, epilog="Example: hwsearch table recheck table.parquet --task task.py:make_task")
 @choosing
 def table_check(
     file: AnyTable,
@@ -77,6 +78,7 @@ def table_check(
     ] = None,
     builds: Annotated[int, typer.Option(min=1, help="How many builds to measure again.")] = 5,
     lock_clocks: LockClocks = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a handful of a table's builds again. Whether it still holds on this device; exit 1 if not."""
@@ -86,7 +88,7 @@ def table_check(
 
     own = None if task is None else hs.load(task)
     table = hs.LatencyTable.load(file, **section) if own is None else table_of_task(file, own, **section)
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         found = hs.recheck(table, own, builds=builds, lock_clocks=lock_clocks, progress=progress)
     show.check(found, as_json)
     if not found.holds:

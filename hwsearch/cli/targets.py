@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from hwsearch.cli import printing as show
-from hwsearch.cli.arguments import AllocationFile, AsJson, Batch, EngineBackend, Output, TaskSpec, Weights
+from hwsearch.cli.arguments import (
+    AllocationFile,
+    AsJson,
+    Batch,
+    EngineBackend,
+    Output,
+    Quiet,
+    TaskSpec,
+    Weights,
+)
 
 
 def build(
@@ -52,6 +61,7 @@ def check(
     layers: Annotated[
         bool, typer.Option("--layers", help="Also list the fused layers of every engine.")
     ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell which variants are legal on which GPU. NVIDIA's builder is asked, on any machine; nothing is timed."""
@@ -59,7 +69,7 @@ def check(
     import hwsearch as hs
     from hwsearch.progress import Progress
 
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         found = hs.check(
             hs.load(task), names, base=base, backend=backend, batch=batch, progress=progress
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_varia
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
@@ -24,7 +26,7 @@ from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import AXES
-from hwsearch.progress import Progress
+from hwsearch.progress import Progress, spoken
 from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable
 
@@ -79,6 +81,7 @@ def closed_loop(
     keep: Sequence[str] = (),
     weights: str | Path | None = None,
     session: Session | None = None,
+    deadline: TimeLimit | None = None,
     progress: Progress | None = None,
 ) -> tuple[Report, Allocation, LatencyTable]:
     """Search, deploy and measure until the budgets hold as measured, at most five times.
@@ -88,7 +91,13 @@ def closed_loop(
     faster than asked by more than `SPARE`, for sure, is followed by one more round, which asks for what it left over. Leaves in
     `folder` the files of the best round: of least loss of those that met the budgets, else of those that met them within the
     noise, else the nearest. Returns its report and allocation, and the table with what was measured.
+
+    deadline: After the first, a round begins only where it leaves as much time as the longest round took.
     """
+    clock = deadline or TimeLimit(math.inf, setup.clock)
+    longest_s = 0.0
+    progress = progress or Progress.silent()
+    progress.start(None, "search, deploy and verify")
     session = session or Session(setup, table if table.builds else None)
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
@@ -97,12 +106,14 @@ def closed_loop(
     if dense.within(Costs(**limits)):
         limits = {}
     trial = _Trial(setup, session, budgets, folder, weights, sensitivity.order)
-    progress = progress or Progress.silent()
-    progress.start(MAX_ROUNDS, "search, deploy and verify")
     best = last = None
     spending = False
     try:
         for number in range(1, MAX_ROUNDS + 1):
+            begun_s = clock.used_s
+            if best is not None and clock.left_s < longest_s:
+                progress.say(f"no time is left for another round, which took {spoken(longest_s)}")
+                break
             model = fit(table) if table.builds else None
             if last is not None:
                 again = _predicted(model, last.allocation)
@@ -122,6 +133,7 @@ def closed_loop(
                 continue
             last, table = trial.measure(number, allocation, table)
             progress.step(_said(last.report))
+            longest_s = max(longest_s, clock.used_s - begun_s)
             if best is None or last.rank < best.rank:
                 best = last
                 trial.keep(number, best)

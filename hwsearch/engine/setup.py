@@ -68,9 +68,8 @@ class Setup:
 
     @property
     def clock(self) -> Callable[[], int]:
-        """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
-        own: Callable[[], int] = getattr(self.backend, "clock", time.perf_counter_ns)
-        return own
+        """See `clock_of`."""
+        return clock_of(self.backend)
 
     @property
     def meter(self) -> Meter | None:
@@ -136,6 +135,12 @@ class Setup:
         )
         engine.prepare(*self.lowering.arrays())
         return engine, model
+
+
+def clock_of(backend: Backend) -> Callable[[], int]:
+    """Nanoseconds: of a backend that keeps its own time (a simulated one), else of this machine."""
+    own: Callable[[], int] = getattr(backend, "clock", time.perf_counter_ns)
+    return own
 
 
 def set_up(

@@ -6,6 +6,7 @@ One pass a batch; finished batches are kept beside the table, so that a killed r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,10 +17,11 @@ import numpy as np
 from scipy.stats import kendalltau
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.bank import METHOD as REFITTING
+from hwsearch.compress.bank import METHOD as REFIT_METHOD
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.compress.simulate import Simulator
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.files import changed, write_bytes
 from hwsearch.loss.divergence import divergence
 from hwsearch.loss.table import NOT_FINITE, SensitivityTable
@@ -35,6 +37,9 @@ SAMPLES = 256
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
+
+REFITTING, SCORING = "refitting weights", "the sensitivities"
+"""Stages of a whole run that are planned; see `Progress.plan`."""
 
 Choice = tuple[Mapping[str, Variant], Mapping[str, int]]
 """What is simulated: variants by unit, widths by group; what is not named stays dense fp32 and whole."""
@@ -70,10 +75,10 @@ def measure_sensitivity(
     variants: Sequence[Variant],
     quantize_outputs: bool = False,
     kind: str = "auto",
-    samples: int = SAMPLES,
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     bank: WeightBank | None = None,
+    limit: TimeLimit | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
     """Score every (unit, variant it can become) and (channel group, width) of `grid`, in torch.
@@ -85,32 +90,26 @@ def measure_sensitivity(
         variants: What units may become; a unit is scored in those that are legal for it.
         quantize_outputs: Whether int8 and fp8 quantize outputs, as the backend deploys them.
         kind: See `divergence`.
-        samples: At most so many, of the calibration batches that no weight was refitted on.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
+        limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
+            is measured by another call. One batch is measured in any case, without whole allocations where there is no time for
+            them: the rank correlation is not known then.
     """
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
-    batches = _limited(lowering.scoring, samples)
-    made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, samples=samples, seed=seed)
+    batches = _limited(lowering.scoring, SAMPLES)
+    made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, seed=seed)
     begun_with = {
         **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
         "refitted weights": bank.key if bank is not None else "none",
     }  # fmt: skip
     sums = _Sums(out, begun_with, progress)
     if bank is not None and len(sums.batches) < len(batches):
+        progress.enter(REFITTING)
         _refit(bank, plan, variants, progress)
-    progress.start(len(batches), f"sensitivity of {lowering.network.name or 'the network'}")
-    try:
-        for index, (traced, args, kwargs) in enumerate(batches):
-            if str(index) not in sums.batches:
-                simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=quantize_outputs)
-                losses, count = _losses(lowering, simulate, plan.choices(), kind, bank)
-                whole, _ = _losses(lowering, simulate, plan.whole, kind, bank)
-                sums.add(index, losses, whole, count)
-            progress.step(f"batch {index + 1} of {len(batches)}")
-    finally:
-        progress.stop()
+    progress.enter(SCORING)
+    _score(lowering, batches, plan, sums, _Scorer(kind, quantize_outputs, bank, progress), limit or TimeLimit(math.inf))
     loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean("units"))
     measured = set(plan.cuts)
     table = SensitivityTable(
@@ -131,28 +130,77 @@ def measure_sensitivity(
     table = _validated(table, plan.whole, sums.mean("whole"))
     if out is not None:
         table.save(out)
-    sums.remove()
+    if len(sums.batches) == len(batches):
+        sums.remove()
     return table
 
 
-def ingredients(
-    lowering: Lowering, *, kind: str, quantize_outputs: bool, samples: int = SAMPLES, seed: int = 0
-) -> dict[str, str]:
+def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: int = 0) -> dict[str, str]:
     """Everything that a loss depends on beside the variant or the width that it is of, by name."""
     return {
         "network": lowering.network.fingerprint,
         "weights": lowering.network.weights_digest,
         "calibration data": lowering.calibration_digest,
         "divergence": kind,
-        "samples": str(samples),
+        "samples": str(SAMPLES),
         "seed": str(seed),
         "bits of int8 weights": str(lowering.int8_bits),
         "unsigned int8 activations": str(lowering.unsigned),
         "quantized outputs": str(quantize_outputs),
         "method of ranges": lowering.method,
-        "method of refitting": str(REFITTING),
+        "method of refitting": str(REFIT_METHOD),
         "method of scoring": str(METHOD),
     }
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """How choices are compared with the dense network."""
+
+    kind: str
+    quantize_outputs: bool
+    bank: WeightBank | None
+    progress: Progress
+
+    def losses(self, lowering: Lowering, simulate: Simulator, choices: Sequence[Choice]) -> tuple[list[float], int]:
+        """(divergence of each choice summed over the samples of a batch, how many samples those are)."""
+        losses, count = [], 1
+        for units, widths in choices:
+            replaced = self.bank.masked_weights(widths, units) if self.bank is not None else {}
+            mask = self.bank.mask(widths) if self.bank is not None and widths else None
+            outputs = simulate(units, replaced, mask)
+            loss, count = divergence(outputs, simulate.dense, self.kind, lowering.batch_axes)
+            losses.append(loss)
+            self.progress.advance()
+        return losses, count
+
+
+def _score(
+    lowering: Lowering, batches: Sequence[Any], plan: Plan, sums: _Sums, scorer: _Scorer, limit: TimeLimit
+) -> None:
+    """Add to the sums the batches that they lack, while there is time; one at least."""
+    progress, choices = scorer.progress, plan.choices()
+    each, longest = len(choices) + len(plan.whole), 0.0
+    name = lowering.network.name or "the network"
+    progress.start(each * len(batches), f"sensitivity of {name}", each * len(sums.batches))
+    try:
+        for index, (traced, args, kwargs) in enumerate(batches):
+            if str(index) in sums.batches:
+                continue
+            if sums.batches and limit.left_s < longest:
+                progress.say(f"the time limit ends it: losses are of {sums.count} samples; the same command scores the others")
+                break
+            begun = limit.used_s
+            simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=scorer.quantize_outputs)
+            losses, count = scorer.losses(lowering, simulate, choices)
+            whole = [math.nan] * len(plan.whole)  # they tell how far the sum is to be trusted: not known where time is short
+            if limit.left_s > 0.0:
+                whole, _ = scorer.losses(lowering, simulate, plan.whole)
+            sums.add(index, losses, whole, count)
+            longest = max(longest, limit.used_s - begun)
+            progress.step(f"batch {index + 1} of {len(batches)}", each * len(sums.batches))
+    finally:
+        progress.stop()
 
 
 def _plan(
@@ -191,20 +239,6 @@ def _refit(bank: WeightBank, plan: Plan, variants: Sequence[Variant], progress: 
         bank.build({}, ["int8"], progress=progress)
 
 
-def _losses(
-    lowering: Lowering, simulate: Simulator, choices: Sequence[Choice], kind: str, bank: WeightBank | None
-) -> tuple[list[float], int]:
-    """(divergence of each choice summed over the samples of a batch, how many samples those are)."""
-    losses, count = [], 1
-    for units, widths in choices:
-        replaced = bank.masked_weights(widths, units) if bank is not None else {}
-        mask = bank.mask(widths) if bank is not None and widths else None
-        outputs = simulate(units, replaced, mask)
-        loss, count = divergence(outputs, simulate.dense, kind, lowering.batch_axes)
-        losses.append(loss)
-    return losses, count
-
-
 def _order(network: Network, bank: WeightBank) -> dict[str, tuple[int, ...]]:
     return {g: tuple(map(int, bank.order[g])) for g in network.channels}
 
@@ -213,7 +247,7 @@ def _validated(
     table: SensitivityTable, whole: Sequence[Choice], simulated: np.ndarray[Any, np.dtype[np.float64]]
 ) -> SensitivityTable:
     """The table with predicted and simulated losses of whole allocations, and their rank correlation."""
-    known = [i for i, choice in enumerate(whole) if table.offers(*choice)]
+    known = [i for i, choice in enumerate(whole) if table.offers(*choice) and np.isfinite(simulated[i])]
     pairs = tuple((float(table.total(*whole[i])), float(simulated[i])) for i in known)
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
     return replace(table, rank_correlation=tau if np.isfinite(tau) else None, validation=pairs)

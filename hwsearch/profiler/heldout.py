@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.table.build import Role
 from hwsearch.table.table import usable
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.staircase import group_times
 from hwsearch.network.choices import Candidate, apart, candidate_widths, halving, worth
 from hwsearch.network.variants import Variant, settled, uniform
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.profiler.transfer import known_grid
 from hwsearch.table.build import Role
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from typing import Any
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock, lock_path
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
 from hwsearch.engine.setup import Setup
@@ -24,7 +25,6 @@ from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
 from hwsearch.profiler.probe import find_grid, measure_variants
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
 from hwsearch.progress import Progress
 from hwsearch.table.build import Role
@@ -45,12 +45,14 @@ class Effort:
         builds: Builds of the design; None for what the network's size asks for.
         protocol: How a build is timed; None for the usual one.
         extend: False leaves a table alone that an earlier profile ended, be it by its time limit.
+        reserve: Seconds of the time limit that are kept for what comes after the profile, by the table as it is so far.
     """
 
     time_limit_s: float = 600.0
     builds: int | None = None
     protocol: Protocol | None = None
     extend: bool = True
+    reserve: Callable[[LatencyTable], float] | None = None
 
 
 def profile(
@@ -114,9 +116,10 @@ def profile(
 def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     """Whole networks: the anchors, the widths worth knowing, and what the design asks for."""
     setup, progress = recorder.setup, recorder.progress
-    limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say)
+    reserve = effort.reserve or (lambda table: 0.0)
+    limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say, reserve=lambda: reserve(recorder.table))
     title = f"profile {setup.network.name} on {setup.backend.name}"
-    progress.start(3 + (effort.builds or most_builds(recorder)), title, limit_s=effort.time_limit_s)
+    progress.start(3 + (effort.builds or most_builds(recorder)), title, until=lambda: limit.left_s)
     try:
         _anchors(recorder)
         if widths and setup.network.groups:

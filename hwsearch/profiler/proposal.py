@@ -34,6 +34,8 @@ _Choice = TypeVar("_Choice")
 TARGETS = 48
 POOL = 24
 SWEEPS = 2
+LEAST = 0.01
+"""Share of the fastest build that a network is at least believed to take: a model of few noisy builds may say less than nothing."""
 UNKNOWN = 0.6
 """Relative standard error of a cell of which nothing is known."""
 
@@ -76,7 +78,7 @@ def propose(
     pool = [c for c in pool if c not in done] or pool
     state = _State(belief, [*targets, *pool])
     aims = np.stack([state.row(c) for c in targets])
-    times = aims @ state.mean
+    times = np.maximum(aims @ state.mean, belief.least_ns)
     error = state.error(aims, times)
     chosen: list[Candidate] = []
     rows = [state.equations(c) for c in pool]
@@ -99,6 +101,7 @@ class Belief:
         self.equations = equations = Equations(table, builds)
         self.model = solved(table, equations, equations.prior(), ErrorScale())
         self.build_error = float(np.median(equations.errors / equations.measured))
+        self.least_ns = LEAST * min(map(table.time_ns, builds))
         self.unbuilt = self._unbuilt()
         """Mean and standard error, in ns, of the cells of the grid that no build holds."""
         self._edges = {(e.src, e.dst): self.model.edge_ns(e.src, e.dst) for e in self.network.edges}
@@ -239,10 +242,11 @@ class _State:
         for i, own in enumerate(features.values()):
             self._add(a[1 + i], own)
         a[0] = a[1:].sum(axis=0)
-        times = a @ self.mean
+        times = np.maximum(a @ self.mean, 0.0)
+        times[0] = max(times[0], self.belief.least_ns)
         error = np.hypot(NODE_SPREAD, self.belief.build_error) * times + NODE_SHARE * times[0]
         error[0] = self.belief.build_error * times[0]
-        return np.asarray(a / np.maximum(error, 1e-9)[:, None])
+        return np.asarray(a / error[:, None])
 
     def _covary(self, rows: Floats) -> Floats:
         """Covariance @ rows^T."""

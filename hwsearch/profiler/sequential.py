@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.network.choices import Candidate, all_cells, cover, whole
 from hwsearch.profiler.heldout import HeldOut
 from hwsearch.profiler.proposal import Proposal, propose
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.table.build import Role
 
 MOST_BUILDS = 400
@@ -104,7 +104,7 @@ def _until_enough(
                 proposal = propose(recorder.table, offered, grid, rng, BATCH)
                 queue = list(proposal.candidates)
                 if count is None:
-                    recorder.progress.expect(BATCH if proposal.error > GOAL else 0)
+                    recorder.progress.expect(_expected(proposal, most - designed))
                     if why := _why_enough(proposal, held):
                         held.complete()
                         if not _doubted(held):
@@ -113,6 +113,14 @@ def _until_enough(
             if any(str(v) not in map(str, offered[u]) for u, v in candidate.variants.items()):
                 continue  # refused since it was proposed
         recorder.measure(Role.DESIGN, candidate, short=True)
+
+
+def _expected(proposal: Proposal, most: int) -> int:
+    """How many builds more it is likely to take, if each lowers the error as much as the next ones are expected to."""
+    if proposal.error <= GOAL:
+        return 0
+    needed = math.log(max(proposal.error / HELD_GOAL, 1.0)) / max(proposal.gain, GAIN)
+    return int(np.clip(needed, min(BATCH, most), most))
 
 
 def _why_enough(proposal: Proposal, held: HeldOut) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import typer
 from invoking import invoke
 
 import hwsearch as hs
+from hwsearch.cli import app, arguments, sections
 
 
 def test_help_needs_no_heavy_module_and_no_patience() -> None:
@@ -54,6 +58,54 @@ def test_every_command_has_help(command: str) -> None:
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage: hwsearch " + command in result.stdout
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, inner in command.commands.items():
+        yield (*path, name), inner
+        if hasattr(inner, "commands"):
+            yield from _commands(inner, (*path, name))
+
+
+COMMANDS = dict(_commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_help_has_an_example_that_the_command_takes(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    label, _, example = (command.epilog or "").partition(": ")
+    assert label == "Example"
+    hwsearch, *words = shlex.split(example)
+    assert hwsearch == "hwsearch"
+    assert tuple(words[: len(path)]) == path
+    command.make_context(path[-1], words[len(path) :])
+    shown = " ".join(invoke(*path, "--help").stdout.split())
+    assert f"Example: {example}" in shown
+
+
+def test_options_that_choose_a_table_are_a_panel() -> None:
+    for words in (("table", "show"), ("search",), ("front",)):
+        shown = invoke(*words, "--help").stdout
+        options, _, panel = shown.partition(f"{sections.PANEL}:")
+        for name in ("--threads", "--batch", "--base", "--shape", "--load", "--clocks", "--int8-bits"):
+            assert name in panel
+            assert name not in options
+    for words in (("profile",), ("run",)):
+        _, _, panel = invoke(*words, "--help").stdout.partition(f"{arguments.MADE}:")
+        assert all(name in panel for name in ("--threads", "--batch", "--base", "--load"))
+
+
+def test_run_takes_what_profile_and_verify_take() -> None:
+    """But for what stands in its folder, or is the task's."""
+    own = {name: {o for p in COMMANDS[(name,)].params for o in p.opts} for name in ("run", "profile", "verify")}
+    assert (own["profile"] | own["verify"]) - own["run"] == {"--output", "--shape", "--table", "--weights"} | {"allocation"}
+
+
+def test_shells_complete_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_HWSEARCH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "hwsearch pro")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert invoke().stdout.split() == ["profile"]
 
 
 def test_without_words_it_shows_the_help() -> None:

@@ -95,14 +95,18 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
     assert result.stdout.endswith(f"plot: {tmp_path / 'front.png'}\n")
     assert "latency table" not in result.stdout, "only what is there"
     del seen["progress"]
+    assert 60.0 < seen.pop("time_limit_s") <= 90.0, "loading the task is part of the run"
     assert seen == {
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
-        "threads": 1, "base": None, "batch": None, "seed": 0, "time_limit_s": 90.0, "axes": ["width", "precision"],
-        "keep": (), "load": 0,
+        "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
+        "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
     assert (seen["axes"], seen["keep"]) == (["width"], ["classifier*"])
+    invoke(*words, *"--mode sandwiched --prior a.parquet --lock-clocks --energy --seed 3 --load 1".split())
+    assert (seen["mode"], seen["prior"], seen["lock_clocks"]) == ("sandwiched", [Path("a.parquet")], True)
+    assert (seen["energy"], seen["seed"], seen["load"]) == (True, 3, 1)
 
 
 def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None:
@@ -113,3 +117,27 @@ def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None
         "the report, met: False\n",
         "error: nearest 6 ms\n",
     )
+
+
+def test_quiet_shows_no_progress(api: Install, tmp_path: Path) -> None:
+    def run(task: str, budgets: list[str], out: Path, *, progress: Any, **options: Any) -> Report:
+        progress.start(1, "profiling")
+        progress.step("one")
+        return Report(True)
+
+    api(run=run)
+    words = ("run", "zoo:x", "--budget", "latency=40%", "--out", str(tmp_path))
+    assert invoke(*words).stderr == "[1/1] profiling: one, 0 s left\n"
+    assert invoke(*words, "--quiet").stderr == ""
+
+
+def test_the_result_may_go_to_standard_output_alone(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: Scores(f"allocation {path}"))
+    report = Report(True)
+    api(verify=lambda task, chosen, **options: report)
+    assert json.loads(invoke("verify", "zoo:x", "a.json", "--json").stdout) == {"met": True}
+    assert report.saved is None
+    result = invoke("verify", "zoo:x", "a.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "-o FILE" in result.stderr
+    assert "--json" in result.stderr

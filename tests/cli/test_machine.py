@@ -30,7 +30,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hwsearch.backends.status", list)
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(2, fails={"nvmlDeviceGetEccMode": NOT_SUPPORTED}))
-    shown = invoke("devices").stdout
+    shown = " ".join(invoke("devices").stdout.split())
     for text in ("NVIDIA Test 0, SM 8.6, 24.0 GiB, driver 570.12", "GPU-0aaa", "GPU-1aaa", "now 1980 MHz"):
         assert text in shown
     found = json.loads(invoke("devices", "--json").stdout)
@@ -38,7 +38,7 @@ def test_devices_lists_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("ecc" not in gpu for gpu in found["gpus"])
     assert found["no_gpu"] == ""
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "no GPU: NVML cannot be asked" in invoke("devices").stdout
+    assert "no GPU: NVML cannot be asked" in " ".join(invoke("devices").stdout.split())
     assert json.loads(invoke("devices", "--json").stdout)["gpus"] == []
 
 
@@ -54,3 +54,17 @@ def test_devices_says_whether_energy_is_measured(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(energy, "find", lambda: energy.Counter(lambda: 0.0, "RAPL, 1 package(s)"))
     assert "energy measured by RAPL, 1 package(s)" in invoke("devices").stdout
     assert json.loads(invoke("devices", "--json").stdout)["energy"]["available"]
+
+
+def test_devices_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hwsearch import backends
+
+    found = [
+        backends.Status("good", True, {"good": "1.2, " + "a process for each engine, " * 5}, ("bf16", "fp32")),
+        backends.Status("bad", False, reason="the package cannot be imported, and there is no driver; " * 4),
+    ]
+    monkeypatch.setattr(backends, "status", lambda: found)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("devices").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "not available: the package cannot" in " ".join(lines)

@@ -9,10 +9,10 @@ import pytest
 from profiling import FAST, narrow_setup
 
 from hwsearch.cli.overview import quality
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.model import fit, validate
 from hwsearch.profiler.heldout import LEAST, LEAST_TESTED, HeldOut
 from hwsearch.profiler.recorder import Recorder
-from hwsearch.profiler.timelimit import TimeLimit
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 

@@ -102,3 +102,13 @@ def test_cells_that_were_never_built_are_expected_from_their_stairs() -> None:
     assert ("unit", GROUPED.unit_at("conv1", both).signature, "dense.fp32") in belief.unbuilt
     want = law.nodes({"conv1": "fp32"}, sizes=sizes_of(GROUPED, both))[0].time_ns
     assert belief.unit_ns("conv1", both, OFFERED[0]) == pytest.approx(want, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_model_of_noise_still_has_a_next_build(seed: int) -> None:
+    """On a busy machine few builds may be predicted to take less than nothing."""
+    law = LatencyLaw.random(GROUPED, seed)
+    table = simulated_table(GROUPED, law, design=4, noise=0.4, node_noise=1.0, seed=seed)
+    found = propose(table, {u.name: OFFERED for u in GROUPED.units}, GRID, np.random.default_rng(seed), 3)
+    assert len(found.candidates) == 3
+    assert np.isfinite(found.error)

@@ -1,0 +1,136 @@
+"""How the time limit of a run is shared out: the profile may take what refitting, sensitivities and the closed loop leave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hwsearch.compress.bank import WeightBank
+from hwsearch.deployment.evaluate import score
+from hwsearch.deployment.session import VERIFY, uniform_candidates
+from hwsearch.device.timelimit import TimeLimit
+from hwsearch.engine.setup import Setup
+from hwsearch.graph.calls import evaluating
+from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, VALIDATION_ALLOCATIONS
+from hwsearch.loss.sensitivity import bank_for
+from hwsearch.network.choices import candidate_widths
+from hwsearch.network.variants import legal
+from hwsearch.progress import Progress, spoken
+from hwsearch.table.table import LatencyTable
+
+PREPARING, PROFILE, LOOP = "making ready", "the profile", "search, deployment and verification"
+"""Stages of a run, beside those of the sensitivities; see `Progress.plan`."""
+MOST_RESERVED = 0.75
+"""Of what is left when the profile begins, the share that is kept for later stages at most."""
+MOST_SCORING = 0.3
+"""Of it, the share for sensitivities, where that is enough for a batch of samples."""
+WINDOWS = 2
+"""Windows in which an answer is likely to be measured again, beside the dense network."""
+TRIES = 0.5
+"""Of the longest that an engine is timed for, what it usually takes."""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What the stages of a run are expected to take, by what was timed before the profile and by the builds of a table so far.
+
+    Attributes:
+        limit: Of the whole run.
+        setup: What is profiled.
+        axes: What may be chosen.
+        bank: Refitted weights with the order of the channels; None where none is needed, or the sensitivities are there already.
+        dense_score: The task's score of the module.
+        score_s, pass_s, refit_s: Seconds to score a network, to run a batch of calibration data once, and to refit a unit in int8.
+        begun_s: Seconds of the limit that were left when the profile began.
+    """
+
+    limit: TimeLimit
+    setup: Setup
+    axes: Collection[str]
+    bank: WeightBank | None = None
+    dense_score: float = 0.0
+    score_s: float = 0.0
+    pass_s: float = 0.0
+    refit_s: float = 0.0
+    begun_s: float = 0.0
+
+    def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
+        """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
+        if not self.pass_s:
+            return 0.0
+        network = self.setup.network
+        grid = table.grid() if table and table.header.grid else {g: candidate_widths(n) for g, n in network.channels.items()}
+        widths = min(MOST_WIDTHS, sum(len(steps) - 1 for steps in grid.values())) if "width" in self.axes else 0
+        variants = [legal(u, self.setup.variants()) for u in network.units]
+        choices = sum(map(len, variants)) + widths
+        if not batches:  # the least: one batch, without whole allocations
+            return choices * self.pass_s
+        refits = VALIDATION_ALLOCATIONS * len(variants) / 2 if widths else 0
+        return batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s
+
+    def loop_s(self, table: LatencyTable | None) -> float:
+        """Of the closed loop with one round: engines are built, timed and scored, the answer's more than once."""
+        uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
+        build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
+        engines = uniforms + 1 + 2 * WINDOWS
+        refits = uniforms * len(self.setup.network.units)
+        return engines * (TRIES * VERIFY.limit_s + build_s) + 3 * self.score_s + refits * self.refit_s
+
+    def reserve(self, table: LatencyTable | None) -> float:
+        """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
+        batches = len(self.setup.lowering.scoring)
+        most, least = self.scoring_s(table, batches), self.scoring_s(table, 0)
+        scoring = min(most, max(least, MOST_SCORING * self.begun_s))
+        return min(scoring + self.loop_s(table), MOST_RESERVED * self.begun_s)
+
+    def plan(self, table: LatencyTable | None) -> dict[str, float]:
+        """The stages to come with their seconds, for `Progress.plan`; table: None before the profile."""
+        left, loop = max(self.limit.left_s, 0.0), self.loop_s(table)
+        if table is None:
+            reserved = self.reserve(None)
+            return {PROFILE: max(left - reserved, 0.0), SCORING: max(reserved - loop, self.scoring_s(None, 0)), LOOP: loop}
+        most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
+        return {REFITTING: 0.0, SCORING: min(most, max(least, left - loop)), LOOP: loop}
+
+    def scoring_limit(self, table: LatencyTable) -> TimeLimit:
+        """Of the sensitivities."""
+        return TimeLimit(self.limit.left_s - self.loop_s(table), self.setup.clock)
+
+
+def prepared(
+    found: Allowance, weights: str | Path | None, *, scored: bool, progress: Progress
+) -> Allowance:
+    """What does not depend on the profile, done before it and timed: the score of the module, the order of channels, int8 weights.
+
+    scored: The sensitivities are there already.
+    """
+    setup = found.setup
+    network, clock = setup.network, setup.clock
+    progress.start(None, "scoring the dense network")
+    begun = clock()
+    with evaluating(setup.lowering.task.model) as model:
+        dense = score(setup.lowering.task, model, "the dense model")
+    found = replace(found, dense_score=dense, score_s=(clock() - begun) / 1e9)
+    if not scored:
+        traced, args, kwargs = setup.lowering.scoring[0]
+        begun = clock()
+        with torch.no_grad():
+            traced.graph(*args, **kwargs)
+        found = replace(found, pass_s=(clock() - begun) / 1e9)
+        grid = {g: candidate_widths(n) for g, n in network.channels.items()} if "width" in found.axes else {}
+        bank = bank_for(setup, weights, grid, progress)
+        begun = clock()
+        if bank is not None and any(v.precision == "int8" for v in setup.variants()):
+            bank.build({}, ["int8"], progress=progress)
+        found = replace(found, bank=bank, refit_s=(clock() - begun) / 1e9 / len(network.units))
+    return replace(found, begun_s=max(found.limit.left_s, 0.0))
+
+
+def shared_out(limit: TimeLimit, stages: Mapping[str, float]) -> str:
+    """What each stage of a run may take, to read."""
+    parts = [f"{spoken(seconds)} for {stage}" for stage, seconds in stages.items() if seconds >= 0.5]
+    return f"time limit {spoken(limit.used_s + limit.left_s)}: {spoken(limit.used_s)} used, {', '.join(parts)}"
