@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     with progress.logged(folder / "run.log"):
-        progress.plan({PREPARING: limit.left_s})
+        progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)
         progress.start(None, "making the network ready")
         setup = set_up(

@@ -29,6 +29,7 @@ FILES = {
     "model.onnx",
     "report.json",
     "front.png",
+    "run.log",
     "front.parquet",
     "weights",
 }
