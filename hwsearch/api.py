@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -296,7 +297,7 @@ def run(
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     runtime, folder = backends.get(backend), Path(out)
-    limit, progress = TimeLimit(time_limit_s, clock_of(runtime)), progress or Progress.silent()
+    progress = progress or Progress.silent()
     make_folder(folder)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     with (
@@ -304,7 +305,8 @@ def run(
         lock(fingerprint_for(runtime).id, say=progress.say),
         progress.logged(folder / "run.log"),
     ):
-        progress.plan({PREPARING: limit.left_s})
+        limit = TimeLimit(time_limit_s, clock_of(runtime))  # it does not run while another command is waited for
+        progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)
         progress.start(None, "making the network ready")
         setup = set_up(

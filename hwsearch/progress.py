@@ -71,7 +71,8 @@ class Progress:
     def plan(self, stages: Mapping[str, float]) -> None:
         """The stages of a whole run that are to come, in order, with the seconds that each is expected to take.
 
-        The time left is then that of all of them. What was planned before is replaced.
+        The time left is then that of all of them; none is shown while one of them may take for ever. What was planned before is
+        replaced.
         """
         self._plan = dict(stages)
 
@@ -216,7 +217,7 @@ class Progress:
 
     def _left(self) -> str:
         seconds = self.seconds_left
-        return "" if seconds is None else f"{spoken(seconds)} left"
+        return "" if seconds is None or math.isinf(seconds) else f"{spoken(seconds)} left"
 
     def _tell(self, line: str, note: str) -> None:
         """A line in the log; the note in the bar on a terminal, the line elsewhere."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +137,117 @@ def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_spoken(seconds: float, text: str) -> None:
     assert spoken(seconds) == text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a simulated run: what it was expected to take, and its steps; limit: seconds after which it ends."""
+
+    expected: float
+    steps: tuple[float, ...]
+    foreseen: int | None = None
+    limit: float | None = None
+
+
+SCENARIOS = {
+    "as planned": [Stage(60, (3.0,) * 20, limit=60), Stage(20, (1.0,) * 20), Stage(20, (10.0, 10.0))],
+    "unequal steps": [Stage(100, (9.0, 5.0, 4.0, *(1.5, 3.0) * 18), 50, limit=100), Stage(30, (0.5, 1.0) * 20), Stage(25, (30.0,))],
+    "a stage that ends early": [Stage(100, (2.0,) * 40, limit=100), Stage(30, (1.0,) * 30), Stage(20, (20.0,))],
+    "later stages take less": [Stage(120, (2.0,) * 60, limit=120), Stage(40, (1.0,) * 34), Stage(30, (25.0,))],
+    "later stages take longer": [Stage(120, (2.0,) * 60, limit=120), Stage(30, (1.0,) * 36), Stage(30, (18.0, 18.0))],
+    "more was foreseen than there is time for": [Stage(60, (2.0,) * 30, 90, limit=60), Stage(30, (3.0,) * 10), Stage(20, (20.0,))],
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_time_left_of_a_whole_run_is_right_within_a_quarter(name: str) -> None:
+    """After its first tenth; at the end of what is left, within a tenth of the whole."""
+    stages, clock = SCENARIOS[name], Clock()
+    whole = sum(sum(s.steps) for s in stages)
+    begun = clock.now
+    progress = Progress(io.StringIO(), clock=clock)
+    progress.plan({str(i): s.expected for i, s in enumerate(stages)})
+    for number, stage in enumerate(stages):
+        ends = clock.now + (stage.limit or math.inf)
+        progress.enter(str(number))
+        last = number == len(stages) - 1  # nobody knows how many rounds there will be
+        progress.start(None if last else stage.foreseen or len(stage.steps), "stage", until=lambda e=ends: e - clock.now)
+        for step in stage.steps:
+            clock.now += step
+            progress.step("one")
+            used, shown = clock.now - begun, progress.seconds_left
+            if 0.1 * whole <= used < whole:
+                assert shown is not None
+                left = whole - used
+                assert abs(shown - left) <= max(0.25 * left, 0.1 * whole), (number, used, shown, left)
+
+
+def test_stages_that_were_skipped_are_over() -> None:
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock)
+    progress.plan({"profile": 100.0, "sensitivities": 20.0, "loop": 30.0})
+    assert progress.seconds_left == 150
+    progress.enter("loop")
+    progress.enter("something that nobody planned")
+    clock.now += 10
+    assert progress.seconds_left == 20
+    clock.now += 100
+    assert progress.seconds_left == 0
+
+
+def test_one_bar_for_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream, clock = Terminal(), Clock()
+    with Progress(stream, clock=clock) as progress:
+        progress.plan({"profile": 100.0, "loop": 100.0})
+        for stage in ("profile", "loop"):
+            progress.enter(stage)
+            progress.start(2, stage)
+            bar = progress._bar
+            clock.now += 50
+            progress.step("a note that is far too long for what is left of the line " * 3)
+            progress.stop()
+            assert progress._bar is bar, "it stays for the next stage"
+    shown = stream.getvalue()
+    assert "2 min 30 s left" in shown
+    assert shown.count("\n") == 1, "one line, drawn anew at its place"
+    assert "…" in shown
+
+
+def test_the_log_has_every_line_with_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    for error in (None, ValueError("why it ended")):
+        progress = Progress.silent()
+        try:
+            with progress.logged(path):
+                progress.start(2, "profiling")
+                progress.step("one")
+                assert path.read_text().splitlines()[-1].endswith("[1/2] profiling: one, 0 s left"), "at once"
+                progress.record("a report\nof two lines")
+                if error is not None:
+                    raise error
+        except ValueError:
+            pass
+        progress.step("after the run")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 9, "a further run is added"
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*  \S", line) for line in lines)
+    assert lines[-1].endswith("ended by ValueError: why it ended")
+    assert not any("after the run" in line for line in lines)
+
+
+def test_a_full_disk_ends_the_log_and_not_the_run() -> None:
+    class Full(io.StringIO):
+        name = "run.log"
+
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    stream = io.StringIO()
+    progress = Progress(stream, clock=Clock())
+    progress._log = Full()
+    progress.start(1, "profiling")
+    progress.step("one")
+    assert "run.log cannot be written any more (No space left on device)" in stream.getvalue()
+    assert "[1/1] profiling: one" in stream.getvalue()

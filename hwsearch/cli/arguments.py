@@ -139,7 +139,7 @@ def seconds(duration: str) -> float:
 def require_output(output: Path | None, as_json: bool) -> None:
     """Raises InvalidInput where the result would go nowhere that programs can read it from."""
     if output is None and not as_json:
-        raise InvalidInput("-o FILE says where the result goes; it may be left out with --json, which prints it")
+        raise InvalidInput("missing option --output (-o): the file for the result; it may be left out with --json, which prints it")
 
 
 def require_backend(backend: str, lock_clocks: bool = False) -> None:

@@ -36,6 +36,12 @@ class Command(TyperCommand):
                 with formatter.section(name):
                     formatter.write_dl(records)
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Called by typer; an example stays one line, to be copied."""
+        if self.epilog:
+            formatter.write_paragraph()
+            formatter.write(f"  {self.epilog}\n")
+
 
 class Group(TyperGroup):
     """Turns every error into one line on standard error and an exit code; `--debug` adds the traceback."""

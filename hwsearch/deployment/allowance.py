@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hwsearch.deployment.session import VERIFY, uniform_candidates
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
+from hwsearch.graph.trace import Traced
 from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, VALIDATION_ALLOCATIONS
 from hwsearch.loss.sensitivity import bank_for
 from hwsearch.network.choices import candidate_widths
@@ -116,10 +118,9 @@ def prepared(
         dense = score(setup.lowering.task, model, "the dense model")
     found = replace(found, dense_score=dense, score_s=(clock() - begun) / 1e9)
     if not scored:
-        traced, args, kwargs = setup.lowering.scoring[0]
+        batch = setup.lowering.scoring[0]
         begun = clock()
-        with torch.no_grad():
-            traced.graph(*args, **kwargs)
+        run_once(*batch)
         found = replace(found, pass_s=(clock() - begun) / 1e9)
         grid = {g: candidate_widths(n) for g, n in network.channels.items()} if "width" in found.axes else {}
         bank = bank_for(setup, weights, grid, progress)
@@ -128,6 +129,12 @@ def prepared(
             bank.build({}, ["int8"], progress=progress)
         found = replace(found, bank=bank, refit_s=(clock() - begun) / 1e9 / len(network.units))
     return replace(found, begun_s=max(found.limit.left_s, 0.0))
+
+
+def run_once(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The dense network on a batch of calibration data."""
+    with torch.no_grad():
+        traced.graph(*args, **kwargs)
 
 
 def shared_out(limit: TimeLimit, stages: Mapping[str, float]) -> str:

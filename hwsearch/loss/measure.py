@@ -92,8 +92,8 @@ def measure_sensitivity(
         kind: See `divergence`.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
         limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
-            is measured by another call. One batch is measured in any case, without whole allocations where there is no time for
-            them: the rank correlation is not known then.
+            is measured by another call. One batch is measured in any case; without whole allocations where there is no time for
+            them, and the rank correlation is not known then.
     """
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]

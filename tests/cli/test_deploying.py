@@ -139,5 +139,5 @@ def test_the_result_may_go_to_standard_output_alone(api: Install, monkeypatch: p
     assert report.saved is None
     result = invoke("verify", "zoo:x", "a.json")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "-o FILE" in result.stderr
+    assert "--output (-o)" in result.stderr
     assert "--json" in result.stderr

@@ -48,7 +48,7 @@ def test_the_template_explains_every_field_of_a_task() -> None:
 
 
 def test_the_help_has_an_example() -> None:
-    assert "Example: `hwsearch init`" in invoke("init", "--help").stdout
+    assert "Example: hwsearch init" in invoke("init", "--help").stdout
 
 
 def test_the_task_loads_and_is_scored(tmp_path: Path) -> None:

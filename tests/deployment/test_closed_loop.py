@@ -34,6 +34,7 @@ FILES = {
     "model.onnx",
     "report.json",
     "front.png",
+    "run.log",
     "front.parquet",
     "weights",
 }

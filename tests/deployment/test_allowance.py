@@ -1,0 +1,73 @@
+"""The time limit of a run bounds all of it, on a clock of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import hwsearch as hs
+from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.simulate import Simulator
+from hwsearch.deployment import allowance
+from hwsearch.errors import BudgetMissed, Infeasible
+from hwsearch.testing import LatencyLaw, SimulatedBackend
+
+pytestmark = pytest.mark.usefixtures("own_locks")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimulatedBackend]:
+    """A device on whose clock torch takes its time as well, so many seconds for a batch run once and for a refitted weight."""
+
+    def make(name: str, build_s: float, pass_s: float, refit_s: float) -> SimulatedBackend:
+        law = LatencyLaw.random(tiny.lowering(name).network, 2, unit_ns=2e6)
+        backend = SimulatedBackend(law, noise=0.002, build_ns=round(1e9 * build_s))
+        simulated, refitted = Simulator.__call__, WeightBank._refitted
+
+        def simulate(self: Simulator, *args: Any) -> Any:
+            backend.advance(1e9 * pass_s)
+            return simulated(self, *args)
+
+        def refit(self: WeightBank, *args: Any) -> Any:
+            backend.advance(1e9 * refit_s)
+            return refitted(self, *args)
+
+        monkeypatch.setattr(Simulator, "__call__", simulate)
+        monkeypatch.setattr(WeightBank, "_refitted", refit)
+        monkeypatch.setattr(allowance, "run_once", lambda *batch: backend.advance(1e9 * pass_s))
+        return backend
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "limit_s", "build_s", "pass_s", "refit_s"),
+    [
+        ("cnn", 120.0, 0.5, 0.1, 0.1),
+        ("cnn", 300.0, 2.0, 0.2, 0.1),
+        ("cnn", 600.0, 1.0, 1.0, 0.5),
+        ("cnn", 600.0, 8.0, 0.1, 0.0),
+        ("transformer", 400.0, 1.0, 0.3, 0.2),
+        ("transformer", 1500.0, 3.0, 2.0, 0.2),
+    ],
+)
+def test_a_run_keeps_its_limit(
+    device: Callable[..., SimulatedBackend], tmp_path: Path,
+    name: str, limit_s: float, build_s: float, pass_s: float, refit_s: float,
+) -> None:  # fmt: skip
+    backend = device(name, build_s, pass_s, refit_s)
+    task = hs.Task(**{**vars(tiny.task(name)), "evaluate": lambda predict: 0.5})
+    with suppress(Infeasible, BudgetMissed):  # an answer too, and nothing else is
+        assert hs.run(task, ["latency=70%"], tmp_path, backend=backend, time_limit_s=limit_s).met
+    taken = backend.clock() / 1e9
+    assert taken <= 1.1 * limit_s
+    log = (tmp_path / "run.log").read_text().splitlines()
+    assert any("time limit" in line and "for the profile" in line for line in log)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*  ", line) for line in log)
+    assert "verify" in " ".join(log)
