@@ -9,26 +9,30 @@ from pathlib import Path
 
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
-from hwsearch.allocate.budget import Budget, parse_budgets
+from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
 from hwsearch.deployment.allowance import LOOP, PREPARING, PROFILE, Allowance, prepared, shared_out
 from hwsearch.deployment.closed_loop import closed_loop
+from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
 from hwsearch.deployment.report import Report, measured_points
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
+from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
-from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.files import make_folder
+from hwsearch.latency.staircase import measured_widths
+from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
 from hwsearch.plot import plot_front
-from hwsearch.profiler.profile import Effort
+from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
@@ -145,7 +149,7 @@ def sensitivity(
 
     Args:
         task: What is scored.
-        out: File of the table; it is used again if it is there.
+        out: File of the table; it is used again if it is there, and all that made it is the same.
         backend: Name of a backend, or a backend.
         base: Precision of what is not quantized; None for the backend's preferred one.
         batch: Batch size; None for the table's, or that of the example inputs.
@@ -210,7 +214,7 @@ def verify(
         lock_clocks: As for `profile`, at the clock of the allocation's table.
 
     Returns:
-        The report; `met` says whether every budget holds.
+        The report; `state` says whether every budget holds.
 
     Raises:
         IncompatibleTables: The table is of another device, or the allocation of another network.
@@ -228,40 +232,24 @@ def verify(
 
 
 def run(
-    task: Task,
-    budgets: Sequence[str | Budget],
-    out: str | Path,
-    *,
-    backend: str | Backend = "openvino",
-    threads: int = 1,
-    base: str | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-    time_limit_s: float = 600.0,
-    mode: str = "context",
-    axes: Sequence[str] = AXES,
-    keep: Sequence[str] = (),
-    builds: int | None = None,
-    load: int = 0,
-    prior: Sequence[LatencyTable | str | Path] = (),
-    lock_clocks: bool = False,
-    energy: bool = False,
-    progress: Progress | None = None,
-) -> Report:
+    task: Task, budgets: Sequence[str | Budget], out: str | Path, *,
+    backend: str | Backend = "openvino", threads: int = 1, base: str | None = None, batch: int | None = None, seed: int = 0,
+    time_limit_s: float = 600.0, mode: str = "context", axes: Sequence[str] = AXES, keep: Sequence[str] = (),
+    builds: int | None = None, load: int = 0, prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False,
+    energy: bool = False, progress: Progress | None = None,
+) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there, with another budget, uses the table and the sensitivities again. What is printed while it runs
-    is added to run.log.
+    `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was made
+    of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory or
+    MACs are bounded, there is neither table nor front. What is printed while it runs is added to run.log.
 
     Args:
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
         out: Folder for the results.
-        backend: Name of a backend, or a backend.
-        threads: Inference threads.
-        base: Precision of what is not quantized; None for the backend's preferred one.
-        batch: Batch size; None for that of the example inputs.
+        backend, threads, base, batch, builds, prior: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
         time_limit_s: Seconds of the whole run. The profile takes what refitting, sensitivities and the closed loop leave;
             sensitivities are of fewer samples where time is short, and there are fewer rounds. What an answer needs is done in any
@@ -270,10 +258,7 @@ def run(
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        builds: As for `profile`.
-        load: Busy workers beside the network, while profiling and verifying.
-        prior: As for `profile`.
-        lock_clocks: As for `profile`, while verifying as well.
+        load, lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
         progress: Shows how far it is; None shows nothing.
 
@@ -292,10 +277,15 @@ def run(
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
     runtime, folder = backends.get(backend), Path(out)
-    limit, progress = TimeLimit(time_limit_s, clock_of(runtime)), progress or Progress.silent()
-    folder.mkdir(parents=True, exist_ok=True)
+    progress = progress or Progress.silent()
+    make_folder(folder)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
-    with progress.logged(folder / "run.log"):
+    with (
+        lock_path(folder, say=progress.say),
+        lock(fingerprint_for(runtime).id, say=progress.say),
+        progress.logged(folder / "run.log"),
+    ):
+        limit = TimeLimit(time_limit_s, clock_of(runtime))  # it does not run while another command is waited for
         progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)
         progress.start(None, "making the network ready")
@@ -310,7 +300,7 @@ def run(
             setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=known, progress=progress
         )
         progress.record(str(report))
-        if not report.met:
+        if report.state == State.MISSED:
             raise _missed(report, parsed, folder, late=limit.late())
     return report
 
@@ -322,31 +312,47 @@ def _run(
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
-    allowance = prepared(Allowance(limit, setup, axes), weights, scored=path.exists(), progress=progress)
-    stages = allowance.plan(None)
-    progress.say(shared_out(limit, stages))
-    progress.plan(stages)
-    progress.enter(PROFILE)
-    effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
-    table = measure_table(
-        setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
+    timed = any(b.column not in COMPUTED for b in budgets)
+    allowance = prepared(
+        Allowance(limit, setup, axes), weights, scored=holds_now(setup, path, seed), progress=progress
     )
+    if timed:
+        stages = allowance.plan(None)
+        progress.say(shared_out(limit, stages))
+        progress.plan(stages)
+        progress.enter(PROFILE)
+        effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
+        table = measure_table(
+            setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
+        )
+    else:
+        table = without_times(setup)
     progress.plan(allowance.plan(table))
-    grid = table.grid() if "width" in axes else {}
     sensitivities = sensitivity_for(
-        setup, path, seed=seed, grid=grid, weights=weights, bank=allowance.bank,
-        limit=allowance.scoring_limit(table), progress=progress,
+        setup, path, seed=seed, grid=widths_to_score(table, budgets) if "width" in axes else {}, weights=weights,
+        bank=allowance.bank, limit=allowance.scoring_limit(table), progress=progress,
     )  # fmt: skip
     progress.enter(LOOP)
-    session = Session(setup, table)
+    session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score
     report, _, table = closed_loop(
         setup, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, session=session,
-        deadline=limit, progress=progress,
+        progress=progress,
     )  # fmt: skip
-    table.save(table_path)
-    _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
+    if timed:
+        table.save(table_path)
+        _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
     return report
+
+
+def widths_to_score(table: LatencyTable, budgets: Sequence[Budget]) -> Mapping[str, Sequence[int]]:
+    """The widths of each channel group that may be chosen under some budgets.
+
+    Those worth their time where only what is measured is bounded; else all that were measured, or, with nothing measured, all.
+    """
+    if not table.builds:
+        return {g: candidate_widths(n) for g, n in table.network.channels.items()}
+    return measured_widths(table) if any(b.column in COMPUTED for b in budgets) else table.grid()
 
 
 def _leave_front(sweep: Front, report: Report, folder: Path) -> None:
@@ -371,7 +377,7 @@ def _require_sensitivities(folder: Path, setup: Setup) -> None:
     if not path.exists():
         return
     try:
-        SensitivityTable.load(path).require(setup.network, setup.lowering.int8)
+        SensitivityTable.load(path).require(setup.network, setup.lowering.int8, weights=False)
     except IncompatibleTables as error:
         raise IncompatibleTables(
             f"{folder} holds the sensitivities of another network, batch or input shape, of one with or without the axis "

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from hwsearch.backends.cuda import driver
 from hwsearch.device.fingerprint import cache_dir
+from hwsearch.device.lock import lock
 from hwsearch.errors import BackendUnavailable
 from hwsearch.table.table import LatencyTable
 
@@ -38,6 +42,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks of this test alone: another profile on this machine must not make it fail."""
     monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def busy(own_locks: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextManager[None]]:
+    """Makes a device busy for others: its lock is held by another thread, and nobody waits for it."""
+    monkeypatch.setattr("hwsearch.device.lock.WAIT_S", 0.0)
+
+    @contextmanager
+    def held(device_id: str) -> Iterator[None]:
+        has, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with lock(device_id):
+                has.set()
+                done.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        has.wait()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    return held
 
 
 @pytest.fixture(scope="session")

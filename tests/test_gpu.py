@@ -14,7 +14,6 @@ from simulated_nvml import NO_PERMISSION, NOT_SUPPORTED, Nvml
 import hwsearch as hs
 from hwsearch.backends.base import BuildOptions
 from hwsearch.cli.overview import summary
-from hwsearch.device import fingerprint as device
 from hwsearch.device.energy import tick_s
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
@@ -172,7 +171,7 @@ def test_clocks_that_may_not_be_locked_stop_a_profile_before_its_first_build(nvm
         profile(on=backend(SimulatedBackend), lock_clocks=True)
 
 
-def test_verify_locks_clocks_and_keeps_others_off_the_gpu(nvml: Nvml) -> None:
+def test_verify_locks_clocks_and_keeps_others_off_the_gpu(nvml: Nvml, busy: Any) -> None:
     task = tiny.task("cnn")
     table = profile(lock_clocks=True)
     scores = hs.sensitivity(task, backend=backend(), axes=["precision"])
@@ -185,6 +184,6 @@ def test_verify_locks_clocks_and_keeps_others_off_the_gpu(nvml: Nvml) -> None:
     assert nvml.locked is None
     free = replace(found, options={k: v for k, v in found.options.items() if k != "clocks"})
     assert hs.verify(task, free, backend=backend(), lock_clocks=True).options["clocks"] == 900
-    with device.lock(table.header.device["id"]), pytest.raises(DeviceBusy):
+    with busy(table.header.device["id"]), pytest.raises(DeviceBusy):
         hs.verify(task, found, backend=backend(), table=table, lock_clocks=True)
     assert "clocks" not in hs.verify(task, found, backend=backend(), table=table).options

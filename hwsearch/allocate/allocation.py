@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwsearch.allocate.budget import TAILS
+from hwsearch.allocate.budget import COMPUTED, TAILS, Budget
 from hwsearch.allocate.costs import Costs
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
-from hwsearch.network.variants import Variant
+from hwsearch.table.checking import first_wrong, is_variant, number, wrong_options
 
 SCHEMA = 2
 
@@ -21,6 +22,8 @@ _KEYS = {
     "dense": ("latency_ns", "size_bytes"),
     "solver": ("status", "gap"),
 }
+_MEASURED = ("latency_ns", "sigma_ns")
+"""Not there where budgets are on what is computed alone, and nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Allocation:
     Args:
         variants: unit -> its variant, as `dense.int8`.
         predicted: `latency_ns`, `sigma_ns`, `size_bytes`, `memory_bytes` (peak of the activations: estimated, and never
-            measured), `macs`, `loss`.
+            measured), `macs`, `loss`. Without the first two where nothing bounds latency and a layer was not measured as it is.
         dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its latency is a sum
-            over layers and not measured.
+            over layers and not measured; without a latency where no table was measured.
         budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs).
         solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that).
         network: fingerprint of the network that it is for.
@@ -69,7 +72,7 @@ class Allocation:
         """What is predicted to be the cost of each kind."""
         of = self.predicted
         return Costs(
-            latency=of["latency_ns"],
+            latency=of.get("latency_ns"),
             **{tail: of.get(f"{tail}_ns") for tail in TAILS},
             size=of["size_bytes"],
             memory=of.get("memory_bytes"),
@@ -129,7 +132,7 @@ class Allocation:
             The allocation, checked.
 
         Raises:
-            InvalidInput: the file is absent or malformed, or names unknown variants.
+            InvalidInput: the file is absent or malformed, or says what no search says; the message names the field.
             IncompatibleTables: it has another schema.
         """
         from pydantic import TypeAdapter, ValidationError
@@ -158,27 +161,75 @@ class Allocation:
             ) from error
         if not allocation.variants:
             raise InvalidInput(f"{path} allocates no unit; search again")
-        for variant in allocation.variants.values():
-            Variant.parse(variant)
-        try:
-            slots = allocation.slots
-        except ValueError as error:
-            raise InvalidInput(f"{path} is not an allocation: order: {error}; search again") from error
-        for group, own in slots.items():
-            if sorted(own) != list(range(len(own))) or not 0 < allocation.widths.get(group, 0) <= len(own):
-                raise InvalidInput(
-                    f"{path} is not an allocation: width and order of {group} do not fit together; search again"
-                )
-        parts = [(key, getattr(allocation, key), wanted) for key, wanted in _KEYS.items()]
-        parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
-        for key, part, wanted in parts:
-            missing = [name for name in wanted if name not in part]
-            if missing:
-                raise InvalidInput(
-                    f"{path} is not an allocation: {key} lacks {', '.join(missing)}; search again"
-                )
+        if why := _lacking(allocation) or first_wrong(_checks(allocation)) or wrong_options(allocation.options):
+            raise InvalidInput(f"{path} is not an allocation: {why}; search again")
         return allocation
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _lacking(allocation: Allocation) -> str:
+    """Which key is not there."""
+    computed = {b.get("column") for b in allocation.budgets} <= set(COMPUTED) and bool(allocation.budgets)
+    optional = _MEASURED if computed else ()
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [
+        (key, getattr(allocation, key), tuple(name for name in wanted if name not in optional)) for key, wanted in _KEYS.items()
+    ]
+    parts += [("a budget", budget, ("text", "column", "limit")) for budget in allocation.budgets]
+    for key, part, wanted in parts:
+        if missing := [name for name in wanted if name not in part]:
+            return f"{key} lacks {', '.join(missing)}"
+    return ""
+
+
+def _checks(of: Allocation) -> list[tuple[str, Any, bool, str]]:
+    """(field, value, whether it is right, what is expected) of an allocation."""
+    variant = "a variant such as dense.int8"
+    checks: list[tuple[str, Any, bool, str]] = [
+        (f"variants.{u}", v, is_variant(v), variant) for u, v in of.variants.items()
+    ]
+    for part, values in (("predicted", of.predicted), ("dense", of.dense), ("solver", {"gap": of.solver["gap"]})):
+        for key, value in values.items():
+            above = key in ("latency_ns", "size_bytes")
+            expected = f"a finite number {'above 0' if above else 'from 0 on'}"
+            checks.append((f"{part}.{key}", value, number(value, above=above), expected))
+    for group, width in of.widths.items():
+        slots = of.order.get(group)
+        most = width if slots is None else _slots(slots)
+        checks.append((f"widths.{group}", width, 0 < width <= most, f"1 to {most}, as its order says"))
+    for group, slots in of.order.items():
+        right = group in of.widths and _slots(slots) > 0
+        checks.append((f"order.{group}", slots, right, "each slot of a group that has a width, once"))
+    for place, budget in enumerate(of.budgets):
+        checks += _of_budget(of, f"budgets.{place}", budget)
+    return checks
+
+
+def _slots(order: str) -> int:
+    """How many slots are in an order; 0 where it is none."""
+    try:
+        found = sorted(map(int, order.split()))
+    except ValueError:
+        return 0
+    return len(found) if found == list(range(len(found))) else 0
+
+
+def _of_budget(of: Allocation, where: str, budget: Mapping[str, Any]) -> list[tuple[str, Any, bool, str]]:
+    """Whether text, column and limit of a budget say the same, as far as the dense network's cost is known."""
+    text, column, limit = (budget[k] for k in ("text", "column", "limit"))
+    try:
+        parsed = Budget.parse(text)
+    except (InvalidInput, TypeError):
+        return [(f"{where}.text", text, False, "a budget such as latency=4ms")]
+    said = f"as its text {text!r} says"
+    unit = {"size": "bytes", "memory": "bytes", "energy": "nj"}.get(parsed.column, "ns")
+    dense = of.dense.get(f"{parsed.column}_{unit}")
+    known = parsed.kind == "absolute" or number(dense, above=True)
+    wanted = parsed.resolve(dense or 1) if known else limit
+    return [
+        (f"{where}.column", column, column == parsed.column, f"{parsed.column}, {said}"),
+        (f"{where}.limit", limit, number(limit, whole=True), "a whole number from 0 on"),
+        (f"{where}.limit", limit, number(limit) and abs(limit - wanted) <= 1, f"{wanted}, {said}"),
+    ]

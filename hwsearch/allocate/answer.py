@@ -25,13 +25,12 @@ def as_allocation(
         {u: str(v) for u, v in variants.items()},
         widths,
         {
-            "latency_ns": prediction.time_ns,
-            "sigma_ns": prediction.sigma_ns,
+            **({"latency_ns": prediction.time_ns, "sigma_ns": prediction.sigma_ns} if prediction else {}),
             "size_bytes": solution.costs["size"],
             "memory_bytes": space.memory(solution.choice),
             "macs": solution.costs["macs"],
             "loss": solution.loss,
-            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in space.tails.items()},
+            **{f"{column}_ns": ratio * prediction.time_ns for column, ratio in space.tails.items() if prediction},
             **({"energy_nj": energy.time_ns, "energy_sigma_nj": energy.sigma_ns} if energy else {}),
         },
         budgets,
@@ -44,8 +43,8 @@ def as_allocation(
 def dense_allocation(space: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
     """The dense fp32 network, which loses nothing."""
     predicted = {
-        "latency_ns": space.dense["latency"],
-        "sigma_ns": dense_ns(space.table)[1],
+        **_latency(space),
+        **({"sigma_ns": dense_ns(space.table)[1]} if space.dense.latency is not None else {}),
         "size_bytes": round(space.dense["size"]),
         "memory_bytes": round(space.dense["memory"]),
         "macs": space.table.network.macs,
@@ -76,11 +75,11 @@ def _allocation(
         order=_order(space, widths),
         predicted=predicted,
         dense={
-            "latency_ns": space.dense["latency"],
+            **_latency(space),
             "size_bytes": round(space.dense["size"]),
             "memory_bytes": round(space.dense["memory"]),
             **({"energy_nj": space.dense["energy"]} if space.energy else {}),
-            **({"estimated": 1} if dense_ns(space.table)[2] else {}),
+            **({"estimated": 1} if space.table.builds and dense_ns(space.table)[2] else {}),
         },
         budgets=[{"text": str(b), "column": b.column, "limit": wanted[b.column]} for b in budgets],
         solver=proof,
@@ -92,6 +91,12 @@ def _allocation(
         options={**header.options, "base": base},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _latency(space: Space) -> dict[str, float]:
+    """Of the dense network; nothing where it was not measured."""
+    latency = space.dense.latency
+    return {} if latency is None else {"latency_ns": latency}
 
 
 def _order(space: Space, widths: Mapping[str, int]) -> dict[str, str]:

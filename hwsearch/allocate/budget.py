@@ -30,6 +30,9 @@ UNITS = MappingProxyType(
 )
 """For each column its units, in integer ns, bytes, nJ and MACs; the first is the base unit."""
 
+COMPUTED = ("size", "memory", "macs")
+"""Budgets on what is computed from the network: no measurement bounds what may be chosen under them."""
+
 LIMIT = 10**15
 """Beyond it (11 days, a petabyte) floats no longer hold every decimal."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Problem, Solution
 from hwsearch.errors import InvalidInput
+from hwsearch.table.checking import Rows
 from hwsearch.table.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 SCHEMA = 3
 READS = (2, 3)
 KIND = "front"
+SWEPT = ("latency", "size", "memory")
+"""Costs that a front may be over."""
+TODO = "make it again with `hwsearch front`"
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,40 @@ class Front:
         """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
         table, header = read_parquet(path, KIND, *READS)
         try:
-            points = tuple(
-                Point(**{**row, "variants": tuple(row["variants"]), "widths": tuple(row["widths"])})
-                for row in table.to_pylist()
-            )
-            return Front(
-                points,
-                header["over"],
-                tuple(header["units"]),
-                dict(header["header"]),
-                tuple(header["groups"]),
-            )
+            over, own = header["over"], dict(header["header"])
+            units, groups = tuple(header["units"]), tuple(header["groups"])
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(
-                f"{path} is damaged: {error!r}; make it again with `hwsearch front`"
-            ) from error
+            raise InvalidInput(f"{path} is damaged: header: {error!r}; {TODO}") from error
+        if over not in SWEPT:
+            raise InvalidInput(f"{path} is damaged: header: over is {over!r}, expected one of {', '.join(SWEPT)}; {TODO}")
+        _check(Rows(table, path, TODO), units, groups)
+        points = tuple(
+            Point(**{**row, "variants": tuple(row["variants"]), "widths": tuple(row["widths"])})
+            for row in table.to_pylist()
+        )
+        return Front(points, over, units, own, groups)
+
+
+def _check(rows: Rows, units: Sequence[str], groups: Sequence[str]) -> None:
+    """Raises InvalidInput on the first row that no sweep and no measurement leaves."""
+    rows.typed(_schema(), ["memory_bytes"])
+    found = ~rows.array("infeasible").astype(bool)
+    for column in ("latency_ns", "size_bytes", "loss"):
+        least = "a finite loss from 0 on" if column == "loss" else "a finite number above 0"
+        rows.numbers(
+            column, least, lambda v, c=column: ~found | (np.isfinite(v) & ((v >= 0) if c == "loss" else (v > 0)))
+        )
+    for column in ("sigma_ns", "gap", "low_ns", "high_ns", "memory_bytes"):
+        if column in rows.rows.schema.names:
+            rows.numbers(column, "a finite number from 0 on, or none", lambda v: ~(v < 0) & ~np.isinf(v))
+    low, high = rows.array("low_ns"), rows.array("high_ns")
+    if (low > high).any():
+        row = int((low > high).argmax())
+        rows.refuse(row, "low_ns", float(low[row]), f"at most high_ns, which is {high[row]:.6g}")
+    rows.lengths("variants", len(units), "units", or_none=True)
+    rows.lengths("widths", len(groups), "channel groups", or_none=True)
+    rows.variants("variants")
+    rows.elements("widths", "widths from 1 on", lambda v: v > 0)
 
 
 def _schema() -> Any:

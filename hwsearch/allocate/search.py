@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.answer import as_allocation, dense_allocation
-from hwsearch.allocate.budget import Budget, parse_budgets
+from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.allocate.front import Front, as_front, sweep
 from hwsearch.allocate.milp import minimise, solve
 from hwsearch.allocate.problem import Solution
-from hwsearch.allocate.sizes import explained
+from hwsearch.allocate.refusal import DOUBT, explained
 from hwsearch.allocate.space import Space, make_space
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel
@@ -42,10 +42,13 @@ def search(
     kappa: float = KAPPA,
     model: LatencyModel | None = None,
     tighten: Mapping[str, int] | None = None,
+    doubtful: bool = False,
 ) -> Allocation:
     """Find the allocation of least loss whose predicted costs meet every budget, solved exactly.
 
-    Latency counts as T + kappa * sigma. Where the dense fp32 network meets every budget, it is the answer.
+    Latency counts as T + kappa * sigma. Where the dense fp32 network meets every budget, it is the answer. Budgets on what is
+    computed alone (size, memory, MACs) are met by any width that has a loss, be it measured or not: of an answer that holds what
+    was not measured no latency is predicted.
 
     Args:
         table: latency table of the network.
@@ -56,17 +59,21 @@ def search(
         kappa: how many standard errors of the prediction a latency budget keeps in reserve.
         model: latency model to predict with; None fits one on the table.
         tighten: cost -> integer limit (ns, bytes, nJ, MACs) that replaces the budget's own, as the closed loop does.
+        doubtful: where nothing is predicted to meet a budget on a measured cost, but the least is within what its prediction may
+            be off, return that, for a measurement to decide.
 
     Returns:
         One variant for each unit and one width for each channel group, with predicted costs.
 
     Raises:
-        Infeasible: no allocation meets the budgets; it names the least that can be met.
+        Infeasible: no allocation meets the budgets; it names the least that can be met, or the least so far and how to know
+            more where the table or the sensitivities do not hold all that is offered.
         InvalidInput: a budget, an axis or a pattern is malformed.
         IncompatibleTables: table and sensitivities are of two networks.
     """
     parsed = parse_budgets(budgets)
-    space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed)
+    timed = any(b.column not in COMPUTED for b in parsed)
+    space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, timed=timed)
     wanted = as_limits(bounds(parsed, space.dense))
     dense_meets = all(math.floor(space.dense[column]) <= limit for column, limit in wanted.items())
     if dense_meets and not tighten:
@@ -75,58 +82,11 @@ def search(
     try:
         solution = _solve_with_reserve(space, limits, kappa)
     except Infeasible as error:
-        in_shares = _in_shares(error, parsed, space.dense, wanted, limits)
-        raise _cut_short(_with_sizes(in_shares, space, limits), table) from None
+        nearest = _within_doubt(space, limits)
+        if nearest is None or not doubtful:
+            raise explained(error, space, parsed, wanted, limits, doubtful=nearest is not None) from None
+        solution = nearest
     return as_allocation(space, solution, parsed, wanted)
-
-
-def _cut_short(error: Infeasible, table: LatencyTable) -> Infeasible:
-    """The same error, with how to go on where it is only of the widths that a profile had time for."""
-    if not table.header.cut_short or set(error.least) <= {"size", "macs", "memory"}:
-        return error
-    return Infeasible(
-        f"{error}. This is the least known so far: the profile ended at its time limit, and "
-        f"`hwsearch profile {table.header.task or 'TASK'} -o TABLE` with a longer --time-limit goes on with the table",
-        error.least,
-    )
-
-
-def _with_sizes(error: Infeasible, space: Space, limits: Mapping[str, int]) -> Infeasible:
-    """The same error, with what the least size is made of, where size is bounded."""
-    if "size" not in error.least:
-        return error
-    others = {c: limit for c, limit in limits.items() if c != "size"}
-    for budgets in (others, {}):
-        try:
-            least = minimise(space.with_budgets(budgets), "size")
-        except Infeasible:
-            continue
-        return Infeasible(f"{error}. The least size is made of {explained(space, least.choice)}", error.least)
-    return error
-
-
-def _in_shares(
-    error: Infeasible,
-    budgets: Sequence[Budget],
-    dense: Costs,
-    wanted: Mapping[str, int],
-    limits: Mapping[str, int],
-) -> Infeasible:
-    """The same error, with the least of each relative budget as that would be written.
-
-    A limit in `limits` that is not the one of the table's dense network comes from another measurement of it: the share is
-    of that one, and a hundredth more, as the next time it will be yet another.
-    """
-    shares = []
-    for b in budgets:
-        least = error.least.get(b.column, 0)
-        if b.kind == "absolute" or least <= 0:
-            continue
-        whole = dense[b.column]
-        if 0 < wanted[b.column] != limits[b.column]:
-            least, whole = least * 1.01, whole * limits[b.column] / wanted[b.column]
-        shares.append(str(b.nearest(least, whole)))
-    return Infeasible(f"{error} (the least as shares: {', '.join(shares)})", error.least) if shares else error
 
 
 def _solve_with_reserve(space: Space, limits: Mapping[str, int], kappa: float) -> Solution:
@@ -164,6 +124,24 @@ def _fastest(space: Space, limits: Mapping[str, int], column: str) -> Solution:
     return solve(space.with_budgets({**limits, column: least}))
 
 
+def _within_doubt(space: Space, limits: Mapping[str, int]) -> Solution | None:
+    """The least loss at the least latency (or energy), where that is over its limits by no more than it may be off."""
+    measured = [c for c in limits if c not in COMPUTED]
+    if not measured:
+        return None
+    column = "energy" if measured == ["energy"] else "latency"
+    hard = {c: limit for c, limit in limits.items() if c in COMPUTED}
+    try:
+        nearest = _fastest(space, hard, column)
+    except Infeasible:
+        return None
+    for c in measured:
+        found = space.predict_energy(nearest.choice) if c == "energy" else space.predict(nearest.choice)
+        if found is None or space.tails.get(c, 1.0) * (found.time_ns - DOUBT * found.sigma_ns) > limits[c]:
+            return None
+    return nearest
+
+
 def front(
     table: LatencyTable,
     sensitivity: SensitivityTable,
@@ -198,7 +176,8 @@ def front(
     space = make_space(table, sensitivity, model, axes=axes, keep=keep, budgets=parsed, over=over)
     fixed = as_limits(bounds(parsed, space.dense))
     found = sweep(space.with_budgets(fixed), over, points)
-    sigma = {s.choice: space.predict(s.choice).sigma_ns for _, s in found if s is not None}
+    predicted = {s.choice: space.predict(s.choice) for _, s in found if s is not None}
+    sigma = {choice: p.sigma_ns for choice, p in predicted.items() if p is not None}
     memory = {s.choice: space.memory(s.choice) for _, s in found if s is not None}
     header = table.header
     chosen = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch.allocate.activations import with_memory
-from hwsearch.allocate.budget import TAILS, Budget
+from hwsearch.allocate.budget import COMPUTED, TAILS, Budget
 from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.problem import Cost, Problem, Tie
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency.energy_model import energy_table, fit_energy
 from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import LatencyModel, Prediction, fit
+from hwsearch.latency.staircase import measured_widths
 from hwsearch.network.choices import AXES, check_axes
 from hwsearch.network.memory import peak_bytes
 from hwsearch.network.network import Network
@@ -36,12 +37,12 @@ class Space:
     needs where that is bounded or swept. A unit's choices are its variants at each of the widths of its groups; ties hold
     them to what the groups chose.
     cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median. energy: the
-    model of energies, where they are bounded.
+    model of energies, where they are bounded. model: None where nothing was measured.
     """
 
     table: LatencyTable
     sensitivity: SensitivityTable
-    model: LatencyModel
+    model: LatencyModel | None
     problem: Problem
     cells: tuple[tuple[UnitChoice, ...], ...]
     tails: Mapping[str, float] = field(default_factory=dict)
@@ -50,10 +51,11 @@ class Space:
     @property
     def dense(self) -> Costs:
         """Costs of the dense fp32 network; tails and energy where they are bounded."""
-        network, latency = self.table.network, dense_ns(self.table)[0]
+        network = self.table.network
+        latency = dense_ns(self.table)[0] if self.table.builds else None
         return Costs(
             latency=latency,
-            **{column: ratio * latency for column, ratio in self.tails.items()},
+            **{column: ratio * latency for column, ratio in self.tails.items() if latency is not None},
             size=float(self.table.header.dense_file_bytes),
             memory=float(peak_bytes(network, uniform(network, "fp32"), base="fp32")),
             macs=float(network.macs),
@@ -79,8 +81,12 @@ class Space:
             base=str(self.table.header.options["base"]), quantize_outputs=self.sensitivity.quantize_outputs,
         )  # fmt: skip
 
-    def predict(self, choice: Sequence[int]) -> Prediction:
-        return self.model.predict(self.variants(choice), self.widths(choice))
+    def predict(self, choice: Sequence[int]) -> Prediction | None:
+        """In ns; None where a unit was not measured as it is chosen, which no budget on a measured cost allows."""
+        variants, widths = self.variants(choice), self.widths(choice)
+        if self.model is None or not all(self.model.knows(u, v, widths) for u, v in variants.items()):
+            return None
+        return self.model.predict(variants, widths)
 
     def predict_energy(self, choice: Sequence[int]) -> Prediction | None:
         """In nJ; None where energies are not bounded."""
@@ -107,23 +113,28 @@ def make_space(
     keep: Sequence[str] = (),
     budgets: Sequence[Budget] = (),
     over: str = "",
+    timed: bool = True,
 ) -> Space:
     """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks, or bits of int8 weights.
 
     axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
     space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
+    timed: False offers what was not measured as well, and leaves latency out of the problem.
     """
     sensitivity.require(table.network, table.header.int8)
     check_axes(axes)
-    model = model or fit(table)
+    if model is None and (timed or len(table.builds) > 1):
+        model = fit(table)
     energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
-    models = [model, energy] if energy else [model]
+    models = [m for m in (model, energy) if m is not None] if timed else []
     network = table.network
-    grid = (
-        _grid(table, sensitivity, keep) if "width" in axes else {g: [n] for g, n in network.channels.items()}
-    )
-    offered = table.offered()
+    grid = {g: [n] for g, n in network.channels.items()}
+    if "width" in axes:
+        computed = any(b.column in COMPUTED for b in budgets)
+        steps = sensitivity.width_loss if not timed else measured_widths(table) if computed else table.grid()
+        grid = _grid(network, steps, sensitivity, keep, partly=computed)
     base = f"dense.{table.header.options['base']}"
+    offered = table.offered() if table.builds else _scored(sensitivity, base)
     cells: list[tuple[UnitChoice, ...]] = []
     for unit in network.units:
         refused = sensitivity.refused.get(unit.name, {})
@@ -171,9 +182,25 @@ def _choices(table: LatencyTable, cells: Sequence[Sequence[UnitChoice]]) -> list
     ]
 
 
-def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str]) -> dict[str, list[int]]:
-    """Widths that were measured, of the groups that may be made narrower and whose loss is known."""
-    network = table.network
+def _scored(sensitivity: SensitivityTable, base: str) -> dict[str, tuple[str, ...]]:
+    """The variants of each unit that have a loss, in no other float type than the base."""
+    return {
+        unit: tuple(v for v in own if v == base or not Variant.parse(v).plain) for unit, own in sensitivity.loss.items()
+    }
+
+
+def _grid(
+    network: Network,
+    offered: Mapping[str, Iterable[int]],
+    sensitivity: SensitivityTable,
+    keep: Sequence[str],
+    *,
+    partly: bool,
+) -> dict[str, list[int]]:
+    """Widths that are offered, of the groups that may be made narrower and whose loss is known.
+
+    partly: of a group whose loss is known at some of them, those.
+    """
     names = [u.name for u in network.units] + list(network.channels)
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -184,13 +211,15 @@ def _grid(table: LatencyTable, sensitivity: SensitivityTable, keep: Sequence[str
         for g in u.groups
         if any(fnmatchcase(name, pattern) for pattern in keep for name in (u.name, g))
     }
-    refused = sensitivity.refused
-    return {
-        g: [n]
-        if g in pinned or g not in sensitivity.width_loss
-        else [w for w in steps if f"width{w}" not in refused.get(g, {})]
-        for (g, steps), n in zip(table.grid().items(), network.channels.values(), strict=True)
-    }
+    grid = {}
+    for group, n in network.channels.items():
+        refused, scored = sensitivity.refused.get(group, {}), sensitivity.width_loss.get(group)
+        if group in pinned or scored is None:
+            grid[group] = [n]
+            continue
+        steps = sorted({n, *offered.get(group, ())}, reverse=True)
+        grid[group] = [w for w in steps if f"width{w}" not in refused and (not partly or w == n or w in scored)]
+    return grid
 
 
 def _costs(
@@ -203,7 +232,7 @@ def _costs(
 ) -> dict[str, Cost]:
     """Latency, size and MACs in integers; exact in size and MACs at every width.
 
-    models: of latency and, where it is bounded, of energy. tails: ratios of further latencies.
+    models: of latency and, where it is bounded, of energy; none leaves them out. tails: ratios of further latencies.
     """
     network, units = table.network, table.network.units
     choices = _choices(table, cells)
@@ -220,7 +249,7 @@ def _costs(
 
     graph = table.header.unit_bytes
     return {
-        "latency": latency(1.0),
+        **({"latency": latency(1.0)} if models else {}),
         **{column: latency(ratio) for column, ratio in tails.items()},
         **({"energy": latency(1.0, 1)} if len(models) > 1 else {}),
         "size": Cost(

@@ -15,6 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 from hwsearch.errors import HwsearchError
 
 INTERRUPTED = 130
+RESUMED = ("profile", "sensitivity", "run")
+"""Commands that leave in their output what they have finished, and go on from there."""
 MISSED = 3
 _ADVICE = re.compile(r"tlparse|TORCH_LOGS|TORCHDYNAMO_|TORCH_COMPILE_DEBUG|TORCH_SHOW_CPP_STACKTRACES")
 
@@ -72,10 +74,18 @@ class Group(TyperGroup):
             message, code = _explain(error)
             say(message if debug or not _unforeseen(error) else f"{message}; run again with --debug")
         if code == INTERRUPTED:
-            say("interrupted: what was finished is on disk, the same command goes on from there")
+            say(f"interrupted: {_left_by(words)}")
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def _left_by(words: Sequence[str]) -> str:
+    """What an interrupted command has left, and what it does when it is given again."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in RESUMED and any(word.startswith(("-o", "--out")) for word in words):
+        return "what was finished is on disk, the same command goes on from there"
+    return "the same command begins anew"
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Mode
 from hwsearch.table.parquet import KIND
-from hwsearch.table.table import SCHEMA, LatencyTable, usable
+from hwsearch.table.table import SCHEMA, LatencyTable, judged_by, usable
 
 
 def as_json(table: LatencyTable) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def memory(table: LatencyTable) -> dict[str, int | str]:
 
 
 def quality(table: LatencyTable) -> dict[str, float] | None:
-    """Errors on the held-out builds, of the model and without boundary terms; None where nothing can be fitted."""
-    heldout = [b for b in usable(table) if b.role == Role.HELDOUT]
-    if table.header.mode != Mode.CONTEXT or not heldout or len(usable(table)) - len(heldout) < 2:
+    """Errors on builds that nothing looked at, of the model and without boundary terms; None where nothing can be fitted."""
+    heldout = judged_by(table)
+    if table.header.mode != Mode.CONTEXT or not heldout or sum(not b.kept_out for b in usable(table)) < 2:
         return None
     found = validate(fit(table), heldout)
     additive = validate(fit(table, boundaries=False), heldout)
@@ -152,7 +152,7 @@ def summary(table: LatencyTable) -> str:
     found = quality(table)
     if found is not None:
         lines.append(
-            f"held out   {found['builds']} builds: median error {found['median_error']:.1%} (without boundary terms "
+            f"test       {found['builds']} builds: median error {found['median_error']:.1%} (without boundary terms "
             f"{found['additive_median_error']:.1%}), Kendall tau {found['kendall_tau']:.2f}, "
             f"noise floor {found['noise_floor']:.1%}"
         )

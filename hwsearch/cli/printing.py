@@ -182,9 +182,11 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         as_json(chosen.to_json())
         return
     predicted, dense = chosen.predicted, chosen.dense
-    latency, sigma = predicted["latency_ns"] / 1e6, predicted["sigma_ns"] / 1e6
+    latency = "not known: not measured so, and not bounded"
+    if "latency_ns" in predicted:
+        latency = f"{predicted['latency_ns'] / 1e6:.4g} ± {predicted['sigma_ns'] / 1e6:.2g} ms"
     rows = [
-        ("latency", f"{latency:.4g} ± {sigma:.2g} ms", _dense_ms(dense)),
+        ("latency", latency, _dense_ms(dense)),
         ("size", size(predicted["size_bytes"]), size(dense["size_bytes"])),
         *_memory(predicted, dense),
         *_energy(predicted, dense),
@@ -213,6 +215,8 @@ def _energy(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[
 
 
 def _dense_ms(dense: Mapping[str, float]) -> str:
+    if "latency_ns" not in dense:
+        return "not measured"
     return f"{dense['latency_ns'] / 1e6:.4g} ms" + (" (estimated)" if dense.get("estimated") else "")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hwsearch.errors import InvalidInput
+from hwsearch.files import make_folder, unwritable
 
 NAME = "task.py"
 
@@ -21,12 +22,14 @@ def init(
     path = folder / NAME
     if path.exists() or path.is_symlink():
         raise InvalidInput(f"{path} exists and is not overwritten; give another folder, or move the file away")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(template())
     except FileExistsError:
         raise InvalidInput(f"{path} exists and is not overwritten; give another folder") from None
+    except OSError as error:
+        raise unwritable(path, error) from error
     print(f"{path}: edit it, or run it as it is:\nhwsearch run {path}:make_task --budget latency=50% --out {folder / 'out'}")
 
 

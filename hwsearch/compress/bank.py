@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch.utils import _pytree as pytree
 
@@ -37,7 +38,8 @@ from hwsearch.compress.gram import (
 from hwsearch.compress.importance import Order
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.widths import Kept, Weights, in_slots
-from hwsearch.files import write_bytes
+from hwsearch.files import changed, write_bytes
+from hwsearch.graph.export import weights_digest
 from hwsearch.graph.narrow import Mask, cut
 from hwsearch.graph.trace import Traced
 from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
@@ -47,17 +49,18 @@ if TYPE_CHECKING:
 
 COMBINATIONS = 64
 """Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
-VERSION = 2
+METHOD = 3
+"""Of refitting, counted up whenever it computes something else."""
+ORDER = "order of slots"
 _WEIGHT, _BIAS = "|weight", "|bias"
 
 
 class WeightBank:
     """Weights of a traced network for any widths of its channel groups.
 
-    folder: where entries are kept for the next process, in a folder of their own for each network, weights, order,
-    calibration data and `int8_bits` (of int8 weights); None keeps them in memory alone. order: from `order_slots`; width w
-    keeps the first w slots. Entries are made when they are first asked for, or all at once by `build`, which skips those that
-    exist.
+    folder: where entries are kept for the next process, in a folder of their own for each `made_of`, which is in the header of
+    every file as well; None keeps them in memory alone. order: from `order_slots`; width w keeps the first w slots. int8_bits: of
+    int8 weights. Entries are made when they are first asked for, or all at once by `build`, which skips those that exist.
     """
 
     def __init__(
@@ -89,17 +92,40 @@ class WeightBank:
         }
 
     @cached_property
-    def key(self) -> str:
-        """Hash of everything that entries depend on."""
-        made = hashlib.sha256(repr((VERSION, self.rows, self.int8_bits)).encode())
-        made.update(f"{self.traced.network.fingerprint} {self.traced.network.weights_digest}".encode())
+    def made_of(self) -> dict[str, str]:
+        """Everything that entries depend on, by name."""
+        network = self.traced.network
+        order = hashlib.sha256()
         for group, positions in sorted(self.order.items()):
-            made.update(group.encode() + np.asarray(positions, "<i8").tobytes())
-        for _, args, kwargs in self.batches:
-            for tensor in pytree.tree_leaves((args, sorted(kwargs.items()))):
-                if isinstance(tensor, torch.Tensor):
-                    made.update(tensor.detach().contiguous().numpy().tobytes())
-        return made.hexdigest()[:16]
+            order.update(group.encode() + np.asarray(positions, "<i8").tobytes())
+        leaves = (x for _, args, kwargs in self.batches for x in pytree.tree_leaves((args, sorted(kwargs.items()))))
+        data = weights_digest(("", x) for x in leaves if isinstance(x, torch.Tensor))
+        return {
+            "network": network.fingerprint,
+            "weights": network.weights_digest,
+            "calibration data": data,
+            ORDER: order.hexdigest()[:16],
+            "rows": str(self.rows),
+            "bits of int8 weights": str(self.int8_bits),
+            "method of refitting": str(METHOD),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of `made_of`."""
+        return hashlib.sha256(json.dumps(self.made_of).encode()).hexdigest()[:16]
+
+    @property
+    def outdated(self) -> str:
+        """Of a folder that holds entries of this network but none to be used: what has changed since; else empty."""
+        if self.folder is None or self.folder.exists() or not self.folder.parent.is_dir():
+            return ""
+        now = {k: v for k, v in self.made_of.items() if k != ORDER}  # follows from the others, or is another choice of axes
+        firsts = (next(own.rglob("*.safetensors"), None) for own in sorted(self.folder.parent.iterdir()) if own.is_dir())
+        found = [_made_of(file) for file in firsts if file is not None]
+        same = [m for m in found if not m or m["network"] == now["network"]]
+        told = [changed({k: v for k, v in m.items() if k != ORDER}, now) for m in same]
+        return min(told, key=len, default="")
 
     @property
     def grams(self) -> Grams:
@@ -133,7 +159,7 @@ class WeightBank:
         name += ".int8" if precision == "int8" else ""
         entry = self._memory.get((unit, name))
         if entry is None:
-            entry = self._load(unit, name) or self._make(unit, name, own, precision == "int8")
+            entry = self._load(unit, name, own) or self._make(unit, name, own, precision == "int8")
             self._memory[unit, name] = entry
         return entry["weight"], entry.get("bias")
 
@@ -143,17 +169,42 @@ class WeightBank:
         """Weights of a whole allocation: those that an earlier process left in the folder, else made, and left there."""
         if self.folder is None:
             return make()
-        chosen = [sorted((u, str(v)) for u, v in variants.items()), sorted(widths.items())]
-        name = hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
-        path = self.folder / "allocations" / f"{name}.safetensors"
-        if (kept := _loaded(path)) is not None:
+        chosen = repr([sorted((u, str(v)) for u, v in variants.items()), sorted(widths.items())])
+        path = self.folder / "allocations" / f"{hashlib.sha256(chosen.encode()).hexdigest()[:16]}.safetensors"
+        narrow = self.traced.network.narrow(widths)
+        shapes = {u.name + _WEIGHT: u.weight_shape for u in narrow.units}
+        if (kept := self._loaded(path, chosen, shapes)) is not None:
             units = {key.removesuffix(_WEIGHT) for key in kept if key.endswith(_WEIGHT)}
             return {unit: (kept[unit + _WEIGHT], kept.get(unit + _BIAS)) for unit in units}
         made = make()
         tensors = {unit + _WEIGHT: weight for unit, (weight, _) in made.items()}
         tensors |= {unit + _BIAS: bias for unit, (_, bias) in made.items() if bias is not None}
-        write_bytes(path, save_tensors({key: t.detach().contiguous().clone() for key, t in tensors.items()}))
+        self._save(path, chosen, tensors)
         return made
+
+    def _save(self, path: Path, what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        header = {"made_of": json.dumps(self.made_of), "what": what}
+        own = {key: t.detach().contiguous().clone() for key, t in tensors.items()}
+        write_bytes(path, save_tensors(own, header))
+
+    def _loaded(
+        self, path: Path, what: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor] | None:
+        """The tensors of a file; None where it is not there, damaged, or not what it should be: it is made again then."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+            found = load_file(path)
+        except (SafetensorError, OSError):
+            return None
+        right = (
+            header == {"made_of": json.dumps(self.made_of), "what": what}
+            and all(tuple(t.shape) == shapes[key] for key, t in found.items() if key in shapes)
+            and all(bool(torch.isfinite(t).all()) for t in found.values())
+        )
+        return found if right else None
 
     def _path(self, unit: str, name: str) -> Path:
         assert self.folder is not None
@@ -164,13 +215,20 @@ class WeightBank:
             / f"{name}.safetensors"
         )
 
-    def _load(self, unit: str, name: str) -> dict[str, torch.Tensor] | None:
-        return None if self.folder is None else _loaded(self._path(unit, name))
+    def _load(self, unit: str, name: str, widths: Mapping[str, int]) -> dict[str, torch.Tensor] | None:
+        if self.folder is None:
+            return None
+        own, axis = self.traced.network[unit], self._axes[unit]
+        shape = list(own.weight_shape)
+        if axis is not None:
+            shape[own.in_axis] = len(axis.kept(self.mask(widths)))
+        found = self._loaded(self._path(unit, name), f"{unit} {name}", {"weight": tuple(shape)})
+        return found if found and "weight" in found else None
 
     def _make(self, unit: str, name: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
         made = self._refitted(unit, widths, int8)
         if self.folder is not None:
-            write_bytes(self._path(unit, name), save_tensors({k: v.contiguous() for k, v in made.items()}))
+            self._save(self._path(unit, name), f"{unit} {name}", made)
         return made
 
     def _refitted(self, unit: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
@@ -277,11 +335,11 @@ class WeightBank:
                 progress.stop()
 
 
-def _loaded(path: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file; None where it is not there, or damaged: it is made again then."""
-    if not path.exists():
-        return None
+def _made_of(path: Path) -> dict[str, str]:
+    """What a file says that it was made of; empty where it says nothing."""
     try:
-        return dict(load_tensors(path.read_bytes()))
-    except SafetensorError:
-        return None
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("made_of", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return dict(found)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hwsearch import files
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.search import KAPPA, as_limits, search
 from hwsearch.compress.bank import WeightBank
+from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_variants
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
-from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
+from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import AXES
@@ -44,11 +44,23 @@ class Round:
     report: Report
 
     @property
-    def rank(self) -> tuple[bool, float]:
+    def rank(self) -> tuple[int, float]:
         """The least is best: of least loss among those that met the budgets, else the nearest to them."""
         report = self.report
-        excess = report.measured.excess(report.bound)
-        return (not report.met, report.loss["measured"] if report.met else excess)
+        if report.state == State.MISSED:
+            return 2, max(report.measured.excess(report.bound), report.judged.now.excess(report.judged.bound_now))
+        return int(report.state == State.WITHIN_NOISE), report.loss["measured"]
+
+    def over(self) -> dict[str, float]:
+        """Each cost that is not within its budget for sure -> by which factor it is over, or its interval ends over."""
+        judged, sure = self.report.judged, self.report.state != State.MISSED
+        own = (judged.upper if sure else judged.measured, judged.bound)
+        now = (judged.now_high if sure else judged.now, judged.bound_now)
+        factors: dict[str, float] = {}
+        for costs, bound in (own, now):
+            for column, most in bound.known().items():
+                factors[column] = max(factors.get(column, 0.0), costs[column] / most)
+        return {column: factor for column, factor in factors.items() if factor > 1.0}
 
     def same(self, allocation: Allocation) -> bool:
         """Whether an answer is this one again."""
@@ -57,37 +69,31 @@ class Round:
 
 
 def closed_loop(
-    setup: Setup,
-    table: LatencyTable,
-    sensitivity: SensitivityTable,
-    budgets: Sequence[Budget],
-    folder: Path,
-    *,
-    axes: Sequence[str] = AXES,
-    keep: Sequence[str] = (),
-    weights: str | Path | None = None,
-    session: Session | None = None,
-    deadline: TimeLimit | None = None,
-    progress: Progress | None = None,
-) -> tuple[Report, Allocation, LatencyTable]:
+    setup: Setup, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], folder: Path, *,
+    axes: Sequence[str] = AXES, keep: Sequence[str] = (), weights: str | Path | None = None,
+    session: Session | None = None, progress: Progress | None = None,
+) -> tuple[Report, Allocation, LatencyTable]:  # fmt: skip
     """Search, deploy and measure until the budgets hold as measured, at most five times.
 
     Each measurement joins the table and the model is fitted again; the limits also fall by what it still misses of the
-    last answer, so that every round asks for less. An answer that is faster than asked by more than `SPARE` is followed by one
-    more round, which asks for what it left over. Leaves in `folder` the files of the best round: of least loss of those that met
-    the budgets, else the nearest. Returns its report and allocation, and the table with what was measured.
+    last answer, so that every round asks for less; likewise where the budgets are met only within the noise. An answer that is
+    faster than asked by more than `SPARE`, for sure, is followed by one more round, which asks for what it left over. Leaves in
+    `folder` the files of the best round: of least loss of those that met the budgets, else of those that met them within the
+    noise, else the nearest. Returns its report and allocation, and the table with what was measured.
 
-    deadline: After the first, a round begins only where it leaves as much time as the longest round took.
+    After the first, a round begins only where the session has as much time left as the longest round took.
     """
-    clock = deadline or TimeLimit(math.inf, setup.clock)
     longest_s = 0.0
     progress = progress or Progress.silent()
     progress.start(None, "search, deploy and verify")
-    session = session or Session(setup, table)
+    session = session or Session(setup, table if table.builds else None)
+    clock = session.limit
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     bound, dense = session.bounds(budgets, table)
-    limits: Limits = {} if dense.within(bound) else as_limits(bound)
+    limits = _as_fast_as_now(as_limits(bound), budgets, session)
+    if dense.within(Costs(**limits)):
+        limits = {}
     trial = _Trial(setup, session, budgets, folder, weights, sensitivity.order)
     best = last = None
     spending = False
@@ -97,15 +103,17 @@ def closed_loop(
             if best is not None and clock.left_s < longest_s:
                 progress.say(f"no time is left for another round, which took {spoken(longest_s)}")
                 break
-            model = fit(table)
+            model = fit(table) if table.builds else None
             if last is not None:
                 again = _predicted(model, last.allocation)
-                limits = looser(limits, last, again) if spending else tighter(limits, bound, last, again)
+                limits = looser(limits, last, again) if spending and again else tighter(limits, last, again)
             try:
-                allocation = search(table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=limits)
-            except Infeasible:
+                allocation = search(
+                    table, sensitivity, budgets, axes=axes, keep=keep, model=model, tighten=limits, doubtful=True
+                )
+            except Infeasible as error:
                 if best is None:
-                    raise
+                    raise _slower_now(error, budgets, session) from None
                 break  # nothing predicted to be faster is left
             if last is not None and last.same(allocation):
                 if spending:
@@ -159,15 +167,18 @@ class _Trial:
         report, build = measure_allocation(
             self.session, allocation, deployed, table=table, budgets=self.budgets, rounds=number
         )
-        table = table.with_build(replace(build, role=Role.DEPLOYED))
+        measured = bool(table.builds)
+        if measured:
+            table = table.with_build(replace(build, role=Role.DEPLOYED))
         if report.wrong_units:
             table = table.with_header(unsupported=_without_wrong(table, allocation, report.wrong_units))
-        table.save(self.folder / "table.parquet")
+        if measured:
+            table.save(self.folder / "table.parquet")
         return Round(allocation, report), table
 
     def keep(self, number: int, best: Round) -> None:
         """The files of a round take the places of the answer's."""
-        shutil.copyfile(self._path(number), self.folder / "model.onnx")
+        files.copy(self._path(number), self.folder / "model.onnx")
         best.allocation.save(self.folder / "alloc.json")
         best.report.save(self.folder / "report.json")
 
@@ -182,16 +193,19 @@ class _Trial:
 
 def _said(report: Report) -> str:
     latency = report.latency_ms
-    return (
-        f"round {report.rounds}: {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} predicted, "
-        f"{report.verdict}"
-    )
+    predicted = f"{latency['predicted']:.4g} predicted, " if latency["predicted"] is not None else ""
+    return f"round {report.rounds}: {latency['measured']:.4g} ms measured, {predicted}{report.verdict}"
 
 
 def _left_over(report: Report) -> float:
-    """Budget / measured of the latency, where that alone is bounded; else 1."""
+    """Budget / the most that the latency may be, where that alone is bounded; else 1."""
     bound = report.bound.known()
-    return bound["latency"] / report.measured["latency"] if set(bound) == {"latency"} else 1.0
+    if set(bound) != {"latency"}:
+        return 1.0
+    upper = report.judged.upper["latency"]
+    if report.judged.bound_now.known():
+        upper = max(upper, report.judged.now_high["latency"])
+    return bound["latency"] / upper
 
 
 def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict[str, dict[str, str]]:
@@ -214,14 +228,38 @@ def _without_wrong(
     return refused
 
 
-def _predicted(model: LatencyModel, allocation: Allocation) -> Prediction:
-    """What a model says of an allocation; of one under another base (the dense one) what was said before."""
+def _predicted(model: LatencyModel | None, allocation: Allocation) -> Prediction | None:
+    """What a model says of an allocation; of one under another base (the dense one) what was said before.
+
+    None where none was predicted, as nothing bounds its latency.
+    """
+    if model is None or "latency_ns" not in allocation.predicted:
+        return None
     if allocation.options["base"] != model.table.header.options["base"]:
         return Prediction(float(allocation.predicted["latency_ns"]), float(allocation.predicted["sigma_ns"]))
     return model.predict(parse_variants(allocation), allocation.widths)
 
 
-def tighter(limits: Limits, bound: Costs, last: Round, again: Prediction) -> Limits:
+def _as_fast_as_now(limits: Limits, budgets: Sequence[Budget], session: Session) -> Limits:
+    """Limits on the scale of the table that are absolute budgets on the machine as slow as it is now."""
+    slower = max(1.0, session.reference_now_ns / session.scale_ns)
+    timed = {b.column for b in budgets if b.kind == "absolute" and b.column in ("latency", *TAILS)}
+    return {c: int(limit / slower) if c in timed else limit for c, limit in limits.items()}
+
+
+def _slower_now(error: Infeasible, budgets: Sequence[Budget], session: Session) -> Infeasible:
+    """The same error, with how slow the machine is where an absolute budget is of it."""
+    slower = session.reference_now_ns / session.scale_ns
+    if slower <= 1.0 + USUAL_SLOWDOWN or not any(b.kind == "absolute" and b.column in ("latency", *TAILS) for b in budgets):
+        return error
+    return Infeasible(
+        f"{error}. The machine is {slower - 1.0:.0%} slower now than when the table was made, and an absolute budget has to hold "
+        "now: wait until it is as fast again, or profile again",
+        error.least,
+    )
+
+
+def tighter(limits: Limits, last: Round, again: Prediction | None) -> Limits:
     """Limits for the next round, by what the last answer was over.
 
     Args:
@@ -229,28 +267,30 @@ def tighter(limits: Limits, bound: Costs, last: Round, again: Prediction) -> Lim
         again: What the model, fitted with the measurement, predicts of the last answer now. Where it has learnt the whole
             difference the latency limit stays; else it falls by the rest. Every round asks for a little less.
     """
-    measured, before = last.report.measured, last.allocation.costs
-    learnt = again.time_ns / before["latency"]
-    now = replace(before, **{c: before[c] * learnt for c in ("latency", *TAILS) if c in before.known()})
+    bound, now = last.report.bound, last.allocation.costs
+    if again is not None:
+        learnt = again.time_ns / now["latency"]
+        now = replace(now, **{c: now[c] * learnt for c in ("latency", *TAILS) if c in now.known()})
     next_limits = dict(limits)
-    for column, most in bound.known().items():
-        if measured[column] > most:
-            predicted = getattr(now, column)
-            short = min(1.0, (predicted if predicted is not None else 0.0) / measured[column])
-            least = int(most * short * (1.0 - 0.004 * last.report.rounds))
-            next_limits[column] = min(limits.get(column, int(most)), least)
+    for column, factor in last.over().items():
+        predicted = getattr(now, column)
+        short = min(1.0, (predicted if predicted is not None else 0.0) / (factor * bound[column]))
+        least = int(bound[column] * short * (1.0 - 0.004 * last.report.rounds))
+        next_limits[column] = min(limits.get(column, int(bound[column])), least)
     return next_limits
 
 
 def looser(limits: Limits, last: Round, again: Prediction) -> Limits:
-    """The limit on latency for a round that spends what the last answer left over, to come out `MARGIN` below the budget.
+    """The limit on latency for a round that spends what the last answer left over, to come out `MARGIN` below the budget, or
+    as far as measurements are uncertain.
 
     again: what the model, fitted with the measurement, predicts of that answer now. If what it has learnt held for every other
     answer, the limit would rise by the rest, and by the sigma that the search keeps off it; if for none, by all that was left.
     Half-way.
     """
     measured, bound = last.report.measured["latency"], last.report.bound["latency"]
+    margin = max(MARGIN, 1.0 - measured / last.report.judged.upper["latency"])
     learnt = bound * (again.time_ns / measured + KAPPA * again.sigma_ns / again.time_ns)
     unlearnt = limits["latency"] * bound / measured
-    limit = min((1.0 - MARGIN) * (learnt + unlearnt) / 2.0, MOST_SPENT * bound)
+    limit = min((1.0 - margin) * (learnt + unlearnt) / 2.0, MOST_SPENT * bound)
     return {**limits, "latency": max(limits["latency"], int(limit))}

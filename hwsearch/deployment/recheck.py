@@ -13,6 +13,7 @@ from hwsearch import backends
 from hwsearch.backends.base import Backend, Engine
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
+from hwsearch.device.lock import lock
 from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup, set_up
@@ -127,7 +128,7 @@ def recheck(
     Raises:
         IncompatibleTables: another device, network, backend or runtime version.
         InvalidInput: the table was made layer by layer, or there is no task or build to check.
-        DeviceBusy: another profile runs on this device.
+        DeviceBusy: another command measures on this device and does not end.
         BackendUnavailable: the runtime is not installed.
     """
     if table.header.mode != Mode.CONTEXT:
@@ -155,7 +156,7 @@ def recheck(
         device=fingerprint, network=setup.network, backend=setup.backend.name, options=setup.described,
         versions=dict(setup.backend.versions()),
     )  # fmt: skip
-    with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
+    with lock(fingerprint["id"], say=progress.say if progress else None), background(setup.load), setup.locked():
         return measure_again(table, setup, spread_builds(table, builds), progress)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from hwsearch.allocate.budget import TAILS
 from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.front import Point
+from hwsearch.deployment.confirm import Judgement, State
 from hwsearch.files import write_bytes
 
 SCHEMA = 2
@@ -17,21 +18,16 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Timed:
-    """How sure the latencies of a report are, and what the machine was like, in ns.
+    """What was predicted, and what the machine was like, in ns.
 
     Attributes:
-        sigma: Standard error of the predicted latency.
-        low, high: 95 % interval of the measured one.
+        sigma: Standard error of the predicted latency; None where none was predicted.
         unconverted: What was measured on the table's scale, before what the table knows of a slower machine was taken off.
-        now: Raw median of the deployed engine, as fast as the machine just was.
         reference, reference_now: Time of the reference engine on the table's scale, and its raw median.
     """
 
-    sigma: float
-    low: float
-    high: float
+    sigma: float | None
     unconverted: float
-    now: float
     reference: float
     reference_now: float
 
@@ -41,11 +37,11 @@ class Report:
     """One verified allocation: what was predicted beside what was measured.
 
     Attributes:
-        met: Every budget holds as measured.
         rounds: Rounds of the closed loop.
-        dense, bound, predicted, measured: Costs of the dense fp32 network, of the budgets, and of the allocation; all latencies
-            are on one scale, that of the table where there is one.
-        timed: How sure the latencies are.
+        predicted: Costs of the allocation, as predicted.
+        judged: Whether the budgets hold, and the costs by which they do; all latencies are on one scale, that of the table where
+            there is one, but for `judged.now`.
+        timed: What was predicted, and what the machine was like.
         score: `dense`, of the module; `deployed`, of the engine.
         loss: Divergence from the dense outputs, `predicted` and `measured`.
         solver: Status and gap of the search.
@@ -69,12 +65,9 @@ class Report:
     backend: str
     device: dict[str, Any]
     options: dict[str, Any]
-    met: bool
     rounds: int
-    dense: Costs
-    bound: Costs
     predicted: Costs
-    measured: Costs
+    judged: Judgement
     timed: Timed
     score: dict[str, float]
     loss: dict[str, float]
@@ -94,6 +87,31 @@ class Report:
     float_only: dict[str, str] = field(default_factory=dict)
 
     @property
+    def state(self) -> State:
+        """`met`: every budget holds, with an interval of 95 %; `met_within_noise`: as measured, but not with that; or `missed`."""
+        return self.judged.state
+
+    @property
+    def met(self) -> bool:
+        """Whether every budget holds and the upper ends of the intervals are within it too."""
+        return self.state == State.MET
+
+    @property
+    def dense(self) -> Costs:
+        """Of the dense fp32 network."""
+        return self.judged.dense
+
+    @property
+    def bound(self) -> Costs:
+        """What the budgets allow."""
+        return self.judged.bound
+
+    @property
+    def measured(self) -> Costs:
+        """Of the allocation."""
+        return self.judged.measured
+
+    @property
     def latency_ms(self) -> dict[str, float | None]:
         """`dense`, `budget` (None without one), `predicted`, `sigma`, `measured` and so on, in ms; tails where they are known."""
         own = self.timed
@@ -103,10 +121,10 @@ class Report:
             "predicted": self.predicted.latency,
             "sigma": own.sigma,
             "measured": self.measured.latency,
-            "measured_low": own.low,
-            "measured_high": own.high,
+            "measured_low": self.judged.low.latency,
+            "measured_high": self.judged.high.latency,
             "measured_unconverted": own.unconverted,
-            "measured_now": own.now,
+            "measured_now": self.judged.now.latency,
             "reference": own.reference,
             "reference_now": own.reference_now,
         }
@@ -148,10 +166,29 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`MISSED`, `met`, or `met` with what is wrong beside it."""
-        if not self.met:
+        """`MISSED`, `met` or `met_within_noise`, with what is wrong beside it."""
+        if self.state == State.MISSED:
             return "MISSED"
-        return "met, but what it loses is not explained: see the warnings" if self.unexplained else "met"
+        return f"{self.state}, but what it loses is not explained: see the warnings" if self.unexplained else str(self.state)
+
+    def _now(self) -> list[str]:
+        """What absolute budgets also bound: what a clock on the wall shows."""
+        if self.judged.bound_now.latency is None:
+            return []
+        return [
+            f"now      {self.judged.now['latency'] / 1e6:.4g} ms (at most {self.judged.now_high['latency'] / 1e6:.4g}) as fast as "
+            "the machine is at this moment"
+        ]
+
+    def _foreseen(self) -> str:
+        """What was predicted of the latency, and what bounds it."""
+        latency = self.latency_ms
+        predicted = "not predicted, "
+        if latency["predicted"] is not None:
+            predicted = f"{latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
+        if latency["budget"] is not None:
+            return f"{predicted}budget {latency['budget']:.4g} ms, "
+        return predicted + ("" if set(TAILS) & set(self.bound.known()) else "not bounded, ")
 
     def _memory(self) -> list[str]:
         if self.measured.memory is None:
@@ -199,6 +236,17 @@ class Report:
                 f"the machine was {abs(self.slowdown):.0%} {'slower' if self.slowdown > 0 else 'faster'} than when the "
                 f"table was made: {known}"
             )
+        now = self.judged.now
+        if over := [c for c, most in self.judged.bound_now.known().items() if now[c] > most >= self.measured[c]]:
+            lines.append(
+                f"{', '.join(over)}: within the budget on the machine as it was when the table was made, but not now, and an "
+                "absolute budget has to hold now: wait until the machine is as fast again, or profile again"
+            )
+        if self.state == State.WITHIN_NOISE:
+            lines.append(
+                "measured within the budget, by less than what engines of one network and measurements of them differ by: it may "
+                "be missed the next time; ask for a little less to be sure"
+            )
         if self.unstable:
             lines.append("timings were unstable: the machine is busy; verify again when it is quiet")
         if self.not_as_asked:
@@ -209,8 +257,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         own = asdict(self)
-        for name in ("dense", "bound", "predicted", "measured", "timed"):
+        for name in ("predicted", "judged", "timed"):
             del own[name]
+        own |= {"state": str(self.state), "met": self.met, "windows": self.judged.windows}
         costs = {name: getattr(self, name) for name in ("latency_ms", "size_bytes", "macs", "memory", "energy_mj")}
         return {"schema": SCHEMA, **own, **costs}
 
@@ -224,9 +273,10 @@ class Report:
             f"{self.task} on {self.backend}, {self.device.get('chip', 'this device')}, {self.options.get('threads')} thread(s)",
             f"budget   {self.verdict} after {self.rounds} round(s); solver {self.solver['status']}, "
             f"gap {self.solver['gap']:.2g}",
-            f"latency  {latency['measured']:.4g} ms measured, {latency['predicted']:.4g} ± {latency['sigma']:.2g} ms predicted, "
-            + (f"budget {latency['budget']:.4g} ms, " if latency["budget"] is not None else "")
-            + f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
+            f"latency  {latency['measured']:.4g} ms measured ({latency['measured_low']:.4g} to {latency['measured_high']:.4g} in "
+            f"{self.judged.windows} window(s)), {self._foreseen()}"
+            f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
+            *self._now(),
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
@@ -269,8 +319,8 @@ def measured_points(report: Report) -> list[Point]:
         Point(
             label="deployed",
             latency_ns=measured["latency"],
-            low_ns=report.timed.low,
-            high_ns=report.timed.high,
+            low_ns=report.judged.low["latency"],
+            high_ns=report.judged.high["latency"],
             size_bytes=measured["size"],
             memory_bytes=nan if measured.memory is None else measured.memory,
             loss=report.loss["measured"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ import torch
 from hwsearch.allocate.budget import TAILS, Budget
 from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.backends.base import Engine
+from hwsearch.deployment.confirm import Window
 from hwsearch.deployment.evaluate import predictor, score
 from hwsearch.deployment.recheck import Check, measure_again, spread_builds
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
+from hwsearch.device.lock import lock
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol, Timing, paired
 from hwsearch.engine.record import record
 from hwsearch.engine.reference import reference_engine
@@ -67,11 +71,14 @@ class Session:
 
     table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
     slower than the table's was, times are those of the quiet machine, by what the table knows of slowdowns (see
-    `LatencyModel.on_quiet_machine`).
+    `LatencyModel.on_quiet_machine`). limit: when it is to end; None for never.
     """
 
-    def __init__(self, setup: Setup, table: LatencyTable | None = None) -> None:
+    def __init__(
+        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None
+    ) -> None:
         self.setup, self.table = setup, table
+        self.limit = limit or TimeLimit(math.inf, setup.clock)
         if table is not None and table.header.mode == Mode.SANDWICHED:
             self.reference = sandwich_engine(setup)
         else:
@@ -112,12 +119,32 @@ class Session:
         with self._as_profiled():
             return self._measure(wanted)
 
+    def window(self, job: Job) -> Window:
+        """An allocation and the dense network beside it, both built anew."""
+        found = self.measure({"deployed": job, DENSE: self._as_deployed(uniform_candidates(self.setup, {})[DENSE])})
+        return self.as_window(found["deployed"], found[DENSE])
+
+    def as_window(self, own: Measured, dense: Measured) -> Window:
+        """What was measured together, as a window."""
+        return Window(self.costs(own), self.costs(dense), self.costs_now(own), self.costs_now(dense))
+
+    def earlier(self) -> list[list[Costs]]:
+        """What the dense network cost in the table, then what each other uniform one cost in this session and in the table."""
+        of_table = {b.key: b for b in self.table.builds if b.role != Role.DEPLOYED} if self.table is not None else {}
+        found = {}
+        for name, measured in self._uniforms.items():
+            group = [self.costs(measured)] if name != DENSE else []
+            if (build := of_table.get(measured.build.key)) is not None and self.table is not None:
+                time = self._model.on_quiet_machine(build.ratio, self.table.nodes(build), self.table.slowdown(build))
+                group.append(Costs(latency=time.time_ns))
+            found[name] = group
+        return [found.pop(DENSE, []), *found.values()]
+
     @contextmanager
     def _as_profiled(self) -> Iterator[None]:
-        """The machine as it is to be while something is measured; whose clocks are locked nobody else may profile."""
+        """The machine as it is to be while something is measured, and nobody else may measure on it."""
         with ExitStack() as stack:
-            if self.setup.clocks:
-                stack.enter_context(devices.lock(devices.fingerprint_for(self.setup.backend).id))
+            stack.enter_context(lock(devices.fingerprint_for(self.setup.backend).id))
             stack.enter_context(background(self.setup.load))
             stack.enter_context(self.setup.locked())
             yield
@@ -197,6 +224,15 @@ class Session:
             macs=measured.setup.network.macs,
             energy=self._energy_nj(measured.build),
         )  # fmt: skip
+
+    def costs_now(self, measured: Measured) -> Costs:
+        """What is measured, as the machine was just then: not on the scale of the table."""
+        timing = measured.timing
+        return Costs(
+            latency=timing.median_ns,
+            **{column: timing.median_ns * timing.tail(q) for column, q in TAILS.items()},
+            energy=timing.energy.joules * 1e9 if timing.energy else None,
+        )
 
     def _energy_nj(self, build: Build) -> float | None:
         """Energy of an inference on the scale of the table's reference, where the table has energies."""

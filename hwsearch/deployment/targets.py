@@ -188,7 +188,6 @@ def for_tensorrt(
         "tolerance": tolerance,
     }  # fmt: skip
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "model.onnx", model.SerializeToString())
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **cast("dict[str, Any]", example))

@@ -8,6 +8,7 @@ from typing import Any
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import Budget, parse_budgets
 from hwsearch.allocate.costs import Costs, bounds
+from hwsearch.deployment.confirm import MEASURED, MOST_WINDOWS, Judgement, State, Window, decided, judge
 from hwsearch.deployment.deploy import metadata_of, parse_variants
 from hwsearch.deployment.report import Report, Timed
 from hwsearch.deployment.session import DENSE, Job, Measured, Session, require_energy, uniform_candidates
@@ -33,6 +34,9 @@ def measure_allocation(
 ) -> tuple[Report, Build]:
     """Measure an allocation beside every uniform one; returns the report, and the build for the table.
 
+    Where that is within the budgets or near, it is measured again in other windows, in each as a newly built engine beside a
+    newly built dense one, and these alone decide: the first measurement is the one that chose it.
+
     Args:
         session: Engines timed together, which give the scale. Uniform allocations are measured once in a session.
         allocation: What to measure.
@@ -48,11 +52,14 @@ def measure_allocation(
     job = Job(variants, base, metadata_of(allocation, base), deployed)
     own, uniforms = session.measure_all(job, uniform_candidates(setup, unsupported))
     assert own is not None
-    dense, measured = session.costs(uniforms[DENSE]), session.costs(own)
     if budgets is None:
         budgets = parse_budgets([b["text"] for b in allocation.budgets]) if allocation.budgets else ()
+    dense = session.costs(uniforms[DENSE])
     require_energy(budgets, dense)
-    bound = bounds(budgets, dense)
+    bound = bounds(budgets, dense)  # of the window in which the uniform allocations were measured
+    first = session.as_window(uniforms[DENSE] if own.build.key == uniforms[DENSE].build.key else own, uniforms[DENSE])
+    judged = _judged(session, job, first, budgets, wrong=own.build.wrong)
+    measured = judged.measured
     drift = None
     if table is not None and table.header.mode != Mode.SANDWICHED and _parted(measured, allocation):
         drift = session.check(table).to_json()
@@ -63,13 +70,10 @@ def measure_allocation(
         backend=setup.backend.name,
         device=devices.fingerprint_for(setup.backend).to_json(),
         options={**setup.described, "base": base},
-        met=_meets(session, own, bound),
         rounds=rounds,
-        dense=dense,
-        bound=bound,
         predicted=allocation.costs,
-        measured=measured,
-        timed=_timed(session, own, allocation),
+        judged=judged,
+        timed=_timed(session, own, judged, allocation),
         score=score,
         loss=loss,
         widths={g: [w, setup.network.channels[g]] for g, w in deployed.network.channels.items()},
@@ -95,14 +99,29 @@ def _meets(session: Session, measured: Measured, bound: Costs) -> bool:
     return not measured.build.wrong and session.costs(measured).within(bound)
 
 
-def _timed(session: Session, measured: Measured, allocation: Allocation) -> Timed:
-    timing, time_ns = measured.timing, session.time_ns(measured)
+def _judged(
+    session: Session, job: Job, first: Window, budgets: Sequence[Budget], *, wrong: bool
+) -> Judgement:
+    """By windows of newly built engines, where the first measurement is within the budgets or near them; else by that one."""
+    earlier = session.earlier()
+    judged = judge([first], earlier, budgets, wrong=wrong)
+    far = judged.state == State.MISSED and decided(judged)
+    if wrong or far or first.own == first.dense or not any(c in MEASURED for c in judged.bound.known()):
+        return judged
+    earlier[0] = [*earlier[0], first.dense]
+    windows: list[Window] = []
+    while len(windows) < MOST_WINDOWS:
+        windows.append(session.window(job))
+        judged = judge(windows, earlier, budgets)
+        if decided(judged):
+            break
+    return judged
+
+
+def _timed(session: Session, measured: Measured, judged: Judgement, allocation: Allocation) -> Timed:
     return Timed(
-        sigma=allocation.predicted["sigma_ns"],
-        low=timing.low / timing.ratio * time_ns,
-        high=timing.high / timing.ratio * time_ns,
-        unconverted=timing.ratio * session.scale_ns,
-        now=timing.median_ns,
+        sigma=allocation.predicted.get("sigma_ns"),
+        unconverted=judged.measured["latency"] * measured.timing.ratio * session.scale_ns / session.time_ns(measured),
         reference=session.scale_ns,
         reference_now=session.reference_now_ns,
     )
@@ -148,5 +167,7 @@ def _float_only(setup: Setup, unsupported: Mapping[str, Mapping[str, str]]) -> d
 
 def _parted(measured: Costs, allocation: Allocation) -> bool:
     """Whether a measurement is further from the prediction than that is uncertain."""
+    if "latency_ns" not in allocation.predicted:
+        return False
     predicted, sigma = allocation.predicted["latency_ns"], allocation.predicted["sigma_ns"]
     return bool(abs(measured["latency"] - predicted) > max(3 * sigma, 0.05 * predicted))

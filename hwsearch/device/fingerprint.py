@@ -1,27 +1,22 @@
-"""The machine that is measured: its fingerprint, and the lock that keeps two profiles apart.
+"""The machine that is measured: its fingerprint.
 
 Source: proc(5) and the kernel's cpufreq documentation on Linux; sysctl on macOS; `platform` elsewhere.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import shlex
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwsearch.device import clocks, nvidia
-from hwsearch.errors import DeviceBusy, InvalidInput
+from hwsearch.errors import InvalidInput
 
 if TYPE_CHECKING:
     from hwsearch.backends.base import Backend
@@ -163,86 +158,6 @@ def cache_dir() -> Path:
     """`$HWSEARCH_CACHE`, by default `~/.cache/hwsearch`; it need not exist."""
     root = os.environ.get("HWSEARCH_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "hwsearch"
-
-
-@contextmanager
-def lock(device_id: str, timeout: float = 0.0) -> Iterator[None]:
-    """One profile at a time on a device: holds a lock of this user, across processes, while the block runs.
-
-    timeout: seconds to wait for another holder. The system releases the lock when its holder dies, however it
-    dies. Not reentrant. Raises DeviceBusy, naming the holder, and InvalidInput where no lock file can be kept.
-    """
-    path = cache_dir() / "locks" / f"{device_id}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _unusable(path, error) from error
-    try:
-        deadline = time.monotonic() + timeout
-        while not _try_lock(file, path):
-            if time.monotonic() >= deadline:
-                raise DeviceBusy(_busy(file, path))
-            time.sleep(0.05)
-        holder = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps(holder).encode())
-        yield
-    finally:
-        os.close(file)  # releases the lock
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(file: int, path: Path) -> bool:
-        os.lseek(
-            file, 1 << 30, os.SEEK_SET
-        )  # locked bytes cannot be read: lock one far past the holder's name
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EDEADLK):
-                return False
-            raise _unusable(path, error) from error
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(file: int, path: Path) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return False
-            raise _unusable(path, error) from error
-        return True
-
-
-def _unusable(path: Path, error: OSError) -> InvalidInput:
-    return InvalidInput(
-        f"cannot keep a lock at {path} ({error.strerror}); set HWSEARCH_CACHE to a local folder that you may write"
-    )
-
-
-def _busy(file: int, path: Path) -> str:
-    os.lseek(file, 0, os.SEEK_SET)
-    try:
-        holder = json.loads(os.read(file, 4096))
-        pid, command, since = int(holder["pid"]), holder["command"], holder["since"]
-    except (ValueError, KeyError, TypeError):  # the holder has the lock but has not yet written its name
-        return f"another process is about to profile this device (lock {path}); wait for it to end, then try again"
-    return (
-        f"this device is being profiled by pid {pid} (`{command}`, since {since}); two at once would disturb each "
-        f"other's times: wait until it ends, or stop it with `kill {pid}` (what it has measured is kept)"
-    )
-
-
-def _command() -> str:
-    command = shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
-    return command if len(command) <= 200 else command[:199] + "…"
 
 
 def _linux(root: Path) -> Device:

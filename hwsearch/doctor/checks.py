@@ -22,6 +22,7 @@ from hwsearch.backends.base import Backend, BuildOptions
 from hwsearch.backends.process import huge_pages
 from hwsearch.device import clocks, energy, nvidia
 from hwsearch.device import fingerprint as devices
+from hwsearch.device.lock import lock
 from hwsearch.doctor.sharing import shared
 from hwsearch.errors import BackendUnavailable, HwsearchError
 from hwsearch.files import write_bytes
@@ -250,7 +251,7 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
         results += [quiet(device), clock_locking(lock_clocks)]
     sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
     yield sofar
-    with devices.lock(device.id):
+    with lock(device.id, wait_s=0.0):
         for result in chain(sums(backend), _at_work(backend, progress)):
             sofar = replace(sofar, results=(*sofar.results, result))
             yield sofar
@@ -386,7 +387,7 @@ def clock_locking(tried: bool) -> Result:
     try:
         probe = nvidia.find()
         mhz = clocks.sustained_mhz(probe)
-        with devices.lock(probe.gpu().id), clocks.lock_clocks(probe, mhz):
+        with lock(probe.gpu().id, wait_s=0.0), clocks.lock_clocks(probe, mhz):
             state = probe.state()
     except HwsearchError as error:
         return Result("clock locking", "not possible", str(error))

@@ -113,13 +113,13 @@ def diagnose(model: LatencyModel) -> Diagnosis:
         if build.role != Role.REFERENCE:  # it is what everything is measured against
             points.append((build, p.time_ns, p.sigma_ns))
     for build in table.builds:
-        if build.role == Role.HELDOUT and build.as_asked():
+        if build.kept_out and build.as_asked():
             found = model.predict_build(build)
             points.append((build, found.time_ns, found.sigma_ns))
     made = tuple(
         BuildError(
             role=b.role, measured_ns=table.time_ns(b), error_ns=error_ns(table, b), predicted_ns=t, sigma_ns=s,
-            heldout=b.role == Role.HELDOUT, disturbed=table.disturbed(b), causes=_causes(model, b, number[id(b)]),
+            heldout=b.kept_out, disturbed=table.disturbed(b), causes=_causes(model, b, number[id(b)]),
         )
         for b, t, s in points
     )  # fmt: skip

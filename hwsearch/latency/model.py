@@ -173,9 +173,9 @@ class LatencyModel:
 def fit(
     table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True
 ) -> LatencyModel:
-    """Fit on a table's builds, held-out ones excepted, or on the given ones.
+    """Fit on a table's builds, held-out and test ones excepted, or on the given ones.
 
-    The held-out ones only say how large sigma has to be (`uncertainty`).
+    The held-out ones only say how large sigma has to be (`uncertainty`), the test ones nothing.
     boundaries: False leaves the boundary terms out (a baseline).
     Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """
@@ -184,7 +184,7 @@ def fit(
     heldout: list[Build] = []
     if builds is None:
         heldout = [b for b in usable(table) if b.role == Role.HELDOUT]
-        builds = [b for b in usable(table) if b.role != Role.HELDOUT]
+        builds = [b for b in usable(table) if not b.kept_out]
     if len(builds) < 2:
         raise InvalidInput(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hwsearch.network.choices import candidate_widths
 from hwsearch.table.build import Build, Role
+from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 
@@ -54,9 +56,37 @@ def staircase(table: LatencyTable) -> list[Step]:
     ]
 
 
+def unprobed(table: LatencyTable) -> dict[str, list[int]]:
+    """The widths that a profile would try and had no time for, of each group that lacks some; what other tables told is known."""
+    probed = group_times(table)
+    if table.header.mode != Mode.CONTEXT or not (probed or table.header.design):
+        return {}
+    found = {}
+    for group, whole in table.network.channels.items():
+        if table.header.prior and group not in probed:
+            continue
+        left = [w for w in candidate_widths(whole)[1:] if w not in probed.get(group, ())]
+        if left:
+            found[group] = left
+    return found
+
+
+def measured_widths(table: LatencyTable) -> dict[str, list[int]]:
+    """Every width of each group that whole networks were built at under the table's base, the whole one first."""
+    base = table.header.options["base"]
+    built = [table.candidate(b).widths for b in table.builds if b.base == base and not b.partial]
+    return {
+        g: sorted({n, *table.grid()[g], *(own[g] for own in built)}, reverse=True)
+        for g, n in table.network.channels.items()
+    }
+
+
 def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
     """(group, width) -> precision -> time, in ns."""
-    whole_networks = [b for b in reversed(table.builds) if b.role in (Role.REFERENCE, Role.UNIFORM)]
+    unpruned = ((), tuple(table.network.channels.values()))
+    whole_networks = [
+        b for b in reversed(table.builds) if b.role in (Role.REFERENCE, Role.UNIFORM) and b.widths in unpruned
+    ]
     anchors = {b.variants: b for b in whole_networks}
     alike = {b.leading: b for b in whole_networks}
     times: dict[tuple[str, int], dict[str, float]] = {}

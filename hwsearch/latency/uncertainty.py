@@ -18,6 +18,9 @@ from hwsearch.table.build import Build, Role
 
 Floats = NDArray[np.float64]
 
+SESSION_SPREAD = 0.01
+"""Relative difference of two measurements of one network on one machine that says nothing."""
+
 
 @dataclass(frozen=True)
 class ErrorScale:
@@ -36,10 +39,9 @@ class ErrorScale:
 
     def scaled(self, scale: float) -> ErrorScale:
         """So many times as wide, but never better than what two sessions on one machine differ by."""
-        return ErrorScale(max(self.inflate * scale, 0.1), max(self.floor * scale, _SESSIONS))
+        return ErrorScale(max(self.inflate * scale, 0.1), max(self.floor * scale, SESSION_SPREAD))
 
 
-_SESSIONS = 0.01
 _INFLATES = np.geomspace(0.5, 6.0, 16)
 _FLOORS = np.geomspace(0.002, 0.08, 20)
 _ENOUGH = 8

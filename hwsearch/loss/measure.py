@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,10 +17,12 @@ import numpy as np
 from scipy.stats import kendalltau
 from torch.utils import _pytree as pytree
 
+from hwsearch.compress.bank import METHOD as REFIT_METHOD
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.compress.simulate import Simulator
 from hwsearch.device.timelimit import TimeLimit
+from hwsearch.files import changed, write_bytes
 from hwsearch.loss.divergence import divergence
 from hwsearch.loss.table import NOT_FINITE, SensitivityTable
 from hwsearch.lowering.lowering import Lowering
@@ -29,6 +30,8 @@ from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
 
+METHOD = 1
+"""Of measuring losses, counted up whenever it computes something else."""
 SAMPLES = 256
 """Samples that losses are of, at most."""
 VALIDATION_ALLOCATIONS = 12
@@ -96,11 +99,12 @@ def measure_sensitivity(
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
     batches = _limited(lowering.scoring, SAMPLES)
-    settings = [
-        kind, quantize_outputs, lowering.int8_bits, lowering.unsigned, [str(v) for v in variants], SAMPLES, plan.cuts,
-        bank.key if bank is not None else "",
-    ]  # fmt: skip
-    sums = _Sums(out, lowering.network, *settings)
+    made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, seed=seed)
+    begun_with = {
+        **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
+        "refitted weights": bank.key if bank is not None else "none",
+    }  # fmt: skip
+    sums = _Sums(out, begun_with, progress)
     if bank is not None and len(sums.batches) < len(batches):
         progress.enter(REFITTING)
         _refit(bank, plan, variants, progress)
@@ -121,6 +125,7 @@ def measure_sensitivity(
         order=_order(lowering.network, bank) if bank is not None and plan.every else {},
         estimated=frozenset(c for c in plan.every if c not in measured and c[1] in width_loss[c[0]]),
         refused=refused,
+        made_of=made_of,
     )
     table = _validated(table, plan.whole, sums.mean("whole"))
     if out is not None:
@@ -128,6 +133,24 @@ def measure_sensitivity(
     if len(sums.batches) == len(batches):
         sums.remove()
     return table
+
+
+def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: int = 0) -> dict[str, str]:
+    """Everything that a loss depends on beside the variant or the width that it is of, by name."""
+    return {
+        "network": lowering.network.fingerprint,
+        "weights": lowering.network.weights_digest,
+        "calibration data": lowering.calibration_digest,
+        "divergence": kind,
+        "samples": str(SAMPLES),
+        "seed": str(seed),
+        "bits of int8 weights": str(lowering.int8_bits),
+        "unsigned int8 activations": str(lowering.unsigned),
+        "quantized outputs": str(quantize_outputs),
+        "method of ranges": lowering.method,
+        "method of refitting": str(REFIT_METHOD),
+        "method of scoring": str(METHOD),
+    }
 
 
 @dataclass(frozen=True)
@@ -324,25 +347,30 @@ def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], sam
 class _Sums:
     """Sums of losses of finished batches, in a JSON file beside the table until it is whole."""
 
-    def __init__(self, out: str | Path | None, network: Network, *settings: Any) -> None:
+    def __init__(self, out: str | Path | None, made_of: Mapping[str, str], progress: Progress) -> None:
         self.path = Path(f"{out}.partial") if out is not None else None
-        self.key = [network.fingerprint, network.weights_digest, *map(str, settings)]
+        self.made_of = dict(made_of)
         self.batches: dict[str, dict[str, Any]] = {}
-        if self.path is not None and self.path.exists():
-            try:
-                data = json.loads(self.path.read_text())
-            except ValueError:
-                data = {}
-            if isinstance(data, dict) and data.get("key") == self.key:
-                self.batches = data["sums"]
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            data = json.loads(self.path.read_bytes())
+            before, batches = dict(data.get("made_of", {})), dict(data["sums"])
+            losses = [x for own in batches.values() for what in ("units", "whole") for x in own[what]]
+            if not all(isinstance(x, float) for x in losses) or any(int(own["count"]) < 1 for own in batches.values()):
+                raise ValueError("a loss is no number")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            progress.say(f"{self.path} is damaged: begun anew")
+            return
+        if why := changed(before, self.made_of):
+            progress.say(f"{self.path} was begun with other {why}: begun anew")
+        else:
+            self.batches = batches
 
     def add(self, index: int, units: list[float], whole: list[float], count: int) -> None:
         self.batches[str(index)] = {"units": units, "whole": whole, "count": count}
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".writing")
-            temporary.write_text(json.dumps({"key": self.key, "sums": self.batches}))
-            os.replace(temporary, self.path)
+            write_bytes(self.path, json.dumps({"made_of": self.made_of, "sums": self.batches}).encode())
 
     @property
     def count(self) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.network import Network
 from hwsearch.network.variants import INT8_BITS, Int8, Variant
+from hwsearch.table.checking import Rows, first_wrong, is_variant, number, wrong_network
 from hwsearch.table.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 KIND = "sensitivity_table"
+WIDTH = "width"
+"""What stands before the slots kept where a row is of a width."""
+TODO = "take another copy, or move it away and run `hwsearch sensitivity` again"
 NOT_FINITE = "its simulation returns NaN or infinity on calibration data"
 
 
@@ -52,6 +56,7 @@ class SensitivityTable:
         int8_bits: bits of int8 weights, as the backend deploys them.
         unsigned: whether int8 activations that were never negative are unsigned, as the backend deploys them.
         refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
+        made_of: everything that the losses depend on, by name, as numbers or digests; empty in files of versions without it.
     """
 
     network: Network
@@ -68,6 +73,7 @@ class SensitivityTable:
     int8_bits: int = INT8_BITS
     unsigned: bool = False
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    made_of: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -126,12 +132,13 @@ class SensitivityTable:
         chosen = [*((u, str(v)) for u, v in variants.items()), *((g, f"width{w}") for g, w in widths.items())]
         return not any(what in self.refused.get(of, ()) for of, what in chosen)
 
-    def require(self, network: Network, int8: Int8 | None = None) -> None:
+    def require(self, network: Network, int8: Int8 | None = None, *, weights: bool = True) -> None:
         """Refuse the table for another network, other weights or another kind of int8.
 
         Args:
             network: the traced network that it is to be of.
             int8: how int8 is deployed; None for any.
+            weights: whether its weights must be the same.
 
         Raises:
             IncompatibleTables: it is of something else, which is named.
@@ -139,13 +146,14 @@ class SensitivityTable:
         int8 = int8 or Int8(self.int8_bits, self.unsigned)
         for what, own, other in (
             ("network", self.network.fingerprint, network.fingerprint),
-            ("weights", self.network.weights_digest, network.weights_digest),
+            ("weights", self.network.weights_digest, network.weights_digest if weights else self.network.weights_digest),
             ("bits of int8 weights", self.int8_bits, int8.bits),
             ("int8 activations (unsigned)", self.unsigned, int8.unsigned),
         ):
             if own != other:
                 raise IncompatibleTables(
-                    f"the sensitivities are of other {what}: table={own}, current={other}; run `hwsearch sensitivity` again"
+                    f"the sensitivities are of other {what}: table={own}, current={other}; "
+                    "score this one into a file of its own with `hwsearch sensitivity`"
                 )
 
     def to_frame(self) -> pd.DataFrame:
@@ -190,10 +198,10 @@ class SensitivityTable:
             "order": {g: list(slots) for g, slots in self.order.items()},
             "estimated": sorted(map(list, self.estimated)),
             **({"refused": self.refused} if self.refused else {}),
+            "made_of": self.made_of,
         }
         rows = self._rows()
-        schema = pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
-        write_parquet(pa.Table.from_pylist(rows, schema=schema), header, path)
+        write_parquet(pa.Table.from_pylist(rows, schema=_columns()), header, path)
 
     @staticmethod
     def load(path: str | Path) -> SensitivityTable:
@@ -211,35 +219,87 @@ class SensitivityTable:
         """
         table, header = read_parquet(path, KIND, SCHEMA)
         try:
-            loss: dict[str, dict[str, float]] = {}
-            widths: dict[str, dict[int, float]] = {}
-            for line in table.to_pylist():
-                if line["variant"].startswith("width"):
-                    widths.setdefault(line["unit"], {})[int(line["variant"][5:])] = float(line["loss"])
-                else:
-                    loss.setdefault(line["unit"], {})[line["variant"]] = float(line["loss"])
-            loaded = SensitivityTable(
-                network=Network.from_json(header["network"]),
-                loss=loss,
-                samples=int(header["samples"]),
-                divergence=header["divergence"],
-                quantize_outputs=bool(header["quantize_outputs"]),
-                int8_bits=int(header.get("int8_bits", INT8_BITS)),
-                unsigned=bool(header.get("unsigned", False)),
-                rank_correlation=header["rank_correlation"],
-                created=header["created"],
-                validation=tuple((float(a), float(b)) for a, b in header["validation"]),
-                width_loss=widths,
-                order={g: tuple(int(i) for i in slots) for g, slots in header["order"].items()},
-                estimated=frozenset((str(g), int(w)) for g, w in header["estimated"]),
-                refused={u: dict(own) for u, own in header.get("refused", {}).items()},
-            )
-            channels = loaded.network.channels
-            if any(sorted(slots) != list(range(channels[g])) for g, slots in loaded.order.items()):
-                raise ValueError("the order of slots is not one of the network's channels")
+            loaded = _from_header(header)
+            why = wrong_network(loaded.network) or first_wrong(_checks(loaded))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidInput(f"{path} is damaged: {error!r}; make it again") from error
-        losses = [x for row in loss.values() for x in row.values()]
-        if not np.isfinite([*losses, *(x for own in widths.values() for x in own.values())]).all():
-            raise InvalidInput(f"{path} is damaged: a loss is not finite; make it again")
+            raise InvalidInput(f"{path} is damaged: header: {error!r}; {TODO}") from error
+        if why:
+            raise InvalidInput(f"{path} is damaged: header: {why}; {TODO}")
+        _check_rows(Rows(table, path, TODO), loaded.network)
+        loss, widths = loaded.loss, loaded.width_loss
+        for line in table.to_pylist():
+            if line["variant"].startswith(WIDTH):
+                widths.setdefault(line["unit"], {})[int(line["variant"][len(WIDTH) :])] = line["loss"]
+            else:
+                loss.setdefault(line["unit"], {})[line["variant"]] = line["loss"]
+        if lacking := [u.name for u in loaded.network.units if not loss.get(u.name)]:
+            raise InvalidInput(f"{path} is damaged: it has no row of unit {lacking[0]}; {TODO}")
         return loaded
+
+
+def _from_header(header: Mapping[str, Any]) -> SensitivityTable:
+    """The table without its losses. Raises KeyError, TypeError, ValueError or AttributeError on what is no header."""
+    return SensitivityTable(
+        network=Network.from_json(header["network"]),
+        loss={},
+        samples=header["samples"],
+        divergence=header["divergence"],
+        quantize_outputs=header["quantize_outputs"],
+        int8_bits=header.get("int8_bits", INT8_BITS),
+        unsigned=header.get("unsigned", False),
+        rank_correlation=header["rank_correlation"],
+        created=header["created"],
+        validation=tuple((float(a), float(b)) for a, b in header["validation"]),
+        width_loss={},
+        order={g: tuple(slots) for g, slots in header["order"].items()},
+        estimated=frozenset((str(g), int(w)) for g, w in header["estimated"]),
+        refused={u: dict(own) for u, own in header.get("refused", {}).items()},
+        made_of={str(k): str(v) for k, v in header.get("made_of", {}).items()},
+    )
+
+
+def _checks(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
+    """(field, value, whether it is right, what is expected) of a header."""
+    channels, tau = table.network.channels, table.rank_correlation
+    checks: list[tuple[str, Any, bool, str]] = [
+        ("samples", table.samples, number(table.samples, 1, whole=True), "a whole number from 1 on"),
+        ("divergence", table.divergence, table.divergence in ("auto", "kl", "mse"), "auto, kl or mse"),
+        ("int8_bits", table.int8_bits, table.int8_bits in (7, 8), "7 or 8"),
+        ("rank_correlation", tau, tau is None or (number(tau, -1.0) and tau <= 1.0), "-1 to 1, or none"),
+        ("validation", table.validation, all(map(number, sum(table.validation, ()))), "finite losses from 0 on"),
+        *(
+            (what, value, isinstance(value, bool), "true or false")
+            for what, value in (("quantize_outputs", table.quantize_outputs), ("unsigned", table.unsigned))
+        ),
+    ]
+    for group, slots in table.order.items():
+        right = sorted(slots) == list(range(channels.get(group, -1)))
+        checks.append((f"order of {group}", slots, right, f"each of its {channels.get(group, 0)} slots once"))
+    for group, width in sorted(table.estimated):
+        right = 0 < width <= channels.get(group, 0)
+        checks.append((f"estimated of {group}", width, right, f"1 to {channels.get(group, 0)} channels"))
+    known = {*table.network.by_name, *channels}
+    checks += [(f"refused of {of}", own, of in known, "a unit or group of the network") for of, own in table.refused.items()]
+    return checks
+
+
+def _columns() -> Any:
+    """Of the rows, the pyarrow schema."""
+    import pyarrow as pa
+
+    return pa.schema([("unit", pa.string()), ("variant", pa.string()), ("loss", pa.float64())])
+
+
+def _check_rows(rows: Rows, network: Network) -> None:
+    """Raises InvalidInput on the first row that no scoring leaves."""
+    rows.typed(_columns())
+    rows.numbers("loss", "a finite loss from 0 on", lambda v: np.isfinite(v) & (v >= 0))
+    rows.words("unit", {*network.by_name, *network.channels}, "a unit or a channel group of the network")
+    units, variants = (rows.rows[name].to_pylist() for name in ("unit", "variant"))
+    for row, (name, text) in enumerate(zip(units, variants, strict=True)):
+        width = text[len(WIDTH) :] if text.startswith(WIDTH) else None
+        if width is None and not (name in network.by_name and is_variant(text)):
+            rows.refuse(row, "variant", text, f"a variant of unit {name} such as dense.int8")
+        if width is not None and not (width.isdecimal() and 0 < int(width) <= network.channels.get(name, 0)):
+            rows.refuse(row, "variant", text, f"{WIDTH}1 to {WIDTH}{network.channels.get(name, 0)} of group {name}")
+    rows.once("unit", "variant", whole=False)

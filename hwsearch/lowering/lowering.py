@@ -23,6 +23,7 @@ from hwsearch.errors import HwsearchError, InvalidInput, UnsupportedVariant
 from hwsearch.graph.batching import BatchAxis, find_axes
 from hwsearch.graph.calls import as_call, copied, evaluating, flat_inputs
 from hwsearch.graph.equivalence import check_equivalence, check_trace
+from hwsearch.graph.export import weights_digest
 from hwsearch.graph.trace import Traced, trace
 from hwsearch.lowering.assemble import assemble
 from hwsearch.lowering.marked import export
@@ -180,6 +181,12 @@ class Lowering:
                     )
             batches.append((traces[key], args, kwargs))
         return batches
+
+    @cached_property
+    def calibration_digest(self) -> str:
+        """16 hex digits that change with any number of the calibration data."""
+        leaves = (x for inputs in self.task.calibration for x in pytree.tree_leaves(_sorted(as_call(inputs))))
+        return weights_digest(("", x) for x in leaves if isinstance(x, torch.Tensor))
 
     @property
     def fitting(self) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.nodenames import unit_of as unit_of
 from hwsearch.errors import UntraceableModel
-from hwsearch.graph.canonical import module_path, op_name
+from hwsearch.graph.canonical import module_path, op_name, tensor_attr
 from hwsearch.graph.export import first_line
 from hwsearch.graph.narrow import share_graph
 from hwsearch.graph.trace import Traced
@@ -26,6 +26,8 @@ from hwsearch.network.network import Unit
 OPSET = 18
 MARK = "Mark"
 DOMAIN = "hwsearch"
+WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
+"""ONNX operators of which the bias is an input that may be left out."""
 _REGISTRIES: dict[str, Any] = {}
 """Tables of ONNX operators, by how torch asked for them."""
 
@@ -58,7 +60,7 @@ def export(traced: Traced) -> onnx.ModelProto:
     ):
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _one_registry():
+        with warnings.catch_warnings(), _one_registry(), _equal_kept_apart():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph.eval(),
@@ -73,7 +75,23 @@ def export(traced: Traced) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     _name_nodes(model)
+    _put_back_biases(model, traced)
     return model
+
+
+def _put_back_biases(model: onnx.ModelProto, traced: Traced) -> None:
+    """Biases of zeros, which torch's optimizer drops: refitting and a narrower width need their place."""
+    stored = {t.name for t in model.graph.initializer}
+    for node in model.graph.node:
+        unit, own = unit_of(node.name)
+        path = traced.paths[unit][1] if own and node.op_type in WITH_BIAS and unit in traced.paths else None
+        if path is None or len(node.input) > 2:
+            continue
+        node.input.append(path)
+        if path not in stored:
+            stored.add(path)
+            bias = tensor_attr(traced.graph, path).detach().cpu().numpy()
+            model.graph.initializer.append(numpy_helper.from_array(bias, path))
 
 
 @contextmanager
@@ -101,6 +119,31 @@ def _one_registry() -> Iterator[None]:
         yield
     finally:
         type.__setattr__(ONNXRegistry, "from_torchlib", original)
+
+
+@contextmanager
+def _equal_kept_apart() -> Iterator[None]:
+    """Exports in this block store two equal floating tensors twice, each under its own name.
+
+    torch's optimizer stores one for both, which then cannot be cut for two widths; whole numbers (shapes) it may share.
+    """
+    try:
+        from onnx_ir.passes.common import initializer_deduplication as merging
+
+        original = merging._should_skip_initializer
+    except (ImportError, AttributeError):  # a version that merges elsewhere, or not at all
+        yield
+        return
+
+    def skipped(initializer: Any, *limits: Any, **options: Any) -> bool:
+        value = initializer.const_value
+        return bool((value is not None and value.dtype.is_floating_point()) or original(initializer, *limits, **options))
+
+    merging._should_skip_initializer = skipped
+    try:
+        yield
+    finally:
+        merging._should_skip_initializer = original
 
 
 def _mark_site(graph: torch.fx.GraphModule, node: torch.fx.Node, site: Site, unit: str, index: int) -> None:

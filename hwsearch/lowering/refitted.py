@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ MEMORY = 4e9
 
 
 def weight_bank(
-    lowering: Lowering, folder: str | Path | None = None, order: Mapping[str, Sequence[int]] | None = None
+    lowering: Lowering,
+    folder: str | Path | None = None,
+    order: Mapping[str, Sequence[int]] | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> WeightBank:
     """Refitted weights of a task for any widths; kept in `folder` for the next process where it is given.
 
-    order: of the slots of each channel group, the most important first; found on calibration data where it is None.
+    order: of the slots of each channel group, the most important first; found on calibration data where it is None. say: is told
+    what has changed, where that is why the weights in the folder are not used.
     """
     batches = lowering.fitting
     grams = None
@@ -45,7 +50,10 @@ def weight_bank(
         found = order_slots(batches, grams=grams)
     else:
         found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
-    return WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
+    bank = WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
+    if why := bank.outdated:
+        say(f"the weights in {folder} are of other {why}: refitted anew")
+    return bank
 
 
 def refitted(

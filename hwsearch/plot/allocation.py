@@ -240,9 +240,14 @@ def _allocation_text(
     allocation: Allocation, model: LatencyModel | None, chosen: Mapping[str, Variant]
 ) -> list[str]:
     p, dense = allocation.predicted, allocation.dense
+    latency = "latency not known, not bounded"
+    if "latency_ns" in p:
+        latency = (
+            f"predicted {p['latency_ns'] / 1e6:.4g} ± {p['sigma_ns'] / 1e6:.2g} ms "
+            f"({p['latency_ns'] / dense['latency_ns']:.0%} of dense)"
+        )
     lines = [
-        f"predicted {p['latency_ns'] / 1e6:.4g} ± {p['sigma_ns'] / 1e6:.2g} ms "
-        f"({p['latency_ns'] / dense['latency_ns']:.0%} of dense), loss {p['loss']:.3g}",
+        f"{latency}, loss {p['loss']:.3g}",
         f"{p['size_bytes'] / 1e6:.3g} MB"
         + (f", {p['memory_bytes'] / 1e6:.3g} MB of activations (estimated)" if "memory_bytes" in p else ""),
     ]

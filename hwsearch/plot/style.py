@@ -16,6 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from hwsearch.files import write_bytes
+
 PRECISION_COLORS = {
     "fp32": "#666666",
     "tf32": "#AAAAAA",
@@ -127,5 +129,7 @@ def light(color: str) -> str:
 
 def done(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path)
+        buffer = BytesIO()
+        figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png")
+        write_bytes(path, buffer.getvalue())
     return figure

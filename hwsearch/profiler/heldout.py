@@ -1,4 +1,8 @@
-"""Builds that are kept from the fit, to tell by them how far off its predictions are."""
+"""Builds that are kept from the fit, to tell by them how far off its predictions are.
+
+Held-out builds are looked at while the profile goes on: they may end it, and widen its predictions. An error reported on them would
+be that of builds chosen for a small one, so every third is a test build, which nothing looks at until the profile is done.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,36 @@ from hwsearch.table.table import usable
 
 LEAST = 4
 """Held-out builds by which a profile tells anything."""
+TEST_EVERY = 3
+"""Of the builds that are kept out every so many is a test build."""
+LEAST_TESTED = 2
+"""Test builds from which on an error is reported on them."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out builds of a profile: allocations of cells that were all built, none of which was."""
+    """The held-out and test builds of a profile: allocations of cells that were all built, none of which was."""
 
     recorder: Recorder
     limit: TimeLimit
 
     @property
     def number(self) -> int:
-        return self.recorder.count(Role.HELDOUT)
+        return self.recorder.count(Role.HELDOUT, Role.TEST)
 
     def add(self, rng: np.random.Generator) -> bool:
         """Measure one more; False where none is found."""
         candidate = self._drawn(rng)
         if candidate is None:
             return False
-        self.recorder.measure(Role.HELDOUT, candidate)
+        self.recorder.measure(Role.TEST if self.number % TEST_EVERY == 1 else Role.HELDOUT, candidate)
         return True
 
     def complete(self) -> None:
         """As many as it takes to tell anything by them, while there is time."""
         for _ in range(4 * LEAST):
-            if self.number >= LEAST or self.limit.late():
+            enough = self.recorder.count(Role.HELDOUT) >= LEAST and self.recorder.count(Role.TEST) >= LEAST_TESTED
+            if enough or self.limit.late():
                 return
             if not self.add(np.random.default_rng([self.recorder.seed, len(self.recorder.table.builds)])):
                 return
@@ -58,24 +67,13 @@ class HeldOut:
     def _drawn(self, rng: np.random.Generator) -> Candidate | None:
         recorder = self.recorder
         network, grid = recorder.setup.network, recorder.table.grid()
-        done, built = recorder.candidates(), self._built()
+        done, built = recorder.candidates(), recorder.known_cells()
         for _ in range(50):
             drawn = random_candidate(network, recorder.offered(), grid, rng)
             candidate = self._known(drawn, built)
             if candidate not in done and built.issuperset(candidate.cells(network)):
                 return candidate
         return None
-
-    def _built(self) -> set[tuple[str, str]]:
-        """Cells that a fit will know."""
-        table = self.recorder.table
-        built = {
-            cell
-            for b in usable(table)
-            if b.role != Role.HELDOUT
-            for cell in table.candidate(b).cells(self.recorder.setup.network)
-        }
-        return built | table.known()
 
     def _known(self, candidate: Candidate, built: set[tuple[str, str]]) -> Candidate:
         """The candidate with another variant where that of a unit was not built at these widths."""

@@ -95,7 +95,7 @@ class Layers:
             if self.setup.clock() - start > time_limit_s * 1e9:
                 raise InvalidInput(
                     f"the time limit of {time_limit_s:.0f} s ended the profile layer by layer after {number} of {len(jobs)} "
-                    "builds; what was measured is kept: run again with a longer --time-limit, it resumes"
+                    "builds; with the same output file and a longer --time-limit it goes on from there"
                 )
             yield job
 

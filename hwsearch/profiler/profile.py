@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
+from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.latency.staircase import unprobed
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
 from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
-from hwsearch.profiler.probe import find_grid
+from hwsearch.profiler.probe import find_grid, measure_variants
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
@@ -29,6 +32,8 @@ from hwsearch.table.header import LAYERED, Header, Mode
 from hwsearch.table.table import LatencyTable
 
 MODES = tuple(Mode)
+LATER_SHARE = 0.75
+"""Of the time limit, until which widths that it left out are probed once the design is content."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def profile(
             at its beginning), and fewer builds do.
 
     Raises:
-        DeviceBusy: Another profile runs here.
+        DeviceBusy: Another command measures on this device, or writes `out`, and does not end.
         IncompatibleTables: `out` is of something else.
     """
     effort = effort or Effort()
@@ -88,11 +93,17 @@ def profile(
         raise InvalidInput(f"the time limit must be positive, got {effort.time_limit_s} s")
     axes = check_axes(axes)
     fingerprint = devices.fingerprint_for(setup.backend).to_json()
-    with devices.lock(fingerprint["id"]), background(setup.load), setup.locked():
-        path = Path(out) if out is not None else None
-        table = _with_prior(_opened(setup, path, fingerprint, mode), prior)
+    progress = progress or Progress.silent()
+    path = Path(out) if out is not None else None
+    with ExitStack() as held:
+        held.enter_context(lock(fingerprint["id"], say=progress.say))
+        if path is not None:
+            held.enter_context(lock_path(path, say=progress.say))
+        held.enter_context(background(setup.load))
+        held.enter_context(setup.locked())
+        table = _with_prior(_of_these_weights(_opened(setup, path, fingerprint, mode), setup, progress), prior)
         table = _storage_refused(setup, table)
-        recorder = Recorder(setup, table, path, effort.protocol, progress or Progress.silent(), seed)
+        recorder = Recorder(setup, table, path, effort.protocol, progress, seed)
         if mode == Mode.SANDWICHED:
             _layers(recorder).sandwiched(effort.time_limit_s)
         elif mode in LAYERED:
@@ -111,9 +122,14 @@ def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     progress.start(3 + (effort.builds or most_builds(recorder)), title, until=lambda: limit.left_s)
     try:
         _anchors(recorder)
-        if widths:
+        if widths and setup.network.groups:
             find_grid(recorder, limit)
+        else:
+            measure_variants(recorder, setup.network.channels)
         build_by_design(recorder, limit, effort.builds)
+        if widths and not effort.builds and unprobed(recorder.table) and not limit.late(LATER_SHARE):
+            find_grid(recorder, limit, LATER_SHARE)
+            build_by_design(recorder, limit)
         recorder.keep(recorder.table.with_header(ended=True))
     finally:
         progress.stop()
@@ -156,9 +172,20 @@ def _anchors(recorder: Recorder) -> None:
     )
 
 
-def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -> LatencyTable:
-    """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
-    header = Header(
+def without_times(setup: Setup) -> LatencyTable:
+    """A table of sizes alone, without a build: for budgets that nothing measured bounds."""
+    base = setup.options.base
+    always, own = graph_bytes(setup, base)
+    dense = setup.onnx(uniform(setup.network, "fp32")).ByteSize()
+    header = _header(setup, devices.fingerprint_for(setup.backend).to_json(), Mode.CONTEXT)
+    table = LatencyTable(
+        replace(header, graph_bytes=always + METADATA_BYTES, unit_bytes=own, dense_file_bytes=int(dense))
+    )
+    return _storage_refused(setup, table)
+
+
+def _header(setup: Setup, device: dict[str, Any], mode: str) -> Header:
+    return Header(
         network=setup.network,
         device=device,
         backend=setup.backend.name,
@@ -169,6 +196,11 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=_without_folder(setup.lowering.task.spec),
     )
+
+
+def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -> LatencyTable:
+    """The table to go on with: this setup's section of the file, or a new one with what the other sections tell."""
+    header = _header(setup, device, mode)
     table = LatencyTable(header)
     if out is None or not out.exists():
         return table
@@ -185,6 +217,17 @@ def _opened(setup: Setup, out: Path | None, device: dict[str, Any], mode: str) -
         return old
     told = of_sections(sections, table, signatures(setup.network)) if mode == Mode.CONTEXT else ()
     return table.with_header(prior=tuple(told))
+
+
+def _of_these_weights(table: LatencyTable, setup: Setup, progress: Progress | None) -> LatencyTable:
+    """The table of a network of this structure with the network as it is now: its weights, and which units stay in float.
+
+    What was measured stays, variants that returned wrong outputs as well.
+    """
+    old, new = table.network, setup.network
+    if old.weights_digest != new.weights_digest and progress is not None:
+        progress.say("the network has other weights than when it was profiled: its times are used, as they depend on none")
+    return table.with_header(network=new)
 
 
 def _with_prior(table: LatencyTable, prior: Sequence[LatencyTable]) -> LatencyTable:

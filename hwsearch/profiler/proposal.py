@@ -25,7 +25,6 @@ from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, Equations, Feat
 from hwsearch.latency.uncertainty import ErrorScale
 from hwsearch.network.choices import Candidate, Grid, Offered, cover, random_candidate
 from hwsearch.network.variants import Variant, legal
-from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable, usable
 
 Floats = NDArray[np.float64]
@@ -98,7 +97,7 @@ class Belief:
 
     def __init__(self, table: LatencyTable, offered: Offered, grid: Grid) -> None:
         self.network, self.offered, self.grid = table.network, offered, grid
-        builds = [b for b in usable(table) if b.role != Role.HELDOUT]
+        builds = [b for b in usable(table) if not b.kept_out]
         self.equations = equations = Equations(table, builds)
         self.model = solved(table, equations, equations.prior(), ErrorScale())
         self.build_error = float(np.median(equations.errors / equations.measured))

@@ -19,7 +19,7 @@ from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
 from hwsearch.table.build import Build, Role
-from hwsearch.table.table import LatencyTable
+from hwsearch.table.table import LatencyTable, usable
 
 SHORT = Protocol(width=0.015, limit_s=1.0)
 """Builds of a design over widths are many: what one lacks in rounds the others give."""
@@ -64,6 +64,11 @@ class Recorder:
         """What was built under the table's base so far."""
         return [self.table.candidate(b) for b in self.table.builds if b.base == self.setup.options.base]
 
+    def known_cells(self) -> set[tuple[str, str]]:
+        """(signature, variant) that a fit will know."""
+        built = [self.table.candidate(b) for b in usable(self.table) if not b.kept_out]
+        return {cell for c in built for cell in c.cells(self.setup.network)} | self.table.known()
+
     def count(self, *roles: str) -> int:
         """Builds of these roles."""
         return sum(b.role in roles for b in self.table.builds)
@@ -76,7 +81,7 @@ class Recorder:
         variants = tuple(str(candidate.variants[u.name]) for u in self.setup.network.units)
         widths = tuple(candidate.widths[g] for g in self.setup.network.channels)
         for old in self.table.builds:
-            if old.key == (base, variants, widths) and old.role == role and role not in (Role.DESIGN, Role.HELDOUT):
+            if old.key == (base, variants, widths) and old.role == role and role not in (Role.DESIGN, Role.HELDOUT, Role.TEST):
                 return old
         reference = self.reference
         begun = self.setup.clock()

@@ -38,7 +38,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
     """
     begun, steps = recorder.setup.clock(), sum(map(len, recorder.table.grid().values()))
     before = recorder.table.header.design
-    built = recorder.count(Role.DESIGN, Role.HELDOUT)
+    built = recorder.count(Role.DESIGN, Role.HELDOUT, Role.TEST)
     if not count and (before.get("builds"), before.get("steps")) == (built, steps) and before["enough"]:
         return
     held = HeldOut(recorder, limit)
@@ -50,7 +50,7 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
             design={
                 "stopped": stopped,
                 "enough": stopped != LATE,
-                "builds": recorder.count(Role.DESIGN, Role.HELDOUT),
+                "builds": recorder.count(Role.DESIGN, Role.HELDOUT, Role.TEST),
                 "steps": steps,
                 "seconds": round(before.get("seconds", 0.0) + (recorder.setup.clock() - begun) / 1e9, 1),
                 "error": round(proposal.error, 5) if proposal else None,
@@ -67,7 +67,7 @@ def most_builds(recorder: Recorder) -> int:
     """
     network, grid, offered = recorder.setup.network, recorder.table.grid(), recorder.offered()
     cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
-    others = len(recorder.table.builds) - recorder.count(Role.DESIGN, Role.HELDOUT)
+    others = len(recorder.table.builds) - recorder.count(Role.DESIGN, Role.HELDOUT, Role.TEST)
     least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
     most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
     return max(4, round(most * (1.0 - 0.4 * _known_share(recorder))))

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from hwsearch.device.nvidia import State
 from hwsearch.device.timing import quietest, relative
-from hwsearch.errors import InvalidInput
 from hwsearch.network.network import Network
-from hwsearch.network.variants import Variant
+from hwsearch.network.variants import PRECISIONS, Variant
+from hwsearch.table.checking import Rows
 
 
 class Role(StrEnum):
@@ -28,6 +28,7 @@ class Role(StrEnum):
     PROBE = "probe"
     DESIGN = "design"
     HELDOUT = "heldout"
+    TEST = "test"
     DEPLOYED = "deployed"
     ALONE = "alone"
     SANDWICH = "sandwich"
@@ -35,6 +36,9 @@ class Role(StrEnum):
 
 PARTS = (Role.ALONE, Role.SANDWICH)
 """Roles of builds of a part of the network: one unit by itself, or some between their neighbours."""
+
+KINDS = ("unit", "edge", "rest")
+"""Where the time of a node belongs, see `NodeRow`."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ class Build:
         return self.role in PARTS
 
     @property
+    def kept_out(self) -> bool:
+        """Whether no fit sees it. Held-out builds end a profile and widen its predictions; test builds do nothing but judge it."""
+        return self.role in (Role.HELDOUT, Role.TEST)
+
+    @property
     def key(self) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
         return self.base, self.variants, self.widths
 
@@ -142,32 +151,128 @@ class Build:
         return all(not e or not v or Variant.parse(v).runs_as(e) for v, e in pairs)
 
 
-def read_builds(rows: Any, network: Network, path: str | Path) -> tuple[Build, ...]:
-    """The builds that rows of a file (a pyarrow table) say. Raises InvalidInput where they are damaged."""
-    try:
-        builds = tuple(
-            Build(
-                **{
-                    **row,
-                    "role": Role(now_called(row["role"])),
-                    "variants": tuple(row["variants"]),
-                    "executed": tuple(row["executed"]),
-                    "widths": tuple(row["widths"]),
-                    "samples_ns": np.array(row["samples_ns"], np.int64),
-                    "reference_ns": np.array(row["reference_ns"], np.int64),
-                    "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
-                    "singles_ns": np.array(row.get("singles_ns") or (), np.int64),
-                    "states": tuple(_state(s) for s in row.get("states") or ()),
-                }
-            )
-            for row in rows.to_pylist()
+TODO = "take another copy, or move it away and profile again"
+LATER = ("energy_j", "reference_energy_j", "energy_error", "states", "singles_ns")
+"""Columns that older files lack, and that may be null."""
+
+
+def read_builds(rows: Any, network: Network, path: str | Path, where: str = "") -> tuple[Build, ...]:
+    """The builds that rows of a file (a pyarrow table) say. where: their section, in words.
+
+    Raises InvalidInput, which names row and field, where they say what no measurement of this network can say.
+    """
+    _check(Rows(rows, path, TODO, where), network)
+    numbers = ("samples_ns", "reference_ns", "singles_ns")
+    have = [n for n in numbers if n in rows.schema.names]
+    arrays = {n: [np.array(v.values, np.int64) if v.is_valid else None for v in rows[n]] for n in have}
+    none = np.zeros(0, np.int64)
+
+    def times(name: str, i: int) -> NDArray[np.int64]:
+        found = arrays[name][i] if name in arrays else None
+        return none if found is None else found
+
+    return tuple(
+        Build(
+            **{
+                **row,
+                **{n: times(n, i) for n in numbers},
+                "role": Role(now_called(row["role"])),
+                "variants": tuple(row["variants"]),
+                "executed": tuple(row["executed"]),
+                "widths": tuple(row["widths"]),
+                "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
+                "states": tuple(_state(s) for s in row.get("states") or ()),
+            }
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
-    for build in builds:
-        if why := _damage(build, network):
-            raise InvalidInput(f"{path} is damaged: {why}")
-    return builds
+        for i, row in enumerate(rows.drop_columns(have).to_pylist())
+    )
+
+
+def _check(rows: Rows, network: Network) -> None:
+    """Raises InvalidInput on the first field that lies."""
+    rows.typed(columns(), LATER)
+    have = rows.rows.schema.names
+    rows.words("role", {*Role, "isolated"}, f"one of {', '.join(Role)}")
+    rows.words("base", PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    rows.words("source", ["measured"], "'measured': estimates are not kept in tables")
+    _check_times(rows)
+    for column in ("build_s", "file_bytes"):
+        rows.numbers(column, "a finite number from 0 on", lambda v: np.isfinite(v) & (v >= 0))
+    rows.numbers("output_error", "a number from 0 on", lambda v: v >= 0)
+    for column in ("energy_j", "reference_energy_j"):
+        if column in have:
+            rows.numbers(column, "a finite number from 0 on", lambda v: np.isfinite(v) & (v >= 0))
+    if "energy_error" in have:
+        rows.numbers("energy_error", "a number from 0 on", lambda v: v >= 0)
+    for column in ("variants", "executed"):
+        rows.lengths(column, len(network.units), "units")
+    rows.variants("variants", or_none=True)
+    rows.elements("executed", f"one of {', '.join(PRECISIONS)}", lambda v: np.isin(v.astype(str), ["", *PRECISIONS]))
+    _check_whole(rows)
+    _check_widths(rows, network)
+    _check_nodes(rows, network)
+    rows.once("role", "base", "ratio", "low", "high", "build_s", "file_bytes", "measured_at")
+
+
+def _check_times(rows: Rows) -> None:
+    for column in ("samples_ns", "reference_ns"):
+        rows.elements(column, "times above 0 ns", lambda v: v > 0, least=1)
+    if "singles_ns" in rows.rows.schema.names:
+        rows.elements("singles_ns", "times above 0 ns", lambda v: v > 0)
+    for column in ("ratio", "low", "high"):
+        rows.numbers(column, "a finite number above 0", lambda v: np.isfinite(v) & (v > 0))
+    low, ratio, high = (rows.array(f) for f in ("low", "ratio", "high"))
+    for column, above in (("low", low > high), ("ratio", (ratio < low) | (ratio > high))):
+        if above.any():
+            row = int(above.argmax())
+            told = f"low <= ratio <= high, which are {low[row]:.6g}, {ratio[row]:.6g} and {high[row]:.6g}"
+            rows.refuse(row, column, rows.array(column)[row].item(), told)
+
+
+def _check_whole(rows: Rows) -> None:
+    """Builds of the whole network say a variant of every unit."""
+    values, at = rows.flat("variants")
+    roles = np.array(rows.rows["role"].to_pylist(), object)
+    empty = np.asarray(values.to_numpy(zero_copy_only=False) == "", bool)
+    wrong = empty & ~np.isin(roles[at].astype(str), [*PARTS, "isolated"])
+    if wrong.any():
+        rows.refuse(int(at[wrong.argmax()]), "variants", "", "a variant for each unit of a whole network")
+
+
+def _check_widths(rows: Rows, network: Network) -> None:
+    rows.lengths("widths", len(network.groups), "channel groups", or_none=True)
+    values, at = rows.flat("widths")
+    most = np.tile([g.channels for g in network.groups], len(values) // max(len(network.groups), 1))
+    found = np.asarray(values)
+    wrong = (found < 1) | (found > most)
+    if wrong.any():
+        place = int(wrong.argmax())
+        group = network.groups[place % len(network.groups)]
+        rows.refuse(int(at[place]), f"widths of {group.name}", int(found[place]), f"1 to {group.channels}")
+
+
+def _check_nodes(rows: Rows, network: Network) -> None:
+    nodes, at = rows.flat("nodes")
+    fields = {name: nodes.field(name) for name in ("kind", "units", "time_ns", "name", "op", "precision")}
+    for name, values in fields.items():
+        if values.null_count:
+            rows.refuse(int(at[np.asarray(values.is_null()).argmax()]), f"nodes.{name}", None, "a value")
+    time = np.asarray(fields["time_ns"])
+    kind = np.asarray(fields["kind"].to_numpy(zero_copy_only=False), str)
+    for name, found, wrong, expected in (
+        ("time_ns", time, ~(np.isfinite(time) & (time >= 0)), "a finite number from 0 on"),
+        ("kind", kind, ~np.isin(kind, KINDS), f"one of {', '.join(KINDS)}"),
+    ):
+        if wrong.any():
+            place = int(wrong.argmax())
+            rows.refuse(int(at[place]), f"nodes.{name}", found[place].item(), expected)
+    units = fields["units"]
+    names = units.flatten()
+    unknown = set(names.unique().to_pylist()) - set(network.by_name)
+    if unknown:
+        owner = np.repeat(at, np.diff(np.asarray(units.offsets)))
+        place = next(i for i, name in enumerate(names.to_pylist()) if name in unknown)
+        rows.refuse(int(owner[place]), "nodes.units", names[place].as_py(), "units of the network")
 
 
 def now_called(name: str) -> str:
@@ -178,24 +283,6 @@ def now_called(name: str) -> str:
 def _state(row: Mapping[str, Any]) -> State:
     throttle = row["throttle"]
     return State(**{**row, "throttle": None if throttle is None else tuple(throttle)})
-
-
-def _damage(build: Build, network: Network) -> str:
-    """What a row says that no measurement of this network can say; empty where nothing."""
-    if build.source != "measured" or build.role is None or not build.ratio or not 0 < build.ratio < np.inf:
-        return f"a row has source {build.source!r}, role {build.role!r} and ratio {build.ratio}"
-    for what, values in (("variants", build.variants), ("executed precisions", build.executed)):
-        if len(values) != len(network.units):
-            return f"a row has {len(values)} {what} for {len(network.units)} units"
-    if build.widths and len(build.widths) != len(network.groups):
-        return f"a row has {len(build.widths)} widths for {len(network.groups)} channel groups"
-    if any(not 0 < w <= g.channels for w, g in zip(build.widths, network.groups, strict=False)):
-        return f"a row has widths {build.widths}"
-    try:
-        _ = [Variant.parse(v) for v in build.variants if v]
-    except (InvalidInput, TypeError) as error:
-        return str(error)
-    return ""
 
 
 def columns() -> Any:

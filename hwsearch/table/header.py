@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -11,7 +12,8 @@ from typing import Any
 from hwsearch.errors import InvalidInput
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Int8
-from hwsearch.table.build import now_called
+from hwsearch.table.build import TODO, now_called
+from hwsearch.table.checking import first_wrong, is_variant, number, wrong_network, wrong_options
 from hwsearch.table.section import Section
 
 
@@ -128,15 +130,44 @@ class Header:
         )
 
 
-def read_header(data: Mapping[str, Any], path: str | Path) -> Header:
-    """Raises InvalidInput on anything else than `Header.to_json` gives."""
+def read_header(data: Mapping[str, Any], path: str | Path, where: str = "") -> Header:
+    """Raises InvalidInput, which names the field, on what no profile writes. where: the section, in words."""
     try:
         header = Header.from_json(data)
-        for group, steps in header.grid.items():
-            whole = header.network.channels[group]
-            if sorted({whole, *map(int, steps)}, reverse=True) != steps or steps[-1] < 1:
-                raise ValueError(f"widths {steps} of {group}")
         _ = header.section.key, header.options["base"]
+        why = wrong_network(header.network) or wrong_options(header.options) or first_wrong(_checks(header))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{path} is damaged: {error!r}; profile again or take another copy") from error
+        raise InvalidInput(f"{path} is damaged: header{where}: {error!r}; {TODO}") from error
+    if why:
+        raise InvalidInput(f"{path} is damaged: header{where}: {why}; {TODO}")
     return header
+
+
+def _checks(header: Header) -> list[tuple[str, Any, bool, str]]:
+    """(field, value, whether it is right, what is expected) of a header."""
+    channels, units = header.network.channels, set(header.network.by_name)
+    whole, texts = "a whole number from 0 on", "texts"
+    checks: list[tuple[str, Any, bool, str]] = [
+        ("reference_ns", header.reference_ns, number(header.reference_ns), "a finite time from 0 ns on"),
+        ("graph_bytes", header.graph_bytes, number(header.graph_bytes, whole=True), whole),
+        ("dense_file_bytes", header.dense_file_bytes, number(header.dense_file_bytes, whole=True), whole),
+        ("device", header.device, isinstance(header.device, dict), "what a device says of itself"),
+        ("backend", header.backend, isinstance(header.backend, str), "the name of a backend"),
+        ("versions", header.versions, all(isinstance(v, str) for v in header.versions.values()), texts),
+        ("ended", header.ended, isinstance(header.ended, bool), "true or false"),
+        ("design", header.design, isinstance(header.design, dict), "how the design ended"),
+    ]
+    for group, steps in header.grid.items():
+        most = channels.get(group, 0)
+        right = steps and all(number(w, 1, whole=True) for w in steps) and steps == sorted({most, *steps}, reverse=True)
+        checks.append((f"grid of {group}", steps, bool(right), f"widths of a channel group, {most} of it first, falling"))
+    for unit, reasons in header.unsupported.items():
+        known = unit in units and all(is_variant(v) and isinstance(why, str) for v, why in reasons.items())
+        checks.append((f"unsupported of {unit}", reasons, known, "reasons by variant of a unit of the network"))
+    for unit, added in header.unit_bytes.items():
+        known = unit in units and all(is_variant(v) and number(n, -math.inf, whole=True) for v, n in added.items())
+        checks.append((f"unit_bytes of {unit}", added, known, "bytes by variant of a unit of the network"))
+    for evidence in header.prior:
+        right = number(evidence.ns, -math.inf) and number(evidence.error_ns)
+        checks.append((f"prior of {evidence.feature}", (evidence.ns, evidence.error_ns), right, "a finite time and its error"))
+    return checks

@@ -42,7 +42,8 @@ def read_parquet(path: str | Path, kind: str, *schemas: int) -> tuple[Any, dict[
         header = json.loads(raw) if raw is not None else None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InvalidInput(
-            f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}"
+            f"{path} is not a readable Parquet file (truncated?): {str(error).splitlines()[0]}; "
+            "take another copy, or move it away and make it again"
         ) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "none of hwsearch's"
@@ -50,7 +51,7 @@ def read_parquet(path: str | Path, kind: str, *schemas: int) -> tuple[Any, dict[
     if header.get("schema") not in schemas:
         raise IncompatibleTables(
             f"{path} has schema {header.get('schema')}, this hwsearch reads schema {', '.join(map(str, schemas))}; "
-            "make it again, or use the hwsearch that wrote it"
+            "move it away and make it again, or use the hwsearch that wrote it"
         )
     return table, header
 
@@ -73,11 +74,11 @@ def read_sections(
     if not isinstance(sections, list) or not sections or not all(isinstance(s, dict) for s in sections):
         raise InvalidInput(f"{path} is damaged: its header names no sections; take another copy")
     if SECTION not in table.schema.names or not pa.types.is_integer(table.schema.field(SECTION).type):
-        raise InvalidInput(f"{path} is damaged: its rows do not say which section they are of")
+        raise InvalidInput(f"{path} is damaged: its rows do not say which section they are of; take another copy")
     column = table[SECTION]
     found = [table.filter(pc.equal(column, n)).drop_columns([SECTION]) for n in range(len(sections))]
     if sum(map(len, found)) != len(table):
-        raise InvalidInput(f"{path} is damaged: it has rows of none of its {len(sections)} sections")
+        raise InvalidInput(f"{path} is damaged: it has rows of none of its {len(sections)} sections; take another copy")
     return list(zip(sections, found, strict=True))
 
 

@@ -26,7 +26,7 @@ from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.choices import Candidate
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
-from hwsearch.table.build import Build, Role, columns, read_builds
+from hwsearch.table.build import TODO, Build, Role, columns, read_builds
 from hwsearch.table.header import LAYERED, Header, Mode, read_header
 from hwsearch.table.parquet import read_sections, write_sections
 from hwsearch.table.section import matching, only
@@ -338,9 +338,12 @@ class LatencyTable:
             IncompatibleTables: another schema.
         """
         tables = []
-        for data, rows in read_sections(path, (SCHEMA, *OLDER), WHOLE):
-            header = read_header(data, path)
-            tables.append(LatencyTable(header, read_builds(rows, header.network, path)))
+        read = read_sections(path, (SCHEMA, *OLDER), WHOLE)
+        for place, (data, rows) in enumerate(read):
+            where = f" of section {place + 1}" if len(read) > 1 else ""
+            header = read_header(data, path, where)
+            tables.append(LatencyTable(header, read_builds(rows, header.network, path, where)))
+            _require_scale(tables[-1], path, where)
         keys = [t.header.section for t in tables]
         if any(key in keys[:i] for i, key in enumerate(keys)):
             raise InvalidInput(
@@ -437,6 +440,25 @@ class LatencyTable:
                 for b in self.builds
             ]
         ).fillna(0)
+
+
+def judged_by(table: LatencyTable) -> list[Build]:
+    """The builds on which the error of a fit is reported: test builds, or held-out ones where there are fewer than two."""
+    tested, held = ([b for b in usable(table) if b.role == role] for role in (Role.TEST, Role.HELDOUT))
+    return tested if len(tested) >= 2 else held + tested
+
+
+def _require_scale(table: LatencyTable, path: str | Path, where: str) -> None:
+    """Raises InvalidInput where the reference's time is none of its samples', as the median of them all is."""
+    if not table.builds:
+        return
+    medians = [float(np.median(b.reference_ns)) for b in table.builds]
+    least, most = min(medians), max(medians)
+    if not 0.999 * least <= table.header.reference_ns <= 1.001 * most:
+        raise InvalidInput(
+            f"{path} is damaged: header{where}: reference_ns is {table.header.reference_ns:.6g}, expected {least:.6g} to "
+            f"{most:.6g}, as the samples of the reference in its rows say; {TODO}"
+        )
 
 
 def usable(table: LatencyTable) -> list[Build]:

@@ -220,6 +220,7 @@ class Behaviour(TypedDict, total=False):
         noise: Relative standard deviation of each inference. `build_noise`: of each engine, the same in all its inferences.
             `node_noise`: of each node's counter.
         drift: The machine's slowness after so many simulated seconds (1.0 is none).
+        wander: Slowness of one network after so many simulated seconds, by a key of what it is (1.0 is none): ratios drift.
         failing: Numbers of the builds, from 0, that raise BackendUnavailable.
         refused: Units that execute in the base precision whatever is asked.
         build_ns: Simulated time of a build.
@@ -236,6 +237,7 @@ class Behaviour(TypedDict, total=False):
     build_noise: float
     node_noise: float
     drift: Callable[[float], float] | None
+    wander: Callable[[float, str], float] | None
     failing: Collection[int]
     refused: Collection[str]
     build_ns: int
@@ -266,6 +268,7 @@ class SimulatedBackend:
         self.int8_bits = behaviour.get("int8_bits", INT8_BITS)
         self.noise, self.build_noise = behaviour.get("noise", 0.0), behaviour.get("build_noise", 0.0)
         self.node_noise, self.drift = behaviour.get("node_noise", 0.0), behaviour.get("drift")
+        self.wander = behaviour.get("wander")
         self.failing, self.refused = behaviour.get("failing", ()), behaviour.get("refused", ())
         self.build_ns = behaviour.get("build_ns", 0)
         self.builds = 0
@@ -390,6 +393,8 @@ class SimulatedEngine:
         """The size of each unit, as its weights and output say."""
         self.time_ns = backend.law.time_ns(self.executed, self.sizes) * backend.jitter(backend.build_noise)
         """Time of one inference without noise or drift."""
+        self.key = repr((sorted(self.executed.items()), sorted(self.sizes.items())))
+        """What network it is of: the same for another engine of it."""
         stored = {tensor.name for tensor in self._model.graph.initializer}
         self.inputs = [_spec(value) for value in self._model.graph.input if value.name not in stored]
         self.outputs = [_spec(value) for value in self._model.graph.output]
@@ -448,7 +453,9 @@ class SimulatedEngine:
 
     def run(self) -> None:
         """One inference: simulated time passes, nothing is computed."""
-        drift = self._backend.drift(self._backend.clock() / 1e9) if self._backend.drift else 1.0
+        seconds = self._backend.clock() / 1e9
+        drift = self._backend.drift(seconds) if self._backend.drift else 1.0
+        drift *= self._backend.wander(seconds, self.key) if self._backend.wander else 1.0
         time_ns = self.time_ns * drift * self._backend.jitter(self._backend.noise)
         self._backend.advance(time_ns)
         if self._backend.watts:

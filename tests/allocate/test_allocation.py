@@ -72,7 +72,7 @@ def test_counts_and_uniform() -> None:
     [
         ({"variants": None}, "variants"),
         ({"variants": {}}, "allocates no unit"),
-        ({"variants": {"a": "3:4.int7"}}, "unknown variant '3:4.int7'"),
+        ({"variants": {"a": "3:4.int7"}}, "variants.a is '3:4.int7'"),
         ({"variants": {"a": 8}}, "variants.a"),
         ({"predicted": {"latency_ns": 1.0}}, "predicted lacks sigma_ns, size_bytes, loss"),
         ({"predicted": {"latency_ns": "fast"}}, "predicted.latency_ns"),

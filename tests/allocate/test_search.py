@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulation import scores, simulated_table
 from three_groups import ADDITIVE, LAW, NETWORK, SCORES, chosen, everything, memory, model, narrow, table
 from typer.testing import CliRunner
 
@@ -17,8 +18,10 @@ from hwsearch.allocate.budget import Budget
 from hwsearch.allocate.search import front, search
 from hwsearch.cli import app
 from hwsearch.errors import Infeasible
-from hwsearch.network.choices import Candidate
+from hwsearch.latency.model import fit
+from hwsearch.network.choices import Candidate, candidate_widths
 from hwsearch.network.variants import Variant, network_bytes, uniform
+from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, sizes_of
 
 
@@ -99,6 +102,50 @@ def test_the_share_told_is_of_the_dense_network_as_measured_now() -> None:
     least = caught.value.least["latency"]
     assert 1.01 * least <= told.resolve(1.1 * at.table.dense_ns) * 1.001
     assert told.value == pytest.approx(1.01 * least / (1.1 * at.table.dense_ns), rel=0.011)
+
+
+def test_under_a_budget_on_size_alone_widths_that_were_not_measured_are_chosen() -> None:
+    """And of what was not measured no latency is predicted; whatever a table without a build knows is enough."""
+    every = {g: candidate_widths(n) for g, n in NETWORK.channels.items()}
+    losses = scores(NETWORK, every)
+    sizes = [network_bytes(narrow(c), c.variants) + 500 for c in everything(every)]
+    limit = sorted(sizes)[len(sizes) // 50]
+    best = min(losses.total(c.variants, c.widths) for c, size in zip(everything(every), sizes, strict=True) if size <= limit)
+    found = search(table(), losses, [f"size={limit}B"])
+    assert found.predicted["loss"] == pytest.approx(best, rel=1e-9)
+    assert any(w not in table().grid()[g] for g, w in found.widths.items())
+    assert not {"latency_ns", "sigma_ns"} & set(found.predicted)
+    assert found.dense["latency_ns"] > 0
+    assert found.costs.latency is None
+    nothing = search(LatencyTable(table().header), losses, [f"size={limit}B"])
+    assert (nothing.variants, nothing.widths) == (found.variants, found.widths)
+    assert "latency_ns" not in nothing.dense
+    measured = search(table(), SCORES, [f"size={limit}B"], model=model())
+    if all(model().knows(u, Variant.parse(v), measured.widths) for u, v in measured.variants.items()):
+        assert measured.predicted["latency_ns"] > 0
+
+
+def test_what_is_never_faster_than_dense_is_said_to_be() -> None:
+    """Only int8, and slower: then the least is above 100 %."""
+    slow = LatencyLaw({u: {"fp32": 1e5, "int8": 2e5} for u in NETWORK.by_name}, rest_ns=1e4, whole=LAW.whole)
+    flat = simulated_table(NETWORK, slow, design=8)
+    at = fit(flat)
+    with pytest.raises(Infeasible, match="Nothing offered here is faster than the dense network"):
+        search(flat, SCORES, ["latency=90%"], model=at)
+
+
+def test_a_budget_within_the_error_of_the_least_is_left_to_a_measurement() -> None:
+    at = model()
+    every = [at.predict(c.variants, c.widths) for c in everything()]
+    least = min(every, key=lambda p: p.time_ns)
+    budget = f"latency={round(least.time_ns - least.sigma_ns)}ns"
+    with pytest.raises(Infeasible, match="a prediction cannot tell: `hwsearch run` measures"):
+        search(table(), SCORES, [budget], model=at)
+    nearest = search(table(), SCORES, [budget], model=at, doubtful=True)
+    assert nearest.predicted["latency_ns"] == pytest.approx(least.time_ns, abs=100)
+    with pytest.raises(Infeasible) as far:
+        search(table(), SCORES, [f"latency={round(least.time_ns - 3 * least.sigma_ns)}ns"], model=at, doubtful=True)
+    assert "cannot tell" not in str(far.value)
 
 
 def test_a_share_of_memory_is_of_the_dense_network() -> None:

@@ -42,6 +42,7 @@ class Scores(str):
 class Report:
     def __init__(self, met: bool, unexplained: list[str] | None = None) -> None:
         self.met, self.unexplained = met, unexplained or []
+        self.state = "met" if met else "missed"
         self.saved: Path | None = None
 
     def to_json(self) -> dict[str, bool]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from invoking import Install, Table, invoke, raising
 
+from hwsearch.cli.ending import _left_by
 from hwsearch.errors import (
     BudgetMissed,
     DeviceBusy,
@@ -41,6 +42,21 @@ def test_errors_are_one_line_and_an_exit_code(
     api(profile=raising(error))
     result = invoke("profile", "zoo:x", "-o", "t.parquet")
     assert (result.exit_code, result.stderr, result.stdout) == (code, f"{line}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "resumed"),
+    [
+        (("profile", "zoo:x", "-o", "t.parquet"), True),
+        (("sensitivity", "zoo:x", "--output=s.parquet"), True),
+        (("run", "zoo:x", "--budget", "latency=50%", "--out", "out"), True),
+        (("verify", "zoo:x", "--alloc", "a.json", "-o", "r.json"), False),
+        (("search", "--table", "t", "--sensitivity", "s", "--budget", "size=50%", "-o", "a.json"), False),
+    ],
+)
+def test_the_same_command_goes_on_is_said_where_it_does(words: tuple[str, ...], resumed: bool) -> None:
+    assert ("goes on" in _left_by(words)) == resumed
+    assert ("begins anew" in _left_by(words)) == (not resumed)
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,32 @@ from pathlib import Path
 import pytest
 
 from hwsearch.allocate.costs import Costs
+from hwsearch.deployment.confirm import Judgement, State
 from hwsearch.deployment.report import SCHEMA, Report, Timed
 
-TIMED = Timed(1e5, 1.9e6, 2.0e6, 1.95e6, 2.2e6, 4e6, 4.5e6)
+TIMED = Timed(sigma=1e5, unconverted=1.95e6, reference=4e6, reference_now=4.5e6)
+JUDGED = Judgement(
+    dense=Costs(latency=4e6, size=4000, macs=1000),
+    bound=Costs(latency=2e6),
+    measured=Costs(latency=1.95e6, size=950, macs=400),
+    low=Costs(latency=1.9e6),
+    high=Costs(latency=2.0e6),
+    upper=Costs(latency=2.0e6),
+    now=Costs(latency=2.2e6),
+    now_high=Costs(latency=2.3e6),
+    bound_now=Costs(),
+    state=State.MET,
+    windows=2,
+)
 
 REPORT = Report(
     task="tiny",
     backend="simulated",
     device={"chip": "a chip"},
     options={"threads": 1},
-    met=True,
     rounds=2,
-    dense=Costs(latency=4e6, size=4000, macs=1000),
-    bound=Costs(latency=2e6),
     predicted=Costs(latency=1.9e6, size=900),
-    measured=Costs(latency=1.95e6, size=950, macs=400),
+    judged=JUDGED,
     timed=TIMED,
     score={"dense": 0.9, "deployed": 0.89},
     loss={"predicted": 0.01, "measured": 0.02},
@@ -37,9 +48,10 @@ REPORT = Report(
 def test_the_file_holds_everything(tmp_path: Path) -> None:
     REPORT.save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    own = {f.name for f in fields(Report)} - {"dense", "bound", "predicted", "measured", "timed"}
-    assert set(data) == own | {"schema", "latency_ms", "size_bytes", "macs", "memory", "energy_mj"}
+    own = {f.name for f in fields(Report)} - {"predicted", "judged", "timed"}
+    assert set(data) == own | {"schema", "state", "met", "windows", "latency_ms", "size_bytes", "macs", "memory", "energy_mj"}
     assert data["schema"] == SCHEMA
+    assert (data["state"], data["met"], data["windows"]) == ("met", True, 2)
     assert data["latency_ms"] == {
         "dense": 4.0, "budget": 2.0, "predicted": 1.9, "sigma": 0.1, "measured": 1.95, "measured_low": 1.9, "measured_high": 2.0,
         "measured_unconverted": 1.95, "measured_now": 2.2, "reference": 4.0, "reference_now": 4.5,
@@ -64,7 +76,13 @@ def test_a_person_reads_what_is_narrower() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"met": False}, "MISSED"),
+        ({"judged": replace(JUDGED, state=State.MISSED)}, "MISSED"),
+        ({"judged": replace(JUDGED, state=State.WITHIN_NOISE)}, "budget   met_within_noise after"),
+        ({"judged": replace(JUDGED, bound_now=Costs(latency=2e6))}, "now      2.2 ms (at most 2.3)"),
+        (
+            {"judged": replace(JUDGED, bound_now=Costs(latency=2e6), state=State.MISSED)},
+            "latency: within the budget on the machine as it was when the table was made, but not now",
+        ),
         ({"wrong_outputs": True, "output_error": 0.7}, "wrong outputs (relative error 0.7)"),
         ({"unstable": True}, "unstable"),
         (
@@ -86,9 +104,12 @@ def test_what_is_wrong_is_said(change: dict[str, object], said: str) -> None:
 def test_tails_and_energy_are_told_where_they_are_known() -> None:
     report = replace(
         REPORT,
-        bound=Costs(latency=2e6, latency_p99=3e6, energy=5e6),
-        measured=replace(REPORT.measured, latency_p90=2.1e6, latency_p99=2.5e6, energy=4e6),
-        dense=replace(REPORT.dense, energy=9e6),
+        judged=replace(
+            JUDGED,
+            bound=Costs(latency=2e6, latency_p99=3e6, energy=5e6),
+            measured=replace(REPORT.measured, latency_p90=2.1e6, latency_p99=2.5e6, energy=4e6),
+            dense=replace(REPORT.dense, energy=9e6),
+        ),
     )
     assert (report.latency_ms["p99"], report.latency_ms["budget_p99"], report.latency_ms["p90"]) == (2.5, 3.0, 2.1)
     assert report.energy_mj == {"dense": 9.0, "budget": 5.0, "predicted": None, "measured": 4.0}

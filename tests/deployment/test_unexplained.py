@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import hwsearch as hs
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.api import verify
+from hwsearch.deployment.confirm import State
 from hwsearch.deployment.unexplained import fall_explained, unforeseen
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -116,7 +117,7 @@ def test_what_is_far(predicted: float, measured: float, is_so: bool) -> None:
 
 
 def test_a_missed_budget_is_missed_whatever_the_loss() -> None:
-    assert replace(REPORT, met=False, unexplained=["x"]).verdict == "MISSED"
+    assert replace(REPORT, judged=replace(REPORT.judged, state=State.MISSED), unexplained=["x"]).verdict == "MISSED"
     assert replace(REPORT, wrong_units={"a": "off by 3"}).wrong_units["a"] in str(
         replace(REPORT, wrong_units={"a": "off by 3"})
     )

@@ -1,98 +1,18 @@
-"""The fingerprint says the same thing twice; the lock lets one process in, and lets go of the dead."""
+"""The fingerprint says the same thing twice, and what differs between two machines."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hwsearch.device import fingerprint as device
-from hwsearch.device.fingerprint import Device, fingerprint, lock
-from hwsearch.errors import DeviceBusy, InvalidInput
-
-HOLD = """
-import sys, time
-sys.argv = ["/usr/bin/hwsearch", "profile", "zoo:some task"]
-from hwsearch.device.fingerprint import lock
-with lock("dev"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@contextmanager
-def holder() -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of device `dev`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_lock_keeps_other_processes_out_and_names_the_holder() -> None:
-    with holder() as other:
-        with pytest.raises(DeviceBusy) as caught, lock("dev"):
-            pytest.fail("two hold the lock")
-        with lock("another device"):
-            pass
-    message = str(caught.value)
-    assert f"pid {other.pid}" in message
-    assert "hwsearch profile 'zoo:some task'" in message
-    assert f"kill {other.pid}" in message
-
-
-def test_lock_of_a_killed_process_is_free() -> None:
-    with holder() as other:
-        os.kill(other.pid, signal.SIGKILL)
-        other.wait()
-        with lock("dev"):
-            pass
-
-
-def test_lock_waits_as_long_as_asked() -> None:
-    with holder() as other:
-        other.terminate()
-        with lock("dev", timeout=30):
-            assert other.wait(5) is not None
-
-
-def test_lock_is_released_by_an_exception_and_not_reentrant() -> None:
-    with pytest.raises(ZeroDivisionError), lock("dev"):
-        raise ZeroDivisionError
-    with lock("dev"), pytest.raises(DeviceBusy, match=f"pid {os.getpid()}"), lock("dev"):
-        pytest.fail("the same process holds the lock twice")
-
-
-def test_lock_without_the_name_of_its_holder(cache: Path) -> None:
-    with lock("dev"):
-        (cache / "locks/dev.lock").write_text("")
-        with pytest.raises(DeviceBusy, match="another process is about to profile"), lock("dev"):
-            pytest.fail("two hold the lock")
-
-
-def test_lock_that_cannot_be_kept_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HWSEARCH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InvalidInput, match="set HWSEARCH_CACHE"), lock("dev"):
-        pytest.fail("no lock file, yet locked")
+from hwsearch.device.fingerprint import Device, fingerprint
 
 
 def test_fingerprint_is_stable_across_processes_and_json() -> None:

@@ -290,8 +290,8 @@ def test_without_a_name_what_is_not_there_is_no_failure(monkeypatch: pytest.Monk
     assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 1
 
 
-def test_a_device_that_is_being_profiled_is_left_alone() -> None:
-    with device.lock(device.fingerprint().id), pytest.raises(DeviceBusy):
+def test_a_device_that_is_being_profiled_is_left_alone(busy: Any) -> None:
+    with busy(device.fingerprint().id), pytest.raises(DeviceBusy):
         examine("simulated")
 
 

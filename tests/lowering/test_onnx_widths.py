@@ -21,6 +21,7 @@ from hwsearch.compress.widths import Kept
 from hwsearch.graph.calls import as_call
 from hwsearch.lowering import lowering as lower
 from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.marked import export
 from hwsearch.lowering.onnx_widths import NotFollowed
 from hwsearch.network.variants import uniform
 from hwsearch.task import Task
@@ -33,11 +34,6 @@ QUICK = set(
 
 
 def made(model: nn.Module, inputs: Any) -> Lowering:
-    """No two parameters stay equal: the exporter would store them once, under one name."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(0.01 * torch.randn_like(parameter))
     return Lowering(Task(model, inputs, [inputs], lambda predict: 0.0, "test"), int8_bits=bits())
 
 
@@ -141,14 +137,41 @@ class Stepped(nn.Module):
         return self.head(F.relu(self.c(y[:, ::2])))
 
 
-def test_equal_parameters_are_stored_once_and_exported_anew() -> None:
+class Twins(nn.Module):
+    """Equal tensors on two channel groups: biases, small weights, buffers, or literals."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.c, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+        scale = torch.randn(1, 8, 1, 1)
+        self.register_buffer("first", scale.clone())
+        self.register_buffer("second", scale.clone())
+        with torch.no_grad():
+            self.c.weight.copy_(self.b.weight if what == "weights" else self.c.weight)
+            for layer in (self.a, self.b, self.c):
+                assert layer.bias is not None
+                layer.bias.fill_({"zeros": 0.0, "ones": 1.0}.get(what, 0.1 + layer.bias[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, literal = F.relu(self.a(x)), self.what == "literals"
+        x = x * (torch.full((1, 8, 1, 1), 0.5) if literal else self.first)
+        x = F.relu(self.b(x)) * (torch.full((1, 8, 1, 1), 0.5) if literal else self.second)
+        return self.head(F.relu(self.c(x)))
+
+
+@pytest.mark.parametrize("what", ["zeros", "ones", "weights", "buffers", "literals"])
+def test_equal_tensors_do_not_make_every_width_export_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    nn.init.zeros_(model[0].bias)  # type: ignore[arg-type]
-    nn.init.zeros_(model[2].bias)  # type: ignore[arg-type]
-    x = torch.randn(1, 3, 4, 4)
-    of = Lowering(Task(model, x, [x], lambda predict: 0.0))
-    check(of, random_kept(of, 0))
+    exports = []
+    monkeypatch.setattr(lower, "export", lambda traced: exports.append(traced) or export(traced))
+    of = made(Twins(what), torch.randn(1, 3, 4, 4))
+    for first, second in ((2, 5), (5, 2), (4, 4)):  # slots that differ, of as many as well
+        kept = {g: range(i, 8, 1)[: (first, second)[i % 2]] for i, g in enumerate(of.network.channels)}
+        check(of, kept)
+    assert len(exports) == 1
+    check(of, random_kept(of, 0), "int8")
 
 
 def test_what_is_not_followed_is_exported_anew(monkeypatch: pytest.MonkeyPatch) -> None:

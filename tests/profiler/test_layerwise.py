@@ -183,7 +183,7 @@ def test_a_profile_that_dies_resumes(tmp_path: Path, number: int, mode: str) -> 
 @pytest.mark.parametrize("mode", ["sandwiched", "alone"])
 def test_the_time_limit_is_an_error_that_keeps_what_was_measured(tmp_path: Path, mode: str) -> None:
     out, device = tmp_path / "t.parquet", backend(build_ns=1_000_000_000)
-    with pytest.raises(InvalidInput, match="run again"):
+    with pytest.raises(InvalidInput, match="goes on from there"):
         run(device, out, mode, time_limit_s=1.5)
     kept = len(LatencyTable.load(out).builds)
     assert kept > 0
@@ -238,7 +238,7 @@ def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> 
     setup = Setup(lowering(), device, BuildOptions(1, "fp32"))
     budgets = parse_budgets(["latency=75%"])
     report, found, after = closed_loop(setup, table, scores(table.network), budgets, tmp_path)
-    assert report.met
+    assert report.state != "missed"
     assert report.table_check is None
     dense = exact.time_ns(dict.fromkeys(exact.units, "fp32"))
     chosen = exact.time_ns({u: Variant.parse(v).precision for u, v in found.variants.items()})

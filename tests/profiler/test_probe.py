@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from profiling import narrow_law, narrow_setup, run_widths
 from hwsearch.allocate.search import search
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import fit
-from hwsearch.latency.staircase import staircase
+from hwsearch.latency.staircase import staircase, unprobed
 from hwsearch.loss.table import SensitivityTable
-from hwsearch.network.variants import uniform
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
 
@@ -57,11 +58,37 @@ def test_every_group_has_its_narrowest_width_however_early_the_time_limit_ends()
         width_loss={g: dict.fromkeys(steps, 0.0) for g, steps in table.grid().items()},
         order={g: tuple(range(n)) for g, n in table.network.channels.items()},
     )
-    with pytest.raises(Infeasible, match=r"least known so far: .* ended at its time limit, and `hwsearch profile"):
+    with pytest.raises(Infeasible, match=r"least known so far, as .* ended at its time limit: ") as of_time:
         search(table, zero, ["latency=1ns"])
+    assert "3 of 3 channel groups were timed at their whole and narrowest width only" in str(of_time.value)
+    assert "`hwsearch profile TASK -o TABLE --backend simulated --threads 1 --base fp32" in str(of_time.value)
     with pytest.raises(Infeasible) as of_size:
         search(table, zero, ["size=1B"])
     assert "time limit" not in str(of_size.value), "sizes are known without a profile"
+    assert re.search(r"the sensitivities lack \d+ of \d+ widths: `hwsearch sensitivity", str(of_size.value))
+
+
+def test_the_least_is_known_of_however_short_a_profile() -> None:
+    """Every unit in every variant where all groups are at their narrowest, which no probe of one class of groups tells."""
+    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+    table = run_widths(narrow_setup(backend), None, time_limit_s=0.1)
+    widths = {g: steps[-1] for g, steps in table.grid().items()}
+    model = fit(table)
+    for unit in table.network.units:
+        for variant in ("fp32", "int8"):
+            assert model.knows(unit.name, Variant(variant), widths)
+
+
+def test_a_design_that_is_content_leaves_its_time_to_the_widths_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwsearch.profiler.sequential.GOAL", 0.2)  # content early
+    monkeypatch.setattr("hwsearch.profiler.sequential.DOUBT", 1.0)
+
+    def left(later: float) -> int:
+        monkeypatch.setattr("hwsearch.profiler.profile.LATER_SHARE", later)
+        backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+        return sum(map(len, unprobed(run_widths(narrow_setup(backend), None, time_limit_s=50.0)).values()))
+
+    assert left(0.0) > left(0.75)
 
 
 def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_a_killed_profile_loses_at_most_one_build(tmp_path: Path) -> None:
     assert len(run(set_up(noise=0.01), out).builds) == 3 + DESIGN  # and the dead process's lock is free
 
 
-def test_one_profile_at_a_time(tmp_path: Path) -> None:
-    with devices.lock(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
+def test_one_profile_at_a_time(tmp_path: Path, busy: Any) -> None:
+    with busy(devices.fingerprint().id), pytest.raises(DeviceBusy, match=str(os.getpid())):
         run(set_up(), tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()
     run(set_up(), tmp_path / "t.parquet", builds=1)
@@ -146,7 +146,7 @@ def test_a_table_of_something_else_is_refused_and_kept(
 def test_a_profile_over_widths_that_dies_resumes(tmp_path: Path, number: int) -> None:
     """While it looks for the grid, and after."""
     out = tmp_path / "t.parquet"
-    backend = SimulatedBackend(narrow_law(), noise=0.002, failing=(number,))
+    backend = SimulatedBackend(narrow_law(), noise=0.0005, failing=(number,))
     with pytest.raises(BackendUnavailable):
         run_widths(narrow_setup(backend), out)
     kept = LatencyTable.load(out)

@@ -270,7 +270,7 @@ def test_sections_come_back_in_the_order_in_which_they_were_saved(
 @pytest.mark.parametrize("place", range(4))
 def test_saving_a_section_replaces_just_it(several: tuple[Path, list[LatencyTable]], place: int) -> None:
     path, made = several
-    mine = LatencyTable(made[place].header, made[place].builds[:1]).with_header(reference_ns=7.0)
+    mine = LatencyTable(made[place].header, made[place].builds[:1]).with_header(command="another")
     mine.save(path)
     found = LatencyTable.sections(path)
     assert len(found) == len(made)
