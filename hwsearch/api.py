@@ -259,8 +259,7 @@ def run(
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
         load, lock_clocks: As for `profile`, while verifying as well.
-        energy: As for `profile`; a budget on energy brings it with it.
-        progress: Shows how far it is; None shows nothing.
+        energy, progress: As for `profile`; a budget on energy brings the first with it.
 
     Returns:
         The report of the deployed allocation.
@@ -276,8 +275,7 @@ def run(
         raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
-    runtime, folder = backends.get(backend), Path(out)
-    progress = progress or Progress.silent()
+    runtime, folder, progress = backends.get(backend), Path(out), progress or Progress.silent()
     make_folder(folder)
     stores = "precision" in axes and any(b.column == "size" for b in parsed)
     with (
