@@ -233,26 +233,12 @@ def verify(
 
 
 def run(
-    task: Task,
-    budgets: Sequence[str | Budget],
-    out: str | Path,
-    *,
-    backend: str | Backend = "openvino",
-    threads: int = 1,
-    base: str | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-    time_limit_s: float = 600.0,
-    mode: str = "context",
-    axes: Sequence[str] = AXES,
-    keep: Sequence[str] = (),
-    builds: int | None = None,
-    load: int = 0,
-    prior: Sequence[LatencyTable | str | Path] = (),
-    lock_clocks: bool = False,
-    energy: bool = False,
-    progress: Progress | None = None,
-) -> Report:
+    task: Task, budgets: Sequence[str | Budget], out: str | Path, *,
+    backend: str | Backend = "openvino", threads: int = 1, base: str | None = None, batch: int | None = None, seed: int = 0,
+    time_limit_s: float = 600.0, mode: str = "context", axes: Sequence[str] = AXES, keep: Sequence[str] = (),
+    builds: int | None = None, load: int = 0, prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False,
+    energy: bool = False, progress: Progress | None = None,
+) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
@@ -264,10 +250,7 @@ def run(
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
         out: Folder for the results.
-        backend: Name of a backend, or a backend.
-        threads: Inference threads.
-        base: Precision of what is not quantized; None for the backend's preferred one.
-        batch: Batch size; None for that of the example inputs.
+        backend, threads, base, batch, builds, prior: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
         time_limit_s: Seconds of the whole run. The profile takes what refitting, sensitivities and the closed loop leave;
             sensitivities are of fewer samples where time is short, and there are fewer rounds. What an answer needs is done in any
@@ -276,12 +259,8 @@ def run(
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        builds: As for `profile`.
-        load: Busy workers beside the network, while profiling and verifying.
-        prior: As for `profile`.
-        lock_clocks: As for `profile`, while verifying as well.
-        energy: As for `profile`; a budget on energy brings it with it.
-        progress: Shows how far it is; None shows nothing.
+        load, lock_clocks: As for `profile`, while verifying as well.
+        energy, progress: As for `profile`; a budget on energy brings the first with it.
 
     Returns:
         The report of the deployed allocation.
@@ -360,10 +339,10 @@ def _run(
         bank=allowance.bank, limit=allowance.scoring_limit(table), progress=progress,
     )  # fmt: skip
     progress.enter(LOOP)
-    session = Session(setup, table if table.builds else None)
+    session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score
     report, _, table = closed_loop(
-        session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, deadline=limit, progress=progress
+        session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
     )  # fmt: skip
     if timed:
         table.save(table_path)

@@ -148,7 +148,7 @@ class Progress:
         if not self._plan:
             return own
         of_stage = self._plan.get(self._stage, 0.0)
-        later = sum(self._plan.values()) - of_stage
+        later = sum(seconds for stage, seconds in self._plan.items() if stage != self._stage)
         return later + (max(0.0, of_stage - (self._clock() - self._entered)) if own is None else own)
 
     def _steps_left(self) -> float | None:

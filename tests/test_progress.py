@@ -195,6 +195,19 @@ def test_stages_that_were_skipped_are_over() -> None:
     assert progress.seconds_left == 0
 
 
+def test_where_nobody_knows_yet_nothing_is_said() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock=clock)
+    progress.plan({"making ready": math.inf})
+    progress.enter("making ready")
+    progress.start(None, "finding which channels matter")
+    clock.now += 10
+    progress.say("a warning")
+    progress.step("done")
+    assert "left" not in stream.getvalue()
+    assert stream.getvalue().startswith("finding which channels matter\n")
+
+
 def test_one_bar_for_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_varia
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
-from hwsearch.device.timelimit import TimeLimit
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.latency.regression import USUAL_SLOWDOWN
@@ -70,18 +68,10 @@ class Round:
 
 
 def closed_loop(
-    session: Session,
-    table: LatencyTable,
-    sensitivity: SensitivityTable,
-    budgets: Sequence[Budget],
-    folder: Path,
-    *,
-    axes: Sequence[str] = AXES,
-    keep: Sequence[str] = (),
-    weights: str | Path | None = None,
-    deadline: TimeLimit | None = None,
+    session: Session, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], folder: Path, *,
+    axes: Sequence[str] = AXES, keep: Sequence[str] = (), weights: str | Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Report, Allocation, LatencyTable]:
+) -> tuple[Report, Allocation, LatencyTable]:  # fmt: skip
     """Search, deploy and measure until the budgets hold as measured, at most five times.
 
     Each measurement joins the table and the model is fitted again; the limits also fall by what it still misses of the
@@ -90,10 +80,9 @@ def closed_loop(
     `folder` the files of the best round: of least loss of those that met the budgets, else of those that met them within the
     noise, else the nearest. Returns its report and allocation, and the table with what was measured.
 
-    deadline: After the first, a round begins only where it leaves as much time as the longest round took.
+    After the first, a round begins only where the session has as much time left as the longest round took.
     """
-    clock = deadline or TimeLimit(math.inf, session.setup.clock)
-    longest_s = 0.0
+    clock, longest_s = session.limit, 0.0
     progress = progress or Progress.silent()
     progress.start(None, "search, deploy and verify")
     table = table.with_header(unsupported=_without_refused(table, sensitivity))

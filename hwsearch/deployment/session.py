@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from hwsearch.deployment.recheck import Check, measure_again, spread_builds
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock
+from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol, Timing, paired
 from hwsearch.engine.record import record
 from hwsearch.engine.reference import reference_engine
@@ -69,11 +71,14 @@ class Session:
 
     table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
     slower than the table's was, times are those of the quiet machine, by what the table knows of slowdowns (see
-    `LatencyModel.on_quiet_machine`).
+    `LatencyModel.on_quiet_machine`). limit: when it is to end; None for never.
     """
 
-    def __init__(self, setup: Setup, table: LatencyTable | None = None) -> None:
+    def __init__(
+        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None
+    ) -> None:
         self.setup, self.table = setup, table
+        self.limit = limit or TimeLimit(math.inf, setup.clock)
         if table is not None and table.header.mode == Mode.SANDWICHED:
             self.reference = sandwich_engine(setup)
         else:

@@ -111,9 +111,10 @@ def _judged(
     earlier[0] = [*earlier[0], first.dense]
     windows: list[Window] = []
     while len(windows) < MOST_WINDOWS:
+        left_s = session.limit.left_s
         windows.append(session.window(job))
         judged = judge(windows, earlier, budgets)
-        if decided(judged):
+        if decided(judged) or session.limit.left_s < left_s - session.limit.left_s:
             break
     return judged
 
