@@ -99,7 +99,7 @@ def test_what_changed_is_named_measured_anew_and_replaced(
     assert told(task(), path, **options)[1] == ""
 
 
-@pytest.mark.parametrize(("module", "what"), [(scoring, "METHOD"), (scoring, "REFITTING")])
+@pytest.mark.parametrize(("module", "what"), [(scoring, "METHOD"), (scoring, "REFIT_METHOD")])
 def test_another_method_is_another_file(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, what: str
 ) -> None:
