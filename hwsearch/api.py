@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,36 +272,43 @@ def run(
         InvalidInput: A budget or an option is malformed.
     """
     parsed, axes = parse_budgets(budgets), check_axes(axes)
-    if mode == Mode.ALONE:
-        raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
-    if time_limit_s <= 0:
-        raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    _require_searchable(mode, time_limit_s)
     runtime, folder, progress = backends.get(backend), Path(out), progress or Progress.silent()
-    make_folder(folder)
-    stores = "precision" in axes and any(b.column == "size" for b in parsed)
-    with (
-        lock_path(folder, say=progress.say),
-        lock(fingerprint_for(runtime).id, say=progress.say),
-        progress.logged(folder / "run.log"),
-    ):
+    with _alone_in(folder, runtime, progress):
         limit = TimeLimit(time_limit_s, clock_of(runtime))  # it does not run while another command is waited for
-        progress.plan({PREPARING: math.inf})
-        progress.enter(PREPARING)
-        progress.start(None, "making the network ready")
+        stores = "precision" in axes and any(b.column == "size" for b in parsed)
         setup = set_up(
             task, runtime, threads=threads, base=base, batch=batch, load=load,
             axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),
             clocks=clocks_to_lock(runtime) if lock_clocks else 0,
         )  # fmt: skip
         effort = Effort(time_limit_s, builds, extend=False)
-        known = _tables(prior, setup)
-        report = _run(
-            setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=known, progress=progress
-        )
-        progress.record(str(report))
-        if report.state == State.MISSED:
-            raise _missed(report, parsed, folder, late=limit.late())
-    return report
+        return _run(
+            setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=_tables(prior, setup),
+            progress=progress,
+        )  # fmt: skip
+
+
+def _require_searchable(mode: str, time_limit_s: float) -> None:
+    if mode == Mode.ALONE:
+        raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
+    if time_limit_s <= 0:
+        raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+
+
+@contextmanager
+def _alone_in(folder: Path, runtime: Backend, progress: Progress) -> Iterator[None]:
+    """A folder and a device that no other command uses meanwhile, and a log of the run in the folder."""
+    make_folder(folder)
+    with (
+        lock_path(folder, say=progress.say),
+        lock(fingerprint_for(runtime).id, say=progress.say),
+        progress.logged(folder / "run.log"),
+    ):
+        progress.plan({PREPARING: math.inf})
+        progress.enter(PREPARING)
+        progress.start(None, "making the network ready")
+        yield
 
 
 def _run(
@@ -316,9 +324,9 @@ def _run(
     )
     if timed:
         stages = allowance.plan(None)
-        progress.say(shared_out(limit, stages))
         progress.plan(stages)
         progress.enter(PROFILE)
+        progress.say(shared_out(limit, stages))
         effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
         table = measure_table(
             setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
@@ -334,12 +342,14 @@ def _run(
     session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score
     report, _, table = closed_loop(
-        setup, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, session=session,
-        progress=progress,
+        session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
     )  # fmt: skip
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
+    progress.record(str(report))
+    if report.state == State.MISSED:
+        raise _missed(report, budgets, folder, late=limit.late())
     return report
 
 

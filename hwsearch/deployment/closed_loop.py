@@ -17,7 +17,6 @@ from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_varia
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
-from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.latency.regression import USUAL_SLOWDOWN
@@ -69,9 +68,9 @@ class Round:
 
 
 def closed_loop(
-    setup: Setup, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], folder: Path, *,
+    session: Session, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], folder: Path, *,
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), weights: str | Path | None = None,
-    session: Session | None = None, progress: Progress | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Report, Allocation, LatencyTable]:  # fmt: skip
     """Search, deploy and measure until the budgets hold as measured, at most five times.
 
@@ -83,18 +82,16 @@ def closed_loop(
 
     After the first, a round begins only where the session has as much time left as the longest round took.
     """
-    longest_s = 0.0
+    clock, longest_s = session.limit, 0.0
     progress = progress or Progress.silent()
     progress.start(None, "search, deploy and verify")
-    session = session or Session(setup, table if table.builds else None)
-    clock = session.limit
     table = table.with_header(unsupported=_without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     bound, dense = session.bounds(budgets, table)
     limits = _as_fast_as_now(as_limits(bound), budgets, session)
     if dense.within(Costs(**limits)):
         limits = {}
-    trial = _Trial(setup, session, budgets, folder, weights, sensitivity.order)
+    trial = _Trial(session, budgets, folder, weights, sensitivity.order)
     best = last = None
     spending = False
     try:
@@ -144,14 +141,13 @@ class _Trial:
 
     def __init__(
         self,
-        setup: Setup,
         session: Session,
         budgets: Sequence[Budget],
         folder: Path,
         weights: str | Path | None,
         order: Mapping[str, Sequence[int]],
     ) -> None:
-        self.setup, self.session, self.budgets, self.folder = setup, session, budgets, folder
+        self.setup, self.session, self.budgets, self.folder = session.setup, session, budgets, folder
         self.weights, self.order = weights, order
         self._bank: WeightBank | None = None
 

@@ -297,8 +297,8 @@ def loops(task: hs.Task, setup: Setup, table: LatencyTable, args: argparse.Names
         budget = int(least + share * (most - least))
         try:
             report, _, table = closed_loop(
-                setup, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
-                weights=folder / "weights", session=session,
+                session, table, sensitivity, parse_budgets([f"latency={budget}ns"]), folder, axes=axes,
+                weights=folder / "weights",
             )  # fmt: skip
         except HwsearchError as error:
             print(f"  budget {budget / 1e6:.4g} ms: {error}")

@@ -30,6 +30,7 @@ from hwsearch.allocate.budget import parse_budgets
 from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import parse_variants
+from hwsearch.deployment.session import Session
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import Infeasible
 from hwsearch.loss.sensitivity import sensitivity_for
@@ -151,7 +152,9 @@ def one(
     absolute = slower > 1.0 or rng.random() < 0.5
     budget = f"latency={round(share * dense_ns)}ns" if absolute else f"latency={100 * share:.2f}%"
     try:
-        report, chosen, _ = closed_loop(setup, table, scored, parse_budgets([budget]), folder, weights=folder / "weights")
+        report, chosen, _ = closed_loop(
+            Session(setup, table), table, scored, parse_budgets([budget]), folder, weights=folder / "weights"
+        )
     except Infeasible:
         return Outcome(INFEASIBLE)
     true_ns = truth(law, setup, chosen)

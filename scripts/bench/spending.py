@@ -19,10 +19,12 @@ from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import make_space
 from hwsearch.backends.base import BuildOptions
 from hwsearch.deployment import closed_loop
+from hwsearch.deployment.session import Session
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
-from hwsearch.profiler.profile import profile
+from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.profiler.profile import Effort, profile
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
@@ -43,8 +45,8 @@ def compare(name: str = "cnn", budgets: int = BUDGETS, build_noise: float = 0.01
         patch.dict(os.environ, {"HWSEARCH_CACHE": f"{folder}/cache"}),
     ):
         home = Path(folder)
-        table = profile(setup, None, protocol=FAST, time_limit_s=60.0)
-        losses = closed_loop.sensitivity_for(
+        table = profile(setup, None, Effort(60.0, protocol=FAST))
+        losses = sensitivity_for(
             setup, home / "sens.parquet", grid=table.grid(), weights=home / "weights"
         )
         least = minimise(make_space(table, losses).problem, "latency").costs["latency"]
@@ -57,7 +59,7 @@ def compare(name: str = "cnn", budgets: int = BUDGETS, build_noise: float = 0.01
                 with patch.object(closed_loop, "SPARE", spare):
                     try:
                         report, _, _ = closed_loop.closed_loop(
-                            setup, table, losses, parse_budgets([f"latency={bound}ns"]), home,
+                            Session(setup, table), table, losses, parse_budgets([f"latency={bound}ns"]), home,
                             weights=home / "weights",
                         )  # fmt: skip
                     except Infeasible:

@@ -96,20 +96,19 @@ def bench(spec: str, args: argparse.Namespace) -> None:
         budget = parse_budgets([f"latency={fastest * share:.6f}ms"])
         try:
             report, allocation, table = closed_loop(
-                setup,
+                session,
                 table,
                 sensitivity,
                 budget,
                 folder / f"{share:.3f}",
                 weights=folder / "weights",
-                session=session,
             )
         except HwsearchError as error:
             print(f"  {share:.0%} of {name}: {error}")
             continue
         joint.append(Found(f"{share:.0%}", report.latency_ms["measured"] or 0.0, report.score["deployed"],
                            report.loss["measured"], report.met))  # fmt: skip
-        print(f"  {share:4.0%} of {name} ({fastest * share:.4g} ms): {'met' if report.met else 'MISSED'} in {report.rounds} "
+        print(f"  {share:4.0%} of {name} ({fastest * share:.4g} ms): {report.verdict} in {report.rounds} "
               f"round(s), measured {report.latency_ms['measured']:.4g} ms ({fastest / joint[-1].ms:.2f}x), predicted "
               f"{report.latency_ms['predicted']:.4g}, score {joint[-1].score:.4f} ({100 * (joint[-1].score - dense):+.2f}), "
               f"KL {joint[-1].loss:.3g}, {allocation.counts()}", flush=True)  # fmt: skip

@@ -237,7 +237,7 @@ def test_the_closed_loop_measures_what_the_sum_does_not_know(tmp_path: Path) -> 
     table = run(device, None)
     setup = Setup(lowering(), device, BuildOptions(1, "fp32"))
     budgets = parse_budgets(["latency=75%"])
-    report, found, after = closed_loop(setup, table, scores(table.network), budgets, tmp_path)
+    report, found, after = closed_loop(Session(setup, table), table, scores(table.network), budgets, tmp_path)
     assert report.state != "missed"
     assert report.table_check is None
     dense = exact.time_ns(dict.fromkeys(exact.units, "fp32"))
