@@ -324,9 +324,9 @@ def _run(
     )
     if timed:
         stages = allowance.plan(None)
-        progress.say(shared_out(limit, stages))
         progress.plan(stages)
         progress.enter(PROFILE)
+        progress.say(shared_out(limit, stages))
         effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
         table = measure_table(
             setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress

@@ -82,7 +82,7 @@ class Progress:
             names = list(self._plan)
             self._plan = {name: self._plan[name] for name in names[names.index(stage) :]}
             self._stage, self._entered = stage, self._clock()
-            self._total, self._times = None, []
+            self._total, self._times, self._what = None, [], ""
 
     def start(
         self, total: int | None, what: str, done: int = 0, until: Callable[[], float] | None = None
@@ -149,7 +149,9 @@ class Progress:
             return own
         of_stage = self._plan.get(self._stage, 0.0)
         later = sum(seconds for stage, seconds in self._plan.items() if stage != self._stage)
-        return later + (max(0.0, of_stage - (self._clock() - self._entered)) if own is None else own)
+        if own is None or math.isinf(of_stage):
+            own = max(0.0, of_stage - (self._clock() - self._entered))
+        return own + later
 
     def _steps_left(self) -> float | None:
         """Time that the steps to come will take if they are like those before; None before the first.

@@ -203,9 +203,15 @@ def test_where_nobody_knows_yet_nothing_is_said() -> None:
     progress.start(None, "finding which channels matter")
     clock.now += 10
     progress.say("a warning")
-    progress.step("done")
+    progress.start(2, "refitting")
+    clock.now += 10
+    progress.step("one")
     assert "left" not in stream.getvalue()
     assert stream.getvalue().startswith("finding which channels matter\n")
+    progress.plan({"the profile": 60.0})
+    progress.enter("the profile")
+    progress.say("time limit")
+    assert stream.getvalue().endswith("\ntime limit\n")
 
 
 def test_one_bar_for_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
