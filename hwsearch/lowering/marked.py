@@ -125,7 +125,7 @@ def _one_registry() -> Iterator[None]:
 def _equal_kept_apart() -> Iterator[None]:
     """Exports in this block store two equal floating tensors twice, each under its own name.
 
-    torch's optimizer stores one for both, which then cannot be cut for two widths; whole numbers (shapes) it may share.
+    torch's optimizer stores one for both, which then cannot be cut for two widths; shapes and single numbers it may share.
     """
     try:
         from onnx_ir.passes.common import initializer_deduplication as merging
@@ -137,7 +137,8 @@ def _equal_kept_apart() -> Iterator[None]:
 
     def skipped(initializer: Any, *limits: Any, **options: Any) -> bool:
         value = initializer.const_value
-        return bool((value is not None and value.dtype.is_floating_point()) or original(initializer, *limits, **options))
+        apart = value is not None and value.dtype.is_floating_point() and value.size > 1
+        return bool(apart or original(initializer, *limits, **options))
 
     merging._should_skip_initializer = skipped
     try:
