@@ -100,11 +100,13 @@ class LatencyModel:
         """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
 
         nodes: executed nodes / the reference's. sigma_ns: by how much the conversion may be off; 0 where nothing is converted.
+        At most half of what was measured is taken off: on a machine so busy that the terms ask for more, they do not hold.
         """
         reference = self.table.header.reference_ns
         off = slowed(slowdown, nodes, ratio) * reference
         _, error = self.terms().get(PER_NODE, (0.0, 0.0))
-        return Prediction(ratio * reference - self.per_node * off, error * abs(off))
+        time_ns = max(ratio * reference - self.per_node * off, ratio * reference / 2.0)
+        return Prediction(time_ns, error * abs(off))
 
     @cached_property
     def per_node(self) -> float:
