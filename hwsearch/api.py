@@ -26,7 +26,7 @@ from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
-from hwsearch.files import make_folder
+from hwsearch.files import make_folder, remove_unfinished
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
@@ -305,6 +305,7 @@ def _alone_in(folder: Path, runtime: Backend, progress: Progress) -> Iterator[No
         lock(fingerprint_for(runtime).id, say=progress.say),
         progress.logged(folder / "run.log"),
     ):
+        remove_unfinished(folder)
         progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)
         progress.start(None, "making the network ready")

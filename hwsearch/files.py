@@ -6,12 +6,16 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from hwsearch.errors import HwsearchError
 
+_WRITING = ".writing"
+_LEFT_S = 60.0
 _WHAT_TO_DO = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space of your quota",
@@ -43,11 +47,19 @@ def make_folder(path: str | Path) -> None:
         raise unwritable(path, error) from error
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed writers left in a folder and those in it; what is younger than a minute may still be written."""
+    for path in Path(folder).rglob(f".*{_WRITING}"):
+        with suppress(OSError):  # it is in place by now, or not ours to remove
+            if time.time() - path.stat().st_mtime > _LEFT_S:
+                path.unlink()
+
+
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=_WRITING)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
