@@ -236,7 +236,7 @@ def test_another_schema(saved: Path) -> None:
 def test_losses_that_are_not_finite_are_damage(measured: dict[str, SensitivityTable], tmp_path: Path) -> None:
     table = measured["cnn"]
     replace(table, width_loss={"conv1": {20: 0.0, 8: float("nan")}}).save(tmp_path / "s.parquet")
-    with pytest.raises(InvalidInput, match="row .*: loss is nan"):
+    with pytest.raises(InvalidInput, match=r"row .*: loss is nan"):
         SensitivityTable.load(tmp_path / "s.parquet")
 
 
