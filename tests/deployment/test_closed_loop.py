@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +26,7 @@ from hwsearch.latency.model import ErrorScale, LatencyModel, Prediction, fit
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.choices import candidate_widths
+from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
@@ -330,6 +334,30 @@ def test_an_absolute_budget_holds_on_the_clock_of_a_machine_at_half_speed(done: 
         hs.run(task(), [f"latency={1.2 * low:.0f}ns"], folder, backend=backend(drift=lambda second: 2.0))
     share = hs.run(task(), [between(slow.law, 0.9)], folder, backend=backend(drift=lambda second: 2.0))
     assert share.state != State.MISSED, "a share is of the dense network at the same speed"
+
+
+def test_two_runs_into_one_folder_take_turns(tmp_path: Path) -> None:
+    """The one that comes second says for whom it waits, and uses what the first left."""
+    said, reports = io.StringIO(), []
+    budget = between(backend().law, 0.8)
+
+    def run() -> None:
+        reports.append(
+            hs.run(task(), [budget], tmp_path, backend=backend(), axes=["precision"], progress=Progress(said))
+        )
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.state == State.MISSED for r in reports] == [False, False]
+    assert f"{tmp_path} is in use by pid {os.getpid()}" in said.getvalue()
+    made = [b.role for b in LatencyTable.load(tmp_path / "table.parquet").builds]
+    assert made.count("deployed") >= 2, "of both"
+    assert made.count("dense") == 1, "profiled once"
+    assert not list(tmp_path.glob("round*.onnx"))
+    assert hs.Allocation.load(tmp_path / "alloc.json")
 
 
 class _SlowWhenMixed(SimulatedBackend):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -8,6 +10,8 @@ from deployment.test_deploy import allocation
 
 import hwsearch as hs
 from hwsearch.api import verify
+from hwsearch.device import fingerprint as devices
+from hwsearch.errors import DeviceBusy
 from hwsearch.testing import LatencyLaw, SimulatedBackend, sizes_of
 
 
@@ -40,3 +44,12 @@ def test_verify_measures_what_is_deployed(share: float, weights: Path, tmp_path:
     assert report.latency_ms["measured"] / report.latency_ms["dense"] == pytest.approx(
         exact / dense, rel=0.01
     )
+
+
+def test_nothing_is_verified_beside_a_profile(weights: Path, tmp_path: Path, busy: Any) -> None:
+    """Their times would be of a machine that somebody else keeps busy."""
+    backend = SimulatedBackend(LatencyLaw.random(tiny.lowering("cnn").network))
+    chosen = allocation("cnn", 1.0, "int8", backend="simulated")
+    with busy(devices.fingerprint().id), pytest.raises(DeviceBusy, match=f"pid {os.getpid()}"):
+        verify(tiny.task("cnn"), chosen, backend=backend, weights=weights, out=tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
