@@ -250,7 +250,10 @@ def run(
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
         out: Folder for the results.
-        backend, threads, base, batch, builds, prior: As for `profile`.
+        backend: As for `profile`.
+        threads: As for `profile`.
+        base: As for `profile`.
+        batch: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
         time_limit_s: Seconds of the whole run. The profile takes what refitting, sensitivities and the closed loop leave;
             sensitivities are of fewer samples where time is short, and there are fewer rounds. What an answer needs is done in any
@@ -259,8 +262,12 @@ def run(
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        load, lock_clocks: As for `profile`, while verifying as well.
-        energy, progress: As for `profile`; a budget on energy brings the first with it.
+        builds: As for `profile`.
+        load: As for `profile`, while verifying as well.
+        prior: As for `profile`.
+        lock_clocks: As for `profile`, while verifying as well.
+        energy: As for `profile`; a budget on energy brings it with it.
+        progress: As for `profile`.
 
     Returns:
         The report of the deployed allocation.

@@ -138,6 +138,7 @@ class Progress:
 
     def stop(self) -> None:
         """End the job; does nothing where none is open. The bar of a whole run stays."""
+        self._until = lambda: math.inf  # what it asks may hold on to engines
         if not self._plan:
             self._close()
 

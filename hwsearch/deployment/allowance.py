@@ -12,7 +12,7 @@ import torch
 
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.evaluate import score
-from hwsearch.deployment.session import VERIFY, uniform_candidates
+from hwsearch.deployment.session import SHARE, SHORTEST_S, VERIFY, uniform_candidates
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
@@ -80,7 +80,8 @@ class Allowance:
         build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
         engines = uniforms + 1 + 2 * WINDOWS
         refits = uniforms * len(self.setup.network.units)
-        return engines * (TRIES * VERIFY.limit_s + build_s) + 3 * self.score_s + refits * self.refit_s
+        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, TRIES * VERIFY.limit_s))
+        return engines * (each_s + build_s) + 3 * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""

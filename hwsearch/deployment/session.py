@@ -39,6 +39,8 @@ from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
 VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
+SHARE, SHORTEST_S = 20, 1.5
+"""Of the time left to the session, one over that share is what an engine is timed for, but no less than so many seconds."""
 LOSS_SAMPLES = 256
 DENSE = "dense.fp32"
 """Name of the dense fp32 network among the uniform ones."""
@@ -155,7 +157,7 @@ class Session:
         timings = paired(
             self.reference.run,
             {name: engine.run for name, (engine, _) in built.items()},
-            VERIFY,
+            replace(VERIFY, limit_s=float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))),
             clock=self.setup.clock,
             meter=self.setup.meter,
             quiet_ns=self.table.quiet_ns if self.table is not None else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -207,7 +208,7 @@ def _check(rows: Rows, network: Network) -> None:
     for column in ("variants", "executed"):
         rows.lengths(column, len(network.units), "units")
     rows.variants("variants", or_none=True)
-    rows.elements("executed", f"one of {', '.join(PRECISIONS)}", lambda v: np.isin(v.astype(str), ["", *PRECISIONS]))
+    rows.elements("executed", f"one of {', '.join(PRECISIONS)}", _executed)
     _check_whole(rows)
     _check_widths(rows, network)
     _check_nodes(rows, network)
@@ -283,6 +284,14 @@ def now_called(name: str) -> str:
 def _state(row: Mapping[str, Any]) -> State:
     throttle = row["throttle"]
     return State(**{**row, "throttle": None if throttle is None else tuple(throttle)})
+
+
+def _executed(values: Any) -> Any:
+    """Which of many strings say what a unit executed in, as `Variant.executed` does; empty ones where nothing told."""
+    names, of = np.unique(values.astype(str), return_inverse=True)
+    kept, _, precisions = np.char.rpartition(names, ".").T
+    sparse = [not k or re.fullmatch(r"[1-9]\d*:[1-9]\d*", k) is not None for k in kept]
+    return (np.isin(precisions, ["", *PRECISIONS]) & np.array(sparse, bool))[of]
 
 
 def columns() -> Any:
