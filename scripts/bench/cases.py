@@ -54,7 +54,7 @@ class Case:
 
 
 CASES = (
-    Case("01", budget=("--budget", "latency=75%", "--time-limit", "120s")),
+    Case("01", budget=("--budget", "latency=75%", "--time-limit", "180s")),
     Case("02", groups=("a.3", "wide", "deep.4")),
     Case("06"),
     Case("06", budget=("--budget", "size=50%", "--batch", "4")),
@@ -95,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="cases of these numbers")
-    parser.add_argument("--time-limit", default="40s", help="of profiling, as for `hwsearch run`")
+    parser.add_argument("--time-limit", default="100s", help="of a run")
     parser.add_argument(
         "--out", type=Path, help="folder that keeps what the runs leave; by default none is kept"
     )
