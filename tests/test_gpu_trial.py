@@ -38,6 +38,7 @@ def test_facts(tmp_path: Path) -> None:
     assert found["nvml"]["gpu"].startswith("NVIDIA")
 
 
+@pytest.mark.slow
 def test_kernels_are_kept_as_they_come(tmp_path: Path) -> None:
     step("kernels", "--few", "-o", str(tmp_path / "kernels.json"))
     found = json.loads((tmp_path / "kernels.json").read_text())
@@ -57,6 +58,7 @@ def test_kernels_are_kept_as_they_come(tmp_path: Path) -> None:
     assert "the next capture works" in told or "did not fail" in told
 
 
+@pytest.mark.slow
 def test_rivals_are_timed_beside_the_dense_network_and_a_summary_says_so(tmp_path: Path) -> None:
     out = tmp_path / "rivals-transformer.json"
     words = ("--task", f"{TRIAL}:transformer", "--batch", "2", "--limit", "600", "-o", str(out))

@@ -226,6 +226,7 @@ def fashion(bits: int) -> Lowering:
     return Lowering(hs.load("zoo:fashion_resnet"), 250, int8_bits=bits, unsigned=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: str(b.name))
 @pytest.mark.parametrize(
     ("images", "points"), [(500, 0.004), pytest.param(5000, 0.001, marks=pytest.mark.slow)]
@@ -262,6 +263,7 @@ def tables(tmp_path: Any, bits: int) -> Any:
     return setup, run_widths(setup, tmp_path / f"{bits}.parquet")
 
 
+@pytest.mark.slow
 def test_a_table_says_its_bits_and_fits_only_sensitivities_of_the_same(
     tmp_path: Any, own_locks: None
 ) -> None:
@@ -286,6 +288,7 @@ def test_a_table_says_its_bits_and_fits_only_sensitivities_of_the_same(
     assert len(list((tmp_path / "weights").iterdir())) == 2  # each has a bank of its own
 
 
+@pytest.mark.slow
 def test_an_allocation_of_8_bits_is_refused_where_sums_are_not_exact(tmp_path: Any, own_locks: None) -> None:
     setup, table = tables(tmp_path, 8)
     found = search(table, sensitivity_for(setup, None, grid=table.grid()), ["latency=60%"])

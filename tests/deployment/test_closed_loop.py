@@ -381,6 +381,7 @@ def test_a_table_of_another_network_is_refused(done: tuple[Path, hs.Task, Any]) 
         hs.profile(other, out=folder / "table.parquet", backend=backend())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_locks")
 def test_the_residual_width_on_request(tmp_path: Path) -> None:
     """It is narrowed where asked, and every later step knows that it was from the allocation alone."""
