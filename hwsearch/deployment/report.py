@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ class Report:
             raw = self.timed.unconverted
             known = (
                 "the table does not tell what that does, and times are as they were measured"
-                if raw == self.measured.latency
+                if math.isclose(raw, self.measured["latency"], rel_tol=1e-9)
                 else f"{raw / 1e6:.4g} ms, converted to what it takes on the quiet machine"
             )
             lines.append(
