@@ -10,6 +10,7 @@ import shlex
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def lock(
     Args:
         device_id: `Device.id`.
         wait_s: Seconds to wait for another holder; None for `WAIT_S`.
-        say: Is told who holds it and since when, once, before the wait.
+        say: Is told who holds it and since when, once, before the wait; None for a warning.
 
     Raises:
         DeviceBusy: Another process or thread holds it still; the message names it.
@@ -71,14 +72,14 @@ def _hold(
         raise _unusable(path, error) from error
     try:
         wait_s = WAIT_S if wait_s is None else wait_s
-        deadline = time.monotonic() + wait_s
+        deadline, said = time.monotonic() + wait_s, False
         while not _try_lock(file, path):
             busy = _busy(file, path, what, why)
             if time.monotonic() >= deadline:
                 raise DeviceBusy(busy)
-            if say is not None:
-                say(f"{busy}; waiting for it, {wait_s:.0f} s at most")
-                say = None
+            if not said:
+                (say or _warn)(f"{busy}; waiting for it, {wait_s:.0f} s at most")
+                said = True
             time.sleep(_POLL_S)
         holder = {"pid": os.getpid(), "command": _command(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(file, 0)
@@ -117,6 +118,10 @@ else:
                 return False
             raise _unusable(path, error) from error
         return True
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def _unusable(path: Path, error: OSError) -> InvalidInput:

@@ -80,6 +80,11 @@ def test_it_waits_as_long_as_asked_and_says_for_whom() -> None:
     assert "waiting for it" in said[0]
 
 
+def test_who_is_waited_for_is_a_warning_where_nobody_listens() -> None:
+    with holder() as other, pytest.warns(UserWarning, match=f"pid {other.pid}"), pytest.raises(DeviceBusy), lock("dev", wait_s=0.1):
+        pytest.fail("two hold the lock")
+
+
 def test_it_is_released_by_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), lock("dev"):
         raise ZeroDivisionError
