@@ -37,13 +37,15 @@ class State(StrEnum):
 class Window:
     """What the allocation and the dense fp32 network cost in one window, each as an engine built for it.
 
-    own, dense: on the scale of the table. own_now, dense_now: as the machine is now; only what is measured.
+    own, dense: on the scale of the table. own_now, dense_now: as the machine is now; only what is measured. wrong: the engine of
+    the allocation returned wrong outputs.
     """
 
     own: Costs
     dense: Costs
     own_now: Costs
     dense_now: Costs
+    wrong: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,18 @@ class Judgement:
 
 
 def judge(
-    windows: Sequence[Window], earlier: Sequence[Sequence[Costs]], budgets: Sequence[Budget], *, wrong: bool = False
+    windows: Sequence[Window], earlier: Sequence[Sequence[Costs]], budgets: Sequence[Budget]
 ) -> Judgement:
     """Whether budgets hold, by the means of windows and how far measurements of one network differ.
 
     A budget is met where the upper end of the 95 % interval is within it, and met within noise where only the mean is. A relative
     budget is of the dense network of the same windows, whose error counts too. An absolute one bounds the cost on the scale of
-    the table and the one that the machine shows now.
+    the table and the one that the machine shows now. Where an engine returned wrong outputs nothing is met.
 
     Args:
         windows: At least one.
         earlier: What networks cost when they were measured before on the scale of the table, a sequence for each network; the
             first is the dense one's.
-        wrong: The outputs of an engine are wrong: nothing is met.
     """
     dense, measured, now = (_mean([getattr(w, name) for w in windows]) for name in ("dense", "own", "own_now"))
     bound = bounds(budgets, dense)
@@ -106,7 +107,7 @@ def judge(
     now_high = _scaled(now, halves_now, 1.0)
     two = 0.0 if all(w.own == w.dense for w in windows) else np.sqrt(2.0)  # errors of two networks, or of one and itself
     upper = _scaled(measured, {c: h * (two if c in relative else 1.0) for c, h in halves.items()}, 1.0)
-    if wrong or not (measured.within(bound) and now.within(bound_now)):
+    if any(w.wrong for w in windows) or not (measured.within(bound) and now.within(bound_now)):
         state = State.MISSED
     elif upper.within(bound) and now_high.within(bound_now):
         state = State.MET

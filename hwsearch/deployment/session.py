@@ -128,7 +128,7 @@ class Session:
 
     def as_window(self, own: Measured, dense: Measured) -> Window:
         """What was measured together, as a window."""
-        return Window(self.costs(own), self.costs(dense), self.costs_now(own), self.costs_now(dense))
+        return Window(self.costs(own), self.costs(dense), self.costs_now(own), self.costs_now(dense), own.build.wrong)
 
     def earlier(self) -> list[list[Costs]]:
         """What the dense network cost in the table, then what each other uniform one cost in this session and in the table."""

@@ -58,7 +58,7 @@ def measure_allocation(
     require_energy(budgets, dense)
     bound = bounds(budgets, dense)  # of the window in which the uniform allocations were measured
     first = session.as_window(uniforms[DENSE] if own.build.key == uniforms[DENSE].build.key else own, uniforms[DENSE])
-    judged = _judged(session, job, first, budgets, wrong=own.build.wrong)
+    judged = _judged(session, job, first, budgets)
     measured = judged.measured
     drift = None
     if table is not None and table.header.mode != Mode.SANDWICHED and _parted(measured, allocation):
@@ -99,14 +99,12 @@ def _meets(session: Session, measured: Measured, bound: Costs) -> bool:
     return not measured.build.wrong and session.costs(measured).within(bound)
 
 
-def _judged(
-    session: Session, job: Job, first: Window, budgets: Sequence[Budget], *, wrong: bool
-) -> Judgement:
+def _judged(session: Session, job: Job, first: Window, budgets: Sequence[Budget]) -> Judgement:
     """By windows of newly built engines, where the first measurement is within the budgets or near them; else by that one."""
     earlier = session.earlier()
-    judged = judge([first], earlier, budgets, wrong=wrong)
+    judged = judge([first], earlier, budgets)
     far = judged.state == State.MISSED and decided(judged)
-    if wrong or far or first.own == first.dense or not any(c in MEASURED for c in judged.bound.known()):
+    if first.wrong or far or first.own == first.dense or not any(c in MEASURED for c in judged.bound.known()):
         return judged
     earlier[0] = [*earlier[0], first.dense]
     windows: list[Window] = []

@@ -95,7 +95,7 @@ def test_what_is_counted_has_no_noise() -> None:
         judged = judge([window], [[]], parse_budgets([text]))
         assert judged.state == state
         assert decided(judged)
-    assert judge([window], [[]], parse_budgets(["size=50%"]), wrong=True).state == State.MISSED
+    assert judge([window, replace(window, wrong=True)], [[]], parse_budgets(["size=50%"])).state == State.MISSED
 
 
 def test_the_dense_network_is_not_uncertain_against_itself() -> None:
