@@ -21,6 +21,8 @@ from hwsearch.errors import DeviceBusy, InvalidInput
 WAIT_S = 600.0
 """How long a command waits for another to end."""
 _POLL_S = 0.05
+_NAMED_S = 1.0
+"""How long a wait goes on in silence until the holder, which first locks and then writes its name, is known."""
 _held: dict[tuple[Path, int, int], int] = {}
 """How often each lock is held, by its file, process and thread."""
 
@@ -72,12 +74,13 @@ def _hold(
         raise _unusable(path, error) from error
     try:
         wait_s = WAIT_S if wait_s is None else wait_s
-        deadline, said = time.monotonic() + wait_s, False
+        began, said = time.monotonic(), False
         while not _try_lock(file, path):
-            busy = _busy(file, path, what, why)
-            if time.monotonic() >= deadline:
+            named, busy = _busy(file, path, what, why)
+            waited = time.monotonic() - began
+            if waited >= wait_s:
                 raise DeviceBusy(busy)
-            if not said:
+            if not said and (named or waited >= _NAMED_S):
                 (say or _warn)(f"{busy}; waiting for it, {wait_s:.0f} s at most")
                 said = True
             time.sleep(_POLL_S)
@@ -88,7 +91,8 @@ def _hold(
         _held[key] = 1
         yield
     finally:
-        _held.pop(key, None)
+        if _held.pop(key, None):
+            os.ftruncate(file, 0)  # the next holder must not be called by this one's name
         os.close(file)  # releases the lock
 
 
@@ -130,14 +134,15 @@ def _unusable(path: Path, error: OSError) -> InvalidInput:
     )
 
 
-def _busy(file: int, path: Path, what: str, why: str) -> str:
+def _busy(file: int, path: Path, what: str, why: str) -> tuple[bool, str]:
+    """Whether the holder's name is known, and what to say."""
     os.lseek(file, 0, os.SEEK_SET)
     try:
         holder = json.loads(os.read(file, 4096))
         pid, command, since = int(holder["pid"]), holder["command"], holder["since"]
     except (ValueError, KeyError, TypeError):  # the holder has the lock but has not yet written its name
-        return f"another process is about to use {what} (lock {path}); wait for it to end, then try again"
-    return (
+        return False, f"another process is about to use {what} (lock {path}); wait for it to end, then try again"
+    return True, (
         f"{what} is in use by pid {pid} (`{command}`, since {since}); {why}: wait until it ends, or stop it with "
         f"`kill {pid}` (what it has measured is kept)"
     )

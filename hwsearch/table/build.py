@@ -289,9 +289,12 @@ def _state(row: Mapping[str, Any]) -> State:
 def _executed(values: Any) -> Any:
     """Which of many strings say what a unit executed in, as `Variant.executed` does; empty ones where nothing told."""
     names, of = np.unique(values.astype(str), return_inverse=True)
-    kept, _, precisions = np.char.rpartition(names, ".").T
-    sparse = [not k or re.fullmatch(r"[1-9]\d*:[1-9]\d*", k) is not None for k in kept]
-    return (np.isin(precisions, ["", *PRECISIONS]) & np.array(sparse, bool))[of]
+    known = {"", *PRECISIONS}
+    right = []
+    for name in names.tolist():
+        kept, _, precision = name.rpartition(".")
+        right.append(precision in known and (not kept or re.fullmatch(r"[1-9]\d*:[1-9]\d*", kept) is not None))
+    return np.array(right, bool)[of]
 
 
 def columns() -> Any:
