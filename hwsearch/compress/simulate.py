@@ -114,6 +114,11 @@ class Rounding:
             weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
         return rounded_weight(own, weight)
 
+    def stored_weight(self, unit: str, call: int, variant: Variant) -> StoredWeight:
+        """A unit's own weight as a variant that is not plain stores it, with the scales that its bias asks for."""
+        weight = self._stored(unit, variant, None)
+        return self._with_bias(weight, unit, call, None)[0] if variant.precision == "int8" else weight
+
     def _stored(
         self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
     ) -> StoredWeight:

@@ -113,7 +113,8 @@ def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (images, labels) in another order each epoch: mirrored half of the time and shifted by up to 2 pixels."""
     random = torch.Generator().manual_seed(epoch)
     pixels, labels = _training_set()
-    for batch in torch.randperm(len(labels), generator=random)[: len(labels) // BATCH * BATCH].split(BATCH):
+    order = torch.randperm(len(labels), generator=random)[: len(labels) // BATCH * BATCH]
+    for batch in torch.split(order, BATCH):
         images = nn.functional.pad(normalise(pixels[batch]), (2, 2, 2, 2), value=-MEAN / STD)
         down, across = torch.randint(0, 5, (2,), generator=random).tolist()
         images = images[:, :, down : down + 28, across : across + 28]
@@ -123,7 +124,7 @@ def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def load() -> Task:
     """The trained network with 8 calibration batches of 128 images, and 5,000 images to score it on."""
-    model = FashionResNet()
+    model, trains = FashionResNet(), fetched("fashion_resnet", *TRAINING)
     weights: dict[str, Any] = load_file(DATA / "fashion_resnet.safetensors")
     model.load_state_dict(weights)  # copies the float16 weights into float32 parameters
     model.eval()
@@ -137,5 +138,6 @@ def load() -> Task:
         calibration=list(torch.split(calibration, 128)),
         evaluate=lambda predict: accuracy(predict, images, labels),
         name="fashion_resnet",
-        **({"train": train, "loss": nn.functional.cross_entropy} if fetched("fashion_resnet", *TRAINING) else {}),
+        train=train if trains else None,
+        loss=nn.functional.cross_entropy if trains else None,
     )

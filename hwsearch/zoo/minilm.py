@@ -96,7 +96,7 @@ def load() -> Task:
     def train(epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Batches of 16 of the texts that are not for calibration, in another order each epoch."""
         order = torch.randperm(len(train_ids) - CALIBRATION, generator=torch.Generator().manual_seed(epoch))
-        for batch in (CALIBRATION + order)[: len(order) // 16 * 16].split(16):
+        for batch in torch.split((CALIBRATION + order)[: len(order) // 16 * 16], 16):
             yield inputs(train_ids[batch]), train_labels[batch]
 
     return Task(
