@@ -128,7 +128,10 @@ def put(whole: Lowering, kept: Kept, variants: Mapping[str, Variant], trained: T
                 f"{place} in {path} violates the pattern of its unit: {unit} is {variant}, and more than {variant.kept[0]} of "
                 f"{variant.kept[1]} consecutive weights are not 0; apply the mask after each step of training"
             )
-    return whole.narrow(kept, calibrate=True, tensors=spread, ranges=trained.ranges)
+    ranges = trained.ranges
+    if ranges is not None and not whole.unsigned and any(of.unsigned for of in ranges.values()):
+        ranges = None  # trained for a runtime that takes unsigned activations, and this one does not
+    return whole.narrow(kept, calibrate=True, tensors=spread, ranges=ranges)
 
 
 def _spread(tensors: Mapping[str, torch.Tensor], narrow: Lowering, path: str | Path) -> dict[str, torch.Tensor]:
