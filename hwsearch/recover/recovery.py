@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
 from hwsearch.progress import Progress, spoken
-from hwsearch.recover.checkpoint import Checkpoint, State
+from hwsearch.recover.checkpoint import Checkpoint
 from hwsearch.recover.coupling import METHODS, coupling
 from hwsearch.recover.objective import Objective
 from hwsearch.recover.student import FLOAT, Student
 from hwsearch.recover.trained import Trained, made_of, put
 from hwsearch.recover.training import Course, Diverged, Point, Schedule, Training
 
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """That `auto` chooses from."""
-TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 8, 60
-"""Share of the steps that each rate is tried for, and the least and most of them."""
+TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
+"""Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
+TIMING_STEPS = 2
+"""Steps by which it is found how many a time limit allows."""
 EPOCHS, CALIBRATION_EPOCHS = 2, 30
 """Of a training without another word: with `Task.train`, and on calibration data alone."""
 LED = ("shrink", "halfspace")
@@ -155,14 +157,11 @@ class Recovery:
         score = self._scored("dense", "refitted")
         student = self._student(self.start)
         begun = self._checkpoint("begun", student)
-        state = begun.load() if begun is not None else None
-        if begun is not None and begun.differs:
-            self.progress.say(f"{begun.path} is not gone on with: {begun.differs}")
-        schedule = self._schedule(student, state)
+        schedule = self._schedule(student, [c for c in (begun, self._checkpoint("led", student)) if c is not None])
         if self.leads:
-            own = replace(schedule, steps=max(1, schedule.steps // 2))
-            student = self._student(self._led(own))
-            schedule = replace(schedule, steps=max(1, schedule.steps - own.steps))
+            first = max(1, schedule.whole // 2)
+            student = self._student(self._led(replace(schedule, steps=first)))
+            schedule = replace(schedule, steps=max(1, schedule.whole - first))
         training = Training(
             student, self.objective_of(student), coupling(self.options.method, student), schedule,
             checkpoint=begun, progress=self.progress, late=self._late, clock=self.clock,
@@ -214,52 +213,62 @@ class Recovery:
 
     # ---- rate and steps
 
-    def _schedule(self, student: Student, state: State | None) -> Schedule:
+    def _schedule(self, student: Student, begun: Sequence[Checkpoint]) -> Schedule:
         """Steps and rate: those of a training that was begun, or found by trials."""
-        if state is not None:
-            known = state.numbers["schedule"]
-            return Schedule(**known)
-        own, each = self.options, self.objective.steps
-        steps = each * (own.epochs or (EPOCHS if self.objective.task.train is not None else CALIBRATION_EPOCHS))
-        trial = min(max(LEAST_TRIAL, math.ceil(TRIAL * steps)), MOST_TRIAL)
-        if own.time_limit_s is not None and own.epochs is None:
-            trial = LEAST_TRIAL
-        rate, step_s = self._rate(student, trial)
-        if own.time_limit_s is not None:
-            left = TIMED * own.time_limit_s - (self.clock() - self.begun)
-            fit = max(1, int(left / max(step_s, 1e-9)))
-            steps = min(steps, fit) if own.epochs is not None else fit
-        return Schedule(steps, rate, own.seed)
+        for checkpoint in begun:
+            if (state := checkpoint.load()) is not None:
+                known = Schedule(**state.numbers["schedule"])
+                return replace(known, steps=known.whole)
+            if checkpoint.differs:
+                self.progress.say(f"{checkpoint.path} is not gone on with: {checkpoint.differs}")
+        steps, rate = self._planned(student)
+        return Schedule(steps, rate, self.options.seed, steps)
 
-    def _rate(self, student: Student, steps: int) -> tuple[float, float]:
-        """(the rate, seconds of a step): that whose trial ends at the least held-out loss, the larger of two alike."""
-        start = {path: t.detach().clone() for path, t in student.tensors.items()}
-        rates = RATES if self.options.rate is None else (self.options.rate,)
+    def _planned(self, student: Student) -> tuple[int, float]:
+        """(steps, rate)."""
+        own = self.options
+        epochs = own.epochs or (EPOCHS if self.objective.task.train is not None else CALIBRATION_EPOCHS)
+        steps, step_s = self.objective.steps * epochs, 0.0
+        if own.time_limit_s is not None:
+            step_s = self._tried(student, RATES[0], TIMING_STEPS)[1] / TIMING_STEPS
+            fit = max(1, int((TIMED * own.time_limit_s - (self.clock() - self.begun)) / max(step_s, 1e-9)))
+            steps = fit if own.epochs is None else min(steps, fit)
+        if own.rate is not None:
+            return steps, own.rate
+        each = min(max(LEAST_TRIAL, math.ceil(TRIAL * steps)), MOST_TRIAL, max(1, steps // (2 * len(RATES))))
+        rate = self._rate(student, each)
+        return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
+
+    def _rate(self, student: Student, steps: int) -> float:
+        """That whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
         found: list[tuple[float, float]] = []
-        if self.options.rate is not None and self.options.time_limit_s is None:
-            return self.options.rate, 0.0
-        self.progress.start(len(rates), "finding the learning rate" if len(rates) > 1 else "timing a few steps")
-        seconds = 0.0
-        for rate in rates:
-            objective = _First(self.objective, steps)
-            trial = Training(student, objective, coupling(self._plain, student), Schedule(steps, rate, self.options.seed))
-            try:
-                seconds = max(seconds, trial.trial())
-                found.append((self.objective.held_out_loss(student), -rate))
-                note = f"{rate:.0e}: held-out {found[-1][0]:.4g}"
-            except Diverged:
-                note = f"{rate:.0e}: diverged"
-            finally:
-                student.put(start)
-            self.progress.step(note)
+        self.progress.start(len(RATES), "finding the learning rate")
+        for rate in RATES:
+            held_out, _ = self._tried(student, rate, steps)
+            if math.isfinite(held_out):
+                found.append((held_out, -rate))
+            self.progress.step(f"{rate:.0e}: held-out {held_out:.4g}" if math.isfinite(held_out) else f"{rate:.0e}: diverged")
         self.progress.stop()
-        finite = [f for f in found if math.isfinite(f[0])]
-        if not finite:
+        if not found:
             raise Diverged(
-                f"the loss diverges at every learning rate from {rates[0]:.0e} on; look at what `loss` returns for the first "
+                f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
                 "batches"
             )
-        return -min(finite)[1], seconds / steps
+        return -min(found)[1]
+
+    def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
+        """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""
+        start = {path: t.detach().clone() for path, t in student.tensors.items()}
+        objective = _First(self.objective, steps)
+        schedule = Schedule(steps, rate, self.options.seed)
+        trial = Training(student, objective, coupling(self._plain, student), schedule, clock=self.clock)
+        try:
+            seconds = trial.trial()
+            return self.objective.held_out_loss(student), seconds
+        except Diverged:
+            return math.inf, 0.0
+        finally:
+            student.put(start)
 
     @property
     def _plain(self) -> str:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from hwsearch.recover.student import Student
 
 EVALUATIONS = 20
 """How often the weights are judged in a training."""
-PATIENCE = 10
-"""Judgements in a row that find nothing better, after which a training ends."""
+PATIENCE = 5
+"""Judgements in a row, each worse than the one before, after which a training ends in the second half of its steps.
+
+In the first half the rate is high, and losses may rise before they fall.
+"""
 WARMUP, MOST_WARMUP = 0.05, 100
 """Share of the steps, and number of them at most, in which the rate rises to its own."""
 EXPLODED = 1e3
@@ -64,11 +67,12 @@ class Course:
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps: of the whole training; rate: the largest learning rate."""
+    """steps: of this part of a training; rate: the largest learning rate; whole: steps of all parts."""
 
     steps: int
     rate: float
     seed: int = 0
+    whole: int = 0
 
     def at(self, step: int) -> float:
         """The rate of a step: a short rise, then half a cosine down to 0 (Loshchilov and Hutter 2017)."""
@@ -155,11 +159,12 @@ class Training:
         self.save()
 
     def _over(self) -> bool:
-        since = self.step - self.course.best
-        every = max(1, self.schedule.steps // EVALUATIONS)
-        if self.step < self.schedule.steps and since > PATIENCE * every:
-            self.course.stopped = f"{PATIENCE} judgements in a row found nothing better"
-        elif self.step < self.schedule.steps and self.late():
+        if self.step == self.schedule.steps:
+            return False
+        last = [p.held_out for p in self.course.points if 2 * p.step >= self.schedule.steps][-PATIENCE - 1 :]
+        if len(last) > PATIENCE and all(a < b for a, b in pairwise(last)):
+            self.course.stopped = f"{PATIENCE} judgements in a row were each worse than the one before"
+        elif self.late():
             self.course.stopped = "the time limit was reached"
         return bool(self.course.stopped)
 
