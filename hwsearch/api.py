@@ -40,7 +40,7 @@ from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
-from hwsearch.recover.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.recovery import Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable

@@ -26,7 +26,7 @@ from hwsearch.network.choices import RESIDUAL
 from hwsearch.network.choices import STORAGE as STORED
 from hwsearch.network.network import Network
 from hwsearch.network.variants import INT8_BITS, STORAGE, Int8, Variant
-from hwsearch.recover.trained import Trained, put
+from hwsearch.recovery.trained import Trained, put
 from hwsearch.task import Task
 
 

@@ -16,7 +16,7 @@ from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
 from hwsearch.plot import plot_recovery
 from hwsearch.progress import Progress
-from hwsearch.recover.recovery import Options, Recovery
+from hwsearch.recovery.recovery import Options, Recovery
 from hwsearch.table.table import LatencyTable
 
 TRAINED, PICTURE = "trained.safetensors", "recover.png"

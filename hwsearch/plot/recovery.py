@@ -13,7 +13,7 @@ from hwsearch.plot.style import done as finished
 from hwsearch.progress import spoken
 
 if TYPE_CHECKING:
-    from hwsearch.recover.recovery import Recovered
+    from hwsearch.recovery.recovery import Recovered
 
 HELD_OUT = "#0072B2"
 

@@ -18,7 +18,7 @@ import torch
 
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.widths import Kept
-from hwsearch.recover.student import Student
+from hwsearch.recovery.student import Student
 
 METHODS = ("ste", "mask", "lc", "srste", "shrink", "halfspace")
 PULL = 2e-4

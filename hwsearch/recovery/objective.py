@@ -25,7 +25,7 @@ from hwsearch.graph.export import first_line
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.divergence import mean_divergence
 from hwsearch.lowering.lowering import Lowering, in_pieces
-from hwsearch.recover.student import Student
+from hwsearch.recovery.student import Student
 from hwsearch.task import Inputs
 
 PIECE = 32

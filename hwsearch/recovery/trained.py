@@ -25,7 +25,7 @@ from hwsearch.files import changed, write_bytes
 from hwsearch.graph.canonical import is_get_attr, tensor_attr
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
-from hwsearch.recover.student import homes
+from hwsearch.recovery.student import homes
 
 SCHEMA = "hwsearch.trained/1"
 NETWORK, WEIGHTS, ALLOCATION = "network", "weights", "allocation"

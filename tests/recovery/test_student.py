@@ -16,8 +16,8 @@ from hwsearch.compress.widths import Kept
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant, legal, uniform
-from hwsearch.recover.recovery import Options, Recovery
-from hwsearch.recover.student import Student, straight
+from hwsearch.recovery.recovery import Options, Recovery
+from hwsearch.recovery.student import Student, straight
 
 
 def half(name: str, precision: str) -> tuple[Lowering, dict[str, Variant]]:

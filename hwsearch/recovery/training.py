@@ -13,10 +13,10 @@ import torch
 
 from hwsearch.errors import HwsearchError
 from hwsearch.progress import Progress
-from hwsearch.recover.checkpoint import Checkpoint, State
-from hwsearch.recover.coupling import Coupling
-from hwsearch.recover.objective import Batch, Objective, digest_seed
-from hwsearch.recover.student import Student
+from hwsearch.recovery.checkpoint import Checkpoint, State
+from hwsearch.recovery.coupling import Coupling
+from hwsearch.recovery.objective import Batch, Objective, digest_seed
+from hwsearch.recovery.student import Student
 
 EVALUATIONS = 20
 """How often the weights are judged in a training."""

@@ -24,10 +24,10 @@ from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
-from hwsearch.recover import training
-from hwsearch.recover.objective import Objective
-from hwsearch.recover.recovery import Options, Recovered, Recovery
-from hwsearch.recover.trained import Trained
+from hwsearch.recovery import training
+from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.trained import Trained
 
 RATE = 2e-3
 
@@ -133,8 +133,8 @@ KILLED = """
 import os, signal, sys
 import torch
 import recovering
-from hwsearch.recover import training
-from hwsearch.recover.recovery import Options, Recovery
+from hwsearch.recovery import training
+from hwsearch.recovery.recovery import Options, Recovery
 torch.set_num_threads(1)
 training.CHECKPOINT_S = 0.0
 method, out, last = sys.argv[1], sys.argv[2], int(sys.argv[3])

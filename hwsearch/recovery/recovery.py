@@ -16,12 +16,12 @@ from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
 from hwsearch.progress import Progress, spoken
-from hwsearch.recover.checkpoint import Checkpoint
-from hwsearch.recover.coupling import METHODS, coupling
-from hwsearch.recover.objective import Objective
-from hwsearch.recover.student import FLOAT, Student
-from hwsearch.recover.trained import Trained, made_of, put
-from hwsearch.recover.training import Course, Diverged, Point, Schedule, Training
+from hwsearch.recovery.checkpoint import Checkpoint
+from hwsearch.recovery.coupling import METHODS, coupling
+from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.student import FLOAT, Student
+from hwsearch.recovery.trained import Trained, made_of, put
+from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """That `auto` chooses from."""
