@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from hwsearch.compress.gram import kept_apart
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.graph.calls import as_call
-from hwsearch.graph.export import first_line
+from hwsearch.graph.export import first_line, weights_digest
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.divergence import mean_divergence
 from hwsearch.lowering.lowering import Lowering, in_pieces
@@ -94,6 +95,12 @@ class Objective:
         if not count:
             raise InvalidInput("train(0) gave no batches; it is called with the number of an epoch and returns its batches")
         return count
+
+    @property
+    def data_digest(self) -> str:
+        """16 hex digits that change with the first batch of `Task.train`; empty without it."""
+        first = None if self.task.train is None else next(iter(self.task.train(0)), None)
+        return weights_digest(("", x) for x in pytree.tree_leaves(first) if isinstance(x, torch.Tensor)) if first else ""
 
     @cached_property
     def _calibration(self) -> list[Batch]:
