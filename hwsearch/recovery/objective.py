@@ -31,6 +31,8 @@ from hwsearch.task import Inputs
 
 PIECE = 32
 """Calibration batches are trained on in pieces of at most so many samples."""
+SEED_EPOCHS = 1000
+"""Numbers of epochs between those of one seed and of the next: `Task.train` shuffles by them."""
 HELD_OUT = 512
 """Samples that weights are chosen by, at most."""
 TRAINING = "training data"
@@ -79,7 +81,7 @@ class Objective:
             yield from (self._calibration[i] for i in order.tolist())
             return
         pair: Any
-        for number, pair in enumerate(self.task.train(epoch)):
+        for number, pair in enumerate(self.task.train(epoch + SEED_EPOCHS * self.seed)):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 kind = f"{len(pair)} things" if isinstance(pair, tuple | list) else type(pair).__name__
                 raise InvalidInput(f"train({epoch}) gave {kind} as batch {number}; expected pairs of (inputs, target)")

@@ -108,7 +108,7 @@ def test_a_training_of_something_else_is_not_gone_on_with(
             recover(out=out)
     assert (tmp_path / "t.safetensors.begun").is_file()
     first, kept, variants = recovering.start()
-    options = Options(epochs=8, rate=recovering.RATE, seed=5)
+    options = Options(epochs=4, rate=recovering.RATE, seed=5)
     done = Recovery(recovering.lowering(), first, kept, variants, options, out=out, progress=Progress()).run()
     assert "not gone on with: it is of other seed (0, now 5)" in capsys.readouterr().err
     fresh = recover(seed=5)
