@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hwsearch import backends
@@ -19,6 +20,7 @@ from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
 from hwsearch.deployment.report import Report, measured_points
+from hwsearch.deployment.runtimes import dense_ratios, run_each
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
@@ -234,10 +236,11 @@ def verify(
 
 def run(
     task: Task, budgets: Sequence[str | Budget], out: str | Path, *,
-    backend: str | Backend = "openvino", threads: int = 1, base: str | None = None, batch: int | None = None, seed: int = 0,
-    time_limit_s: float = 600.0, mode: str = "context", axes: Sequence[str] = AXES, keep: Sequence[str] = (),
-    builds: int | None = None, load: int = 0, prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False,
-    energy: bool = False, progress: Progress | None = None,
+    backend: str | Backend | Sequence[str | Backend] = "openvino", threads: int = 1, base: str | None = None,
+    batch: int | None = None, seed: int = 0, time_limit_s: float = 600.0, mode: str = "context",
+    axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
+    prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
+    progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
@@ -250,7 +253,9 @@ def run(
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
         out: Folder for the results.
-        backend: As for `profile`.
+        backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
+            meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
+            time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
         threads: As for `profile`.
         base: As for `profile`.
         batch: As for `profile`.
@@ -280,8 +285,15 @@ def run(
     """
     parsed, axes = parse_budgets(budgets), check_axes(axes)
     _require_searchable(mode, time_limit_s)
-    runtime, folder, progress = backends.get(backend), Path(out), progress or Progress.silent()
-    with _alone_in(folder, runtime, progress):
+    runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
+    if len(runtimes) > 1:
+        one = partial(
+            run, task, base=base, batch=batch, seed=seed, mode=mode, axes=axes, keep=keep, builds=builds, prior=prior,
+            lock_clocks=lock_clocks, energy=energy, threads=threads, load=load, progress=progress,
+        )  # fmt: skip
+        return _run_several(one, task, runtimes, parsed, folder, time_limit_s, threads, base, load, progress)
+    (runtime,) = runtimes
+    with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
         limit = TimeLimit(time_limit_s, clock_of(runtime))  # it does not run while another command is waited for
         stores = "precision" in axes and any(b.column == "size" for b in parsed)
         setup = set_up(
@@ -303,15 +315,28 @@ def _require_searchable(mode: str, time_limit_s: float) -> None:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
 
 
+def _run_several(
+    one: Callable[..., Report], task: Task, runtimes: Sequence[Backend], budgets: Sequence[Budget], folder: Path,
+    time_limit_s: float, threads: int, base: str | None, load: int, progress: Progress,
+) -> Report:  # fmt: skip
+    """Each runtime in turn, in an equal part of the time; see `run_each`."""
+    with _alone_in(folder, progress):
+        limit = TimeLimit(time_limit_s, clock_of(runtimes[0]))
+        setup = set_up(task, runtimes[0], threads=threads, base=base, load=load)
+        ratios = dense_ratios([replace(setup, backend=r) for r in runtimes], progress.say)
+        named = {r.name: r for r in runtimes}
+
+        def run_one(name: str, own: Sequence[Budget], into: Path, limit_s: float) -> Report:
+            return one(own, into, backend=named[name], time_limit_s=limit_s)
+
+        return run_each(run_one, ratios, budgets, folder, lambda: limit.left_s, progress)
+
+
 @contextmanager
-def _alone_in(folder: Path, runtime: Backend, progress: Progress) -> Iterator[None]:
-    """A folder and a device that no other command uses meanwhile, and a log of the run in the folder."""
+def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
+    """A folder that no other command uses meanwhile, and a log of the run in it."""
     make_folder(folder)
-    with (
-        lock_path(folder, say=progress.say),
-        lock(fingerprint_for(runtime).id, say=progress.say),
-        progress.logged(folder / "run.log"),
-    ):
+    with lock_path(folder, say=progress.say), progress.logged(folder / "run.log"):
         remove_unfinished(folder)
         progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)

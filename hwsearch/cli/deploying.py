@@ -13,7 +13,7 @@ from hwsearch.cli.arguments import (
     AllocationFile,
     AsJson,
     Axes,
-    Backend,
+    Backends,
     Base,
     Batch,
     Budgets,
@@ -128,7 +128,7 @@ def run(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for everything.")
     ],
-    backend: Backend = "openvino",
+    backend: Backends = "openvino",
     threads: Threads = 1,
     base: Base = None,
     batch: Batch = None,
