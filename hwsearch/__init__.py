@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
     from hwsearch.api import profile as profile
+    from hwsearch.api import recover as recover
     from hwsearch.api import run as run
     from hwsearch.api import sensitivity as sensitivity
     from hwsearch.api import verify as verify
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_fronts as plot_fronts
     from hwsearch.plot import plot_predictions as plot_predictions
+    from hwsearch.plot import plot_recovery as plot_recovery
     from hwsearch.plot import plot_staircase as plot_staircase
     from hwsearch.table.table import LatencyTable as LatencyTable
     from hwsearch.task import Task as Task
 
 __version__ = "0.1.0"
 _HOMES = {
-    "allocate.allocation": ["Allocation"], "api": ["profile", "run", "sensitivity", "verify"],
+    "allocate.allocation": ["Allocation"], "api": ["profile", "recover", "run", "sensitivity", "verify"],
     "deployment.recheck": ["recheck"], "deployment.deploy": ["deploy"],
-    "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_staircase"],
+    "plot": [
+        "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
+    ],
     "allocate.search": ["front", "search"],
     "loss.table": ["SensitivityTable"], "table.table": ["LatencyTable"],
     "deployment.targets": ["build", "check"], "loading": ["load"], "task": ["Task"],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
@@ -15,35 +17,42 @@ from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
-from hwsearch.deployment.allowance import LOOP, PREPARING, PROFILE, Allowance, prepared, shared_out
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
-from hwsearch.deployment.deploy import as_deployed, bank_of, of_allocation
+from hwsearch.deployment.deploy import kept_of, of_allocation, parse_variants, with_weights
 from hwsearch.deployment.report import Report, measured_points
-from hwsearch.deployment.runtimes import dense_ratios, run_each
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
 from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup, clock_of, set_up
-from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
+from hwsearch.errors import BudgetMissed, HwsearchError, IncompatibleTables, InvalidInput
 from hwsearch.files import make_folder, remove_unfinished
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
+from hwsearch.pipeline.allowance import LOOP, PREPARING, PROFILE, RECOVERY, Allowance, prepared, shared_out
+from hwsearch.pipeline.closed_loop import closed_loop
+from hwsearch.pipeline.recovering import recovered_answer
+from hwsearch.pipeline.runtimes import dense_ratios, run_each
 from hwsearch.plot import plot_front
 from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
-from hwsearch.progress import Progress
+from hwsearch.progress import Progress, spoken
+from hwsearch.recovery.recovery import Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
 from hwsearch.task import Task
+
+UNTRAINED_S = 600.0
+"""What a run takes where no time limit is given, beside its recovery."""
+MOST_RECOVERY = 0.9
+"""Of a run's time limit, the share that recovery may take."""
 
 
 def profile(
@@ -213,7 +222,7 @@ def verify(
         threads: Inference threads; None for the allocation's.
         out: File for the report.
         table: The latency table that was searched.
-        weights: Folder of refitted weights, as for `deploy`.
+        weights: Folder of refitted weights, or file of trained ones, as for `deploy`.
         lock_clocks: As for `profile`, at the clock of the allocation's table.
 
     Returns:
@@ -227,27 +236,81 @@ def verify(
     if table is not None:
         device = fingerprint_for(setup.backend).to_json()
         table.require(device=device, network=setup.network, backend=setup.backend.name)
-    deployed = as_deployed(setup, allocation, bank_of(setup, allocation, weights))
+    deployed = with_weights(setup, allocation, weights)
     report, _ = measure_allocation(Session(setup, table), allocation, deployed, table=table)
     if out is not None:
         report.save(out)
     return report
 
 
+def recover(
+    task: Task,
+    allocation: Allocation,
+    out: str | Path | None = None,
+    *,
+    epochs: int | None = None,
+    time_limit_s: float | None = None,
+    method: str = "ste",
+    rate: float | None = None,
+    seed: int = 0,
+    weights: str | Path | None = None,
+    backend: str | Backend | None = None,
+    scored: bool = True,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Train what a search chose: the network of an allocation, as it is deployed, from its refitted weights on.
+
+    What is made small is the divergence from the dense network's outputs, with the task's `loss` on its `train` added where it has
+    them. The best weights on held-out calibration data are kept: never worse there than the refitted ones. A training that was
+    killed goes on where it was a minute before, with the same result, when the same is called again.
+
+    Args:
+        task: What the allocation is of.
+        allocation: An answer of `search`.
+        out: File for the weights, which `deploy` and `verify` take; None keeps them in memory, and no checkpoints.
+        epochs: Of `Task.train`, or passes over the calibration data; None for 2, or 30 of these, or what the time limit allows.
+        time_limit_s: Seconds of the whole recovery; None for no limit.
+        method: How weights are led to what is allowed: `ste`, `mask`, `lc`, `srste`, `shrink` or `halfspace`.
+        rate: The largest learning rate; None tries a few and takes that which ends at the least held-out loss.
+        seed: Of every random choice.
+        weights: Folder of refitted weights to start from, as for `deploy`.
+        backend: As for `verify`: whose arithmetic is trained for.
+        scored: Whether `Task.evaluate` is called on the dense, the refitted and the recovered network, simulated in torch.
+        progress: Shows how far it is; None shows nothing.
+
+    Returns:
+        The weights, and how it went.
+
+    Raises:
+        IncompatibleTables: The allocation is of another network.
+        InvalidInput: `train` or `loss` does not give what it should; an option is out of range.
+        HwsearchError: The loss diverges, or memory is too short; what was reached until then is kept.
+    """
+    options = Options(epochs, time_limit_s, method, rate, seed, scored)
+    progress = progress or Progress.silent()
+    progress.start(None, "making the network ready")
+    setup = of_allocation(task, allocation, backend)
+    start = with_weights(setup, allocation, weights)
+    return Recovery(
+        setup.lowering, start.lowering, kept_of(allocation, setup.network), parse_variants(allocation), options,
+        quantize_outputs=setup.backend.quantize_outputs, out=out, progress=progress,
+    ).run()  # fmt: skip
+
+
 def run(
     task: Task, budgets: Sequence[str | Budget], out: str | Path, *,
     backend: str | Backend | Sequence[str | Backend] = "openvino", threads: int = 1, base: str | None = None,
-    batch: int | None = None, seed: int = 0, time_limit_s: float = 600.0, mode: str = "context",
+    batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
-    progress: Progress | None = None,
+    recover_s: float = 0.0, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was made
-    of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory or
-    MACs are bounded, there is neither table nor front. What is printed while it runs is added to run.log.
+    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png and run.log in `out`, and refitted weights
+    in `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was
+    made of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory
+    or MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
@@ -256,22 +319,20 @@ def run(
         backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
             meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
             time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
-        threads: As for `profile`.
-        base: As for `profile`.
-        batch: As for `profile`.
+        threads, base, batch: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
-        time_limit_s: Seconds of the whole run. The profile takes what refitting, sensitivities and the closed loop leave;
-            sensitivities are of fewer samples where time is short, and there are fewer rounds. What an answer needs is done in any
-            case: builds of the narrowest widths, losses on one batch of samples, one round.
+        time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what later stages
+            leave. Where time is short, sensitivities are of fewer samples, and rounds are fewer. What an answer needs is done in any
+            case: builds of the narrowest widths, losses on one batch, one round.
         mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        builds: As for `profile`.
-        load: As for `profile`, while verifying as well.
-        prior: As for `profile`.
-        lock_clocks: As for `profile`, while verifying as well.
+        builds, prior: As for `profile`.
+        load, lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
+        recover_s: Seconds of the time limit to train the answer in, as `recover` does; 0: it is not trained. The trained answer is
+            measured again; report, model.onnx, trained.safetensors and recover.png are left in `out`.
         progress: As for `profile`.
 
     Returns:
@@ -284,50 +345,60 @@ def run(
         InvalidInput: A budget or an option is malformed.
     """
     parsed, axes = parse_budgets(budgets), check_axes(axes)
-    _require_searchable(mode, time_limit_s)
+    time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
+    _require_searchable(mode, time_limit_s, recover_s)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
     if len(runtimes) > 1:
+        own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
         one = partial(
-            run, task, base=base, batch=batch, seed=seed, mode=mode, axes=axes, keep=keep, builds=builds, prior=prior,
-            lock_clocks=lock_clocks, energy=energy, threads=threads, load=load, progress=progress,
+            run, task, batch=batch, seed=seed, mode=mode, axes=axes, keep=keep, builds=builds, prior=prior,
+            lock_clocks=lock_clocks, energy=energy, progress=progress, **own,
         )  # fmt: skip
-        return _run_several(one, task, runtimes, parsed, folder, time_limit_s, threads, base, load, progress)
+        return _run_several(one, task, runtimes, parsed, folder, (time_limit_s, recover_s), own, progress)
     (runtime,) = runtimes
     with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
-        limit = TimeLimit(time_limit_s, clock_of(runtime))  # it does not run while another command is waited for
+        limit = TimeLimit(time_limit_s - recover_s, clock_of(runtime))  # it does not run while another command is waited for
         stores = "precision" in axes and any(b.column == "size" for b in parsed)
         setup = set_up(
             task, runtime, threads=threads, base=base, batch=batch, load=load,
             axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),
             clocks=clocks_to_lock(runtime) if lock_clocks else 0,
         )  # fmt: skip
-        effort = Effort(time_limit_s, builds, extend=False)
         return _run(
-            setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=_tables(prior, setup),
-            progress=progress,
+            setup, parsed, folder, Effort(time_limit_s, builds, extend=False), limit, mode=mode, axes=axes, seed=seed,
+            keep=keep, prior=_tables(prior, setup), recover_s=recover_s, progress=progress,
         )  # fmt: skip
 
 
-def _require_searchable(mode: str, time_limit_s: float) -> None:
+def _require_searchable(mode: str, time_limit_s: float, recover_s: float) -> None:
     if mode == Mode.ALONE:
         raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
     if time_limit_s <= 0:
         raise InvalidInput(f"the time limit must be positive, got {time_limit_s} s")
+    if not 0.0 <= recover_s <= MOST_RECOVERY * time_limit_s:
+        raise InvalidInput(
+            f"{spoken(recover_s)} of recovery are of the run's time limit, {spoken(time_limit_s)}, of which at most "
+            f"{MOST_RECOVERY:.0%} may be; raise the limit, or train afterwards with `hwsearch recover`"
+        )
 
 
 def _run_several(
     one: Callable[..., Report], task: Task, runtimes: Sequence[Backend], budgets: Sequence[Budget], folder: Path,
-    time_limit_s: float, threads: int, base: str | None, load: int, progress: Progress,
+    limits: tuple[float, float], options: Mapping[str, Any], progress: Progress,
 ) -> Report:  # fmt: skip
-    """Each runtime in turn, in an equal part of the time; see `run_each`."""
+    """Each runtime in turn, in an equal part of the time; see `run_each`.
+
+    limits: Seconds of all of it, and of recovery of that.
+    """
     with _alone_in(folder, progress):
-        limit = TimeLimit(time_limit_s, clock_of(runtimes[0]))
-        setup = set_up(task, runtimes[0], threads=threads, base=base, load=load)
+        limit = TimeLimit(limits[0], clock_of(runtimes[0]))
+        setup = set_up(task, runtimes[0], **options)
         ratios = dense_ratios([replace(setup, backend=r) for r in runtimes], progress.say)
         named = {r.name: r for r in runtimes}
 
         def run_one(name: str, own: Sequence[Budget], into: Path, limit_s: float) -> Report:
-            return one(own, into, backend=named[name], time_limit_s=limit_s)
+            recover_s = min(limits[1] / len(runtimes), MOST_RECOVERY * limit_s)
+            return one(own, into, backend=named[name], time_limit_s=limit_s, recover_s=recover_s)
 
         return run_each(run_one, ratios, budgets, folder, lambda: limit.left_s, progress)
 
@@ -346,14 +417,15 @@ def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
 
 def _run(
     setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
-    mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable], progress: Progress,
+    mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable], recover_s: float,
+    progress: Progress,
 ) -> Report:  # fmt: skip
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
     timed = any(b.column not in COMPUTED for b in budgets)
     allowance = prepared(
-        Allowance(limit, setup, axes), weights, scored=holds_now(setup, path, seed), progress=progress
+        Allowance(limit, setup, axes, recovery_s=recover_s), weights, scored=holds_now(setup, path, seed), progress=progress
     )
     if timed:
         stages = allowance.plan(None)
@@ -374,16 +446,36 @@ def _run(
     progress.enter(LOOP)
     session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score
-    report, _, table = closed_loop(
+    report, allocation, table = closed_loop(
         session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
     )  # fmt: skip
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
+    if recover_s and report.state != State.MISSED:
+        progress.enter(RECOVERY)
+        report = _recovered(session, allocation, report, folder, recover_s, seed, table, budgets, weights, progress)
     progress.record(str(report))
     if report.state == State.MISSED:
         raise _missed(report, budgets, folder, late=limit.late())
     return report
+
+
+def _recovered(
+    session: Session, allocation: Allocation, report: Report, folder: Path, limit_s: float, seed: int,
+    table: LatencyTable, budgets: Sequence[Budget], weights: Path, progress: Progress,
+) -> Report:  # fmt: skip
+    """The report of the trained answer; of the refitted one where training cannot go on, which is said."""
+    options = Options(time_limit_s=limit_s, seed=seed, scored=False)
+    try:
+        return recovered_answer(
+            session, allocation, report, folder, options, table=table if table.builds else None, budgets=budgets, weights=weights,
+            progress=progress,
+        )  # fmt: skip
+    except HwsearchError as error:
+        progress.say(f"the answer stays as refitted, as it could not be trained: {error}")
+        warnings.warn(f"the answer stays as refitted, as it could not be trained: {error}", stacklevel=2)
+        return report
 
 
 def widths_to_score(table: LatencyTable, budgets: Sequence[Budget]) -> Mapping[str, Sequence[int]]:

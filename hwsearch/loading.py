@@ -105,6 +105,9 @@ def _check(task: Task, spec: str) -> None:
         raise InvalidInput(f"{spec}: model is {type(task.model).__name__}; expected a torch.nn.Module")
     if not callable(task.evaluate):
         raise InvalidInput(f"{spec}: evaluate is not callable; expected evaluate(predict) -> float")
+    for name in ("train", "loss"):
+        if getattr(task, name) is not None and not callable(getattr(task, name)):
+            raise InvalidInput(f"{spec}: {name} is not callable; expected train(epoch) -> batches and loss(outputs, target)")
     if not isinstance(task.example_inputs, torch.Tensor | tuple | list | Mapping):
         kind = type(task.example_inputs).__name__
         raise InvalidInput(f"{spec}: example_inputs is {kind}; expected a tensor, tuple or dict")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Inputs = Union["torch.Tensor", Sequence[Any], Mapping[str, Any]]
 Predict = Callable[..., Any]
+Train = Callable[[int], Iterable[tuple[Inputs, Any]]]
+"""Called with the number of an epoch, from 0: its batches as (inputs, target), shuffled anew; the same for the same number."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,13 @@ class Task:
         name: shown in reports and stored in tables.
         divergence: how outputs are compared with the dense network's: `kl` (logits), `mse`, or `auto` (kl if there are classes).
         spec: what `load` was given; empty for a task that was made otherwise.
+        train: for `recover`: `train(epoch)` returns the batches of an epoch (from 0) as pairs of inputs, of the form of
+            `example_inputs`, and a target; shuffled anew each epoch, and the same for the same number. None: recovery
+            trains on calibration data alone, towards the outputs of the dense network.
+        loss: with `train`: `loss(outputs, target)`, a scalar tensor, lower is better; outputs are as the model returns them.
 
     Raises:
-        InvalidInput: the model is a wrapper without one module inside (a ScriptModule).
+        InvalidInput: the model is a wrapper without one module inside (a ScriptModule), or only one of `train` and `loss` is given.
     """
 
     model: torch.nn.Module
@@ -45,8 +51,16 @@ class Task:
     name: str = "task"
     divergence: str = "auto"
     spec: str = ""
+    train: Train | None = field(default=None, repr=False)
+    loss: Callable[[Any, Any], torch.Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if (self.train is None) != (self.loss is None):
+            has, lacks = ("train", "loss") if self.loss is None else ("loss", "train")
+            raise InvalidInput(
+                f"the task {self.name!r} has {has} but no {lacks}: `train(epoch)` gives batches of (inputs, target) and "
+                "`loss(outputs, target)` says what they are for; give both, or neither to recover on calibration data alone"
+            )
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(self.model, torch.nn.Module):
             object.__setattr__(self, "model", unwrapped(self.model))

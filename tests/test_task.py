@@ -23,6 +23,9 @@ def leaves(): raise SystemExit("bye")
 def number(): return 3
 def no_model(): return make(model=3)
 def no_score(): return make(evaluate=1.0)
+def half(): return make(train=lambda epoch: [])
+def other_half(): return make(loss=lambda outputs, target: outputs.sum())
+def no_function(): return make(train=[], loss=[])
 def no_inputs(): return make(example_inputs=3)
 def no_batches(): return make(calibration=torch.randn(2, 4))
 def other_loss(): return make(divergence="l1")
@@ -77,6 +80,9 @@ def test_a_file_named_like_a_library_does_not_replace_it(folder: Path) -> None:
         ("mine.py:number", "returned int"),
         ("mine.py:no_model", "model is int"),
         ("mine.py:no_score", "evaluate is not callable"),
+        ("mine.py:half", "has train but no loss"),
+        ("mine.py:other_half", "has loss but no train"),
+        ("mine.py:no_function", "train is not callable"),
         ("mine.py:no_inputs", "example_inputs is int"),
         ("mine.py:no_batches", "calibration is Tensor"),
         ("mine.py:other_loss", "divergence is 'l1'"),

@@ -80,6 +80,14 @@ Weights = Annotated[
         "--weights", metavar="DIR", file_okay=False, help="Folder of refitted weights, made and used again."
     ),
 ]
+AnyWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="DIR|FILE",
+        help="Folder of refitted weights, made and used again; or file of trained weights, made by `hwsearch recover`.",
+    ),
+]
 Load = Annotated[
     int,
     typer.Option(

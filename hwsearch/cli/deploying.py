@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -11,6 +12,7 @@ import typer
 from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AllocationFile,
+    AnyWeights,
     AsJson,
     Axes,
     Backends,
@@ -23,6 +25,7 @@ from hwsearch.cli.arguments import (
     LockClocks,
     MaybeBackend,
     MaybeOutput,
+    Plot,
     Prior,
     Quiet,
     Seed,
@@ -56,7 +59,7 @@ def deploy(
             help="With --backend tensorrt: leave a folder for a machine with TensorRT and such a GPU (sm89, ...).",
         ),
     ] = None,
-    weights: Weights = None,
+    weights: AnyWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the ONNX file of an allocation, with refitted weights."""
@@ -94,7 +97,7 @@ def verify(
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Latency table that the allocation was searched on.")
     ] = None,
-    weights: Weights = None,
+    weights: AnyWeights = None,
     lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,6 +125,70 @@ def verify(
     _finish(report, as_json)
 
 
+def recover(
+    task: TaskSpec,
+    allocation: AllocationFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="File for the trained weights (.safetensors).")
+    ],
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the task's training data (by default 2), or passes over calibration data (by default 30)."),
+    ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Of all of it: 90s, 10m, 1h30m. With --epochs: no more than that.")
+    ] = None,
+    method: Annotated[
+        Literal["ste", "mask", "lc", "srste", "shrink", "halfspace"],
+        typer.Option(help="How weights are led to what the allocation allows; see the page Recovery of the documentation."),
+    ] = "ste",
+    lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
+    seed: Seed = 0,
+    weights: Weights = None,
+    backend: MaybeBackend = None,
+    plot: Plot = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a search chose, as it is deployed. Take the file to deploy and verify with --weights.
+
+    With the task's `train` and `loss` on these, else on calibration data towards the dense network's outputs. A killed training
+    goes on where it was a minute before when the same command is given again.
+    """
+    rate, limit = _rate(lr), None if time_limit is None else seconds(time_limit)
+    if output.suffix != ".safetensors":
+        raise InvalidInput(f"trained weights are a file of safetensors; give its name as {output.with_suffix('.safetensors')}")
+    import hwsearch as hs
+    from hwsearch.allocate.allocation import Allocation
+    from hwsearch.progress import Progress
+
+    chosen = Allocation.load(allocation)
+    require_backend(backend or chosen.backend)
+    with Progress(quiet=quiet) as progress:
+        done = hs.recover(
+            hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, rate=rate, seed=seed,
+            weights=weights, backend=backend, progress=progress,
+        )  # fmt: skip
+    if plot is not None:
+        hs.plot_recovery(done, plot)
+    if as_json:
+        show.as_json({"path": str(output), **done.to_json()})
+        return
+    print(f"{done}\n{output}: {show.size(output.stat().st_size)}; give it to deploy and verify as --weights")
+
+
+def _rate(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise InvalidInput(f"--lr {text!r} is no learning rate; expected a positive number such as 3e-4, or auto")
+    return rate
+
+
 def run(
     task: TaskSpec,
     budget: Budgets,
@@ -137,9 +204,17 @@ def run(
     load: Load = 0,
     seed: Seed = 0,
     time_limit: Annotated[
-        str,
-        typer.Option(metavar="DURATION", help="Of the whole run: 90s, 10m, 1h30m. The profile takes what the later stages leave."),
-    ] = "10m",
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Of the whole run: 90s, 10m, 1h30m; by default 10m, and what --recover takes. The profile takes what the later "
+            "stages leave.",
+        ),
+    ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Of the time limit: train the answer so long, and measure it again."),
+    ] = None,
     mode: Annotated[
         Literal["context", "sandwiched"],
         typer.Option(help="Of the profile; sandwiched, for networks too large to build whole, keeps every width whole."),
@@ -154,7 +229,8 @@ def run(
 
     DIR/run.log says what was done when, while it runs.
     """
-    begun, limit = time.monotonic(), seconds(time_limit)
+    begun, trained_s = time.monotonic(), 0.0 if recover is None else seconds(recover)
+    limit = 600.0 + trained_s if time_limit is None else seconds(time_limit)
     require_backend(backend, lock_clocks)
     import hwsearch as hs
     from hwsearch.progress import Progress
@@ -165,7 +241,7 @@ def run(
             report = hs.run(
                 own, budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
-                time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
+                recover_s=trained_s, time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:

@@ -31,6 +31,8 @@ _ARTIFACTS = {
     "network": "model.onnx",
     "report": "report.json",
     "plot": "front.png",
+    "trained weights": "trained.safetensors",
+    "plot of the recovery": "recover.png",
 }
 
 

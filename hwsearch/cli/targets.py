@@ -9,13 +9,13 @@ import typer
 from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AllocationFile,
+    AnyWeights,
     AsJson,
     Batch,
     EngineBackend,
     Output,
     Quiet,
     TaskSpec,
-    Weights,
 )
 
 
@@ -32,7 +32,7 @@ def build(
         str | None,
         typer.Option(metavar="PRECISION", help="Instead of the allocation's own: fp16, bf16, fp32 or tf32."),
     ] = None,
-    weights: Weights = None,
+    weights: AnyWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the serialised engine of an allocation for a GPU. With `tensorrt-rtx` no GPU is needed here."""

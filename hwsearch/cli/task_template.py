@@ -9,6 +9,7 @@ Put your own network and data in the place of `Net` and `images`; the fields of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -75,6 +76,13 @@ def make_task() -> hs.Task:
         hits = sum(int((predict(test[i : i + 64]).argmax(1) == labels[i : i + 64]).sum()) for i in range(0, 512, 64))
         return hits / len(labels)
 
+    def train(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch, shuffled anew: the same ones whenever the same epoch is asked for."""
+        x, y = images(1024, seed=0)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(64):
+            yield x[batch], y[batch]
+
     return hs.Task(
         # The trained module. It is put in eval mode, and its weights are never changed.
         model=trained(),
@@ -93,4 +101,8 @@ def make_task() -> hs.Task:
         divergence="auto",
         # What named the task. `hs.load`, and so every command, writes it here: leave it empty.
         spec="",
+        # For `hwsearch recover`, which trains what the search chose: batches of (inputs, target), and what to make small.
+        # Leave both out where there are no labels: recovery then trains towards the outputs of the dense network.
+        train=train,
+        loss=nn.functional.cross_entropy,
     )

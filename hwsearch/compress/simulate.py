@@ -11,7 +11,7 @@ from torch import fx
 
 from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import StoredWeight, quantized_activation, rounded, rounded_weight, stored
-from hwsearch.compress.quantize import Ranges, int8_scale
+from hwsearch.compress.quantize import Key, Ranges, int8_scale
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.canonical import aten
 from hwsearch.graph.narrow import Mask, summed_gates
@@ -23,20 +23,17 @@ Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
 
 
-class Simulator:
-    """The outputs of a network whose units are in given variants, for one batch.
+class Rounding:
+    """How the units of a traced network compute in their variants, in torch.
 
-    The dense run is kept, so that changing one unit recomputes only what comes after it. Half precisions are
-    simulated by rounding a unit's inputs, weights and output, tf32 by rounding what it multiplies; the others by the same
-    masks and Q/DQ that are deployed. weights: see `StoredWeights`; needed of units whose weights are not replaced, and of
-    `int8_bits`, as replaced ones are rounded to.
+    Half precisions are simulated by rounding a unit's inputs, weights and output, tf32 by rounding what it multiplies; the others
+    by the same masks and Q/DQ that are deployed. weights: see `StoredWeights`; needed of units whose weights are not replaced,
+    and of `int8_bits`, as replaced ones are rounded to.
     """
 
     def __init__(
         self,
         traced: Traced,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
         weights: Mapping[tuple[str, Variant], StoredWeight],
         ranges: Ranges,
         *,
@@ -51,6 +48,116 @@ class Simulator:
             for index, site in enumerate(calls)
         }
         self.stored = {node: unit for unit, held in traced.stored.items() for node in held}
+
+    def unit(
+        self,
+        node: fx.Node,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+        interpreter: fx.Interpreter,
+    ) -> Any:
+        """What a unit's call returns for the arguments that an interpreter holds."""
+        unit, call, site = self.site[node.name]
+        args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
+        new: list[Any] = list(args)
+        for port, position in enumerate(site.activations):
+            new[position] = self.activation(args[position], (unit, call, f"in{port}"), variant)
+        bias = replaced[1] if replaced is not None else None
+        if site.weight is not None:
+            new[site.weight], bias = self.weight(args[site.weight], unit, call, variant, replaced)
+        if bias is not None:
+            _put_bias(node, new, kwargs, bias)
+        result = node.target(*new, **kwargs)  # type: ignore[operator]
+        if variant.precision in ("bf16", "fp16"):
+            return rounded(result, variant.precision)
+        if variant.precision in ("int8", "fp8") and self.quantize_outputs:
+            return self.activation(result, (unit, call, "out"), variant)
+        return result
+
+    def activation(self, x: torch.Tensor, key: Key, variant: Variant) -> torch.Tensor:
+        """What a unit reads of an activation, or what is read of its output (port `out`)."""
+        if not variant.quantized:
+            return rounded(x, variant.precision)
+        return quantized_activation(x, variant.precision, self.ranges[key], key[2], self.int8_bits)
+
+    def weight(
+        self,
+        own: torch.Tensor,
+        unit: str,
+        call: int,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight, bias) that a call multiplies with and adds; no bias leaves the unit's own. own: the weight that is there."""
+        bias = replaced[1] if replaced is not None else None
+        if variant.plain:
+            return rounded(own if replaced is None else replaced[0], variant.precision), bias
+        weight = self._stored(unit, variant, replaced)
+        if variant.precision == "int8":
+            weight, bias = self._with_bias(weight, unit, call, bias)
+        return rounded_weight(own, weight), bias
+
+    def constant(
+        self,
+        own: torch.Tensor,
+        unit: str,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
+        if self.traced.network[unit].tied and not stored_once(variant):
+            return own
+        if variant.plain:
+            return rounded(own, variant.precision)
+        weight = self._stored(unit, variant, replaced)
+        if variant.precision == "int8":  # tied: with the scales that the layer's bias asks for
+            weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
+        return rounded_weight(own, weight)
+
+    def stored_weight(self, unit: str, call: int, variant: Variant) -> StoredWeight:
+        """A unit's own weight as a variant that is not plain stores it, with the scales that its bias asks for."""
+        weight = self._stored(unit, variant, None)
+        return self._with_bias(weight, unit, call, None)[0] if variant.precision == "int8" else weight
+
+    def _stored(
+        self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
+    ) -> StoredWeight:
+        if replaced is None:
+            return self.weights[unit, variant]
+        return stored(replaced[0], self.traced.network[unit], variant, self.int8_bits)
+
+    def _with_bias(
+        self, weight: StoredWeight, unit: str, call: int, bias: torch.Tensor | None
+    ) -> tuple[StoredWeight, torch.Tensor | None]:
+        """An int8 weight and its bias (the unit's own unless given) as they are stored: on one grid."""
+        bias = self.traced.bias(unit) if bias is None else bias
+        assert weight.scales is not None
+        if bias is None or tuple(bias.shape) != weight.scales.shape:
+            return weight, bias
+        activation = float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
+        values = bias.detach().float().numpy()
+        weight = fitted(weight, values, activation)
+        return weight, torch.from_numpy(on_steps(values, steps(weight, activation))).to(bias.dtype)
+
+
+class Simulator(Rounding):
+    """The outputs of a network whose units are in given variants, for one batch.
+
+    The dense run is kept, so that changing one unit recomputes only what comes after it. The options are those of `Rounding`.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weights: Mapping[tuple[str, Variant], StoredWeight],
+        ranges: Ranges,
+        *,
+        quantize_outputs: bool = False,
+        int8_bits: int = INT8_BITS,
+    ) -> None:
+        super().__init__(traced, weights, ranges, quantize_outputs=quantize_outputs, int8_bits=int8_bits)
         self.order = list(traced.graph.graph.nodes)
         self.values: dict[fx.Node, Any] = {}
         with torch.no_grad():
@@ -74,98 +181,24 @@ class Simulator:
             for node in self.order:
                 site = self.site.get(node.name)
                 unit = site[0] if site is not None else self.stored.get(node.name, "")
-                variant = variants.get(unit, Variant("fp32"))
+                variant, replaced = variants.get(unit, Variant("fp32")), weights.get(unit)
                 own = bool(unit) and (variant != Variant("fp32") or unit in weights)
                 if own and site is None:
-                    changed[node] = self._constant(node, unit, variant, weights.get(unit))
+                    tensor = self.values[node] if replaced is None else replaced[0]
+                    changed[node] = self.constant(tensor, unit, variant, replaced)
                     continue
                 gates = None if mask is None else summed_gates(node, self.traced.channels, mask)
                 if not own and gates is None and not any(i in changed for i in node.all_input_nodes):
                     continue
                 interpreter.env = _Overlay(changed, self.values)
-                if own and site is not None:
-                    changed[node] = self._unit(node, site, variant, weights.get(unit), interpreter)
+                if own:
+                    changed[node] = self.unit(node, variant, replaced, interpreter)
                 elif gates is not None:
                     args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
                     changed[node] = node.target(args[0] * gates, *args[1:], **kwargs)
                 else:
                     changed[node] = interpreter.run_node(node)
         return changed.get(self.order[-1], self.dense)
-
-    def _unit(
-        self,
-        node: fx.Node,
-        where: tuple[str, int, Site],
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-        interpreter: fx.Interpreter,
-    ) -> Any:
-        unit, call, site = where
-        args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
-        new: list[Any] = list(args)
-        for port, position in enumerate(site.activations):
-            new[position] = rounded(args[position], variant.precision)
-            if variant.quantized:
-                of = self.ranges[unit, call, f"in{port}"]
-                new[position] = quantized_activation(
-                    args[position], variant.precision, of, f"in{port}", self.int8_bits
-                )
-        bias = replaced[1] if replaced is not None else None
-        if site.weight is not None:
-            own = args[site.weight]
-            if variant.plain:
-                new[site.weight] = rounded(own if replaced is None else replaced[0], variant.precision)
-            else:
-                weight = self._stored(unit, variant, replaced)
-                if variant.precision == "int8":
-                    weight, bias = self._with_bias(weight, unit, call, bias)
-                new[site.weight] = rounded_weight(own, weight)
-        if bias is not None:
-            _put_bias(node, new, kwargs, bias)
-        result = node.target(*new, **kwargs)  # type: ignore[operator]
-        if variant.precision in ("bf16", "fp16"):
-            return rounded(result, variant.precision)
-        if variant.precision in ("int8", "fp8") and self.quantize_outputs:
-            return quantized_activation(result, variant.precision, self.ranges[unit, call, "out"], "out")
-        return result
-
-    def _constant(
-        self,
-        node: fx.Node,
-        unit: str,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> torch.Tensor:
-        """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
-        own: torch.Tensor = self.values[node] if replaced is None else replaced[0]
-        if self.traced.network[unit].tied and not stored_once(variant):
-            return own
-        if variant.plain:
-            return rounded(own, variant.precision)
-        weight = self._stored(unit, variant, replaced)
-        if variant.precision == "int8":  # tied: with the scales that the layer's bias asks for
-            weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
-        return rounded_weight(own, weight)
-
-    def _stored(
-        self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
-    ) -> StoredWeight:
-        if replaced is None:
-            return self.weights[unit, variant]
-        return stored(replaced[0], self.traced.network[unit], variant, self.int8_bits)
-
-    def _with_bias(
-        self, weight: StoredWeight, unit: str, call: int, bias: torch.Tensor | None
-    ) -> tuple[StoredWeight, torch.Tensor | None]:
-        """An int8 weight and its bias (the unit's own unless given) as they are stored: on one grid."""
-        bias = self.traced.bias(unit) if bias is None else bias
-        assert weight.scales is not None
-        if bias is None or tuple(bias.shape) != weight.scales.shape:
-            return weight, bias
-        activation = float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
-        values = bias.detach().float().numpy()
-        weight = fitted(weight, values, activation)
-        return weight, torch.from_numpy(on_steps(values, steps(weight, activation))).to(bias.dtype)
 
 
 def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:

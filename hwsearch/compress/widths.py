@@ -18,10 +18,14 @@ Kept = Mapping[str, Sequence[int]]
 Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """(weight, bias) of units, in the shapes of the narrow network."""
 
+Tensors = Mapping[str, torch.Tensor]
+"""Tensors by where a graph holds them, in the shapes of the narrow network."""
 
-def narrow(traced: Traced, kept: Kept, weights: Weights | None = None) -> Traced:
+
+def narrow(traced: Traced, kept: Kept, weights: Weights | None = None, tensors: Tensors | None = None) -> Traced:
     """The network with only the kept slots of each group; `weights` replace those of units, for instance refitted ones.
 
+    tensors: put in place of what the graph holds, after `weights`, for instance trained ones.
     The traced graph is not changed. What it computes is what the whole one computes with the removed channels masked
     wherever a unit reads them (groups through LayerNorm excepted).
     """
@@ -34,6 +38,8 @@ def narrow(traced: Traced, kept: Kept, weights: Weights | None = None) -> Traced
         channels=left_channels(traced.channels, mask),
     )
     put_weights(found, weights or {})
+    for path, value in (tensors or {}).items():
+        set_attr(found.graph, path, value)
     return found
 
 

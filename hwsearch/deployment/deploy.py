@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -14,6 +15,7 @@ from hwsearch.allocate.allocation import Allocation
 from hwsearch.backends.base import Backend
 from hwsearch.backends.exactness import int8_bits, takes_unsigned
 from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.widths import Kept
 from hwsearch.device import fingerprint as devices
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import IncompatibleTables
@@ -24,6 +26,7 @@ from hwsearch.network.choices import RESIDUAL
 from hwsearch.network.choices import STORAGE as STORED
 from hwsearch.network.network import Network
 from hwsearch.network.variants import INT8_BITS, STORAGE, Int8, Variant
+from hwsearch.recovery.trained import Trained, put
 from hwsearch.task import Task
 
 
@@ -108,7 +111,7 @@ def _check_bits(setup: Setup) -> None:
 def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None = None) -> Lowering:
     """The task as an allocation wants it, narrow and refitted, whichever backend it was searched on.
 
-    weights: folder of refitted weights; without it they are refitted anew. Raises IncompatibleTables (another network).
+    weights: as for `deploy`. Raises IncompatibleTables (another network).
     """
     options = allocation.options
     whole = Lowering(
@@ -118,7 +121,40 @@ def lowering_of(task: Task, allocation: Allocation, weights: str | Path | None =
         int8_bits=int8_bits_of(allocation),
     )
     check_allocation(allocation, whole.network)
+    if is_trained(weights):
+        return _trained(whole, allocation, weights)
     return _refitted(whole, allocation, _bank(whole, allocation, weights))
+
+
+def is_trained(weights: str | Path | None) -> TypeGuard[str | Path]:
+    """Whether weights are a file of trained ones, and no folder of refitted ones."""
+    return weights is not None and (Path(weights).is_file() or Path(weights).suffix == ".safetensors")
+
+
+def with_weights(setup: Setup, allocation: Allocation, weights: str | Path | None) -> Setup:
+    """The setup as an allocation wants it, with trained weights from a file, or refitted ones. weights: as for `deploy`."""
+    if is_trained(weights):
+        return replace(setup, lowering=_trained(setup.lowering, allocation, weights))
+    return as_deployed(setup, allocation, bank_of(setup, allocation, weights))
+
+
+def _trained(lowering: Lowering, allocation: Allocation, path: str | Path) -> Lowering:
+    return put(lowering, kept_of(allocation, lowering.network), parse_variants(allocation), Trained.load(path), path)
+
+
+def kept_of(allocation: Allocation, network: Network) -> Kept:
+    """The slots of each channel group that an allocation keeps; empty where all stay."""
+    if not allocation.narrow:
+        return {}
+    _check_groups(allocation, network)
+    return {g: tuple(sorted(slots[: allocation.widths[g]])) for g, slots in allocation.slots.items()}
+
+
+def _check_groups(allocation: Allocation, network: Network) -> None:
+    if {g: len(s) for g, s in allocation.slots.items()} != network.channels:
+        raise IncompatibleTables(
+            "the allocation is of other channel groups than the network has; search again"
+        )
 
 
 def as_deployed(setup: Setup, allocation: Allocation, bank: WeightBank | None = None) -> Setup:
@@ -130,10 +166,7 @@ def as_deployed(setup: Setup, allocation: Allocation, bank: WeightBank | None = 
 def _refitted(lowering: Lowering, allocation: Allocation, bank: WeightBank | None) -> Lowering:
     if not allocation.narrow:
         return refitted(lowering, parse_variants(allocation), bank=bank)
-    if {g: len(s) for g, s in allocation.slots.items()} != lowering.network.channels:
-        raise IncompatibleTables(
-            "the allocation is of other channel groups than the network has; search again"
-        )
+    _check_groups(allocation, lowering.network)
     bank = bank or weight_bank(lowering, None, allocation.slots)
     return refitted(lowering, parse_variants(allocation), allocation.widths, bank)
 
@@ -168,19 +201,20 @@ def deploy(
         allocation: the answer of a search.
         out: file to write.
         backend: None for the allocation's own.
-        weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; None refits them anew.
+        weights: folder of refitted weights, as `hwsearch sensitivity` leaves one; or a file of trained ones, of `recover` or the
+            `state_dict` of `Deployed.module` as safetensors. None refits them anew.
         setup: the allocation's own setup, at its widths; None makes one.
 
     Returns:
         The file, its size in bytes, and the network as a torch module.
 
     Raises:
-        IncompatibleTables: the allocation is of another network, of other weights, or of int8 that is inexact here.
+        IncompatibleTables: the allocation is of another network, of other weights, or of int8 that is inexact here; or the trained
+            weights break it (another shape or pattern): the first that does is named.
         BackendUnavailable: the runtime is not installed or does not build the network.
     """
     if setup is None:
-        whole = of_allocation(task, allocation, backend)
-        setup = as_deployed(whole, allocation, bank_of(whole, allocation, weights))
+        setup = with_weights(of_allocation(task, allocation, backend), allocation, weights)
     base = str(allocation.options.get("base", setup.options.base))
     model = setup.onnx(parse_variants(allocation), metadata=metadata_of(allocation, base))
     data = model.SerializeToString()

@@ -13,6 +13,7 @@ from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.front import Point
 from hwsearch.deployment.confirm import Judgement, State
 from hwsearch.files import write_bytes
+from hwsearch.progress import spoken
 
 SCHEMA = 2
 
@@ -59,6 +60,8 @@ class Report:
         float_only: Units that stay float on this task's data, and why.
         runtimes: Where several were tried, what came of each: `backend`, `dense_over_fastest`, and `state`, `latency_ms`,
             `dense_ms`, `loss`, `score` and `size_bytes` of its answer, or the `error`.
+        recovery: How the answer was trained: its `score` (dense, refitted, recovered), `latency_ms` (refitted, recovered),
+            seconds and the course; None where it was not.
 
     `to_json` (and so report.json) has the costs by kind: `latency_ms`, `size_bytes`, `macs`, `memory`, `energy_mj`, which are
     attributes as well.
@@ -89,6 +92,7 @@ class Report:
     slowdown: float = 0.0
     float_only: dict[str, str] = field(default_factory=dict)
     runtimes: list[dict[str, Any]] = field(default_factory=list)
+    recovery: dict[str, Any] | None = None
 
     @property
     def state(self) -> State:
@@ -218,6 +222,19 @@ class Report:
         budget = f", budget {energy['budget']:.4g} mJ" if energy["budget"] is not None else ""
         return [f"energy   {energy['measured']:.4g} mJ measured{predicted}{budget}, dense {energy['dense']:.4g} mJ"]
 
+    def _recovered(self) -> list[str]:
+        own = self.recovery
+        if own is None:
+            return []
+        score, ms = own["score"], own["latency_ms"]
+        took = f"{own['method']}, {own['curve'][-1]['step']} steps in {spoken(own['seconds'])}"
+        if not own["kept"]:
+            return [f"recover  nothing better than the refitted weights was kept ({own['why']}; {took})"]
+        return [
+            f"recover  score {score['recovered']:.4f}, {score['refitted']:.4f} refitted; latency {ms['recovered']:.4g} ms, "
+            f"{ms['refitted']:.4g} ms refitted ({took})"
+        ]
+
     def _warnings(self) -> list[str]:
         lines = []
         if self.wrong_outputs:
@@ -291,6 +308,7 @@ class Report:
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
+            *self._recovered(),
             *self._memory(),
             *self._energy(),
             f"variants {', '.join(f'{n} {v}' for v, n in sorted(_counts(self.variants).items()))}",

@@ -121,7 +121,7 @@ def build(
             (never tried: there was none).
         backend: `tensorrt-rtx` or `tensorrt`.
         base: base precision instead of the allocation's own; what was in that one then is in this.
-        weights: folder of refitted weights; None refits them anew.
+        weights: as for `deploy`.
 
     Returns:
         The file, its size in bytes, and the precision that each unit was compiled to.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,6 +22,14 @@ def divergence(
     axes: where the batch is in each output tensor; None for dimension 0. An output that has none is compared as a whole, by its
     squared error. Several outputs are averaged.
     """
+    mean, samples = mean_divergence(outputs, dense, kind, axes)
+    return samples * float(mean), samples
+
+
+def mean_divergence(
+    outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
+) -> tuple[torch.Tensor, int]:
+    """(mean of a sample as a scalar in fp64, with a gradient where outputs have one; samples) of `divergence`."""
     pairs = [
         (y, y0)
         for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
@@ -40,12 +47,12 @@ def divergence(
         axis = _class_axis(y0, where)
         if axis is not None and (kind == "kl" or (kind == "auto" and y0.shape[axis] >= 2)):
             log_p, log_q = torch.log_softmax(y0, axis), torch.log_softmax(y, axis)
-            means.append(float((log_p.exp() * (log_p - log_q)).sum(axis).mean()))
+            means.append((log_p.exp() * (log_p - log_q)).sum(axis).mean())
         else:
-            means.append(float((y - y0).square().mean()) / (float(y0.square().mean()) or 1.0))
+            means.append((y - y0).square().mean() / (float(y0.square().mean()) or 1.0))
     if not means:
         raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
-    return samples * float(np.mean(means)), samples
+    return torch.stack(means).mean(), samples
 
 
 def _class_axis(y: torch.Tensor, where: BatchAxis) -> int | None:

@@ -18,7 +18,7 @@ from hwsearch.compress.formats import StoredWeights
 from hwsearch.compress.gram import kept_apart
 from hwsearch.compress.quantize import Key, Range, activation_ranges
 from hwsearch.compress.simulate import Simulator
-from hwsearch.compress.widths import Kept, Weights, narrow
+from hwsearch.compress.widths import Kept, Tensors, Weights, narrow
 from hwsearch.errors import HwsearchError, InvalidInput, UnsupportedVariant
 from hwsearch.graph.batching import BatchAxis, find_axes
 from hwsearch.graph.calls import as_call, copied, evaluating, flat_inputs
@@ -68,7 +68,9 @@ class Lowering:
         self.whole: Lowering | None = None
         self.kept: Kept = {}
         self.replaced: Weights | None = None
+        self.tensors: Tensors = {}
         self.calibrate = True
+        self._traces = {_shapes(as_call(self.inputs)): self.traced}
 
     @property
     def int8(self) -> Int8:
@@ -110,7 +112,7 @@ class Lowering:
         if self.whole is None:
             return export(self.traced)
         follow = self.whole.follow
-        if follow is None:
+        if follow is None or not follow.paths.issuperset(self.tensors):
             return export(self.traced)
         return follow.narrow(self.traced, self.whole.traced.channels.mask(self.kept))
 
@@ -128,17 +130,29 @@ class Lowering:
             return None
         return found
 
-    def narrow(self, kept: Kept, weights: Weights | None = None, *, calibrate: bool = False) -> Lowering:
+    def narrow(
+        self,
+        kept: Kept,
+        weights: Weights | None = None,
+        *,
+        calibrate: bool = False,
+        tensors: Tensors | None = None,
+        ranges: Mapping[Key, Range] | None = None,
+    ) -> Lowering:
         """The same task with only the kept slots of its channel groups.
 
         weights: of units, instead of the whole ones cut. calibrate: take the ranges of activations from the narrow
-        network; else those of the whole one stand in for them.
+        network; else those of the whole one stand in for them. tensors: of any place in the graph, put there after `weights`.
+        ranges: of activations, where they are known.
         """
         new = copy.copy(self)
         for name in ("marked", "follow", "ranges", "weights", "calibration", "network"):
             new.__dict__.pop(name, None)
         new.whole, new.kept, new.replaced, new.calibrate = self, kept, weights, calibrate
-        new.traced = narrow(self.traced, kept, weights)
+        new.tensors, new._traces = tensors or {}, {}
+        new.traced = narrow(self.traced, kept, weights, tensors)
+        if ranges is not None:
+            new.ranges = dict(ranges)
         return new
 
     @cached_property
@@ -146,7 +160,7 @@ class Lowering:
         """Each calibration batch with a trace for its shape; large ones, and too few of them, are cut."""
         if self.whole is not None:
             whole = {id(t): t for t, _, _ in self.whole.calibration}
-            own = {key: narrow(t, self.kept, self.replaced) for key, t in whole.items()}
+            own = {key: narrow(t, self.kept, self.replaced, self.tensors) for key, t in whole.items()}
             return [(own[id(t)], args, kwargs) for t, args, kwargs in self.whole.calibration]
         each = sum(4 * u.calls * math.prod(u.output_shape) for u in self.traced.network.units) / self.batch
         most = max(1, int(ACTIVATION_BYTES / (3 * each)))
@@ -161,26 +175,26 @@ class Lowering:
         return self._batches(most)
 
     def _batches(self, largest: int) -> list[tuple[Traced, tuple[Any, ...], dict[str, Any]]]:
-        traces: dict[str, Traced] = {}
-        batches = []
-        for inputs in in_pieces(self.task.calibration, largest):
-            args, kwargs = as_call(inputs)
-            key = str(
-                [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            )
-            if key not in traces:
-                traces[key] = trace(
-                    self.task.model, inputs, self.task.name, residual=self.residual, what="calibration data"
+        pieces = in_pieces(self.task.calibration, largest)
+        return [(self.traced_for(inputs, "calibration data"), *as_call(inputs)) for inputs in pieces]
+
+    def traced_for(self, inputs: Inputs, what: str) -> Traced:
+        """The network traced for inputs of other shapes than the example's; what: names them in messages."""
+        call = as_call(inputs)
+        key = _shapes(call)
+        if key in self._traces:
+            return self._traces[key]
+        if self.whole is not None:
+            found = narrow(self.whole.traced_for(inputs, what), self.kept, self.replaced, self.tensors)
+        else:
+            found = trace(self.task.model, inputs, self.task.name, residual=self.residual, what=what)
+            check_trace(self.task.model, found, call, what)
+            same = list(found.sites) == list(self.traced.sites)
+            if not same or found.network.channels != self.traced.network.channels:
+                raise InvalidInput(
+                    f"the model runs other layers on {what} than on example_inputs; make both take the same path"
                 )
-                check_trace(self.task.model, traces[key], (args, kwargs), "calibration data")
-                same = list(traces[key].sites) == list(self.traced.sites)
-                if not same or traces[key].network.channels != self.traced.network.channels:
-                    raise InvalidInput(
-                        "the model runs other layers on calibration batches than on example_inputs; "
-                        "make both take the same path"
-                    )
-            batches.append((traces[key], args, kwargs))
-        return batches
+        return self._traces.setdefault(key, found)
 
     @cached_property
     def calibration_digest(self) -> str:
@@ -303,6 +317,12 @@ class Lowering:
             metadata=metadata,
             shared=shared,
         )
+
+
+def _shapes(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """Of all tensors in arguments, as a key."""
+    leaves = pytree.tree_leaves((call[0], sorted(call[1].items())))
+    return str([tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)])
 
 
 def in_pieces(batches: Iterable[Inputs], largest: int) -> Iterator[Inputs]:

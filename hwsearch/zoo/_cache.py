@@ -23,3 +23,8 @@ def cached(name: str, *files: str) -> list[Path]:
             f"run `scripts/fetch_zoo {name}` once, or set HWSEARCH_CACHE to where it was fetched"
         )
     return paths
+
+
+def fetched(name: str, *files: str) -> bool:
+    """Whether a task's files are in the cache."""
+    return all((cache_dir(name) / file).is_file() for file in files)

@@ -3,11 +3,15 @@
 The network (1.3 M parameters, 28x28x1 input, ten classes) was trained by `scripts/train_fashion_resnet.py`
 on the 60,000 training images. Fashion-MNIST is copyright (c) 2017 Zalando SE, under the MIT licence
 (Xiao, Rasul, Vollgraf, arXiv:1708.07747); `data/README` states it beside the slice that ships here: the first
-5,000 of the 10,000 test images for evaluation, and 1,024 training images for calibration.
+5,000 of the 10,000 test images for evaluation, and 1,024 training images for calibration. The other training images
+are what `recover` trains on, once `scripts/fetch_zoo fashion_resnet` has fetched them.
 """
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hwsearch.task import Predict, Task
+from hwsearch.zoo._cache import cache_dir, fetched
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 WIDTHS = (32, 64, 192)
 BLOCKS = (1, 2, 2)
+TRAINING = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+BATCH = 128  # of training
 MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0..1
 
 
@@ -90,9 +97,34 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor, batch: int = 250)
     return correct / len(labels)
 
 
+@cache
+def _training_set() -> tuple[Tensor, Tensor]:
+    """The training images as bytes [n, 28, 28] without those of the calibration, and their labels [n]."""
+    files = [cache_dir("fashion_resnet") / name for name in TRAINING]
+    pixels, labels = (np.frombuffer(gzip.decompress(f.read_bytes()), np.uint8) for f in files)
+    images = pixels[16:].reshape(-1, 28, 28)
+    with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as data:
+        known = {image.tobytes() for image in data["calibration_images"]}
+    kept = np.array([image.tobytes() not in known for image in images])
+    return torch.from_numpy(images[kept]), torch.from_numpy(labels[8:][kept].astype(np.int64))
+
+
+def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (images, labels) in another order each epoch: mirrored half of the time and shifted by up to 2 pixels."""
+    random = torch.Generator().manual_seed(epoch)
+    pixels, labels = _training_set()
+    order = torch.randperm(len(labels), generator=random)[: len(labels) // BATCH * BATCH]
+    for batch in torch.split(order, BATCH):
+        images = nn.functional.pad(normalise(pixels[batch]), (2, 2, 2, 2), value=-MEAN / STD)
+        down, across = torch.randint(0, 5, (2,), generator=random).tolist()
+        images = images[:, :, down : down + 28, across : across + 28]
+        mirrored = torch.rand(len(batch), 1, 1, 1, generator=random) < 0.5
+        yield torch.where(mirrored, images.flip(3), images), labels[batch]
+
+
 def load() -> Task:
     """The trained network with 8 calibration batches of 128 images, and 5,000 images to score it on."""
-    model = FashionResNet()
+    model, trains = FashionResNet(), fetched("fashion_resnet", *TRAINING)
     weights: dict[str, Any] = load_file(DATA / "fashion_resnet.safetensors")
     model.load_state_dict(weights)  # copies the float16 weights into float32 parameters
     model.eval()
@@ -106,4 +138,6 @@ def load() -> Task:
         calibration=list(torch.split(calibration, 128)),
         evaluate=lambda predict: accuracy(predict, images, labels),
         name="fashion_resnet",
+        train=train if trains else None,
+        loss=nn.functional.cross_entropy if trains else None,
     )

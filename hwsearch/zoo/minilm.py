@@ -9,6 +9,7 @@ code is not used.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from hwsearch.zoo._cache import cached
 if TYPE_CHECKING:
     from pathlib import Path
 
+CALIBRATION = 8 * 16  # texts
 LENGTH = 64  # tokens in every text, cut or padded
 CLASSES = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 
@@ -86,13 +88,23 @@ def load() -> Task:
     model.head.load_state_dict(load_file(head))
     model.eval()
     with np.load(texts, allow_pickle=False) as data:
-        train = torch.from_numpy(data["train_ids"][: 8 * 16].astype(np.int64))
+        train_ids = torch.from_numpy(data["train_ids"].astype(np.int64))
+        train_labels = torch.from_numpy(data["train_labels"].astype(np.int64))
         ids = torch.from_numpy(data["test_ids"].astype(np.int64))
         labels = torch.from_numpy(data["test_labels"].astype(np.int64))
+
+    def train(epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Batches of 16 of the texts that are not for calibration, in another order each epoch."""
+        order = torch.randperm(len(train_ids) - CALIBRATION, generator=torch.Generator().manual_seed(epoch))
+        for batch in torch.split((CALIBRATION + order)[: len(order) // 16 * 16], 16):
+            yield inputs(train_ids[batch]), train_labels[batch]
+
     return Task(
         model=model,
         example_inputs=inputs(ids[:1].clone()),
-        calibration=[inputs(batch) for batch in torch.split(train, 16)],
+        calibration=[inputs(batch) for batch in torch.split(train_ids[:CALIBRATION], 16)],
         evaluate=lambda predict: accuracy(predict, ids, labels),
         name="minilm",
+        train=train,
+        loss=nn.functional.cross_entropy,
     )

@@ -100,6 +100,7 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
         "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
+        "recover_s": 0.0,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
@@ -141,3 +142,48 @@ def test_the_result_may_go_to_standard_output_alone(api: Install, monkeypatch: p
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--output (-o)" in result.stderr
     assert "--json" in result.stderr
+
+
+def test_recovery_in_a_run_comes_on_top_of_the_default_limit(api: Install, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    api(run=lambda task, budgets, out, **options: seen.update(options) or Report(True))
+    words = ["run", "zoo:x", "--budget", "latency=40%", "--out", str(tmp_path), "--recover", "2m"]
+    assert invoke(*words).exit_code == 0
+    assert seen["recover_s"] == 120.0
+    assert 660.0 < seen["time_limit_s"] <= 720.0
+
+
+def test_recover(api: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Allocation, "load", lambda path: SimpleNamespace(backend="onnxruntime"))
+    seen: dict[str, Any] = {}
+
+    class Done:
+        def to_json(self) -> dict[str, Any]:
+            return {"method": "lc"}
+
+        def __str__(self) -> str:
+            return "how it went"
+
+    def recover(task: str, chosen: Any, out: Path, **options: Any) -> Done:
+        seen.update(options, out=out)
+        out.write_bytes(b"x" * 1000)
+        return Done()
+
+    api(recover=recover)
+    out = tmp_path / "t.safetensors"
+    words = ["recover", "zoo:x", "a.json", "-o", str(out), *"--epochs 3 --time-limit 2m --method lc --lr 3e-4 --seed 1".split()]
+    assert invoke(*words).stdout == f"how it went\n{out}: 1.00 KB; give it to deploy and verify as --weights\n"
+    del seen["progress"]
+    assert seen == {
+        "out": out, "epochs": 3, "time_limit_s": 120.0, "method": "lc", "rate": 3e-4, "seed": 1, "weights": None, "backend": None,
+    }  # fmt: skip
+    assert json.loads(invoke(*words, "--json").stdout) == {"path": str(out), "method": "lc"}
+    for wrong, message in (
+        (["-o", "t.bin"], "t.safetensors"),
+        (["-o", str(out), "--lr", "fast"], "'fast' is no learning rate"),
+        (["-o", str(out), "--lr", "-1"], "no learning rate"),
+        (["-o", str(out), "--method", "magic"], "magic"),
+    ):
+        result = invoke("recover", "zoo:x", "a.json", *wrong)
+        assert result.exit_code == 2
+        assert message in result.stderr

@@ -127,3 +127,26 @@ def test_efficientnet_lite0_knows_most_photographs() -> None:
     assert [tuple(batch.shape) for batch in task.calibration] == [(16, 3, 224, 224)] * 8  # type: ignore[union-attr]
     assert sum(p.numel() for p in task.model.parameters()) == 4_652_008
     assert task.evaluate(task.model) > 0.8
+
+
+@pytest.mark.parametrize("name", ["fashion_resnet", "minilm"])
+def test_training_data_are_fresh_each_epoch_and_none_of_the_calibration(name: str) -> None:
+    task = fetched(name)
+    if task.train is None:
+        pytest.skip(f"run `scripts/fetch_zoo {name}` once")
+    assert task.loss is not None
+    (first, labels), (again, _), (other, _) = (next(iter(task.train(epoch))) for epoch in (0, 0, 1))
+    one, same, new = (x["input_ids"] if isinstance(x, dict) else x for x in (first, again, other))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, new)
+    with torch.no_grad():
+        outputs = task.model(**first) if isinstance(first, dict) else task.model(first)
+        assert 0.0 < float(task.loss(outputs, labels)) < 1.0  # a trained network knows them
+    if name == "fashion_resnet":
+        from hwsearch.zoo.fashion_resnet import DATA, _training_set
+
+        with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as data:
+            calibration = {image.tobytes() for image in data["calibration_images"]}
+        images, own = _training_set()
+        assert not calibration & {image.tobytes() for image in images.numpy()}
+        assert len(images) == len(own) > 58_000

@@ -19,13 +19,13 @@ import torch
 import hwsearch as hs
 from hwsearch.allocate.costs import Costs
 from hwsearch.cli import printing as show
-from hwsearch.deployment import closed_loop as loop
 from hwsearch.deployment.confirm import State
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency.model import ErrorScale, LatencyModel, Prediction, fit
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.choices import candidate_widths
+from hwsearch.pipeline import closed_loop as loop
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend

@@ -14,8 +14,8 @@ import tiny
 import hwsearch as hs
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment import allowance
 from hwsearch.errors import BudgetMissed, Infeasible
+from hwsearch.pipeline import allowance
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")

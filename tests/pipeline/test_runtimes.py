@@ -13,8 +13,8 @@ import tiny
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.allocate.budget import Budget
-from hwsearch.deployment.runtimes import of_own
 from hwsearch.errors import BackendUnavailable, BudgetMissed, Infeasible, InvalidInput
+from hwsearch.pipeline.runtimes import of_own
 from hwsearch.plot import plot_fronts
 from hwsearch.progress import Progress
 from hwsearch.testing import LatencyLaw, SimulatedBackend

@@ -24,7 +24,7 @@ from hwsearch.network.variants import legal
 from hwsearch.progress import Progress, spoken
 from hwsearch.table.table import LatencyTable
 
-PREPARING, PROFILE, LOOP = "making ready", "the profile", "search, deployment and verification"
+PREPARING, PROFILE, LOOP, RECOVERY = "making ready", "the profile", "search, deployment and verification", "recovery"
 """Stages of a run, beside those of the sensitivities; see `Progress.plan`."""
 MOST_RESERVED = 0.75
 """Of what is left when the profile begins, the share that is kept for later stages at most."""
@@ -48,6 +48,7 @@ class Allowance:
         dense_score: The task's score of the module.
         score_s, pass_s, refit_s: Seconds to score a network, to run a batch of calibration data once, and to refit a unit in int8.
         begun_s: Seconds of the limit that were left when the profile began.
+        recovery_s: Seconds for recovery, which are not of the limit.
     """
 
     limit: TimeLimit
@@ -59,6 +60,7 @@ class Allowance:
     pass_s: float = 0.0
     refit_s: float = 0.0
     begun_s: float = 0.0
+    recovery_s: float = 0.0
 
     def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
         """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
@@ -95,9 +97,10 @@ class Allowance:
         left, loop = max(self.limit.left_s, 0.0), self.loop_s(table)
         if table is None:
             reserved = self.reserve(None)
-            return {PROFILE: max(left - reserved, 0.0), SCORING: max(reserved - loop, self.scoring_s(None, 0)), LOOP: loop}
+            scoring = max(reserved - loop, self.scoring_s(None, 0))
+            return {PROFILE: max(left - reserved, 0.0), SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
-        return {REFITTING: 0.0, SCORING: min(most, max(least, left - loop)), LOOP: loop}
+        return {REFITTING: 0.0, SCORING: min(most, max(least, left - loop)), LOOP: loop, RECOVERY: self.recovery_s}
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""
@@ -141,4 +144,5 @@ def run_once(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def shared_out(limit: TimeLimit, stages: Mapping[str, float]) -> str:
     """What each stage of a run may take, to read."""
     parts = [f"{spoken(seconds)} for {stage}" for stage, seconds in stages.items() if seconds >= 0.5]
-    return f"time limit {spoken(limit.used_s + limit.left_s)}: {spoken(limit.used_s)} used, {', '.join(parts)}"
+    whole = limit.used_s + limit.left_s + stages.get(RECOVERY, 0.0)
+    return f"time limit {spoken(whole)}: {spoken(limit.used_s)} used, {', '.join(parts)}"

@@ -1,0 +1,254 @@
+"""How weights are led to what an allocation allows: what each step of training does beside following the gradient.
+
+`ste` and `mask` train the network at its widths. `ste` multiplies with rounded weights, straight-through; `mask` with free ones,
+which are rounded when they are judged and deployed. Both keep N:M patterns: their support is fixed at the start. `srste` (Zhou et
+al. 2021) finds the support anew in each step, from all weights, and pulls those outside of it towards zero. `lc` (Condensa, Joseph
+et al. 2020) trains free weights w beside rounded ones, bound by an augmented Lagrangian: what is judged and deployed are the
+rounded ones. For widths, `shrink` (HESSO's ramp) and `halfspace` (HSPG, Chen et al. 2021) train the whole network
+first and bring what reads the removed channels to exact zero; then channels are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hwsearch.compress.patterns import nm_mask
+from hwsearch.compress.widths import Kept
+from hwsearch.recovery.student import Student
+
+METHODS = ("ste", "mask", "lc", "srste", "shrink", "halfspace")
+PULL = 2e-4
+"""Of `srste`: the paper's, for any network."""
+HALF_SPACE, LAMBDA = 0.0, 1e-3
+"""Of `halfspace`: how far beyond a right angle a step has to turn a group for it to become zero, and the penalty's weight."""
+PASSES, MU, GROWTH = 12, 0.05, 1.4
+"""Of `lc`: C steps, and the penalty at the first and its growth, so that it ends near twice the mean curvature."""
+
+
+class Coupling:
+    """Follows the gradient and keeps the support of patterns. rounds: whether units multiply with rounded weights."""
+
+    rounds = False
+
+    def __init__(self, student: Student) -> None:
+        self.student = student
+        self.supports = _supports(student)
+
+    def gradients(self, samples: int) -> None:
+        """After the backward pass of a batch of so many: none outside of a support, and so none in the optimizer's moments."""
+        for path, mask in self.supports.items():
+            gradient = self.student.tensors[path].grad
+            if gradient is not None:
+                gradient.mul_(mask)
+
+    def stepped(self, step: int, steps: int, rate: float) -> None:
+        """After the optimizer's step, the `step`-th (from 0) of so many."""
+        with torch.no_grad():
+            for path, mask in self.supports.items():
+                self.student.tensors[path].mul_(mask)
+
+    def answer(self) -> dict[str, torch.Tensor]:
+        """What is judged and deployed."""
+        return self.student.answer()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What goes into a checkpoint beside weights and the optimizer."""
+        return {}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `state`."""
+
+
+class StraightThrough(Coupling):
+    """`ste`."""
+
+    rounds = True
+
+
+class SparseRefined(Coupling):
+    """`srste`: supports found anew in each step; what is outside decays, apart from the optimizer, whose moments would scale it."""
+
+    rounds = True
+
+    def __init__(self, student: Student) -> None:
+        super().__init__(student)
+        self.supports = {}
+        self.flips: list[float] = []
+        self._before = _supports(student)
+
+    def stepped(self, step: int, steps: int, rate: float) -> None:
+        now = _supports(self.student)
+        with torch.no_grad():
+            for path, mask in now.items():
+                self.student.tensors[path].sub_(rate * PULL * ~mask * self.student.tensors[path])
+        flipped = sum(int((now[p] ^ self._before[p]).sum()) for p in now)
+        self.flips.append(flipped / max(1, sum(m.numel() for m in now.values())))
+        self._before = now
+
+
+class Lagrangian:
+    """w and theta bound by an augmented Lagrangian: L(w) - lambda (w - theta) + mu/2 |w - theta|^2.
+
+    project: the nearest that the allocation allows. An L step makes w follow `pull`; a C step projects, and then updates lambda.
+    """
+
+    def __init__(
+        self, w: Mapping[str, torch.Tensor], project: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]], mu: float
+    ) -> None:
+        self.project, self.mu = project, mu
+        self.theta = project(w)
+        self.multipliers = {k: torch.zeros_like(v) for k, v in self.theta.items()}
+
+    def pull(self, w: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the two terms add to the gradient of w."""
+        return {k: self.mu * (w[k] - self.theta[k]) - self.multipliers[k] for k in self.theta}
+
+    def compress(self, w: Mapping[str, torch.Tensor], growth: float) -> None:
+        """A C step: theta, then the multipliers, then a larger penalty."""
+        self.theta = self.project({k: w[k] - self.multipliers[k] / self.mu for k in self.theta})
+        for k, own in self.multipliers.items():
+            own -= self.mu * (w[k] - self.theta[k])
+        self.mu *= growth
+
+
+class LearningCompression(Coupling):
+    """`lc`: mu is in units of the mean curvature, for which the mean diagonal of the Fisher matrix stands."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__(student)
+        self.supports = {}
+        self.homes = {
+            student.home[path]: unit
+            for unit, variant in student.variants.items()
+            if not variant.plain and (path := student.lowering.traced.paths[unit][0]) in student.home
+        }
+        self.curvature, self.seen = 0.0, 0
+        self.bound = Lagrangian(self._free(), self._project, MU)
+
+    def _free(self) -> dict[str, torch.Tensor]:
+        return {path: self.student.tensors[path].detach() for path in self.homes}
+
+    def _project(self, w: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {path: self.student.rounded_weight(self.homes[path], w[path]) for path in self.homes}
+
+    def gradients(self, samples: int) -> None:
+        own = {p: self.student.tensors[p].grad for p in self.homes}
+        if not own:
+            return
+        squared = [float(g.square().mean()) for g in own.values() if g is not None]
+        fisher = samples * float(np.mean(squared))
+        self.curvature = (self.curvature * self.seen + fisher) / (self.seen + 1)
+        self.seen += 1
+        for path, pull in self.bound.pull(self._free()).items():
+            gradient = own[path]
+            if gradient is not None:
+                gradient.add_(pull, alpha=self.curvature)
+
+    def stepped(self, step: int, steps: int, rate: float) -> None:
+        each = max(1, steps // PASSES)
+        if (step + 1) % each == 0 and self.homes:
+            self.bound.compress(self._free(), GROWTH)
+
+    def answer(self) -> dict[str, torch.Tensor]:
+        return {**self.student.answer(), **{p: t.clone() for p, t in self.bound.theta.items()}}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        numbers = torch.tensor([self.bound.mu, self.curvature, float(self.seen)], dtype=torch.float64)
+        theta = {f"theta|{k}": v for k, v in self.bound.theta.items()}
+        return {"numbers|": numbers, **theta, **{f"multiplier|{k}": v for k, v in self.bound.multipliers.items()}}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.bound.mu, self.curvature, seen = state["numbers|"].tolist()
+        self.seen = int(seen)
+        for k in self.bound.theta:
+            self.bound.theta[k], self.bound.multipliers[k] = state[f"theta|{k}"], state[f"multiplier|{k}"]
+
+
+class Fading(Coupling):
+    """Of the whole network: brings to zero what reads the channels that go. `shrink` multiplies it, linearly down to zero.
+
+    Where all of that is zero, the whole network computes what the narrow one does.
+    """
+
+    def __init__(self, student: Student, kept: Kept) -> None:
+        super().__init__(student)
+        self.removed = _readers(student, kept)
+        self.faded: dict[str, torch.Tensor] = {}
+        for path, mask in self.removed:
+            self.faded[path] = self.faded.get(path, torch.zeros_like(mask)) | mask
+
+    def stepped(self, step: int, steps: int, rate: float) -> None:
+        super().stepped(step, steps, rate)
+        left = (steps - step - 1) / (steps - step)
+        with torch.no_grad():
+            for path, mask in self.faded.items():
+                self.student.tensors[path].mul_(torch.where(mask, left, 1.0))
+
+
+class HalfSpace(Fading):
+    """`halfspace`: a group becomes zero for good once a step, with a penalty on its norm, would turn it around."""
+
+    def __init__(self, student: Student, kept: Kept) -> None:
+        super().__init__(student, kept)
+        self.before: dict[str, torch.Tensor] = {}
+
+    def gradients(self, samples: int) -> None:
+        super().gradients(samples)
+        self.before = {}
+        with torch.no_grad():
+            for path, mask in self.removed:
+                own = self.student.tensors[path]
+                self.before.setdefault(path, own.detach().clone())
+                norm = (own * mask).norm()
+                if own.grad is not None and float(norm) > 0:
+                    own.grad.add_(own * mask, alpha=LAMBDA / float(norm))
+
+    def stepped(self, step: int, steps: int, rate: float) -> None:
+        Coupling.stepped(self, step, steps, rate)
+        with torch.no_grad():
+            for path, mask in self.removed:
+                own, before = self.student.tensors[path], self.before[path]
+                old = before * mask
+                turned = (own * old).sum() < HALF_SPACE * old.square().sum() or not bool(old.any())
+                if turned or step == steps - 1:
+                    own.masked_fill_(mask, 0.0)
+
+
+def _supports(student: Student) -> dict[str, torch.Tensor]:
+    """Which weights of units in N:M patterns stay, by where they are."""
+    found = {}
+    for unit, variant in student.variants.items():
+        path = student.lowering.traced.paths[unit][0]
+        if variant.kept is not None and path in student.home:
+            weight = student.tensors[student.home[path]]
+            found[student.home[path]] = nm_mask(weight, student.lowering.traced.network[unit].in_axis, *variant.kept)
+    return found
+
+
+def _readers(student: Student, kept: Kept) -> list[tuple[str, torch.Tensor]]:
+    """(where a weight is, which of it reads one slot that goes), for each such slot; shapes broadcast."""
+    traced = student.lowering.traced
+    mask = traced.channels.mask(kept)
+    found: list[tuple[str, torch.Tensor]] = []
+    for path, axis in dict.fromkeys(traced.reads()):
+        for own in traced.channels.tensors.get(path, []):
+            if own.axis != axis or path not in student.home:
+                continue
+            home = student.home[path]
+            shape = [-1 if d == axis else 1 for d in range(student.tensors[home].dim())]
+            gone = np.unique(own.slots[~mask[own.slots]])
+            found += [(home, torch.from_numpy(own.slots == slot).reshape(shape)) for slot in gone]
+    return found
+
+
+def coupling(method: str, student: Student, kept: Kept | None = None) -> Coupling:
+    """By name. kept: where a whole network is led to fewer channels, those that stay."""
+    if kept is not None:
+        return {"shrink": Fading, "halfspace": HalfSpace}[method](student, kept)
+    kinds: dict[str, Any] = {"mask": Coupling, "srste": SparseRefined, "lc": LearningCompression}
+    made: Coupling = kinds.get(method, StraightThrough)(student)
+    return made

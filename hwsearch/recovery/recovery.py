@@ -1,0 +1,362 @@
+"""A whole recovery: rate, steps, the training, and what is left of it: never worse on held-out data than what it began with."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hwsearch.compress.widths import Kept
+from hwsearch.errors import InvalidInput
+from hwsearch.graph.calls import evaluating
+from hwsearch.graph.export import weights_digest
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant
+from hwsearch.progress import Progress, spoken
+from hwsearch.recovery.checkpoint import Checkpoint
+from hwsearch.recovery.coupling import METHODS, coupling
+from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.student import FLOAT, Student
+from hwsearch.recovery.trained import Trained, made_of, put
+from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+"""That `auto` chooses from."""
+TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
+"""Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
+TIMING_STEPS = 2
+"""Steps by which it is found how many a time limit allows."""
+EPOCHS, CALIBRATION_EPOCHS = 2, 30
+"""Of a training without another word: with `Task.train`, and on calibration data alone."""
+LED = ("shrink", "halfspace")
+"""Methods that lead the whole network to fewer channels in the first half of the steps."""
+TIMED = 0.9
+"""Of a time limit, the share that steps are planned for."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train.
+
+    Attributes:
+        epochs: None for `EPOCHS` with `Task.train` and `CALIBRATION_EPOCHS` without, or as many as `time_limit_s` allows.
+        time_limit_s: Seconds of the whole recovery; None for no limit.
+        method: One of `METHODS`.
+        rate: The largest learning rate; None to find it.
+        seed: Of every random choice.
+        scored: Whether the task's score is taken before and after.
+    """
+
+    epochs: int | None = None
+    time_limit_s: float | None = None
+    method: str = "ste"
+    rate: float | None = None
+    seed: int = 0
+    scored: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.epochs is not None and self.epochs < 1:
+            raise InvalidInput(f"epochs must be at least 1, got {self.epochs}")
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise InvalidInput(f"the time limit must be positive, got {self.time_limit_s} s")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise InvalidInput(f"the learning rate must be positive, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery left.
+
+    Attributes:
+        trained: The weights, as they are deployed.
+        course: Held-out losses on the way.
+        schedule: Steps and learning rate.
+        options: How it was trained.
+        seconds: It took, over all processes that worked on it.
+        score: The task's score, simulated in torch: `dense`, `refitted`, `recovered`; empty where it was not taken.
+        objective: What was made small, in words.
+        lowering: The network with these weights.
+    """
+
+    trained: Trained
+    course: Course
+    schedule: Schedule
+    options: Options
+    seconds: float
+    score: dict[str, float]
+    objective: str
+    lowering: Lowering = field(repr=False)
+
+    @property
+    def better(self) -> bool:
+        """Whether anything better than the start was found."""
+        return self.course.best > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports."""
+        return {
+            "method": self.options.method, "rate": self.schedule.rate, "steps": self.schedule.steps, "seed": self.options.seed,
+            "objective": self.objective, "seconds": self.seconds, "score": self.score,
+            "held_out": {"refitted": self.course.start, "recovered": self.course.least}, "best_step": self.course.best,
+            "stopped": self.course.stopped, "curve": [vars(p) for p in self.course.points],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        course = self.course
+        lines = [
+            f"recovered by {self.options.method} in {self.course.points[-1].step} steps, {spoken(self.seconds)}, at a learning "
+            f"rate of up to {self.schedule.rate:.2g}; made small: {self.objective}",
+            f"held-out loss {course.least:.4g}, {course.start:.4g} refitted"
+            + (f"; the best weights are those of step {course.best}" if self.better else ": nothing better was found, and kept"),
+        ]
+        if self.score:
+            lines.append("score " + ", ".join(f"{value:.4f} {what}" for what, value in self.score.items()))
+        if course.stopped:
+            lines.append(f"ended early: {course.stopped}")
+        return "\n".join(lines)
+
+
+class Recovery:
+    """One recovery of one allocation.
+
+    Args:
+        whole: The dense network.
+        start: The network of the allocation with refitted weights.
+        kept: The slots of channel groups that the allocation keeps; empty where all stay.
+        variants: Unit -> variant.
+        out: File for the weights, beside which the state of the training is kept; None keeps everything in memory.
+    """
+
+    def __init__(
+        self,
+        whole: Lowering,
+        start: Lowering,
+        kept: Kept,
+        variants: Mapping[str, Variant],
+        options: Options,
+        *,
+        quantize_outputs: bool = False,
+        out: str | Path | None = None,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.whole, self.start, self.kept, self.variants, self.options = whole, start, dict(kept), dict(variants), options
+        self.quantize_outputs, self.out, self.clock = quantize_outputs, None if out is None else Path(out), clock
+        self.progress = progress or Progress.silent()
+        self.begun = clock()
+        self.objective = Objective(start, options.seed)
+        self.leads = options.method in LED and start.network.channels != whole.network.channels
+
+    def run(self) -> Recovered:
+        """Train. Raises InvalidInput (data or options), and HwsearchError where training cannot go on; see `Training.run`."""
+        score = self._scored("dense", "refitted")
+        student = self._student(self.start)
+        begun = self._checkpoint("begun", student)
+        schedule = self._schedule(student, [c for c in (begun, self._checkpoint("led", student)) if c is not None])
+        if self.leads:
+            first = max(1, schedule.whole // 2)
+            student = self._student(self._led(replace(schedule, steps=first)))
+            schedule = replace(schedule, steps=max(1, schedule.whole - first))
+        training = Training(
+            student, self.objective_of(student), coupling(self.options.method, student), schedule,
+            checkpoint=begun, progress=self.progress, late=self._late, clock=self.clock,
+        )  # fmt: skip
+        try:
+            course = training.run()
+        except Diverged as error:
+            if training.course.best:
+                self._finish(training, score)
+                where = f"; the best weights until then, of step {training.course.best}, are in {self.out}" if self.out else ""
+                raise Diverged(f"{error}{where}") from error
+            raise
+        if self.leads:
+            course = self._against_the_start(course, training)
+        found = self._finish(training, score)
+        for checkpoint in (begun, self._checkpoint("led", student)):
+            if checkpoint is not None:
+                checkpoint.remove()
+        return found
+
+    def objective_of(self, student: Student) -> Objective:
+        """For a student: the same data, through its own graph."""
+        return self.objective if student.lowering is self.start else Objective(student.lowering, self.options.seed)
+
+    def _student(self, lowering: Lowering) -> Student:
+        same = lowering.network.channels == self.start.network.channels
+        variants = self.variants if same else dict.fromkeys(self.variants, FLOAT)
+        return Student(lowering, variants, quantize_outputs=self.quantize_outputs)
+
+    def _late(self) -> bool:
+        limit = self.options.time_limit_s
+        return limit is not None and self.clock() - self.begun >= limit
+
+    def _checkpoint(self, what: str, student: Student) -> Checkpoint | None:
+        """The state beside the file of weights."""
+        if self.out is None:
+            return None
+        own, start = self.options, self._student(self.start)
+        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), {
+            **made_of(self.whole, self.kept, self.variants),
+            "start": weights_digest(start.tensors.items()),
+            "calibration data": self.whole.calibration_digest,
+            "method": own.method,
+            "epochs": str(own.epochs),
+            "time limit": str(own.time_limit_s),
+            "learning rate": str(own.rate),
+            "seed": str(own.seed),
+        })  # fmt: skip
+
+    # ---- rate and steps
+
+    def _schedule(self, student: Student, begun: Sequence[Checkpoint]) -> Schedule:
+        """Steps and rate: those of a training that was begun, or found by trials."""
+        for checkpoint in begun:
+            if (state := checkpoint.load()) is not None:
+                known = Schedule(**state.numbers["schedule"])
+                return replace(known, steps=known.whole)
+            if checkpoint.differs:
+                self.progress.say(f"{checkpoint.path} is not gone on with: {checkpoint.differs}")
+        steps, rate = self._planned(student)
+        return Schedule(steps, rate, self.options.seed, steps)
+
+    def _planned(self, student: Student) -> tuple[int, float]:
+        """(steps, rate)."""
+        own = self.options
+        epochs = own.epochs or (EPOCHS if self.objective.task.train is not None else CALIBRATION_EPOCHS)
+        steps, step_s = self.objective.steps * epochs, 0.0
+        if own.time_limit_s is not None:
+            step_s = self._tried(student, RATES[0], TIMING_STEPS)[1] / TIMING_STEPS
+            fit = max(1, int((TIMED * own.time_limit_s - (self.clock() - self.begun)) / max(step_s, 1e-9)))
+            steps = fit if own.epochs is None else min(steps, fit)
+        if own.rate is not None:
+            return steps, own.rate
+        each = min(max(LEAST_TRIAL, math.ceil(TRIAL * steps)), MOST_TRIAL, max(1, steps // (2 * len(RATES))))
+        rate = self._rate(student, each)
+        return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
+
+    def _rate(self, student: Student, steps: int) -> float:
+        """That whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
+        found: list[tuple[float, float]] = []
+        self.progress.start(len(RATES), "finding the learning rate")
+        for rate in RATES:
+            held_out, _ = self._tried(student, rate, steps)
+            if math.isfinite(held_out):
+                found.append((held_out, -rate))
+            self.progress.step(f"{rate:.0e}: held-out {held_out:.4g}" if math.isfinite(held_out) else f"{rate:.0e}: diverged")
+        self.progress.stop()
+        if not found:
+            raise Diverged(
+                f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
+                "batches"
+            )
+        return -min(found)[1]
+
+    def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
+        """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""
+        start = {path: t.detach().clone() for path, t in student.tensors.items()}
+        objective = _First(self.objective, steps)
+        schedule = Schedule(steps, rate, self.options.seed)
+        trial = Training(student, objective, coupling(self._plain, student), schedule, clock=self.clock)
+        try:
+            seconds = trial.trial()
+            return self.objective.held_out_loss(student), seconds
+        except Diverged:
+            return math.inf, 0.0
+        finally:
+            student.put(start)
+
+    @property
+    def _plain(self) -> str:
+        """The method that rates are tried with."""
+        return "ste" if self.options.method in LED else self.options.method
+
+    # ---- leading the whole network
+
+    def _led(self, schedule: Schedule) -> Lowering:
+        """The network of the allocation, cut from the whole one once nothing reads the channels that go."""
+        student = self._student(self.whole)
+        training = Training(
+            student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
+            checkpoint=self._checkpoint("led", student), progress=self.progress,
+        )  # fmt: skip
+        training.run_to_the_end()
+        done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))
+        return done.narrow(self.kept, calibrate=True)
+
+    def _against_the_start(self, course: Course, training: Training) -> Course:
+        """A course that begins with the refitted weights, which are kept where nothing better was found."""
+        refitted = self._student(self.start)
+        held_out = self.objective.held_out_loss(refitted)
+        after = [replace(p, step=p.step + 1) for p in course.points]
+        if course.least >= held_out:
+            training.best, training.student = refitted.answer(), refitted
+            course.best = -1
+        course.points[:] = [Point(0, 0.0, None, held_out), *after]
+        course.best += 1
+        return course
+
+    # ---- the end
+
+    def _scored(self, *what: str, recovered: Student | None = None) -> dict[str, float]:
+        if not self.options.scored:
+            return {}
+        task, found = self.whole.task, {}
+        for name in what:
+            self.progress.start(None, f"scoring the {name} network")
+            if name == "dense":
+                with evaluating(task.model) as model:
+                    found[name] = _score(task.evaluate, model)
+            else:
+                found[name] = _score(task.evaluate, (recovered or self._student(self.start)).predict)
+            self.progress.stop()
+        return found
+
+    def _finish(self, training: Training, score: dict[str, float]) -> Recovered:
+        """The best weights, written and scored."""
+        student, course = training.student, training.course
+        ranges = student.ranges or None
+        own = made_of(self.whole, self.kept, self.variants)
+        trained = Trained(training.best, ranges, own)
+        lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
+        student.put(training.best)
+        if score:
+            known = {"recovered": score["refitted"]} if not course.best else self._scored("recovered", recovered=student)
+            score = {**score, **known}
+        found = Recovered(
+            trained, course, training.schedule, self.options, training.used_s + self.clock() - self.begun, score,
+            self.objective.described, lowering,
+        )  # fmt: skip
+        if self.out is not None:
+            trained = replace(trained, told=found.to_json())
+            trained.save(self.out)
+            found = replace(found, trained=trained)
+        return found
+
+
+class _First(Objective):
+    """The first batches of the data, for a trial."""
+
+    def __init__(self, of: Objective, count: int) -> None:
+        self.__dict__.update(of.__dict__)
+        self._given = of.first(count)
+        if not self._given:
+            raise InvalidInput("train(0) gave no batches; it is called with the number of an epoch and returns its batches")
+
+    def batches(self, epoch: int) -> Any:
+        return iter(self._given)
+
+    @property
+    def steps(self) -> int:
+        return len(self._given)
+
+
+def _score(evaluate: Callable[..., float], predict: Callable[..., Any]) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float(evaluate(predict))

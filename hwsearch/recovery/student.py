@@ -1,0 +1,282 @@
+"""The allocated network in torch, computing what is deployed, with gradients that pass its rounding (straight-through).
+
+Int8 weights keep the grid that the refitted ones are on: a scale for each output channel that training does not change, so that the
+network begins as what is deployed today, and what is deployed afterwards is on the same grid. Ranges of activations stay those of
+the start as well (Jacob et al. 2018, with ranges frozen).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from hwsearch.compress.formats import StoredWeight, rounded, rounded_weight, stored
+from hwsearch.compress.patterns import nm_mask
+from hwsearch.compress.quantize import LEVELS, UNSIGNED_LEVELS, Key, int8_scale
+from hwsearch.compress.simulate import Rounding
+from hwsearch.graph.calls import flat_inputs
+from hwsearch.graph.canonical import is_get_attr, tensor_attr
+from hwsearch.graph.channels import same
+from hwsearch.graph.trace import Traced
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.network.variants import Variant, int8_levels, stored_once
+
+FLOAT = Variant("fp32")
+
+
+class Student:
+    """A network in one allocation with weights that can be trained.
+
+    Args:
+        lowering: The network at the allocation's widths, with the weights that training starts from.
+        variants: Unit -> variant.
+        quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
+
+    Attributes:
+        tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
+        rounds: Whether units multiply with rounded weights; off, only activations are rounded.
+    """
+
+    def __init__(self, lowering: Lowering, variants: Mapping[str, Variant], *, quantize_outputs: bool = False) -> None:
+        self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
+        self.ranges = lowering.ranges if any(v.quantized for v in variants.values()) else {}
+        self.home = homes(lowering)
+        self.tensors = {
+            path: tensor_attr(lowering.traced.graph, path).detach().clone().requires_grad_()
+            for path in dict.fromkeys(self.home.values())
+        }
+        self.rounds = True
+        self.grids = {u: g for u, v in self.variants.items() if (g := self._grid(u, v)) is not None}
+        self._roundings: dict[int, _Through] = {}
+
+    def _grid(self, unit: str, variant: Variant) -> torch.Tensor | None:
+        """The scales of an int8 weight as it is deployed, to multiply it with; None for what has no grid of its own."""
+        if variant.precision not in ("int8", "w8") or not self.lowering.traced.network[unit].weight_shape:
+            return None
+        low = self.lowering
+        rounding = Rounding(low.traced, low.weights, self.ranges, int8_bits=low.int8_bits)
+        weight: StoredWeight = rounding.stored_weight(unit, 0, variant)
+        assert weight.scales is not None
+        scales = weight.broadcast_scales()
+        return torch.from_numpy(np.repeat(scales, weight.block, weight.axis) if weight.block else scales)
+
+    def __call__(self, traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns. traced: of the narrow network, for inputs of these shapes."""
+        rounding = self._roundings.setdefault(id(traced), _Through(traced, self))
+        inputs = flat_inputs(traced.graph, tuple(args), dict(kwargs))
+        flat = _Run(rounding).run(*inputs, enable_io_processing=False)
+        leaves, spec = pytree.tree_flatten(traced.outputs)
+        found = iter(pytree.tree_leaves(flat))
+        return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as the model is, for `Task.evaluate`: the network as it is deployed."""
+        traced = self.lowering.traced_for(_call(args, kwargs), "what evaluate gives")
+        with torch.no_grad(), self.deployed():
+            return self(traced, args, kwargs)
+
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """The network as it is deployed: weights are rounded."""
+        before, self.rounds = self.rounds, True
+        try:
+            yield
+        finally:
+            self.rounds = before
+
+    def tensor(self, path: str) -> torch.Tensor | None:
+        """What is trained at a place of the graph; None for what is not."""
+        home = self.home.get(path)
+        return None if home is None else self.tensors[home]
+
+    def weight_of(self, unit: str) -> torch.Tensor | None:
+        """The unit's weight, where it is trained."""
+        path = self.lowering.traced.paths[unit][0]
+        return None if path is None else self.tensor(path)
+
+    def rounded_weight(self, unit: str, weight: torch.Tensor) -> torch.Tensor:
+        """What a unit multiplies with where it stands for `weight`: on its grid, in its pattern."""
+        variant = self.variants.get(unit, FLOAT)
+        if variant.plain:
+            return rounded(weight, variant.precision)
+        if unit in self.grids:
+            own = weight
+            if variant.kept is not None:
+                own = own * nm_mask(own, self.lowering.traced.network[unit].in_axis, *variant.kept)
+            grid, levels = self.grids[unit], int8_levels(self.lowering.int8_bits if variant.precision == "int8" else 8)
+            return (own / grid).round().clamp(-levels, levels) * grid
+        held = stored(weight, self.lowering.traced.network[unit], variant, self.lowering.int8_bits)
+        return rounded_weight(weight, held)
+
+    def rounded_bias(self, unit: str, call: int, bias: torch.Tensor) -> torch.Tensor:
+        """A bias of an int8 product, on the product's own steps (see `compress.biases`)."""
+        grid = self.grids.get(unit)
+        if grid is None or self.variants[unit].precision != "int8" or grid.numel() != bias.numel() or bias.dim() != 1:
+            return bias
+        step = grid.flatten() * float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
+        whole = torch.where(step > 0, step, 1.0)
+        return torch.where(step > 0, (bias / whole).round() * step, bias)
+
+    def answer(self) -> dict[str, torch.Tensor]:
+        """What is deployed of what is trained: weights on their grids and in their patterns, biases on their steps."""
+        found = {path: t.detach().clone() for path, t in self.tensors.items()}
+        for unit, variant in self.variants.items():
+            path, bias_path = self.lowering.traced.paths[unit]
+            if variant.plain or path not in self.home or not _layer(self.lowering, unit):
+                continue
+            home = self.home[path]
+            found[home] = self.rounded_weight(unit, found[home]).contiguous()
+            if bias_path in self.home:
+                own = self.home[bias_path]
+                found[own] = self.rounded_bias(unit, 0, found[own])
+        return found
+
+    def everywhere(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same at every place of the graph that holds them: tied ones at several."""
+        return {path: tensors[home] for path, home in self.home.items()}
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set what is trained."""
+        with torch.no_grad():
+            for path, value in tensors.items():
+                self.tensors[path].copy_(value)
+
+
+def homes(lowering: Lowering) -> dict[str, str]:
+    """Every place of the graph that holds something to train -> the place that it goes by: the first of those that are tied.
+
+    Trained are the weights and biases of layers (BatchNorm folded in) and the module's other parameters; not its buffers.
+    """
+    whole = lowering
+    while whole.whole is not None:
+        whole = whole.whole
+    traced = whole.traced
+    of_layers = {p for unit in traced.sites for p in traced.paths[unit] if p is not None}
+    first: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for node in traced.graph.graph.nodes:
+        path = str(node.target)
+        if not is_get_attr(node) or path in traced.channels.numbers:
+            continue
+        value = tensor_attr(traced.graph, path)
+        if value.is_floating_point() and (path in of_layers or isinstance(value, torch.nn.Parameter)):
+            found[path] = first.setdefault(same(value), path)
+    return found
+
+
+def _layer(lowering: Lowering, unit: str) -> bool:
+    return unit in lowering.traced.sites
+
+
+def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments as a task gives inputs. A model is called by position or by name."""
+    return dict(kwargs) if kwargs and not args else args
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`change(x)`, with the gradient of x itself wherever it is within reach (Bengio, Léonard and Courville 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], low: float, high: float) -> torch.Tensor:
+        ctx.inside = None
+        if low > -np.inf or high < np.inf:
+            ctx.inside = (x >= low) & (x <= high)
+        return change(x.detach()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        return (gradient if ctx.inside is None else gradient * ctx.inside), None, None, None
+
+
+def straight(
+    x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor], low: float = -np.inf, high: float = np.inf
+) -> torch.Tensor:
+    """`change(x)` with the gradient of x between `low` and `high`, and none beyond, where it is clipped."""
+    found: torch.Tensor = _StraightThrough.apply(x, change, low, high)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Through(Rounding):
+    """The rounding of one traced graph, with gradients."""
+
+    def __init__(self, traced: Traced, student: Student) -> None:
+        super().__init__(
+            traced, {}, student.ranges, quantize_outputs=student.quantize_outputs, int8_bits=student.lowering.int8_bits
+        )
+        self.student = student
+
+    def activation(self, x: torch.Tensor, key: Key, variant: Variant) -> torch.Tensor:
+        if variant.precision == "fp32" or variant.weight_only:
+            return x
+        low, high = self._reach(key, variant)
+
+        def change(value: torch.Tensor) -> torch.Tensor:
+            return Rounding.activation(self, value, key, variant)
+
+        return straight(x, change, low, high)
+
+    def _reach(self, key: Key, variant: Variant) -> tuple[float, float]:
+        if not variant.quantized:
+            return -np.inf, np.inf
+        of = self.ranges[key]
+        if variant.precision != "int8":
+            return -of.top, of.top
+        step = int8_scale(of, key[2], self.int8_bits)
+        return (0.0 if of.unsigned else -(LEVELS + 1.5) * step), ((UNSIGNED_LEVELS if of.unsigned else LEVELS) + 0.5) * step
+
+    def weight(
+        self,
+        own: torch.Tensor,
+        unit: str,
+        call: int,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.student.rounds:
+            return own, None
+        bias_path = self.traced.paths[unit][1]
+        bias = None if bias_path is None else self.student.tensor(bias_path)
+        if bias is not None and variant.precision == "int8":
+            bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
+        return straight(own, lambda w: self.student.rounded_weight(unit, w)), bias
+
+    def constant(
+        self,
+        own: torch.Tensor,
+        unit: str,
+        variant: Variant,
+        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        whole = self.traced.network[unit].tied and not stored_once(variant)
+        if whole or not self.student.rounds:
+            return own
+        return straight(own, lambda w: self.student.rounded_weight(unit, w))
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph on what is trained, units in their variants."""
+
+    def __init__(self, rounding: _Through) -> None:
+        super().__init__(rounding.traced.graph)
+        self.rounding, self.student = rounding, rounding.student
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self.student.tensor(str(target))
+        return super().get_attr(target, args, kwargs) if own is None else own
+
+    def run_node(self, n: fx.Node) -> Any:
+        site = self.rounding.site.get(n.name)
+        unit = site[0] if site is not None else self.rounding.stored.get(n.name, "")
+        variant = self.student.variants.get(unit, FLOAT)
+        if not unit or variant == FLOAT:
+            return super().run_node(n)
+        if site is not None:
+            return self.rounding.unit(n, variant, None, self)
+        return self.rounding.constant(super().run_node(n), unit, variant, None)

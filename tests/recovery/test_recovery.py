@@ -1,0 +1,323 @@
+"""Recovery: better than the refit where it can be, never worse, the same after a kill, and clear where it cannot go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recovering
+import torch
+from networks import leaves
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import hwsearch as hs
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
+from hwsearch.errors import HwsearchError, InvalidInput
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.progress import Progress
+from hwsearch.recovery import training
+from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.trained import Trained
+
+RATE = 2e-3
+
+
+def recover(data: bool = False, precision: str = "int8", out: Path | None = None, **options: Any) -> Recovered:
+    first, kept, variants = recovering.start(precision, data=data)
+    fields = {"epochs": 4 if data else 8, "rate": RATE, **options}
+    return Recovery(recovering.lowering(data), first, kept, variants, Options(**fields), out=out).run()
+
+
+def with_task(task: hs.Task, **options: Any) -> Recovered:
+    """Recovers a task at whole widths in int8."""
+    whole = Lowering(task)
+    first, kept, variants = recovering.start("int8", 1.0)
+    return Recovery(whole, first_of(first, whole), kept, variants, Options(**{"epochs": 1, "rate": RATE, **options})).run()
+
+
+def first_of(known: Lowering, whole: Lowering) -> Lowering:
+    """Refitted weights of the same network, for another task."""
+    return whole.narrow({}, known.replaced, calibrate=True)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_held_out_loss_falls_below_that_of_the_refit(data: bool) -> None:
+    done = recover(data)
+    assert done.better
+    assert done.course.least < 0.7 * done.course.start
+    assert done.score["recovered"] >= done.score["refitted"]
+
+
+def test_trained_engines_are_no_further_from_the_simulation_than_refitted_ones() -> None:
+    done = recover()
+    first, _, variants = recovering.start()
+    before, after = (_off(low, variants) for low in (first, done.lowering))
+    assert after <= max(2 * before, 1e-5)
+
+
+def _off(low: Lowering, variants: Any) -> float:
+    engine = ONNXRuntimeBackend().build(low.onnx(variants).SerializeToString(), BuildOptions(1, "fp32"))
+    off = whole = 0.0
+    x, _ = recovering.images(64, seed=3)
+    for sample in x.split(1):
+        (want,) = leaves(low.simulator(low.traced, (sample,), {}, quantize_outputs=False)(variants))
+        off += float((torch.from_numpy(engine(sample.numpy())[0]) - want).square().sum())
+        whole += float(want.square().sum())
+    return (off / whole) ** 0.5
+
+
+def test_the_answer_is_never_worse_on_held_out_data_than_the_start() -> None:
+    done = recover(data=True, precision="fp32", rate=0.5, epochs=2)  # far too large a rate
+    first, _, _ = recovering.start("fp32", data=True)
+    objective = Objective(done.lowering)
+    start, now = (objective.judged(lambda b, low=low: low.traced_for(b.args, "").graph(*b.args)) for low in (first, done.lowering))
+    assert now <= start * (1 + 1e-6)
+    assert not done.better
+    assert done.course.stopped or len(done.course.points) > 2
+
+
+def test_what_reported_losses_are_measured_on_is_not_looked_at() -> None:
+    for data in (False, True):
+        low = recovering.lowering(data)
+        objective = Objective(recovering.start(data=data)[0])
+        seen = [x for b in [*objective.held_out, *(() if data else objective.batches(0))] for x in b.args[0]]
+        last = [x for _, args, _ in low.scoring for x in args[0]]
+        assert seen
+        assert not {x.numpy().tobytes() for x in seen} & {x.numpy().tobytes() for x in last}
+    objective = Objective(recovering.start()[0])
+    trained_on = {x.numpy().tobytes() for b in objective.batches(0) for x in b.args[0]}
+    assert not trained_on & {x.numpy().tobytes() for b in objective.held_out for x in b.args[0]}
+
+
+def test_one_seed_gives_one_result_and_another_seed_another() -> None:
+    one, same, other = recover(seed=1), recover(seed=1), recover(seed=2)
+    assert all(torch.equal(one.trained.tensors[k], same.trained.tensors[k]) for k in one.trained.tensors)
+    assert any(not torch.equal(one.trained.tensors[k], other.trained.tensors[k]) for k in one.trained.tensors)
+
+
+def test_the_rate_that_is_found_is_the_best_of_the_trials(capsys: pytest.CaptureFixture[str]) -> None:
+    first, kept, variants = recovering.start(data=True)
+    options = Options(epochs=1, scored=False)
+    done = Recovery(recovering.lowering(True), first, kept, variants, options, progress=Progress()).run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "finding the learning rate: " in line]
+    tried = {float(a): float(b.split(",")[0]) for a, b in (line.split("rate: ")[1].split(": held-out ") for line in lines)}
+    assert len(tried) == 5
+    assert tried[done.schedule.rate] == min(tried.values())
+
+
+def test_a_time_limit_bounds_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 0.5
+        return now[0]
+
+    first, kept, variants = recovering.start()
+    whole = recovering.lowering()
+    done = Recovery(whole, first, kept, variants, Options(time_limit_s=60, rate=RATE, scored=False), clock=tick).run()
+    assert now[0] <= 66
+    assert 5 < done.course.points[-1].step <= done.schedule.steps < 400
+
+
+KILLED = """
+import os, signal, sys
+import torch
+import recovering
+from hwsearch.recovery import training
+from hwsearch.recovery.recovery import Options, Recovery
+torch.set_num_threads(1)
+training.CHECKPOINT_S = 0.0
+method, out, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
+done = training.Training.save
+def save(self):
+    done(self)
+    if self.step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.Training.save = save
+first, kept, variants = recovering.start(data=True)
+Recovery(recovering.lowering(True), first, kept, variants, Options(epochs=2, rate=2e-3, method=method), out=out).run()
+"""
+
+
+def _in_a_process(method: str, out: Path, last: int) -> int:
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", ""), str(tests.parent)])
+    own = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", KILLED, method, str(out), str(last)], env=own, check=False).returncode
+
+
+def test_a_killed_training_goes_on_to_the_same_weights_bit_by_bit(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    assert _in_a_process("ste", whole, -1) == 0
+    assert _in_a_process("ste", parts, 11) == -signal.SIGKILL
+    assert not parts.exists()
+    assert [p.name for p in tmp_path.glob("parts*")] == ["parts.safetensors.begun"]
+    assert _in_a_process("ste", parts, -1) == 0
+    _same(whole, parts)
+    assert not list(tmp_path.glob("*.begun"))
+
+
+@pytest.mark.parametrize("method", ["mask", "lc", "shrink", "halfspace"])
+def test_every_method_goes_on_where_it_was_interrupted(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    recover(method=method, out=whole, epochs=2, scored=False)
+    done, count = training.Training._one, [0]
+
+    def stop(self: Any, batch: Any) -> None:
+        count[0] += 1
+        if count[0] in (3, 13):
+            raise KeyboardInterrupt
+        done(self, batch)
+
+    monkeypatch.setattr(training.Training, "_one", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recover(method=method, out=parts, epochs=2, scored=False)
+    recover(method=method, out=parts, epochs=2, scored=False)
+    _same(whole, parts)
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.safetensors", "parts.safetensors"}
+
+
+def _same(whole: Path, parts: Path) -> None:
+    """Two trainings that left the same weights in the same way."""
+    one, two = load_file(whole), load_file(parts)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    curves = [Trained.load(p).told["curve"] for p in (whole, parts)]
+    assert [(p["step"], p["loss"], p["held_out"]) for p in curves[0]] == [(p["step"], p["loss"], p["held_out"]) for p in curves[1]]
+    assert len(curves[0]) > 3
+
+
+def test_a_training_of_something_else_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+
+    def stop(self: Any, value: float) -> None:
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "t.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_check", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recover(out=out)
+    assert (tmp_path / "t.safetensors.begun").is_file()
+    first, kept, variants = recovering.start()
+    options = Options(epochs=8, rate=RATE, seed=5)
+    done = Recovery(recovering.lowering(), first, kept, variants, options, out=out, progress=Progress()).run()
+    assert "not gone on with: it is of other seed (0, now 5)" in capsys.readouterr().err
+    fresh = recover(seed=5)
+    assert all(torch.equal(done.trained.tensors[k], fresh.trained.tensors[k]) for k in fresh.trained.tensors)
+
+
+def _fails_at(step: int, value: float) -> Any:
+    seen = [0]
+
+    def loss(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen[0] += 1
+        return F.cross_entropy(outputs, target) * (value if seen[0] > step else 1.0)
+
+    return loss
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "became nan"), (1e7, "exploded to")])
+def test_a_loss_that_diverges_is_an_error_and_what_was_reached_is_kept(value: float, message: str, tmp_path: Path) -> None:
+    out = tmp_path / "t.safetensors"
+    task = recovering.task(train=recovering.train, loss=_fails_at(12, value))
+    whole = Lowering(task)
+    first, kept, variants = recovering.start(data=True)
+    low = whole.narrow(first.kept, first.replaced, calibrate=True)
+    options = Options(epochs=1, rate=RATE, scored=False)
+    with pytest.raises(HwsearchError, match=rf"{message} .*at step 13 of 16.*--lr .*are in .*t\.safetensors"):
+        Recovery(whole, low, kept, variants, options, out=out).run()
+    assert Trained.load(out).told["best_step"] > 0
+
+
+def no_batches(epoch: int) -> list[Any]:
+    return []
+
+
+def no_pairs(epoch: int) -> Iterator[torch.Tensor]:
+    for x, _ in recovering.train(epoch):
+        yield x
+
+
+def other_targets(epoch: int) -> Iterator[Any]:
+    for x, y in recovering.train(epoch):
+        yield x, y[:7]
+
+
+def other_inputs(epoch: int) -> Iterator[Any]:
+    for x, y in recovering.train(epoch):
+        yield x[:, :1], y
+
+
+def fewer_later(epoch: int) -> Iterator[Any]:
+    for number, pair in enumerate(recovering.train(epoch)):
+        if epoch == 0 or number < 3:
+            yield pair
+
+
+@pytest.mark.parametrize(
+    ("train", "loss", "message"),
+    [
+        (no_batches, F.cross_entropy, "train.0. gave no batches"),
+        (no_pairs, F.cross_entropy, r"gave Tensor as batch 0; expected pairs of \(inputs, target\)"),
+        (other_targets, F.cross_entropy, r"loss\(outputs, target\) failed.*shape \(64, 8\).*shape \(7,\)"),
+        (other_inputs, F.cross_entropy, "the model fails on training data"),
+        (recovering.train, lambda y, t: F.cross_entropy(y, t, reduction="none"), "expected one number"),
+        (recovering.train, lambda y, t: 1.0, "of type float; expected one number"),
+        (fewer_later, F.cross_entropy, r"train\(1\) gave 3 batches and train\(0\) gave 16"),
+    ],
+)
+def test_data_and_losses_that_are_wrong_are_said(train: Any, loss: Any, message: str) -> None:
+    with pytest.raises(HwsearchError, match=message):
+        with_task(recovering.task(train=train, loss=loss), epochs=2, scored=False)
+
+
+def test_short_memory_is_said_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+    own = Objective.loss
+
+    def loss(self: Objective, student: Any, batch: Any) -> torch.Tensor:
+        if student.tensors and len(seen) == 9:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        seen.append(0)
+        return own(self, student, batch)
+
+    seen: list[int] = []
+    monkeypatch.setattr(Objective, "loss", loss)
+    with pytest.raises(HwsearchError, match="memory is too short for a step on a batch of 32 samples"):
+        recover(out=tmp_path / "t.safetensors")
+    assert (tmp_path / "t.safetensors.begun").is_file()
+    monkeypatch.setattr(Objective, "loss", own)
+    done, whole = recover(out=tmp_path / "t.safetensors"), recover()
+    assert all(torch.equal(done.trained.tensors[k], whole.trained.tensors[k]) for k in whole.trained.tensors)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "magic", "unknown method"),
+        ("epochs", 0, "at least 1"),
+        ("time_limit_s", -1.0, "positive"),
+        ("rate", 0.0, "positive"),
+    ],
+)
+def test_options_out_of_range_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        replace(Options(), **{field: value})
