@@ -321,9 +321,8 @@ def run(
             time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
         threads, base, batch: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
-        time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what later stages
-            leave. Where time is short, sensitivities are of fewer samples, and rounds are fewer. What an answer needs is done in any
-            case: builds of the narrowest widths, losses on one batch, one round.
+        time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what is left to it.
+            What an answer needs is done in any case: builds of the narrowest widths, losses on one batch, one round.
         mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
