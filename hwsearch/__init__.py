@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hwsearch.plot import plot_allocation as plot_allocation
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
     from hwsearch.plot import plot_front as plot_front
+    from hwsearch.plot import plot_fronts as plot_fronts
     from hwsearch.plot import plot_predictions as plot_predictions
     from hwsearch.plot import plot_recovery as plot_recovery
     from hwsearch.plot import plot_staircase as plot_staircase
@@ -33,7 +34,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "allocate.allocation": ["Allocation"], "api": ["profile", "recover", "run", "sensitivity", "verify"],
     "deployment.recheck": ["recheck"], "deployment.deploy": ["deploy"],
-    "plot": ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_recovery", "plot_staircase"],
+    "plot": [
+        "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
+    ],
     "allocate.search": ["front", "search"],
     "loss.table": ["SensitivityTable"], "table.table": ["LatencyTable"],
     "deployment.targets": ["build", "check"], "loading": ["load"], "task": ["Task"],

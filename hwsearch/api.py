@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
@@ -15,11 +17,8 @@ from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
-from hwsearch.deployment.allowance import LOOP, PREPARING, PROFILE, RECOVERY, Allowance, prepared, shared_out
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import kept_of, of_allocation, parse_variants, with_weights
-from hwsearch.deployment.recovering import recovered_answer
 from hwsearch.deployment.report import Report, measured_points
 from hwsearch.deployment.session import Session
 from hwsearch.deployment.verify import measure_allocation
@@ -34,6 +33,10 @@ from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
+from hwsearch.pipeline.allowance import LOOP, PREPARING, PROFILE, RECOVERY, Allowance, prepared, shared_out
+from hwsearch.pipeline.closed_loop import closed_loop
+from hwsearch.pipeline.recovering import recovered_answer
+from hwsearch.pipeline.runtimes import dense_ratios, run_each
 from hwsearch.plot import plot_front
 from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
@@ -296,39 +299,36 @@ def recover(
 
 def run(
     task: Task, budgets: Sequence[str | Budget], out: str | Path, *,
-    backend: str | Backend = "openvino", threads: int = 1, base: str | None = None, batch: int | None = None, seed: int = 0,
-    time_limit_s: float | None = None, mode: str = "context", axes: Sequence[str] = AXES, keep: Sequence[str] = (),
-    builds: int | None = None, load: int = 0, prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False,
-    energy: bool = False, recover_s: float = 0.0, progress: Progress | None = None,
+    backend: str | Backend | Sequence[str | Backend] = "openvino", threads: int = 1, base: str | None = None,
+    batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
+    axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
+    prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
+    recover_s: float = 0.0, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json and front.png in `out`, and refitted weights in
-    `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was made
-    of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory or
-    MACs are bounded, there is neither table nor front. What is printed while it runs is added to run.log.
+    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png and run.log in `out`, and refitted weights
+    in `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was
+    made of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory
+    or MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
         out: Folder for the results.
-        backend: As for `profile`.
-        threads: As for `profile`.
-        base: As for `profile`.
-        batch: As for `profile`.
+        backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
+            meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
+            time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
+        threads, base, batch: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
-        time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what refitting,
-            sensitivities, the closed loop and the recovery leave; sensitivities are of fewer samples where time is short, and there
-            are fewer rounds. What an answer needs is done in any case: builds of the narrowest widths, losses on one batch of
-            samples, one round.
+        time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what is left to it.
+            What an answer needs is done in any case: builds of the narrowest widths, losses on one batch, one round.
         mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        builds: As for `profile`.
-        load: As for `profile`, while verifying as well.
-        prior: As for `profile`.
-        lock_clocks: As for `profile`, while verifying as well.
+        builds, prior: As for `profile`.
+        load, lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
         recover_s: Seconds of the time limit to train the answer in, as `recover` does; 0: it is not trained. The trained answer is
             measured again; report, model.onnx, trained.safetensors and recover.png are left in `out`.
@@ -346,8 +346,16 @@ def run(
     parsed, axes = parse_budgets(budgets), check_axes(axes)
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
     _require_searchable(mode, time_limit_s, recover_s)
-    runtime, folder, progress = backends.get(backend), Path(out), progress or Progress.silent()
-    with _alone_in(folder, runtime, progress):
+    runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
+    if len(runtimes) > 1:
+        own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
+        one = partial(
+            run, task, batch=batch, seed=seed, mode=mode, axes=axes, keep=keep, builds=builds, prior=prior,
+            lock_clocks=lock_clocks, energy=energy, progress=progress, **own,
+        )  # fmt: skip
+        return _run_several(one, task, runtimes, parsed, folder, (time_limit_s, recover_s), own, progress)
+    (runtime,) = runtimes
+    with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
         limit = TimeLimit(time_limit_s - recover_s, clock_of(runtime))  # it does not run while another command is waited for
         stores = "precision" in axes and any(b.column == "size" for b in parsed)
         setup = set_up(
@@ -355,10 +363,9 @@ def run(
             axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),
             clocks=clocks_to_lock(runtime) if lock_clocks else 0,
         )  # fmt: skip
-        effort = Effort(time_limit_s, builds, extend=False)
         return _run(
-            setup, parsed, folder, effort, limit, mode=mode, axes=axes, seed=seed, keep=keep, prior=_tables(prior, setup),
-            recover_s=recover_s, progress=progress,
+            setup, parsed, folder, Effort(time_limit_s, builds, extend=False), limit, mode=mode, axes=axes, seed=seed,
+            keep=keep, prior=_tables(prior, setup), recover_s=recover_s, progress=progress,
         )  # fmt: skip
 
 
@@ -374,15 +381,32 @@ def _require_searchable(mode: str, time_limit_s: float, recover_s: float) -> Non
         )
 
 
+def _run_several(
+    one: Callable[..., Report], task: Task, runtimes: Sequence[Backend], budgets: Sequence[Budget], folder: Path,
+    limits: tuple[float, float], options: Mapping[str, Any], progress: Progress,
+) -> Report:  # fmt: skip
+    """Each runtime in turn, in an equal part of the time; see `run_each`.
+
+    limits: Seconds of all of it, and of recovery of that.
+    """
+    with _alone_in(folder, progress):
+        limit = TimeLimit(limits[0], clock_of(runtimes[0]))
+        setup = set_up(task, runtimes[0], **options)
+        ratios = dense_ratios([replace(setup, backend=r) for r in runtimes], progress.say)
+        named = {r.name: r for r in runtimes}
+
+        def run_one(name: str, own: Sequence[Budget], into: Path, limit_s: float) -> Report:
+            recover_s = min(limits[1] / len(runtimes), MOST_RECOVERY * limit_s)
+            return one(own, into, backend=named[name], time_limit_s=limit_s, recover_s=recover_s)
+
+        return run_each(run_one, ratios, budgets, folder, lambda: limit.left_s, progress)
+
+
 @contextmanager
-def _alone_in(folder: Path, runtime: Backend, progress: Progress) -> Iterator[None]:
-    """A folder and a device that no other command uses meanwhile, and a log of the run in the folder."""
+def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
+    """A folder that no other command uses meanwhile, and a log of the run in it."""
     make_folder(folder)
-    with (
-        lock_path(folder, say=progress.say),
-        lock(fingerprint_for(runtime).id, say=progress.say),
-        progress.logged(folder / "run.log"),
-    ):
+    with lock_path(folder, say=progress.say), progress.logged(folder / "run.log"):
         remove_unfinished(folder)
         progress.plan({PREPARING: math.inf})
         progress.enter(PREPARING)

@@ -35,7 +35,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._quiet = quiet
-        self._log: TextIO | None = None
+        self._logs: list[TextIO] = []
         self._bar: Bar | None = None
         self._row: TaskID | None = None
         self._total: int | None = None
@@ -55,8 +55,12 @@ class Progress:
 
     @contextmanager
     def logged(self, path: Path) -> Iterator[Self]:
-        """Every line also goes to the end of a file, with the time, while the block runs; so does the error that ends it."""
-        with path.open("a", encoding="utf-8", buffering=1) as self._log:
+        """Every line also goes to the end of a file, with the time, while the block runs; so does the error that ends it.
+
+        A block within another writes both files.
+        """
+        with path.open("a", encoding="utf-8", buffering=1) as log:
+            self._logs.append(log)
             self.record(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
             try:
                 yield self
@@ -64,7 +68,8 @@ class Progress:
                 self.record(f"ended by {type(error).__name__}: {error}")
                 raise
             finally:
-                self._log = None
+                if log in self._logs:
+                    self._logs.remove(log)
                 self._plan = {}
                 self._close()
 
@@ -127,14 +132,13 @@ class Progress:
 
     def record(self, text: str) -> None:
         """Only into the log: each line with the time. A log that cannot be written ends, and that is said."""
-        if self._log is None:
-            return
         now = datetime.now().astimezone().isoformat(" ", "seconds")
-        try:
-            self._log.write("".join(f"{now}  {line}\n" for line in text.splitlines() or [""]))
-        except OSError as error:
-            name, self._log = self._log.name, None
-            self.say(f"{name} cannot be written any more ({error.strerror})")
+        for log in list(self._logs):
+            try:
+                log.write("".join(f"{now}  {line}\n" for line in text.splitlines() or [""]))
+            except OSError as error:
+                self._logs.remove(log)
+                self.say(f"{log.name} cannot be written any more ({error.strerror})")
 
     def stop(self) -> None:
         """End the job; does nothing where none is open. The bar of a whole run stays."""

@@ -13,9 +13,8 @@ def test_exported_names() -> None:
     """A name that goes breaks somebody's script."""
     assert hs.__all__ == [
         "Allocation", "LatencyTable", "SensitivityTable", "Task", "build", "check", "deploy", "front", "load",
-        "plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_recovery", "plot_staircase", "profile",
-            "recheck", "recover", "run",
-        "search", "sensitivity", "verify",
+        "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
+        "profile", "recheck", "recover", "run", "search", "sensitivity", "verify",
     ]  # fmt: skip
     assert all(callable(getattr(hs, name)) for name in hs.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -95,6 +95,7 @@ def test_without_nvml_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None
         profile()
 
 
+@pytest.mark.slow
 def test_tables_of_a_cpu_or_of_another_driver_are_others(nvml: Nvml, tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     table = profile(out)
@@ -125,6 +126,7 @@ def test_locked_clocks_are_a_regime_of_their_own(nvml: Nvml, tmp_path: Path) -> 
         hs.recheck(held, tiny.task("cnn"), backend=backend())
 
 
+@pytest.mark.slow
 def test_a_share_of_the_gpu_is_a_regime_of_its_own(
     nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +173,7 @@ def test_clocks_that_may_not_be_locked_stop_a_profile_before_its_first_build(nvm
         profile(on=backend(SimulatedBackend), lock_clocks=True)
 
 
+@pytest.mark.slow
 def test_verify_locks_clocks_and_keeps_others_off_the_gpu(nvml: Nvml, busy: Any) -> None:
     task = tiny.task("cnn")
     table = profile(lock_clocks=True)

@@ -265,7 +265,7 @@ def test_a_full_disk_ends_the_log_and_not_the_run() -> None:
 
     stream = io.StringIO()
     progress = Progress(stream, clock=Clock())
-    progress._log = Full()
+    progress._logs.append(Full())
     progress.start(1, "profiling")
     progress.step("one")
     assert "run.log cannot be written any more (No space left on device)" in stream.getvalue()

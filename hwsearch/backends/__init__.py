@@ -6,6 +6,7 @@ mine = "my_package.my_module:MyBackend"     # called without arguments it gives 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,25 @@ def get(name: str | Backend) -> Backend:
             f"backend {name} cannot be loaded ({_reason(error)}); {_remedy(name)}"
         ) from error
     return backend
+
+
+def several(names: str | Backend | Sequence[str | Backend]) -> tuple[Backend, ...]:
+    """The backends of `openvino,onnxruntime`, of a sequence, or of `all`: every one whose runtime can be used here.
+
+    Raises InvalidInput on an unknown or repeated name, or on none; BackendUnavailable where a module cannot be imported, or where
+    `all` is none.
+    """
+    if names == "all":
+        found = [s.name for s in status() if s.available]
+        if not found:
+            raise BackendUnavailable("no runtime can be used here; `hwsearch devices` says why")
+        return tuple(map(get, found))
+    given = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
+    backends = tuple(map(get, given)) if isinstance(given, Sequence) else (get(given),)
+    called = [b.name for b in backends]
+    if not backends or len(set(called)) < len(called):
+        raise InvalidInput(f"expected different backends, got {', '.join(called) or 'none'}")
+    return backends
 
 
 @dataclass(frozen=True)

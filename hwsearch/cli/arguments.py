@@ -25,6 +25,14 @@ MaybeOutput = Annotated[
     ),
 ]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="`hwsearch devices` lists them.")]
+Backends = Annotated[
+    str,
+    typer.Option(
+        "--backend", metavar="NAME[,NAME]",
+        help="`hwsearch devices` lists them. Of several, or of `all` that can be used here, the one that meets the budgets at the "
+        "least loss; shares of times are of the fastest dense network.",
+    ),
+]
 MaybeBackend = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="By default the allocation's.")
 ]
@@ -155,10 +163,10 @@ def require_backend(backend: str, lock_clocks: bool = False) -> None:
     from hwsearch import backends
     from hwsearch.device import fingerprint as device
 
-    runtime = backends.get(backend)
-    runtime.versions(), runtime.bases()
-    if lock_clocks:
-        device.clocks_to_lock(runtime)
+    for runtime in backends.several(backend):
+        runtime.versions(), runtime.bases()
+        if lock_clocks:
+            device.clocks_to_lock(runtime)
 
 
 def axes_of(text: str) -> list[str]:

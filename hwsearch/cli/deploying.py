@@ -15,7 +15,7 @@ from hwsearch.cli.arguments import (
     AnyWeights,
     AsJson,
     Axes,
-    Backend,
+    Backends,
     Base,
     Batch,
     Budgets,
@@ -195,7 +195,7 @@ def run(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for everything.")
     ],
-    backend: Backend = "openvino",
+    backend: Backends = "openvino",
     threads: Threads = 1,
     base: Base = None,
     batch: Batch = None,

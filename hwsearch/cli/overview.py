@@ -9,7 +9,7 @@ from hwsearch.errors import InvalidInput
 from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import fit, validate
 from hwsearch.network.memory import peak_bytes
-from hwsearch.network.variants import Variant, legal, uniform
+from hwsearch.network.variants import Variant, everywhere, uniform
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Mode
 from hwsearch.table.parquet import KIND
@@ -44,11 +44,7 @@ def memory(table: LatencyTable) -> dict[str, int | str]:
     does not say which.
     """
     network, base = table.network, str(table.header.options["base"])
-    refused = table.header.unsupported
-    lowest = {
-        u: Variant(base) if str(v) in refused.get(u, {}) or not legal(network[u], [v]) else v
-        for u, v in uniform(network, "int8").items()
-    }
+    lowest = everywhere(network, Variant("int8"), base, table.header.unsupported)
     return {
         "dense_bytes": peak_bytes(network, uniform(network, "fp32"), base="fp32"),
         f"{base}_bytes": peak_bytes(network, uniform(network, base), base=base),

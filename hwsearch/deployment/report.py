@@ -58,6 +58,8 @@ class Report:
         table_check: Builds of the table measured again, where prediction and measurement part by more than three sigma.
         slowdown: By how much slower than when the table was made the machine was; 0 where it is too little to count.
         float_only: Units that stay float on this task's data, and why.
+        runtimes: Where several were tried, what came of each: `backend`, `dense_over_fastest`, and `state`, `latency_ms`,
+            `dense_ms`, `loss`, `score` and `size_bytes` of its answer, or the `error`.
         recovery: How the answer was trained: its `score` (dense, refitted, recovered), `latency_ms` (refitted, recovered),
             seconds and the course; None where it was not.
 
@@ -89,6 +91,7 @@ class Report:
     table_check: dict[str, Any] | None = None
     slowdown: float = 0.0
     float_only: dict[str, str] = field(default_factory=dict)
+    runtimes: list[dict[str, Any]] = field(default_factory=list)
     recovery: dict[str, Any] | None = None
 
     @property
@@ -100,6 +103,13 @@ class Report:
     def met(self) -> bool:
         """Whether every budget holds and the upper ends of the intervals are within it too."""
         return self.state == State.MET
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The least is best: of least loss among those that met the budgets, then within the noise, else the nearest to them."""
+        if self.state == State.MISSED:
+            return 2, max(self.measured.excess(self.bound), self.judged.now.excess(self.judged.bound_now))
+        return int(self.state == State.WITHIN_NOISE), self.loss["measured"]
 
     @property
     def dense(self) -> Costs:
@@ -328,7 +338,18 @@ class Report:
                 f"uniform  best that meets the budget: {self.uniform['variant']}, {self.uniform['latency_ms']:.4g} ms, "
                 f"score {self.uniform['score']:.4f}"
             )
-        return "\n".join([*lines, *self._warnings()])
+        return "\n".join([*lines, *map(_of_runtime, self.runtimes), *self._warnings()])
+
+
+def _of_runtime(line: dict[str, Any]) -> str:
+    """One of several runtimes that were tried, to read."""
+    dense = f"dense {line['dense_over_fastest']:.3g} of the fastest's"
+    if "error" in line:
+        return f"runtime  {line['backend']}: {dense}; no answer: {line['error']}"
+    return (
+        f"runtime  {line['backend']}: {line['state']}, {line['latency_ms']:.4g} ms, score {line['score']:.4f}, loss "
+        f"{line['loss']:.3g}, {dense} ({line['dense_ms']:.4g} ms)"
+    )
 
 
 def measured_points(report: Report) -> list[Point]:

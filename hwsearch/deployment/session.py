@@ -32,7 +32,7 @@ from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.loss.divergence import divergence
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.memory import peak_bytes
-from hwsearch.network.variants import Variant, legal, uniform
+from hwsearch.network.variants import Variant, everywhere, uniform
 from hwsearch.profiler.layerwise import sandwich_engine
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Mode
@@ -281,12 +281,7 @@ def uniform_candidates(setup: Setup, unsupported: Mapping[str, Mapping[str, str]
     base = setup.options.base
     candidates = {DENSE: Job(uniform(setup.network, "fp32"), "fp32")}
     for variant in setup.variants(base):
-        chosen = {
-            u.name: variant
-            if legal(u, [variant]) and str(variant) not in unsupported.get(u.name, {})
-            else Variant(base)
-            for u in setup.network.units
-        }
+        chosen = everywhere(setup.network, variant, base, unsupported)
         if variant == Variant(base) or set(chosen.values()) != {Variant(base)}:
             candidates.setdefault(str(variant), Job(chosen, base))
     return candidates

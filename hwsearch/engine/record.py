@@ -18,7 +18,7 @@ from hwsearch.errors import BackendUnavailable
 from hwsearch.lowering.assemble import bytes_of_units
 from hwsearch.lowering.marked import tensor_names
 from hwsearch.network.network import Network
-from hwsearch.network.variants import STORAGE, Variant, legal, weight_bytes
+from hwsearch.network.variants import STORAGE, Variant, everywhere, weight_bytes
 from hwsearch.table.build import PARTS, Build, Role
 from hwsearch.table.table import LatencyTable
 
@@ -53,11 +53,11 @@ def graph_bytes(setup: Setup, base: str) -> tuple[int, dict[str, dict[str, int]]
     paths = {unit: path for unit, (path, _) in setup.lowering.traced.paths.items() if path is not None}
     own: dict[str, dict[str, int]] = {u.name: {} for u in network.units}
     for variant in setup.variants(base):
-        wherever = {u.name: (*legal(u, [variant]), Variant(base))[0] for u in network.units}
-        model = setup.lowering.onnx(wherever, metadata=None, shared=False, **qdq_form(setup.backend))
+        variants = everywhere(network, variant, base)
+        model = setup.lowering.onnx(variants, metadata=None, shared=False, **qdq_form(setup.backend))
         found = bytes_of_units(model, paths)
         for unit in network.units:
-            chosen = wherever[unit.name]
+            chosen = variants[unit.name]
             beside = found.get(unit.name, 0) - weight_bytes(unit, chosen)
             own[unit.name][str(chosen)] = max(beside, own[unit.name].get(str(chosen), beside))
         units = sum(found.get(u.name, 0) for u in network.units)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from hwsearch.errors import InvalidInput
 from hwsearch.network.network import Network, Unit
@@ -218,6 +219,19 @@ def legal(unit: Unit, variants: Iterable[Variant]) -> tuple[Variant, ...]:
     Whether the backend then *executes* them is read back from each engine (`hwsearch.profiler.recorder`).
     """
     return tuple(v for v in variants if not ineligible(unit, v))
+
+
+def everywhere(
+    network: Network, variant: Variant, base: str, refused: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> dict[str, Variant]:
+    """Every unit that can become a variant in it, the others in the base precision.
+
+    refused: unit -> variants that it is not offered in, as in a table's header.
+    """
+    return {
+        u.name: variant if legal(u, [variant]) and str(variant) not in refused.get(u.name, {}) else Variant(base)
+        for u in network.units
+    }
 
 
 def settled(

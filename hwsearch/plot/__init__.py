@@ -6,9 +6,11 @@ Every function returns a matplotlib Figure that no global state holds: it needs 
 
 from hwsearch.plot.allocation import plot_allocation
 from hwsearch.plot.diagnosis import plot_diagnosis
-from hwsearch.plot.front import plot_front
+from hwsearch.plot.front import plot_front, plot_fronts
 from hwsearch.plot.predictions import plot_predictions
 from hwsearch.plot.recovery import plot_recovery
 from hwsearch.plot.staircase import plot_staircase
 
-__all__ = ["plot_allocation", "plot_diagnosis", "plot_front", "plot_predictions", "plot_recovery", "plot_staircase"]
+__all__ = [
+    "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
+]  # fmt: skip

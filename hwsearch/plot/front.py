@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
+from hwsearch.errors import InvalidInput
 from hwsearch.network.variants import WEIGHT_BITS, Variant
 from hwsearch.plot.style import (
     FAINT,
@@ -209,3 +210,64 @@ def _walk(line: Any, step: float = 6.0) -> list[tuple[float, float]]:
         count = min(int(np.hypot(x1 - x0, y1 - y0) / step) + 1, 500)
         points += [(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count)]
     return points
+
+
+_OF_RUNTIME = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def plot_fronts(
+    fronts: Mapping[str, Front], path: str | Path | None = None, *, ratios: Mapping[str, float] | None = None
+) -> Figure:
+    """Plot the fronts of one network in several runtimes: loss against latency in ms.
+
+    Each runtime has a colour: its front a step line, measured allocations diamonds with their interval, its dense network a
+    dashed line.
+
+    Args:
+        fronts: Backend -> its front over latency.
+        path: file to write, in the format that its suffix names; None writes none.
+        ratios: Backend -> time of its dense network over the fastest's, measured in turns: tables of different hours are put
+            on the scale of the fastest's by it. None takes the times of each table as they are.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InvalidInput: A front is over something else, or there is none.
+    """
+    if not fronts or any(front.over != "latency" for front in fronts.values()):
+        raise InvalidInput("expected fronts over latency, at least one")
+    dense = {name: front.header.get("dense", {}).get("latency", np.nan) / 1e6 for name, front in fronts.items()}
+    scale = dict.fromkeys(fronts, 1.0)
+    if ratios is not None:
+        fastest = min(fronts, key=lambda n: ratios[n])
+        scale = {n: dense[fastest] * ratios[n] / ratios[fastest] / dense[n] for n in fronts}
+    figure, axes = single_axes(8.0, 5.4)
+    handles: list[Any] = []
+    shown: list[float] = []
+    for color, (name, front) in zip(_OF_RUNTIME * len(fronts), fronts.items(), strict=False):
+        x, y = _places(front.best(), "latency")
+        axes.plot(
+            np.repeat(np.array(x) * scale[name], 2)[1:], np.repeat(y, 2)[:-1], color=color, linewidth=1.4, zorder=3
+        )
+        axes.plot(np.array(x) * scale[name], y, "o", color=color, markersize=4.5, zorder=4)
+        at = dense[name] * scale[name]
+        axes.axvline(at, color=color, linestyle=(0, (5, 3)), linewidth=1.1, zorder=1)
+        handles.append(Line2D([], [], color=color, marker="o", markersize=4.5, label=f"{name} (dense fp32 {at:.3g} ms)"))
+        measured = [p for p in front.points if p.measured]
+        for p in measured:
+            ends = np.nan_to_num([[p.latency_ns - p.low_ns], [p.high_ns - p.latency_ns]]).clip(0)
+            axes.errorbar(
+                p.latency_ns / 1e6 * scale[name], p.loss, xerr=ends / 1e6 * scale[name], fmt="D", color=color, markersize=7,
+                markeredgecolor="white", elinewidth=1.4, capsize=3, zorder=6,
+            )  # fmt: skip
+        shown += [*y, *(p.loss for p in measured)]
+    axes.set_ylabel(f"loss (divergence per sample, {scale_losses(axes, 'y', shown)})")
+    axes.set_xlabel("latency (ms)")
+    header = {**next(iter(fronts.values())).header, "backend": ""}
+    titles(
+        axes, f"{header.get('network') or 'network'}: loss against latency by runtime", where(header),
+        "lines: predicted; diamonds: measured; dashed: dense fp32",
+    )  # fmt: skip
+    legend_below(figure, handles, columns=min(len(handles), 3))
+    return done(figure, path)

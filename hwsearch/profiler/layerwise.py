@@ -21,7 +21,7 @@ from hwsearch.errors import InvalidInput
 from hwsearch.lowering.marked import isolate
 from hwsearch.lowering.parts import cut
 from hwsearch.network.sandwich import Sandwich, largest, plan
-from hwsearch.network.variants import Variant, legal, uniform
+from hwsearch.network.variants import Variant, everywhere, legal, uniform
 from hwsearch.progress import Progress
 from hwsearch.table.build import Role
 from hwsearch.table.table import LatencyTable
@@ -114,12 +114,8 @@ class Layers:
         model = cut(self.setup.lowering.marked, sandwich.units, sandwich.filling)
         while True:
             refused = self.table.header.unsupported
-            variants = {
-                u: variant
-                if legal(self.setup.network[u], [variant]) and str(variant) not in refused.get(u, {})
-                else Variant(base)
-                for u in sandwich.units
-            }
+            whole = everywhere(self.setup.network, variant, base, refused)
+            variants = {u: whole[u] for u in sandwich.units}
             if all(variants[u] != variant for u in sandwich.filling):
                 return self.progress.step(f"{variant}: refused by {', '.join(sandwich.filling)}")
             self._measure(Role.SANDWICH, model, variants, base, self.reference, sandwich.filling)

@@ -149,7 +149,8 @@ def _checks(header: Header) -> list[tuple[str, Any, bool, str]]:
     whole, texts = "a whole number from 0 on", "texts"
     checks: list[tuple[str, Any, bool, str]] = [
         ("reference_ns", header.reference_ns, number(header.reference_ns), "a finite time from 0 ns on"),
-        ("graph_bytes", header.graph_bytes, number(header.graph_bytes, whole=True), whole),
+        ("graph_bytes", header.graph_bytes, number(header.graph_bytes, -header.network.fixed_bytes, whole=True),
+         "a whole number, not below what the network stores in no unit"),
         ("dense_file_bytes", header.dense_file_bytes, number(header.dense_file_bytes, whole=True), whole),
         ("device", header.device, isinstance(header.device, dict), "what a device says of itself"),
         ("backend", header.backend, isinstance(header.backend, str), "the name of a backend"),

@@ -25,7 +25,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, HwsearchError, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.marked import tensor_names
-from hwsearch.network.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, legal, uniform
+from hwsearch.network.variants import INT8_BITS, PRECISIONS, STORAGE, Variant, everywhere, uniform
 from hwsearch.table.build import NodeRow
 from hwsearch.task import Task
 
@@ -158,7 +158,7 @@ def mixed(lowering: Lowering, base: str, variant: Variant = Variant("int8")) -> 
 
 def wherever(lowering: Lowering, base: str, variant: Variant) -> dict[str, Variant]:
     """Every unit that can become a variant in it, the others in the base precision."""
-    return {u.name: (*legal(u, [variant]), Variant(base))[0] for u in lowering.network.units}
+    return everywhere(lowering.network, variant, base)
 
 
 def expected(lowering: Lowering, variants: Mapping[str, Variant], backend: Backend) -> list[Array]:

@@ -36,7 +36,6 @@ from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import make_space
 from hwsearch.cli.overview import disturbed
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Session
 from hwsearch.device.timing import Timing
 from hwsearch.engine.reference import reference_engine
@@ -46,6 +45,7 @@ from hwsearch.latency.model import LatencyModel, fit
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.network.choices import Candidate, random_allocation
 from hwsearch.network.variants import Variant
+from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.table.build import Build

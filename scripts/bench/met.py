@@ -27,7 +27,6 @@ from torch import nn
 import hwsearch as hs
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import parse_budgets
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import parse_variants
 from hwsearch.deployment.session import Session
@@ -35,6 +34,7 @@ from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import Infeasible
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.table import SensitivityTable
+from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort
 from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.table.table import LatencyTable

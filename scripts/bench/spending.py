@@ -18,12 +18,12 @@ from hwsearch.allocate.budget import parse_budgets
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import make_space
 from hwsearch.backends.base import BuildOptions
-from hwsearch.deployment import closed_loop
 from hwsearch.deployment.session import Session
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import Infeasible
 from hwsearch.loss.sensitivity import sensitivity_for
+from hwsearch.pipeline import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 

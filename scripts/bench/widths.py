@@ -28,7 +28,6 @@ from hwsearch import backends
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Job, Session, uniform_candidates
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
@@ -36,6 +35,7 @@ from hwsearch.loss.divergence import divergence
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant
+from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 

@@ -119,7 +119,13 @@ def test_a_block_names_its_language(block: Block) -> None:
     assert all(" is " in part for part in block.why.split(", ")), f"{block}: write `A is B, ...`"
 
 
-@pytest.mark.parametrize("page", [page for page, own in ALL.items() if own])
+LONG = {"commands.md"}
+"""Every command in order, on a real runtime; scripts/test has `tests/cli/test_cli.py` of them."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p, own in ALL.items() if own]
+)
 def test_the_snippets_of_a_page(page: str, page_folder: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "snippet"}
     for block in ALL[page]:

@@ -129,7 +129,7 @@ def test_a_file_of_another_network_stays(before: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == before.read_bytes()
 
 
-@pytest.mark.parametrize("lie", [None, "damage", "loss"])
+@pytest.mark.parametrize("lie", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in ("damage", "loss"))])
 def test_what_was_begun_otherwise_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str | None
 ) -> None:
@@ -186,6 +186,7 @@ def test_refitted_weights_say_what_made_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_locks")
+@pytest.mark.slow
 def test_a_model_that_was_trained_on_runs_in_the_same_folder(tmp_path: Path) -> None:
     """Its times are used again, its sensitivities are not."""
     runtime = SimulatedBackend(LatencyLaw.random(tiny.lowering("cnn").network), noise=0.003)

@@ -79,7 +79,7 @@ def test_narrow_onnx_is_narrow_torch(name: str) -> None:
         assert of.follow is not None, "exported anew for every width"
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_every_block_can_be_narrowed(part: int) -> None:
     kinds = sorted(BLOCKS)[part::4]
     model, x = convolutional(kinds, [8] * (len(kinds) + 1), ["pool", "flatten", "image", "two"][part], part)

@@ -85,7 +85,7 @@ def test_what_is_not_quantized_and_reads_nothing_that_is_stays() -> None:
     assert refitted(low, uniform(low.network, "fp32")) is low
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "transformer")) for n in NAMES])
 def test_the_file_holds_refitted_weights_and_the_same_each_time(
     name: str, tmp_path: Path, own_locks: None
 ) -> None:

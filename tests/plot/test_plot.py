@@ -24,7 +24,7 @@ from hwsearch.latency.model import fit
 from hwsearch.latency.staircase import staircase
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.network import Edge, Network, Unit
-from hwsearch.plot import plot_allocation, plot_front, plot_predictions, plot_staircase
+from hwsearch.plot import plot_allocation, plot_front, plot_fronts, plot_predictions, plot_staircase
 from hwsearch.plot.style import shorten
 from hwsearch.table.build import Build, NodeRow
 from hwsearch.table.header import Header
@@ -204,6 +204,21 @@ def test_a_front_over_memory_says_that_it_is_estimated() -> None:
     assert "dense fp32: 0.6 MB" in texts(figure)
     offsets = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
     assert {round(float(x), 6) for x in offsets[:, 0]} >= {0.1, 0.2, 0.3, 0.4}
+
+
+def test_fronts_of_two_runtimes_are_on_one_scale(tmp_path: Path) -> None:
+    """The second table's times, of an hour when the machine was slower, are put on the scale of the first by the ratio."""
+    fronts = {
+        "openvino": front(curve(5), MEASURED[:1], latency=3e6),
+        "onnxruntime": front(curve(3), MEASURED[1:], latency=6e6),
+    }
+    figure = plot_fronts(fronts, tmp_path / "f.png", ratios={"openvino": 1.0, "onnxruntime": 1.5})
+    assert is_png(tmp_path / "f.png")
+    assert diamonds(figure) == pytest.approx([0.6, 0.9 * 0.75])
+    said = texts(figure)
+    assert "openvino (dense fp32 3 ms)" in said
+    assert "onnxruntime (dense fp32 4.5 ms)" in said
+    assert diamonds(plot_fronts(fronts)) == pytest.approx([0.6, 0.9]), "as they are"
 
 
 def test_dense_is_a_line_where_it_is_near() -> None:

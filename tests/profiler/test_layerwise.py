@@ -20,7 +20,6 @@ from hwsearch.allocate.search import search
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.cli import overview
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.session import Session, uniform_candidates
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.reference import INSTANCES
@@ -33,6 +32,7 @@ from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.network import Network
 from hwsearch.network.sandwich import contexts, filling, plan
 from hwsearch.network.variants import Variant, uniform
+from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend

@@ -205,6 +205,10 @@ IN_HEADER = {
     ],
     "unsupported of ghost": [(T, header(lambda h: h.update(unsupported={"ghost": {"dense.int8": "slow"}})))],
     "unit_bytes of conv0": [(T, header(lambda h: h.update(unit_bytes={"conv0": {"dense.int8": "many"}})))],
+    "graph_bytes": [
+        (T, header(lambda h: h.update(graph_bytes=-1 - h["network"]["fixed_bytes"]))),
+        (T, header(lambda h: h.update(graph_bytes=0.5))),
+    ],
     "dense_file_bytes": [(T, header(lambda h: h.update(dense_file_bytes=-1)))],
     "macs": [
         (T, header(lambda h: h["network"]["units"][0].update(macs="all"))),
@@ -274,6 +278,15 @@ def test_there_are_enough_lies() -> None:
 def test_honest_files_load(honest: Path) -> None:
     for name, load in LOADERS.items():
         load(honest / name)
+
+
+def test_a_file_may_be_smaller_than_what_the_network_stores_in_no_unit(honest: Path, tmp_path: Path) -> None:
+    """The exporter computes constants ahead: of a transformer with masks and positions the bytes beside units are negative."""
+    path = tmp_path / T
+    table = LatencyTable.load(honest / T)
+    network = replace(table.network, fixed_bytes=2000)
+    table.with_header(network=network, graph_bytes=-1256).save(path)
+    assert LatencyTable.load(path).header.graph_bytes == -1256
 
 
 @pytest.mark.parametrize(("name", "change", "field", "in_row"), LIES)

@@ -185,6 +185,7 @@ def test_sensitivities_at_the_batch_of_their_table(several: Path) -> None:
     assert hs.search(batch, scores, ["latency=90%"], axes=["precision"]).options["batch"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_of_another_shape_ends_before_it_profiles(tmp_path: Path) -> None:
     runtime = backend()
     hs.run(tiny.task("cnn"), ["latency=90%"], tmp_path, backend=runtime, axes=["precision"])
@@ -199,6 +200,7 @@ def test_a_run_in_a_folder_of_another_shape_ends_before_it_profiles(tmp_path: Pa
 # ---------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_command_line_from_two_shapes_to_a_report_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

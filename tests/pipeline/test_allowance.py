@@ -14,8 +14,8 @@ import tiny
 import hwsearch as hs
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment import allowance
 from hwsearch.errors import BudgetMissed, Infeasible
+from hwsearch.pipeline import allowance
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
@@ -50,11 +50,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimulatedBackend]:
     ("name", "limit_s", "build_s", "pass_s", "refit_s"),
     [
         ("cnn", 120.0, 0.5, 0.1, 0.1),
-        ("cnn", 300.0, 2.0, 0.2, 0.1),
-        ("cnn", 600.0, 1.0, 1.0, 0.5),
-        ("cnn", 600.0, 8.0, 0.1, 0.0),
+        pytest.param("cnn", 300.0, 2.0, 0.2, 0.1, marks=pytest.mark.slow),
+        pytest.param("cnn", 600.0, 1.0, 1.0, 0.5, marks=pytest.mark.slow),
+        pytest.param("cnn", 600.0, 8.0, 0.1, 0.0, marks=pytest.mark.slow),
         ("transformer", 400.0, 1.0, 0.3, 0.2),
-        ("transformer", 1500.0, 3.0, 2.0, 0.2),
+        pytest.param("transformer", 1500.0, 3.0, 2.0, 0.2, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_keeps_its_limit(

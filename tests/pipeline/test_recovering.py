@@ -12,8 +12,8 @@ import recovering
 from onnx import numpy_helper
 
 import hwsearch as hs
-from hwsearch.deployment.allowance import RECOVERY
 from hwsearch.errors import HwsearchError, InvalidInput
+from hwsearch.pipeline.allowance import RECOVERY
 from hwsearch.plot import plot_recovery
 from hwsearch.progress import Progress
 from hwsearch.recovery.recovery import Recovery

@@ -19,13 +19,13 @@ import torch
 import hwsearch as hs
 from hwsearch.allocate.costs import Costs
 from hwsearch.cli import printing as show
-from hwsearch.deployment import closed_loop as loop
 from hwsearch.deployment.confirm import State
 from hwsearch.errors import BudgetMissed, IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.latency.model import ErrorScale, LatencyModel, Prediction, fit
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.choices import candidate_widths
+from hwsearch.pipeline import closed_loop as loop
 from hwsearch.progress import Progress
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
@@ -130,6 +130,7 @@ def test_another_budget_uses_the_table_and_the_sensitivities_again(done: tuple[P
     assert (folder / "sens.parquet").read_bytes() == sensitivities
 
 
+@pytest.mark.slow
 def test_beside_a_budget_on_what_is_computed_every_measured_width_may_be_chosen(
     done: tuple[Path, hs.Task, Any], tmp_path: Path
 ) -> None:
@@ -185,6 +186,7 @@ def test_kept_layers_stay_whole(done: tuple[Path, hs.Task, Any]) -> None:
         hs.run(task(), ["macs=85%"], folder, backend=backend(), keep=["classifier*"])
 
 
+@pytest.mark.slow
 def test_a_transformer_loses_heads_and_neurons(tmp_path: Path) -> None:
     report = hs.run(
         task("transformer"), ["macs=60%"], tmp_path, backend=backend("transformer"), axes=["width"]
@@ -306,6 +308,7 @@ def test_malformed_budgets_are_usage_errors(done: tuple[Path, hs.Task, Any]) -> 
             hs.search(table, sens, [text])
 
 
+@pytest.mark.slow
 def test_a_device_that_is_slower_than_its_table_ends_in_budget_missed(tmp_path: Path) -> None:
     """The mixed allocations that the search picks run far slower than the table said: five rounds, then an honest end."""
     runtime = backend()

@@ -42,14 +42,6 @@ class Round:
     allocation: Allocation
     report: Report
 
-    @property
-    def rank(self) -> tuple[int, float]:
-        """The least is best: of least loss among those that met the budgets, else the nearest to them."""
-        report = self.report
-        if report.state == State.MISSED:
-            return 2, max(report.measured.excess(report.bound), report.judged.now.excess(report.judged.bound_now))
-        return int(report.state == State.WITHIN_NOISE), report.loss["measured"]
-
     def over(self) -> dict[str, float]:
         """Each cost that is not within its budget for sure -> by which factor it is over, or its interval ends over."""
         judged, sure = self.report.judged, self.report.state != State.MISSED
@@ -120,7 +112,7 @@ def closed_loop(
             last, table = trial.measure(number, allocation, table)
             progress.step(_said(last.report))
             longest_s = max(longest_s, clock.used_s - begun_s)
-            if best is None or last.rank < best.rank:
+            if best is None or last.report.rank < best.report.rank:
                 best = last
                 trial.keep(number, best)
             if spending or (last.report.met and not (limits and _left_over(last.report) > 1.0 + SPARE)):
