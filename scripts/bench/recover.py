@@ -28,7 +28,6 @@ from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.widths import Kept
-from hwsearch.deployment.closed_loop import closed_loop
 from hwsearch.deployment.deploy import as_deployed, bank_of, kept_of, parse_variants
 from hwsearch.deployment.session import DENSE, Job, Session, uniform_candidates
 from hwsearch.engine.setup import Setup, set_up
@@ -37,6 +36,7 @@ from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.variants import Variant, legal
+from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.recovery.coupling import METHODS
