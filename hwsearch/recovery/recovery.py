@@ -291,7 +291,7 @@ class Recovery:
         student = self._student(self.whole)
         training = Training(
             student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
-            checkpoint=self._checkpoint("led"), progress=self.progress,
+            checkpoint=self._checkpoint("led"), progress=self.progress, late=self._late, clock=self.clock,
         )  # fmt: skip
         training.run_to_the_end()
         done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))
