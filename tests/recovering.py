@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from hwsearch.compress.widths import Kept
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant, uniform
+from hwsearch.recovery.recovery import Options, Recovered, Recovery
 
 CLASSES = 8
+RATE = 2e-3
 
 
 class Net(nn.Module):
@@ -103,3 +106,9 @@ def start(precision: str = "int8", share: float = 0.25, data: bool = False) -> t
         return refitted(whole, variants), {}, variants
     bank = weight_bank(whole)
     return refitted(whole, variants, widths, bank), bank.kept(widths), variants
+
+
+def recover(data: bool = False, precision: str = "int8", out: Path | None = None, **options: Any) -> Recovered:
+    first, kept, variants = start(precision, data=data)
+    fields = {"epochs": 4, "rate": RATE, **options}
+    return Recovery(lowering(data), first, kept, variants, Options(**fields), out=out).run()

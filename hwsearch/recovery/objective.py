@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from hwsearch.compress.gram import kept_apart
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.graph.calls import as_call
-from hwsearch.graph.export import first_line
+from hwsearch.graph.export import first_line, weights_digest
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.divergence import mean_divergence
 from hwsearch.lowering.lowering import Lowering, in_pieces
@@ -30,6 +31,8 @@ from hwsearch.task import Inputs
 
 PIECE = 32
 """Calibration batches are trained on in pieces of at most so many samples."""
+SEED_EPOCHS = 1000
+"""Numbers of epochs between those of one seed and of the next: `Task.train` shuffles by them."""
 HELD_OUT = 512
 """Samples that weights are chosen by, at most."""
 TRAINING = "training data"
@@ -78,7 +81,7 @@ class Objective:
             yield from (self._calibration[i] for i in order.tolist())
             return
         pair: Any
-        for number, pair in enumerate(self.task.train(epoch)):
+        for number, pair in enumerate(self.task.train(epoch + SEED_EPOCHS * self.seed)):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 kind = f"{len(pair)} things" if isinstance(pair, tuple | list) else type(pair).__name__
                 raise InvalidInput(f"train({epoch}) gave {kind} as batch {number}; expected pairs of (inputs, target)")
@@ -94,6 +97,12 @@ class Objective:
         if not count:
             raise InvalidInput("train(0) gave no batches; it is called with the number of an epoch and returns its batches")
         return count
+
+    @property
+    def data_digest(self) -> str:
+        """16 hex digits that change with the first batch of `Task.train`; empty without it."""
+        first = None if self.task.train is None else next(iter(self.task.train(0)), None)
+        return weights_digest(("", x) for x in pytree.tree_leaves(first) if isinstance(x, torch.Tensor)) if first else ""
 
     @cached_property
     def _calibration(self) -> list[Batch]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,8 @@ class Recovery:
         """Train. Raises InvalidInput (data or options), and HwsearchError where training cannot go on; see `Training.run`."""
         score = self._scored("dense", "refitted")
         student = self._student(self.start)
-        begun = self._checkpoint("begun", student)
-        schedule = self._schedule(student, [c for c in (begun, self._checkpoint("led", student)) if c is not None])
+        begun = self._checkpoint("begun")
+        schedule = self._schedule(student, [c for c in (begun, self._checkpoint("led")) if c is not None])
         if self.leads:
             first = max(1, schedule.whole // 2)
             student = self._student(self._led(replace(schedule, steps=first)))
@@ -177,7 +178,7 @@ class Recovery:
         if self.leads:
             course = self._against_the_start(course, training)
         found = self._finish(training, score)
-        for checkpoint in (begun, self._checkpoint("led", student)):
+        for checkpoint in (begun, self._checkpoint("led")):
             if checkpoint is not None:
                 checkpoint.remove()
         return found
@@ -195,21 +196,27 @@ class Recovery:
         limit = self.options.time_limit_s
         return limit is not None and self.clock() - self.begun >= limit
 
-    def _checkpoint(self, what: str, student: Student) -> Checkpoint | None:
+    def _checkpoint(self, what: str) -> Checkpoint | None:
         """The state beside the file of weights."""
         if self.out is None:
             return None
-        own, start = self.options, self._student(self.start)
-        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), {
+        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), self._made_of)
+
+    @cached_property
+    def _made_of(self) -> dict[str, str]:
+        """All that the steps of a training depend on, but for `Task.loss` and all batches of `Task.train` but the first."""
+        own = self.options
+        return {
             **made_of(self.whole, self.kept, self.variants),
-            "start": weights_digest(start.tensors.items()),
+            "start": weights_digest(self._student(self.start).tensors.items()),
             "calibration data": self.whole.calibration_digest,
+            "training data": self.objective.data_digest,
             "method": own.method,
             "epochs": str(own.epochs),
             "time limit": str(own.time_limit_s),
             "learning rate": str(own.rate),
             "seed": str(own.seed),
-        })  # fmt: skip
+        }
 
     # ---- rate and steps
 
@@ -282,7 +289,7 @@ class Recovery:
         student = self._student(self.whole)
         training = Training(
             student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
-            checkpoint=self._checkpoint("led", student), progress=self.progress,
+            checkpoint=self._checkpoint("led"), progress=self.progress,
         )  # fmt: skip
         training.run_to_the_end()
         done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +11,7 @@ import pytest
 import recovering
 import torch
 from networks import leaves
-from safetensors.torch import load_file
+from recovering import recover
 from torch.nn import functional as F
 
 import hwsearch as hs
@@ -29,20 +25,13 @@ from hwsearch.recovery.objective import Objective
 from hwsearch.recovery.recovery import Options, Recovered, Recovery
 from hwsearch.recovery.trained import Trained
 
-RATE = 2e-3
-
-
-def recover(data: bool = False, precision: str = "int8", out: Path | None = None, **options: Any) -> Recovered:
-    first, kept, variants = recovering.start(precision, data=data)
-    fields = {"epochs": 4 if data else 8, "rate": RATE, **options}
-    return Recovery(recovering.lowering(data), first, kept, variants, Options(**fields), out=out).run()
-
 
 def with_task(task: hs.Task, **options: Any) -> Recovered:
     """Recovers a task at whole widths in int8."""
     whole = Lowering(task)
     first, kept, variants = recovering.start("int8", 1.0)
-    return Recovery(whole, first_of(first, whole), kept, variants, Options(**{"epochs": 1, "rate": RATE, **options})).run()
+    fields = {"epochs": 1, "rate": recovering.RATE, **options}
+    return Recovery(whole, first_of(first, whole), kept, variants, Options(**fields)).run()
 
 
 def first_of(known: Lowering, whole: Lowering) -> Lowering:
@@ -124,104 +113,9 @@ def test_a_time_limit_bounds_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     first, kept, variants = recovering.start()
     whole = recovering.lowering()
-    done = Recovery(whole, first, kept, variants, Options(time_limit_s=60, rate=RATE, scored=False), clock=tick).run()
+    done = Recovery(whole, first, kept, variants, Options(time_limit_s=60, rate=recovering.RATE, scored=False), clock=tick).run()
     assert now[0] <= 66
     assert 5 < done.course.points[-1].step <= done.schedule.steps < 400
-
-
-KILLED = """
-import os, signal, sys
-import torch
-import recovering
-from hwsearch.recovery import training
-from hwsearch.recovery.recovery import Options, Recovery
-torch.set_num_threads(1)
-training.CHECKPOINT_S = 0.0
-method, out, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
-done = training.Training.save
-def save(self):
-    done(self)
-    if self.step == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-training.Training.save = save
-first, kept, variants = recovering.start(data=True)
-Recovery(recovering.lowering(True), first, kept, variants, Options(epochs=2, rate=2e-3, method=method), out=out).run()
-"""
-
-
-def _in_a_process(method: str, out: Path, last: int) -> int:
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", ""), str(tests.parent)])
-    own = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", KILLED, method, str(out), str(last)], env=own, check=False).returncode
-
-
-def test_a_killed_training_goes_on_to_the_same_weights_bit_by_bit(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    assert _in_a_process("ste", whole, -1) == 0
-    assert _in_a_process("ste", parts, 11) == -signal.SIGKILL
-    assert not parts.exists()
-    assert [p.name for p in tmp_path.glob("parts*")] == ["parts.safetensors.begun"]
-    assert _in_a_process("ste", parts, -1) == 0
-    _same(whole, parts)
-    assert not list(tmp_path.glob("*.begun"))
-
-
-@pytest.mark.parametrize("method", ["mask", "lc", "shrink", "halfspace"])
-def test_every_method_goes_on_where_it_was_interrupted(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
-    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    recover(method=method, out=whole, epochs=2, scored=False)
-    done, count = training.Training._one, [0]
-
-    def stop(self: Any, batch: Any) -> None:
-        count[0] += 1
-        if count[0] in (3, 13):
-            raise KeyboardInterrupt
-        done(self, batch)
-
-    monkeypatch.setattr(training.Training, "_one", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            recover(method=method, out=parts, epochs=2, scored=False)
-    recover(method=method, out=parts, epochs=2, scored=False)
-    _same(whole, parts)
-    assert {p.name for p in tmp_path.iterdir()} == {"whole.safetensors", "parts.safetensors"}
-
-
-def _same(whole: Path, parts: Path) -> None:
-    """Two trainings that left the same weights in the same way."""
-    one, two = load_file(whole), load_file(parts)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    curves = [Trained.load(p).told["curve"] for p in (whole, parts)]
-    assert [(p["step"], p["loss"], p["held_out"]) for p in curves[0]] == [(p["step"], p["loss"], p["held_out"]) for p in curves[1]]
-    assert len(curves[0]) > 3
-
-
-def test_a_training_of_something_else_is_not_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
-
-    def stop(self: Any, value: float) -> None:
-        if self.step == 5:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "t.safetensors"
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_check", stop)
-        with pytest.raises(KeyboardInterrupt):
-            recover(out=out)
-    assert (tmp_path / "t.safetensors.begun").is_file()
-    first, kept, variants = recovering.start()
-    options = Options(epochs=8, rate=RATE, seed=5)
-    done = Recovery(recovering.lowering(), first, kept, variants, options, out=out, progress=Progress()).run()
-    assert "not gone on with: it is of other seed (0, now 5)" in capsys.readouterr().err
-    fresh = recover(seed=5)
-    assert all(torch.equal(done.trained.tensors[k], fresh.trained.tensors[k]) for k in fresh.trained.tensors)
 
 
 def _fails_at(step: int, value: float) -> Any:
@@ -241,7 +135,7 @@ def test_a_loss_that_diverges_is_an_error_and_what_was_reached_is_kept(value: fl
     whole = Lowering(task)
     first, kept, variants = recovering.start(data=True)
     low = whole.narrow(first.kept, first.replaced, calibrate=True)
-    options = Options(epochs=1, rate=RATE, scored=False)
+    options = Options(epochs=1, rate=recovering.RATE, scored=False)
     with pytest.raises(HwsearchError, match=rf"{message} .*at step 13 of 16.*--lr .*are in .*t\.safetensors"):
         Recovery(whole, low, kept, variants, options, out=out).run()
     assert Trained.load(out).told["best_step"] > 0
