@@ -161,14 +161,11 @@ class Gram:
     def empty(features: int) -> Gram:
         return Gram(torch.zeros(features + 1, features + 1, dtype=torch.float64))
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take in rows [positions, features]."""
-        share = len(rows) / max(self.rows + len(rows), 1)
-        self.rows += len(rows)
-        self.matrix *= 1 - share
-        if len(rows):
-            z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            self.matrix += (z.T @ z).double() * (share / len(rows))
+    def add(self, second: torch.Tensor, rows: int) -> None:
+        """Take in the sum of z z^T over so many rows (`squares`)."""
+        self.rows += rows
+        if rows:
+            self.matrix.mul_(1 - rows / self.rows).add_(second, alpha=1 / self.rows)
 
     @property
     def finite(self) -> bool:
@@ -184,6 +181,21 @@ class Gram:
         """(E[x x^T], or the covariance where a bias takes up the means; E[x])."""
         second, mean = self.matrix[:-1, :-1], self.matrix[:-1, -1]
         return (second - torch.outer(mean, mean) if bias else second), mean
+
+
+COLUMNS = 512
+"""Of a symmetric product as many columns at a time; what is below its diagonal is copied."""
+
+
+def squares(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of z z^T over rows [positions, features], in their precision."""
+    z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    found = z.new_empty(z.shape[1], z.shape[1])
+    for at in range(0, z.shape[1], COLUMNS):
+        end = at + COLUMNS
+        torch.mm(z[:, at:end].T, z[:, at:], out=found[at:end, at:])
+        found[end:, at:end] = found[at:end, end:].T
+    return found
 
 
 class Grams(Mapping[str, Gram]):
@@ -252,8 +264,10 @@ class Grams(Mapping[str, Gram]):
             count = -(-max(rows, 10 * (len(self[name].matrix) - 1)) // (batches * unit.calls))
             view, lead = patches(node, unit, inputs(as_node(node.args[site.activations[0]])))
             sample = Sample.draw(tuple(view.shape[:lead]), count, seeded(seed, index, node.name))
+            own = sample.rows(view)
+            second = squares(own)
             for grams in into:
-                grams[self.of[name]].add(sample.rows(view))
+                grams[self.of[name]].add(second, len(own))
 
         _Watcher(traced.graph, see).run(*flat_inputs(traced.graph, args, kwargs), enable_io_processing=False)
 
@@ -287,7 +301,7 @@ def _best_ridge(traced: Traced, name: str, whole: Gram, held: Gram, seed: int) -
 
     def error(ridge: float) -> float:
         new, shift = refit(fitted, matrix, kept, bias=bias, ridge=ridge)
-        return reconstruction_error(held, matrix, new, kept, shift)
+        return _squared_error(held, matrix, new, kept, shift)
 
     return min(RIDGES, key=error)
 
@@ -371,13 +385,20 @@ def reconstruction_error(
     shift: torch.Tensor | None = None,
 ) -> float:
     """E|W x + b - (W' x_k + b + shift)|^2 over calibration, summed over outputs; relative to E|W x|^2."""
+    none = np.zeros(0, np.int64)
+    whole = _squared_error(gram, weight, weight[:, :0], none)
+    return _squared_error(gram, weight, new, kept, shift) / (whole or 1.0)
+
+
+def _squared_error(
+    gram: Gram, weight: torch.Tensor, new: torch.Tensor, kept: NDArray[np.int64], shift: torch.Tensor | None = None
+) -> float:
     weight = weight.detach().double()
     off = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
-    whole = float(torch.einsum("of,fg,og->", off, gram.matrix, off))
     off[:, torch.from_numpy(np.asarray(kept, np.int64))] -= new.double()
     if shift is not None:
         off[:, -1] -= shift.double()
-    return float(torch.einsum("of,fg,og->", off, gram.matrix, off)) / (whole or 1.0)
+    return float(((off @ gram.matrix) * off).sum())
 
 
 @dataclass(frozen=True)
@@ -396,8 +417,10 @@ class Gptq:
             :, None
         ]
         order = torch.argsort(hessian.diagonal(), descending=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        # with the order reversed, H = U U^T of an upper U, and the upper factor of its inverse is U^-1
+        back = order.flip(0)
+        root = torch.linalg.cholesky(hessian[back][:, back]).flip(0, 1)
+        upper = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
         left, rounded = weight[:, order].clone(), torch.empty_like(weight)
         for start in range(0, weight.shape[1], self.block):
             end = min(start + self.block, weight.shape[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -240,43 +239,74 @@ def _probe(output: Any, samples: int, generator: torch.Generator) -> torch.Tenso
 # ---- elimination
 
 
-@dataclass
-class _Consumer:
-    """A consumer of a group: its weight and the inverse of its Gram matrix, where slots are being removed."""
+PANEL = 48
+"""Features that are removed before what they change is taken into the matrices, in one product."""
 
-    weight: torch.Tensor
-    inverse: torch.Tensor
-    columns: torch.Tensor
-    """[slots, features of each]"""
+
+class _Consumer:
+    """A consumer of a group, where slots are being removed: the inverse H of its Gram matrix, and Q = W^T W of its weight W.
+
+    Removing the features S of a slot, with R R^T = H_SS, takes L L^T from H and L V^T + V L^T from Q, where L = H_:S R^-T,
+    V = Q_:S R^-T - L R^-1 Q_SS R^-T / 2: what the optimal update W - W_S H_SS^-1 H_S: leaves. Of both only the columns of the
+    slot that goes and the blocks of each slot are kept up to date; the rest is, every `PANEL` features.
+    """
+
+    def __init__(self, weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> None:
+        self.inverse, self.product = inverse, weight.T @ weight
+        self.columns = columns
+        """[slots, features of each]"""
+        of = columns[:, :, None], columns[:, None, :]
+        self._inverses, self._products = inverse[of], self.product[of]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._left = self.inverse.new_empty(len(self.inverse), PANEL + self.columns.shape[1])
+        self._right, self._count = torch.empty_like(self._left), 0
 
     def errors(self, left: torch.Tensor) -> torch.Tensor:
-        """What removing each slot would add to the error of its output, the rest refitted: trace W_s (H^-1_ss)^-1 W_s^T."""
-        features = self.columns[left]
-        if features.shape[1] == 1:
-            single: torch.Tensor = (
-                self.weight[:, features[:, 0]].square().sum(0) / self.inverse.diagonal()[features[:, 0]]
-            )
+        """What removing each slot would add to the error of its output, the rest refitted: trace W_s (H_ss)^-1 W_s^T."""
+        inverses, products = self._inverses[left], self._products[left]
+        if self.columns.shape[1] == 1:
+            single: torch.Tensor = products[:, 0, 0] / inverses[:, 0, 0]
             return single
-        blocks = self.inverse[features[:, :, None], features[:, None, :]]
-        own = self.weight[:, features].permute(1, 2, 0)
-        factor = torch.linalg.cholesky(blocks)
-        solved: torch.Tensor = torch.linalg.solve_triangular(factor, own, upper=False)
-        return solved.square().sum((1, 2))
+        solved = torch.cholesky_solve(products, torch.linalg.cholesky(inverses))
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, slot: int) -> None:
-        features = self.columns[slot]
-        step = torch.linalg.solve(self.inverse[features][:, features], self.inverse[features])
-        self.weight.addmm_(self.weight[:, features], step, alpha=-1)
-        self.inverse.addmm_(self.inverse[:, features], step, alpha=-1)
+        features, count = self.columns[slot], self._count
+        done, beside = self._left[:, :count], self._right[:, :count]
+        own = self.inverse[:, features] - done @ done[features].T
+        both = self.product[:, features] - done @ beside[features].T - beside @ done[features].T
+        root = torch.linalg.cholesky(own[features])
+        left = torch.linalg.solve_triangular(root, own.T, upper=False).T
+        right = torch.linalg.solve_triangular(root, both.T, upper=False).T
+        right = right - left @ torch.linalg.solve_triangular(root, right[features], upper=False) / 2
+        self._left[:, count : count + len(features)] = left
+        self._right[:, count : count + len(features)] = right
+        self._count += len(features)
+        ours, theirs = left[self.columns], right[self.columns]
+        self._inverses -= ours @ ours.mT
+        self._products -= ours @ theirs.mT + theirs @ ours.mT
+        if self._count >= PANEL:
+            self._update()
+
+    def _update(self) -> None:
+        left, right = self._left[:, : self._count], self._right[:, : self._count]
+        self.inverse.addmm_(left, left.T, alpha=-1)
+        self.product.addmm_(left, right.T, alpha=-1)
+        self.product.addmm_(right, left.T, alpha=-1)
+        self._count = 0
 
     def compact(self, left: torch.Tensor) -> None:
         """Forget the features of slots that are gone."""
+        self._update()
         stay = torch.ones(len(self.inverse), dtype=torch.bool)
         stay[self.columns.flatten()] = False
         stay[self.columns[left].flatten()] = True
         number = torch.cumsum(stay, 0) - 1
-        self.weight, self.inverse = self.weight[:, stay], self.inverse[stay][:, stay]
+        self.inverse, self.product = self.inverse[stay][:, stay], self.product[stay][:, stay]
         self.columns = number[self.columns]
+        self._forget()
 
 
 def _eliminated(batches: Sequence[Batch], grams: Grams, seed: int) -> dict[str, NDArray[np.int64]]:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.errors import InvalidInput
+from hwsearch.latency.features import Feature, edge_features
 from hwsearch.latency.overhead import dispatch_ns
-from hwsearch.latency.regression import Feature, edge_features
 from hwsearch.network.sandwich import Context, contexts, filling
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build, Role
@@ -36,11 +36,12 @@ BOUNDARY = 0.3
 
 @dataclass(frozen=True)
 class Terms:
-    """What a LatencyModel is made of: features with their mean and covariance in ns; floor: relative, of the whole sum."""
+    """What a LatencyModel is made of: features with their mean and variance in ns, each by itself; floor: relative, of the
+    whole sum."""
 
     features: list[Feature]
     mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    variance: NDArray[np.float64]
     floor: float
 
 
@@ -64,14 +65,14 @@ def layer_terms(table: LatencyTable, base: str | None = None) -> Terms:
     mean = np.array([rest, *times.values()])
     deviation = UNIT * mean
     if not sandwiched:
-        return Terms(features, mean, np.diag(deviation**2), 0.0)
+        return Terms(features, mean, deviation**2, 0.0)
     edges = _edges(table)
     typical = BOUNDARY * float(np.median(list(times.values()))) / np.sqrt(2.0)
     features += edges
     mean = np.concatenate([mean, np.zeros(len(edges))])
     deviation = np.concatenate([deviation, np.full(len(edges), typical)])
     scale, floor = _as_measured(table, features, mean)
-    return Terms(features, scale * mean, np.diag((scale * deviation) ** 2), floor)
+    return Terms(features, scale * mean, (scale * deviation) ** 2, floor)
 
 
 def dense_ns(table: LatencyTable) -> tuple[float, float, bool]:
@@ -94,7 +95,7 @@ def dense_ns(table: LatencyTable) -> tuple[float, float, bool]:
             )
         row[index[feature]] += 1.0
     time_ns = float(row @ terms.mean)
-    return time_ns, float(np.sqrt(row @ terms.covariance @ row + (terms.floor * time_ns) ** 2)), True
+    return time_ns, float(np.sqrt(row**2 @ terms.variance + (terms.floor * time_ns) ** 2)), True
 
 
 def dense_unit_ns(table: LatencyTable, unit: str) -> float:

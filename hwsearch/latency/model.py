@@ -15,23 +15,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_solve
+from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
 from hwsearch.errors import InvalidInput
+from hwsearch.latency.features import PAIRS, SIDES, Feature, Features, Floats, edge_features
 from hwsearch.latency.layer_sum import layer_terms
-from hwsearch.latency.regression import (
-    PAIRS,
-    PER_NODE,
-    Equations,
-    Feature,
-    Floats,
-    Prior,
-    all_features,
-    edge_features,
-    error_ns,
-    slowed,
-)
+from hwsearch.latency.posterior import Covariance, Posterior, Sparse
+from hwsearch.latency.regression import PER_NODE, Equations, error_ns, slowed
 from hwsearch.latency.uncertainty import KNOWN, ErrorScale, calibrated, rescaled
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
@@ -52,7 +43,7 @@ class LatencyModel:
     """Fitted by `fit`; `predict` is for whole allocations, `terms` are what an allocator needs."""
 
     def __init__(
-        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Floats, *, error_scale: ErrorScale,
+        self, table: LatencyTable, features: list[Feature], mean: Floats, covariance: Covariance, *, error_scale: ErrorScale,
         left_out: Sequence[tuple[Build, Prediction]] = (),
     ) -> None:  # fmt: skip
         self.table = table
@@ -63,28 +54,28 @@ class LatencyModel:
         self.left_out = tuple(left_out)
         """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
         self.network: Network = table.network
+        self._features = Features(self.network)
 
     def predict(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> Prediction:
         """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured.
 
         widths: slots kept, of the channel groups that are not whole.
         """
-        row = self._row(variants, widths or {})
-        time_ns = float(row @ self.mean)
-        return Prediction(time_ns, float(self.error_scale.sigma(float(row @ self.covariance @ row), time_ns)))
+        row = self.row(variants, widths or {})
+        time_ns = float((row @ self.mean)[0])
+        return Prediction(time_ns, float(self.error_scale.sigma(float(self.covariance.variances(row)[0]), time_ns)))
 
-    def _row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Floats:
-        row = np.zeros(len(self.index))
-        for features in all_features(self.network, variants, widths).values():
-            for feature, value in features:
-                if feature not in self.index:
-                    if feature[0] == "unit":
-                        raise InvalidInput(
-                            f"the table has no measurement of {feature[2]} for unit signature {feature[1]}"
-                        )
-                    continue
-                row[self.index[feature]] += value
-        return row
+    def row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Sparse:
+        """[1, parameters]: what an allocation holds of each term. Raises InvalidInput on a variant that was not measured."""
+        terms, names = self._features.of_candidate(variants, widths), self._features.names
+        place = np.array([self.index.get(names[n], -1) for n in terms.number.tolist()], np.intp)
+        for number in terms.number[place < 0].tolist():
+            if names[number][0] == "unit":
+                raise InvalidInput(
+                    f"the table has no measurement of {names[number][2]} for unit signature {names[number][1]}"
+                )
+        own = place >= 0
+        return csr_array((terms.value[own], (np.zeros(own.sum(), np.intp), place[own])), shape=(1, len(self.index)))
 
     def predict_build(self, build: Build) -> Prediction:
         """What a build of the table should have been measured to take, on the machine as it was just then.
@@ -140,7 +131,7 @@ class LatencyModel:
 
     def terms(self) -> dict[Feature, tuple[float, float]]:
         """Every term of the model with its value and its standard error, in ns."""
-        deviation = np.sqrt(np.maximum(np.diag(self.covariance), 0.0))
+        deviation = self.covariance.deviations()
         return {f: (float(self.mean[i]), float(deviation[i])) for f, i in self.index.items()}
 
     def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
@@ -157,18 +148,13 @@ class LatencyModel:
 
         share: of its whole size that src's output has.
         """
-        totals = {(False, False): 0.0}
-        for pair in PAIRS:
-            total = 0.0
-            for edge in self.network.edges:
-                if (edge.src, edge.dst) == (src, dst):
-                    edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
-                    for feature, value in (
-                        *edge_features(edge, pair, "src", share),
-                        *edge_features(edge, pair, "dst", share),
-                    ):
-                        total += value * (self.value(feature) or 0.0)
-            totals[pair] = total
+        totals = {(False, False): 0.0, **dict.fromkeys(PAIRS, 0.0)}
+        for edge in self.network.between.get((src, dst), ()):
+            edge = replace(edge, tensor_bytes=round(edge.tensor_bytes * share))
+            for pair in PAIRS:
+                for side in SIDES:
+                    for feature, value in edge_features(edge, pair, side, share):
+                        totals[pair] += value * (self.value(feature) or 0.0)
         return totals
 
 
@@ -192,13 +178,13 @@ def fit(
             f"the table has {len(builds)} usable builds, a fit needs at least 2; run `hwsearch profile` again, it resumes"
         )
     equations = Equations(table, builds, boundaries)
-    prior = equations.prior()
-    guess, variances = equations.left_out(*equations.solve(prior))
+    posterior = equations.posterior(equations.prior())
+    guess, variances = equations.left_out(posterior)
     error_scale = calibrated(builds, guess, variances, equations.measured, equations.errors)
     known = np.sqrt(variances) < KNOWN * guess
     each = zip(builds, guess, error_scale.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
-    model = solved(table, equations, prior, error_scale, left_out)
+    model = solved(table, equations, posterior, error_scale, left_out)
     if heldout := [b for b in heldout if model.predicts(b)]:
         times, measured, sigma = _against(model, heldout)
         model.error_scale = rescaled(error_scale, (measured - times) / sigma)
@@ -206,13 +192,14 @@ def fit(
 
 
 def solved(
-    table: LatencyTable, equations: Equations, prior: Prior, error_scale: ErrorScale,
+    table: LatencyTable, equations: Equations, posterior: Posterior, error_scale: ErrorScale,
     left_out: Sequence[tuple[Build, Prediction]] = (),
-) -> LatencyModel:
-    """The model that equations say under a prior."""
-    mean, factor = equations.solve(prior, bounded=True)
-    covariance = cho_solve((factor, True), np.eye(len(mean)))
-    return LatencyModel(table, equations.features, mean, covariance, error_scale=error_scale, left_out=left_out)
+) -> LatencyModel:  # fmt: skip
+    """The model that equations say."""
+    mean = equations.bounded(posterior)
+    return LatencyModel(
+        table, equations.features, mean, posterior.covariance, error_scale=error_scale, left_out=left_out
+    )
 
 
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:
@@ -230,7 +217,8 @@ def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floa
 def layer_sum(table: LatencyTable) -> LatencyModel:
     """The sum over layers of a table made layer by layer; boundaries between precisions count in sigma only."""
     terms = layer_terms(table)
-    return LatencyModel(table, terms.features, terms.mean, terms.covariance, error_scale=ErrorScale(1.0, terms.floor))
+    covariance = Covariance.independent(terms.variance)
+    return LatencyModel(table, terms.features, terms.mean, covariance, error_scale=ErrorScale(1.0, terms.floor))
 
 
 # ---------------------------------------------------------------- report

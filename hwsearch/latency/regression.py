@@ -11,80 +11,58 @@ Cells that were built once or twice lean on those of the same unit at other widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, diags_array
 
+from hwsearch.latency.features import Feature, Features, Floats, Numbers
 from hwsearch.latency.overhead import dispatch_ns
-from hwsearch.latency.pooling import Cell, pooled
-from hwsearch.network.choices import Candidate
-from hwsearch.network.network import Edge, Network, Unit
-from hwsearch.network.variants import Variant
+from hwsearch.latency.pooling import pooled
+from hwsearch.latency.posterior import Directions, Normal, Posterior, Prior, Sparse
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Evidence
 from hwsearch.table.table import LatencyTable
-
-Floats = NDArray[np.float64]
-Feature = tuple[Any, ...]
-
-PAIRS = ((False, True), (True, False), (True, True))
-"""Classes (quantized or not) of producer and consumer that add a term; float to float is the baseline."""
-
-
-def edge_features(
-    edge: Edge, pair: tuple[bool, bool], side: str, share: float
-) -> list[tuple[Feature, float]]:
-    """Terms of a boundary in the time of the unit at its `src` or `dst` side: pooled over edges, and its own.
-
-    share: of the whole tensor's bytes that the edge has; what is its own shrinks with it.
-    """
-    if pair == (False, False):
-        return []
-    kind = (side, edge.fused, pair)
-    return [
-        (("pool", *kind), 1.0),
-        (("pool bytes", *kind), edge.tensor_bytes / 1e5),
-        (("edge", edge.name, *kind), share),
-    ]
-
-
-def all_features(
-    network: Network, variants: Mapping[str, Variant], widths: Mapping[str, int]
-) -> dict[str, list[tuple[Feature, float]]]:
-    """For each unit the terms of its own time and of the edges that it is on; under "" the rest."""
-    features: dict[str, list[tuple[Feature, float]]] = {"": [(("rest",), 1.0)]}
-    for unit in network.units:
-        signature = network.unit_at(unit.name, widths).signature
-        features[unit.name] = [(("unit", signature, str(variants[unit.name])), 1.0)]
-    for edge, whole in zip(network.edges_at(widths), network.edges, strict=True):
-        pair = variants[edge.src].quantized, variants[edge.dst].quantized
-        share = edge.tensor_bytes / (whole.tensor_bytes or 1)
-        features[edge.src] += edge_features(edge, pair, "src", share)
-        features[edge.dst] += edge_features(edge, pair, "dst", share)
-    return features
-
 
 NODE_SPREAD, NODE_SHARE = 0.04, 0.004
 """Standard error of a node's counter: of its own time, and of the whole network's."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One equation: features . parameters = value, in ns, with a standard error of `share` of that value and `error` beside."""
+class Rows:
+    """Equations: sums of features . parameters = value, in ns, with a standard error of `share` of that value and `error` beside.
 
-    features: list[tuple[Feature, float]]
-    value: float
-    error: float
-    share: float = 0.0
+    row, number, factor: of each term its equation, its feature and what it is multiplied by. wide: whether an equation holds
+    most units.
+    """
 
-    def drifting(self, moment: float) -> Row:
-        """The same as measured at some time of a profile, -0.5 at its beginning and 0.5 at its end."""
-        return replace(self, features=[*self.features, (("drift",), moment * self.value)]) if moment else self
+    row: Numbers
+    number: Numbers
+    factor: Floats
+    value: Floats
+    error: Floats
+    share: Floats
+    wide: NDArray[np.bool_]
+
+    def with_term(self, number: int, factor: Floats) -> Rows:
+        """With one more feature, in the equations where its factor is not zero."""
+        own = np.flatnonzero(factor)
+        return replace(
+            self, row=np.concatenate([self.row, own]), factor=np.concatenate([self.factor, factor[own]]),
+            number=np.concatenate([self.number, np.full(len(own), number)]),
+        )  # fmt: skip
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """One after another."""
+        begin = np.cumsum([0, *(len(p.value) for p in parts)])
+        names = ("number", "factor", "value", "error", "share", "wide")
+        fields = {f: np.concatenate([getattr(p, f) for p in parts]) for f in names}
+        return Rows(np.concatenate([p.row + at for p, at in zip(parts, begin, strict=False)]), **fields)
 
 
 USUAL_SLOWDOWN = 0.05
@@ -95,7 +73,7 @@ USUAL = (0.7, 0.2)
 """What it is before a table tells, and its standard deviation: tables made here told 0.3 to 0.6."""
 
 
-def slowed(slowdown: float, nodes: float, ratio: float) -> float:
+def slowed(slowdown: float, nodes: Any, ratio: Any) -> Any:
     """By how much what was measured is off the quiet machine's ratio, for each unit of `PER_NODE`.
 
     slowdown: of the reference, relative; up to `USUAL_SLOWDOWN` it tells nothing. nodes: executed nodes / the reference's. ratio:
@@ -134,77 +112,63 @@ def beside_nodes(table: LatencyTable, builds: Sequence[Build]) -> float:
     return dispatch_ns(*np.array(pairs).T) if pairs else 0.0
 
 
-def rows_of(table: LatencyTable, build: Build, boundaries: bool, beside_ns: float) -> list[Row]:
+def rows_of(table: LatencyTable, build: Build, features: Features, boundaries: bool, beside_ns: float) -> Rows:
     """One equation for the whole build, then one for each unit (fused ones together) and the rest, which has `beside_ns`."""
     reference = table.header.reference_ns
     total = build.ratio * reference
-    candidate = table.candidate(build)
-    features = all_features(table.network, candidate.variants, candidate.widths)
-    if not boundaries:
-        features = {
-            name: [f for f in terms if f[0][0] in ("unit", "rest")] for name, terms in features.items()
-        }
-    slowdown, executed = table.slowdown(build), table.reference_nodes
-
-    def row(
-        terms: list[tuple[Feature, float]], value: float, error: float, share: float, nodes: float
-    ) -> Row:
-        off = slowed(slowdown, nodes, value / reference) * reference
-        return Row([*terms, (PER_NODE, off)] if off else terms, value, error, share)
-
-    everything = [f for group in features.values() for f in group]
-    rows = [row(everything, total, error_ns(table, build), 0.0, table.nodes(build))]
+    widths = build.widths or tuple(table.network.channels.values())
+    terms = features.of(build.variants, widths, boundaries=boundaries)
+    row, number, factor = np.zeros(len(terms.unit), np.intp), terms.number, terms.value
+    value, error, share = [np.array([v]) for v in (total, error_ns(table, build), 0.0)]
+    nodes, wide = np.array([table.nodes(build)]), np.ones(1, bool)
     counted = sum(n.time_ns for n in build.nodes)
-    if counted <= 0:
-        return rows
-    beside_ns = min(beside_ns, total)
-    scale = (total - beside_ns) / counted
-    # scaled by a total that is as uncertain
-    spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
-    group_of = _fused_groups(build)
-    times: dict[str, float] = {"": beside_ns}
-    nodes: dict[str, int] = {}
-    for node in build.nodes:
-        unit = node.units[0] if node.units else ""
-        key = group_of.get(unit, unit)
-        times[key] = times.get(key, 0.0) + node.time_ns * scale
-        nodes[key] = nodes.get(key, 0) + 1
-    members: dict[str, list[str]] = {}
-    for name in features:
-        members.setdefault(group_of.get(name, name), []).append(name)
-    for key, names in members.items():
-        value = times.get(key, 0.0)
-        terms = [f for n in names for f in features[n]]
-        rows.append(row(terms, value, NODE_SHARE * total, spread, nodes.get(key, 0) / executed))
-    return rows
+    if counted > 0:
+        beside_ns = min(beside_ns, total)
+        group, time, count = _by_unit(build, features)
+        time = time * (total - beside_ns) / counted
+        time[0] += beside_ns
+        keys, own, members = np.unique(group, return_inverse=True, return_counts=True)
+        row = np.concatenate([row, 1 + own[terms.unit]])
+        number, factor = np.tile(number, 2), np.tile(factor, 2)
+        value = np.append(value, time[keys])
+        error = np.append(error, np.full(len(keys), NODE_SHARE * total))
+        # scaled by a total that is as uncertain
+        spread = float(np.hypot(NODE_SPREAD, error_share(table, build)))
+        share = np.append(share, np.full(len(keys), spread))
+        nodes = np.append(nodes, count[keys] / table.reference_nodes)
+        wide = np.append(wide, members > len(table.network.units) / 2)
+    off = slowed(table.slowdown(build), nodes, value / reference) * reference
+    rows = Rows(row, number, factor, value, error, share, wide)
+    return rows.with_term(features.number(PER_NODE), np.broadcast_to(off, value.shape))
 
 
-def _fused_groups(build: Build) -> dict[str, str]:
-    """Unit -> the first unit of those that the runtime fused with it, directly or through others."""
-    parent: dict[str, str] = {}
+def _by_unit(build: Build, features: Features) -> tuple[Numbers, Floats, Floats]:
+    """By number of the unit, 0 for the rest: the first of those that the runtime fused it with, directly or through others; and of
+    those the time of their nodes, and how many there are."""
+    position = features.position
+    parent = list(range(len(position) + 1))
 
-    def root(name: str) -> str:
-        while parent.get(name, name) != name:
-            name = parent[name]
-        return name
+    def root(place: int) -> int:
+        while parent[place] != place:
+            place = parent[place]
+        return place
 
     for node in build.nodes:
         if node.kind == "unit":
             for other in node.units[1:]:
-                parent[root(other)] = root(node.units[0])
-    return {name: root(name) for node in build.nodes for name in node.units}
+                parent[root(position[other])] = root(position[node.units[0]])
+    group = np.array([root(i) for i in range(len(parent))], np.intp)
+    of: Numbers = group[[position[n.units[0]] if n.units else 0 for n in build.nodes]]
+    time = np.bincount(of, [n.time_ns for n in build.nodes], len(parent)).astype(np.float64)
+    return group, time, np.bincount(of, minlength=len(parent)).astype(np.float64)
 
 
+LEFT_OUT = 100
+"""Builds that are left out of a fit in turn, evenly spread, to tell how far off it is."""
+OWN_KINDS = ("unit", "edge")
+"""Features that few equations hold: of one unit, of one edge."""
 POOL, OWN = 0.1, 0.03
 """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What is known of each parameter before any build: mean and standard deviation, in ns."""
-
-    mean: Floats
-    deviation: Floats
 
 
 class Equations:
@@ -216,39 +180,43 @@ class Equations:
     def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool = True) -> None:
         self.network = table.network
         beside = beside_nodes(table, builds)
-        rows = [
-            (k, row) for k, build in enumerate(builds) for row in rows_of(table, build, boundaries, beside)
-        ]
+        self.known = known = Features(self.network)
+        parts = [rows_of(table, build, known, boundaries, beside) for build in builds]
         self.builds = len(builds)
         self.in_prior = {e.feature for e in table.header.prior}
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
-        known = [(len(builds), row) for row in _prior_rows(evidence, [row for _, row in rows])]
-        moments = _session_times(builds)
-        rows = [(k, row.drifting(moments[k])) for k, row in rows] + known
-        self.features = list(dict.fromkeys(f for _, row in rows for f, _ in row.features))
+        told = _prior_rows(evidence, Rows.joined(parts), known)
+        drift = known.number(("drift",))
+        parts = [p.with_term(drift, moment * p.value) for p, moment in zip(parts, _session_times(builds), strict=True)]
+        rows = Rows.joined([*parts, told])
+        self.of_build = np.repeat(np.arange(len(parts) + 1), [len(p.value) for p in (*parts, told)])
+        used, column = np.unique(rows.number, return_inverse=True)
+        self.features = [known.names[i] for i in used]
         self.index = {f: i for i, f in enumerate(self.features)}
-        self.cells = _cells(self.network, list(map(table.candidate, builds)), self.index)
-        self.of_build = np.array([k for k, _ in rows])
-        design = np.zeros((len(rows), len(self.features)))
-        for i, (_, row) in enumerate(rows):
-            for feature, value in row.features:
-                design[i, self.index[feature]] += value
-        value, error, share = np.array([(row.value, row.error, row.share) for _, row in rows]).T
-        self._weigh(design, value, error + share * value)
+        self.cells = {i: known.cells[n] for i, n in enumerate(used.tolist()) if n in known.cells}
+        """For each parameter that is a unit's time, which stairs it is on."""
+        design: Sparse = csr_array((rows.factor, (rows.row, column)), shape=(len(rows.value), len(used)))
+        self.wide = rows.wide
+        self._shared = np.array([f[0] not in OWN_KINDS for f in self.features])
+        self._weigh(design, rows.value, rows.error + rows.share * rows.value)
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
         """Features of the whole builds, as at the middle of the profile, on the machine as it was just then."""
-        self.totals[:, [i for f, i in self.index.items() if f == ("drift",)]] = 0.0
-        self.measured = value[first]
-        self.errors = error[first]
+        self.totals.data[self.totals.indices == self.index.get(("drift",), -1)] = 0.0
+        self.measured = rows.value[first]
+        self.errors = rows.error[first]
         self.typical = float(np.mean(self.measured))
+        self._held = np.zeros(0, np.intp)
+        """Parameters that the last solution held at zero."""
         # an error that is a share of the measured time would favour whatever was measured too fast
-        expected = design @ self.solve(self.weak_prior(), bounded=True)[0]
-        self._weigh(design, value, error + share * np.maximum(expected, 0.2 * value))
+        expected = design @ self.bounded(self.posterior(self.weak_prior()))
+        self._weigh(design, rows.value, rows.error + rows.share * np.maximum(expected, 0.2 * rows.value))
 
-    def _weigh(self, design: Floats, value: Floats, error: Floats) -> None:
-        self.a, self.b = csr_array(design / error[:, None]), value / error
+    def _weigh(self, design: Sparse, value: Floats, error: Floats) -> None:
+        self.a: Sparse
+        self.a, self.b = csr_array(diags_array(1.0 / error) @ design), value / error
+        self.normal = Normal.of(self.a, self.b, self.wide, self._shared)
 
     def weak_prior(self) -> Prior:
         """The prior of somebody who knows no more than how large times are."""
@@ -257,84 +225,67 @@ class Equations:
 
     def scale(self, feature: Feature) -> float:
         """Prior standard deviation of a parameter, in ns."""
-        deviation = {"unit": 3.0, "rest": 1.0, "pool": POOL, "pool bytes": POOL,
-                     "edge": OWN / np.sqrt(len(self.network.units)),
-                     "drift": DRIFT / self.typical, PER_NODE[0]: USUAL[1] / self.typical}[feature[0]]  # fmt: skip
+        own = self._scales[feature[0]]
         # what other tables tell is not shrunk away
-        return self.typical * float(max(deviation, 0.1) if feature in self.in_prior else deviation)
+        return max(own, 0.1 * self.typical) if feature in self.in_prior else own
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        edge, typical = OWN / len(self.network.units) ** 0.5, self.typical
+        return {"unit": 3.0 * typical, "rest": typical, "pool": POOL * typical, "pool bytes": POOL * typical,
+                "edge": edge * typical, "drift": DRIFT, PER_NODE[0]: USUAL[1]}  # fmt: skip
 
     def prior(self) -> Prior:
         """What is known of each parameter but for its own equations: of a cell, what others predict (`pooling`)."""
         weak_prior = self.weak_prior()
         if not any(any(w is not None for w in c.levels) for c in self.cells.values()):
             return weak_prior
-        mean, factor = self.solve(weak_prior)
-        error = np.sqrt(np.square(solve_triangular(factor, np.eye(len(mean)), lower=True)).sum(axis=0))
+        found = self.posterior(weak_prior)
         place = np.array(list(self.cells))
-        found = pooled(list(self.cells.values()), mean[place], error[place] / np.maximum(mean[place], 1e-9))
-        known = np.isfinite(found.time)
-        weak_prior.mean[place[known]] = found.time[known]
-        weak_prior.deviation[place[known]] = (found.time * found.error)[known]
+        error = found.covariance.deviations(place) / np.maximum(found.mean[place], 1e-9)
+        others = pooled(list(self.cells.values()), found.mean[place], error)
+        known = np.isfinite(others.time)
+        weak_prior.mean[place[known]] = others.time[known]
+        weak_prior.deviation[place[known]] = (others.time * others.error)[known]
         return weak_prior
 
-    def solve(self, prior: Prior, *, bounded: bool = False) -> tuple[Floats, Floats]:
-        """Posterior mean, and the lower Cholesky factor of the inverse of its covariance.
+    def posterior(self, prior: Prior) -> Posterior:
+        """Of every parameter, in ns."""
+        return Posterior(self.normal, prior)
 
-        bounded: hold times of units and the rest at zero or above.
+    def bounded(self, posterior: Posterior) -> Floats:
+        """Its mean with times of units and the rest at zero or above."""
+        physical = np.array([f[0] in ("unit", "rest") for f in self.features])
+        mean, self._held = posterior.non_negative(physical, self._held)
+        return mean
+
+    def left_out(self, posterior: Posterior) -> tuple[Floats, Floats]:
+        """What a posterior of all builds says of builds once their equations are taken away: time in ns, variance [builds].
+
+        NaN of most where there are more than `LEFT_OUT`.
         """
-        weight = prior.deviation**-2.0
-        precision = (self.a.T @ self.a).toarray() + np.diag(weight)
-        target = self.a.T @ self.b + weight * prior.mean
-        factor = cholesky(precision, lower=True)
-        mean = cho_solve((factor, True), target)
-        if bounded:
-            mean = _non_negative(
-                precision, target, mean, np.array([f[0] in ("unit", "rest") for f in self.features])
-            )
-        return mean, factor
-
-    def left_out(self, mean: Floats, factor: Floats) -> tuple[Floats, Floats]:
-        """What a solution on all builds says of each of them once its equations are taken away: time in ns, variance.
-
-        mean, factor: as `solve` returns them. With C the covariance, A the equations of a build and r their residuals, the mean
-        without them is m - C A^T (I - A C A^T)^-1 r (Rasmussen & Williams, Gaussian Processes, 5.4.2).
-        """
-        # transposed it is the same, and in the order in which sparse products read it without a copy
-        covariance = cho_solve((factor, True), np.eye(len(mean))).T
-        covaried = self.totals @ covariance
-        guess = self.totals @ mean
-        variance = np.einsum("ij,ij->i", covaried, self.totals)
-        for k in range(self.builds):
-            own = np.flatnonzero(self.of_build == k)
-            a, residual = self.a[own], self.b[own] - self.a[own] @ mean
-            left = np.eye(len(own)) - a @ (a @ covariance).T
-            beside = a @ covaried[k]
-            solved = np.linalg.solve(left, np.stack([residual, beside], axis=1))
-            guess[k] -= beside @ solved[:, 0]
-            variance[k] += beside @ solved[:, 1]
+        covariance, target = posterior.covariance, posterior.target
+        inner, spread = covariance.inner.sparse, covariance.inner @ target
+        outer = covariance.outer.T @ target
+        wide = np.cumsum(self.wide) - 1 + len(posterior.shared)
+        """Of each wide equation its row in the covariance's core."""
+        guess, variance = np.full((2, self.builds), np.nan)
+        begin = np.searchsorted(self.of_build, np.arange(self.builds + 1))
+        for k in np.unique(np.linspace(0, self.builds - 1, min(self.builds, LEFT_OUT)).round().astype(int)):
+            own = np.arange(begin[k], begin[k + 1])
+            narrow, gone = own[~self.wide[own]], own[self.wide[own]]
+            rows, total = self.a[narrow], self.totals[[k]]
+            # two vectors: the total, and the target without what the build adds to it
+            taken: Sparse = csr_array((self.b[own] @ self.a[own])[None])
+            by_total, by_taken = total @ inner, taken @ inner
+            cross = (total @ spread)[0] - by_total.multiply(taken).sum()
+            of = Directions(
+                own=np.array([[by_total.multiply(total).sum(), cross], [cross, 0.0]]),
+                beside=np.stack([(rows @ by_total.T).toarray()[:, 0], rows @ spread - (rows @ by_taken.T).toarray()[:, 0]], axis=1),
+                outer=np.stack([(total @ covariance.outer)[0], outer - (taken @ covariance.outer)[0]], axis=1),
+            )  # fmt: skip
+            variance[k], guess[k] = covariance.after(rows, -1.0, of, wide[gone])[0]
         return guess, np.maximum(variance, 0.0)
-
-
-def _cells(
-    network: Network, candidates: Sequence[Candidate], index: Mapping[Feature, int]
-) -> dict[int, Cell]:
-    """For each parameter that is a unit's time, which stairs it is on."""
-    found: dict[int, Cell] = {}
-    for candidate in candidates:
-        for unit in network.units:
-            variant = str(candidate.variants[unit.name])
-            feature = ("unit", network.unit_at(unit.name, candidate.widths).signature, variant)
-            if (place := index.get(feature)) is None or place in found:
-                continue
-            found[place] = cell_of(network, unit, candidate.widths, variant)
-    return found
-
-
-def cell_of(network: Network, unit: Unit, widths: Mapping[str, int], variant: str) -> Cell:
-    """Which stairs a unit is on in a variant, and where on them at some widths."""
-    whole = {g: network.channels[g] for g in unit.groups}
-    levels = tuple(None if widths.get(g, n) == n else widths[g] for g, n in whole.items())
-    return Cell((unit.signature, tuple(whole.values()), variant), levels)
 
 
 DRIFT = 0.1
@@ -350,34 +301,32 @@ def _session_times(builds: Sequence[Build]) -> list[float]:
     ]
 
 
-def _prior_rows(evidence: Sequence[Evidence], rows: Sequence[Row]) -> list[Row]:
+def _prior_rows(evidence: Sequence[Evidence], rows: Rows, features: Features) -> Rows:
     """What other tables know, as equations on this table's scale.
 
     The two sessions may have run at different speeds: the ratio is taken from units that both measured, the weighted median
     over equations that hold nothing but such units; without one it is 1, and uncertain.
     """
-    known = {e.feature: e.ns for e in evidence if e.feature[0] == "unit"}
-    logs, weights = [], []
-    for row in rows:
-        before = sum(value * known.get(feature, float("nan")) for feature, value in row.features)
-        if before > 0 and row.value > 0:  # not where a term is unknown
-            logs.append(np.log(row.value / before))
-            weights.append(row.value)
+    number = np.array([features.number(e.feature) for e in evidence], np.intp)
+    ns = np.array([e.ns for e in evidence])
+    known = np.full(len(features.names), np.nan)
+    units = np.array([e.feature[0] == "unit" for e in evidence], bool)
+    known[number[units]] = ns[units]
+    before = np.bincount(rows.row, rows.factor * known[rows.number], len(rows.value))
+    own = (before > 0) & (rows.value > 0)  # not where a term is unknown
     speed, spread = 1.0, 0.1
-    if logs:
-        middle = _median(np.array(logs), np.array(weights))
+    if own.any():
+        logs, weights = np.log(rows.value[own] / before[own]), rows.value[own]
+        middle = _median(logs, weights)
         speed = float(np.exp(middle))
-        away = 1.5 * _median(np.abs(np.array(logs) - middle), np.array(weights))
+        away = 1.5 * _median(np.abs(logs - middle), weights)
         # few equations say little of how far apart the sessions are
         spread = float(np.hypot(LEAST_SESSIONS, (away * len(logs) + SESSIONS * 10) / (len(logs) + 10)))
-    return [
-        Row(
-            [(e.feature, 1.0)],
-            speed * e.ns,
-            float(np.hypot(speed * e.error_ns, spread * abs(speed * e.ns))) or 1.0,
-        )
-        for e in evidence
-    ]
+    error = np.hypot(speed * np.array([e.error_ns for e in evidence]), spread * np.abs(speed * ns))
+    none = np.zeros(len(evidence))
+    return Rows(
+        np.arange(len(evidence)), number, none + 1.0, speed * ns, np.where(error == 0.0, 1.0, error), none, none > 0
+    )
 
 
 SESSIONS, LEAST_SESSIONS = 0.05, 0.01
@@ -389,17 +338,3 @@ def _median(values: Floats, weights: Floats) -> float:
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / np.sum(weights)
     return float(values[order][np.searchsorted(share, 0.5)])
-
-
-def _non_negative(precision: Floats, target: Floats, mean: Floats, physical: NDArray[np.bool_]) -> Floats:
-    """The least squares with some parameters at zero or above, by block principal pivoting (Portugal et al., 1994)."""
-    free = np.ones(len(mean), bool)
-    for _ in range(50):
-        slack = precision @ mean - target
-        below, freed = physical & free & (mean < 0), ~free & (slack < 0)
-        if not below.any() and not freed.any():
-            break
-        free = (free & ~below) | freed
-        mean = np.zeros(len(free))
-        mean[free] = cho_solve((cholesky(precision[np.ix_(free, free)], lower=True), True), target[free])
-    return np.where(physical, np.maximum(mean, 0.0), mean)

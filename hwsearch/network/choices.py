@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hwsearch.errors import InvalidInput
-from hwsearch.network.network import Network
+from hwsearch.network.network import Network, Unit
 from hwsearch.network.variants import Variant, legal
 
 Offered = Mapping[str, Sequence[Variant]]
@@ -121,64 +121,93 @@ def cover(
 
     known: cells that other tables tell; they count as if built twice.
     """
-    counts: Counter[tuple[Any, ...]] = Counter(f for c in done for f in _facts(network, c))
-    counts.update(dict.fromkeys(known, 2))
-    if any(len(steps) > 1 for steps in grid.values()):
-        candidates = [_seldom(network, offered, grid, counts, rng) for _ in range(max(pool // 8, 1))]
-    else:
-        candidates = [random_candidate(network, offered, grid, rng) for _ in range(pool)]
-    candidates = [c for c in candidates if c not in done] or candidates
-    return max(candidates, key=lambda c: sum(1.0 / (1 + counts[f]) ** 2 for f in _facts(network, c)))
+    return Coverage(network, offered, grid, done, known).seldom(rng, pool)
 
 
-def _facts(network: Network, candidate: Candidate) -> list[tuple[Any, ...]]:
-    facts: list[tuple[Any, ...]] = list(candidate.cells(network))
-    pairs = [
-        (e.name, candidate.variants[e.src].quantized, candidate.variants[e.dst].quantized)
-        for e in network.edges
-    ]
-    return facts + pairs
+class Coverage:
+    """How often each (unit at its widths, variant) and (edge, pair of classes) was built.
 
+    known: cells that other tables tell; they count as if built twice.
+    """
 
-def _seldom(
-    network: Network,
-    offered: Offered,
-    grid: Grid,
-    counts: Mapping[tuple[Any, ...], int],
-    rng: np.random.Generator,
-) -> Candidate:
-    """Widths group by group, each the one whose cells were built least; then variants, by the same rule or at random."""
-    widths: dict[str, int] = {}
-    drawn = random_allocation(network, offered, rng) if rng.random() < 0.5 else None
+    def __init__(
+        self, network: Network, offered: Offered, grid: Grid, done: Sequence[Candidate], known: Iterable[tuple[str, str]] = (),
+    ) -> None:  # fmt: skip
+        self.network, self.offered, self.grid = network, offered, grid
+        self._done = list(done)
+        self._cell: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._counts: Counter[tuple[Any, ...]] = Counter()
+        for candidate in done:
+            self._counts.update(self._facts(candidate))
+        self._counts.update(dict.fromkeys(known, 2))
 
-    def seen(unit: str, variant: Variant) -> int:
-        return counts.get((network.unit_at(unit, widths).signature, str(variant)), 0)
+    def count(self, candidate: Candidate, times: int = 1) -> None:
+        """Take one more as built, or (-1) no longer."""
+        for fact in self._facts(candidate):
+            self._counts[fact] += times
+        if times > 0:
+            self._done.append(candidate)
+        else:
+            self._done.remove(candidate)
 
-    def gain(unit: str) -> float:
-        tried = offered[unit] if drawn is None else [drawn[unit]]
-        return max(1.0 / (1 + seen(unit, v)) ** 2 for v in tried)
+    def seldom(self, rng: np.random.Generator, pool: int) -> Candidate:
+        """The candidate, of a random pool, that most covers what was seldom built."""
+        network, offered, grid = self.network, self.offered, self.grid
+        if any(len(steps) > 1 for steps in grid.values()):
+            candidates = [self._drawn(rng) for _ in range(max(pool // 8, 1))]
+        else:
+            candidates = [random_candidate(network, offered, grid, rng) for _ in range(pool)]
+        candidates = [c for c in candidates if c not in self._done] or candidates
+        return max(candidates, key=lambda c: sum(1.0 / (1 + self._counts[f]) ** 2 for f in self._facts(c)))
 
-    for group, steps in grid.items():
-        ready = [
-            u.name
-            for u in network.units
-            if group in u.groups and all(g in widths or g == group for g in u.groups)
-        ]
-        best = (-1.0, 0.0, steps[0])
-        for width in steps:
-            widths[group] = width
-            best = max(best, (sum(gain(u) for u in ready), float(rng.random()), width))
-        widths[group] = best[2]
-    left = offered_at(network, offered, widths)
-    if drawn is not None:
-        drawn = {u: v if v in left[u] else left[u][0] for u, v in drawn.items()}
-    else:
-        drawn = {}
-        previous: Variant | None = None
+    def _at(self, unit: Unit, variant: Variant, widths: Mapping[str, int]) -> tuple[Any, ...]:
+        """The cell that a unit is in."""
+        key = (unit.name, variant, *[widths[g] for g in unit.groups])
+        found = self._cell.get(key)
+        if found is None:
+            found = self._cell[key] = self.network.unit_at(unit.name, widths).signature, str(variant)
+        return found
+
+    def _facts(self, candidate: Candidate) -> list[tuple[Any, ...]]:
+        variants = candidate.variants
+        quantized = {u: v.quantized for u, v in variants.items()}
+        cells = [self._at(unit, variants[unit.name], candidate.widths) for unit in self.network.units]
+        return cells + [(i, quantized[e.src], quantized[e.dst]) for i, e in enumerate(self.network.edges)]
+
+    def _drawn(self, rng: np.random.Generator) -> Candidate:
+        """Widths group by group, each the one whose cells were built least; then variants, by the same rule or at random."""
+        network, offered, counts = self.network, self.offered, self._counts
+        widths: dict[str, int] = {}
+        drawn = random_allocation(network, offered, rng) if rng.random() < 0.5 else None
+        touched: dict[str, list[Unit]] = {g: [] for g in self.grid}
         for unit in network.units:
-            own = [(-seen(unit.name, v), v == previous, float(rng.random()), v) for v in left[unit.name]]
-            previous = drawn[unit.name] = max(own)[3]
-    return Candidate(drawn, widths)
+            for group in unit.groups:
+                touched[group].append(unit)
+
+        def seen(unit: Unit, variant: Variant) -> int:
+            return counts.get(self._at(unit, variant, widths), 0)
+
+        def gain(unit: Unit) -> float:
+            tried = offered[unit.name] if drawn is None else [drawn[unit.name]]
+            return max(1.0 / (1 + seen(unit, v)) ** 2 for v in tried)
+
+        for group, steps in self.grid.items():
+            ready = [u for u in touched[group] if all(g in widths or g == group for g in u.groups)]
+            best = (-1.0, 0.0, steps[0])
+            for width in steps:
+                widths[group] = width
+                best = max(best, (sum(gain(u) for u in ready), float(rng.random()), width))
+            widths[group] = best[2]
+        left = offered_at(network, offered, widths)
+        if drawn is not None:
+            drawn = {u: v if v in left[u] else left[u][0] for u, v in drawn.items()}
+        else:
+            drawn = {}
+            previous: Variant | None = None
+            for unit in network.units:
+                own = [(-seen(unit, v), v == previous, float(rng.random()), v) for v in left[unit.name]]
+                previous = drawn[unit.name] = max(own)[3]
+        return Candidate(drawn, widths)
 
 
 # ---------------------------------------------------------------- widths

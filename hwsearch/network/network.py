@@ -232,6 +232,14 @@ class Network:
         return {g.name: g.channels for g in self.groups}
 
     @cached_property
+    def between(self) -> dict[tuple[str, str], tuple[Edge, ...]]:
+        """(source, destination) -> the edges from one to the other."""
+        found: dict[tuple[str, str], tuple[Edge, ...]] = {}
+        for edge in self.edges:
+            found[edge.src, edge.dst] = (*found.get((edge.src, edge.dst), ()), edge)
+        return found
+
+    @cached_property
     def _narrowed(self) -> dict[Any, Unit]:
         return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 from hwsearch.errors import InvalidInput
@@ -68,17 +69,7 @@ class Variant:
     @staticmethod
     def parse(text: str) -> Variant:
         """Inverse of `str`. Raises InvalidInput."""
-        match = _NAME.match(text)
-        if match is None:
-            raise InvalidInput(
-                f"unknown variant {text!r}; expected PATTERN.PRECISION with dense or N:M (2:4) and one of {', '.join(PRECISIONS)}"
-            )
-        found = Variant(match["precision"], match["pattern"])
-        if found.kept is not None and not found.kept[0] < found.kept[1]:
-            raise InvalidInput(
-                f"variant {text!r} keeps {found.kept[0]} of {found.kept[1]} weights; N must be below M"
-            )
-        return found
+        return _parsed(text)
 
     @property
     def kept(self) -> tuple[int, int] | None:
@@ -111,6 +102,21 @@ class Variant:
     def runs_as(self, executed: str) -> bool:
         """Whether a unit that executed so ran as asked. Of `w8` alone nothing is asked but how it is stored."""
         return executed == self.executed or self.precision == "w8"
+
+
+@cache
+def _parsed(text: str) -> Variant:
+    match = _NAME.match(text)
+    if match is None:
+        raise InvalidInput(
+            f"unknown variant {text!r}; expected PATTERN.PRECISION with dense or N:M (2:4) and one of {', '.join(PRECISIONS)}"
+        )
+    found = Variant(match["precision"], match["pattern"])
+    if found.kept is not None and not found.kept[0] < found.kept[1]:
+        raise InvalidInput(
+            f"variant {text!r} keeps {found.kept[0]} of {found.kept[1]} weights; N must be below M"
+        )
+    return found
 
 
 STORAGE = Variant("w8")

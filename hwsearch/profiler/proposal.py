@@ -9,27 +9,21 @@ before it had been measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
+from scipy.sparse import csr_array, diags_array, vstack
 
+from hwsearch.latency.features import Feature, Floats, Numbers, Terms
 from hwsearch.latency.model import solved
-from hwsearch.latency.pooling import Cell, pooled
-from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, Equations, Feature, all_features, cell_of
+from hwsearch.latency.pooling import pooled
+from hwsearch.latency.posterior import Directions, Normal, Posterior, Prior, Sparse
+from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, OWN_KINDS, Equations
 from hwsearch.latency.uncertainty import ErrorScale
-from hwsearch.network.choices import Candidate, Grid, Offered, cover, random_candidate
+from hwsearch.network.choices import Candidate, Coverage, Grid, Offered, random_candidate
 from hwsearch.network.variants import Variant, legal
 from hwsearch.table.table import LatencyTable, usable
-
-Floats = NDArray[np.float64]
-
-_Choice = TypeVar("_Choice")
 
 TARGETS = 48
 POOL = 24
@@ -68,28 +62,26 @@ def propose(
     network = table.network
     belief = Belief(table, offered, grid)
     done = [table.candidate(b) for b in table.builds if b.base == table.header.options["base"]]
-    targets = [belief.likely(rng) for _ in range(TARGETS * 3 // 4)]
+    targets = belief.likely(rng, TARGETS * 3 // 4)
     targets += [random_candidate(network, offered, grid, rng) for _ in range(TARGETS - len(targets))]
-    pool = [belief.likely(rng) for _ in range(POOL // 3)]
-    covering: list[Candidate] = []
+    pool = belief.likely(rng, POOL // 3)
+    coverage, covering = Coverage(network, offered, grid, done), list[Candidate]()
     for _ in range(POOL - len(pool)):
-        covering.append(cover(network, offered, grid, [*done, *covering[-count:]], rng, pool=16))
+        covering.append(coverage.seldom(rng, 16))
+        coverage.count(covering[-1])
+        if len(covering) > count:
+            coverage.count(covering[-1 - count], -1)
     pool += covering
     pool = [c for c in pool if c not in done] or pool
-    state = _State(belief, [*targets, *pool])
-    aims = np.stack([state.row(c) for c in targets])
-    times = np.maximum(aims @ state.mean, belief.least_ns)
-    error = state.error(aims, times)
-    chosen: list[Candidate] = []
-    rows = [state.equations(c) for c in pool]
+    state = _State(belief, targets, pool)
+    error, chosen = state.error(), []
+    left = list(range(len(pool)))
     for _ in range(min(count, len(pool))):
-        gains = [state.gain(own, aims, times) for own in rows]
-        best = int(np.argmax(gains))
-        state.learn(rows[best])
+        best = max(left, key=state.gain)
+        state.learn(best)
         chosen.append(pool[best])
-        rows.pop(best)
-        pool.pop(best)
-    return Proposal(tuple(chosen), error, state.error(aims, times))
+        left.remove(best)
+    return Proposal(tuple(chosen), error, state.error())
 
 
 class Belief:
@@ -99,39 +91,64 @@ class Belief:
         self.network, self.offered, self.grid = table.network, offered, grid
         builds = [b for b in usable(table) if not b.kept_out]
         self.equations = equations = Equations(table, builds)
-        self.model = solved(table, equations, equations.prior(), ErrorScale())
+        self.prior = equations.prior()
+        self.posterior = equations.posterior(self.prior)
+        self.model = solved(table, equations, self.posterior, ErrorScale())
         self.build_error = float(np.median(equations.errors / equations.measured))
         self.least_ns = LEAST * min(map(table.time_ns, builds))
+        self._place = {u.name: i for i, u in enumerate(self.network.units)}
+        self._numbers = self._cells()
         self.unbuilt = self._unbuilt()
         """Mean and standard error, in ns, of the cells of the grid that no build holds."""
+        known = {f: t for f, (t, _) in self.unbuilt.items()}
+        names = equations.known.names
+        time = np.array([self.model.value(f) if f in self.model.index else known.get(f, np.inf) for f in names])
+        self._times = [np.where(n < 0, np.inf, time[n]) for n in self._numbers]
+        """Of each unit [widths of each of its groups ..., variants]: ns, infinite where it cannot become the variant."""
         self._edges = {(e.src, e.dst): self.model.edge_ns(e.src, e.dst) for e in self.network.edges}
 
+    def _cells(self) -> list[Numbers]:
+        """Of each unit [widths of its groups ..., variants]: the number of the feature; -1 where it cannot become the variant."""
+        network, widths = self.network, list(self.network.channels.values())
+        group_place = {g: i for i, g in enumerate(network.channels)}
+        found = []
+        for i, unit in enumerate(network.units):
+            steps, offered = [self.grid[g] for g in unit.groups], self.offered[unit.name]
+            numbers = np.full((*map(len, steps), len(offered)), -1)
+            for at in np.ndindex(*map(len, steps)):
+                own = dict(zip(unit.groups, (s[j] for s, j in zip(steps, at, strict=True)), strict=True))
+                for group, width in own.items():
+                    widths[group_place[group]] = width
+                can = legal(network.unit_at(unit.name, own), offered)
+                for j, variant in enumerate(offered):
+                    if variant in can:
+                        numbers[at][j] = self.equations.known.cell(i, str(variant), widths)
+            found.append(numbers)
+        return found
+
     def _unbuilt(self) -> dict[Feature, tuple[float, float]]:
-        model, network = self.model, self.network
-        cells: dict[Feature, Cell] = {}
-        fallback: dict[Feature, float] = {}
-        for unit in network.units:
-            for steps in product(*(self.grid[g] for g in unit.groups)):
-                widths = dict(zip(unit.groups, steps, strict=True))
-                narrow = network.unit_at(unit.name, widths)
-                for variant in legal(narrow, self.offered[unit.name]):
-                    feature = ("unit", narrow.signature, str(variant))
-                    if feature not in model.index and feature not in cells:
-                        cells[feature] = cell_of(network, unit, widths, str(variant))
-                        fallback[feature] = self._whole_ns(unit.name, variant)
-        known = self.equations.cells
-        place = np.array(list(known), dtype=np.intp)
+        model, known = self.model, self.equations.known
+        fallback: dict[int, float] = {}
+        for unit, numbers in zip(self.network.units, self._numbers, strict=True):
+            for j, variant in enumerate(self.offered[unit.name]):
+                whole_ns = self._whole_ns(unit.name, variant)
+                for number in numbers[..., j].ravel().tolist():
+                    if number >= 0 and known.names[number] not in model.index:
+                        fallback.setdefault(number, whole_ns)
+        built = self.equations.cells
+        place = np.array(list(built), dtype=np.intp)
         time = model.mean[place]
-        error = np.sqrt(np.diag(model.covariance)[place]) / np.maximum(time, 1e-9)
-        absent = np.full(len(cells), np.nan)
+        error = self.posterior.covariance.deviations(place) / np.maximum(time, 1e-9)
+        absent = np.full(len(fallback), np.nan)
         found = pooled(
-            [*known.values(), *cells.values()],
+            [*built.values(), *(known.cells[n] for n in fallback)],
             np.concatenate([time, absent]),
             np.concatenate([error, absent]),
         )
+        others = zip(fallback.items(), found.time[len(built) :], found.error[len(built) :], strict=True)
         return {
-            feature: (t, t * e) if np.isfinite(t) else (fallback[feature], UNKNOWN * fallback[feature])
-            for feature, t, e in zip(cells, found.time[len(known) :], found.error[len(known) :], strict=True)
+            known.names[n]: (float(t), float(t * e)) if np.isfinite(t) else (whole_ns, UNKNOWN * whole_ns)
+            for (n, whole_ns), t, e in others
         }
 
     def _whole_ns(self, unit: str, variant: Variant) -> float:
@@ -144,140 +161,143 @@ class Belief:
         return self.equations.typical / len(self.network.units)
 
     def unit_ns(self, unit: str, widths: Mapping[str, int], variant: Variant) -> float:
-        """Expected time of a unit at some widths of the grid."""
-        feature = ("unit", self.network.unit_at(unit, widths).signature, str(variant))
-        time_ns = self.model.value(feature)
-        # infinite where the unit cannot become the variant at these widths
-        return self.unbuilt.get(feature, (float("inf"), 0.0))[0] if time_ns is None else time_ns
+        """Expected time of a unit at some widths of the grid; infinite where it cannot become the variant at them."""
+        groups = self.network[unit].groups
+        at = [self.grid[g].index(widths.get(g, self.network.channels[g])) for g in groups]
+        return float(self._times[self._place[unit]][*at, list(self.offered[unit]).index(variant)])
 
-    def likely(self, rng: np.random.Generator) -> Candidate:
-        """An allocation as a search might pick it: near the least time under random losses and a random price of them.
+    def likely(self, rng: np.random.Generator, count: int) -> list[Candidate]:
+        """Allocations as a search might pick them: near the least time under random losses and a random price of them.
 
-        By coordinate descent (iterated conditional modes: Besag, 1986), over widths and variants.
+        By coordinate descent (iterated conditional modes: Besag, 1986), over widths and variants, of all of them at once.
         """
-        units = self.network.units
-        price = self.equations.typical / len(units) * 10.0 ** rng.uniform(-1.5, 1.5)
-        loss = {
-            (u.name, v): price * float(rng.exponential())
-            for u in units
-            for v in [v for v in self.offered[u.name] if not v.plain] or [Variant("int8")]
-        }
-        stairs = {
-            g: dict(zip(steps, price * np.cumsum([0.0, *rng.exponential(size=len(steps) - 1)]), strict=True))
-            for g, steps in self.grid.items()
-        }
-        widths = {g: int(rng.choice(list(steps))) for g, steps in self.grid.items()}
-        variants = {u: vs[int(rng.integers(len(vs)))] for u, vs in self.offered.items()}
-        touched = {g: [u.name for u in units if g in u.groups] for g in self.grid}
-        beside: dict[str, list[tuple[str, str]]] = {u.name: [] for u in units}
-        for src, dst in self._edges:
-            beside[src].append((src, dst))
-            beside[dst].append((src, dst))
+        units, groups = self.network.units, list(self.grid)
+        place = self._place
+        price = self.equations.typical / len(units) * 10.0 ** rng.uniform(-1.5, 1.5, (count, 1))
+        loss, quantized = [], []
+        for unit in units:
+            own = self.offered[unit.name]
+            free = np.array([v.plain for v in own])
+            loss.append(np.where(free, 0.0, price * rng.exponential(size=(count, len(own)))))
+            quantized.append(np.array([v.quantized for v in own], int))
+        steps = {g: rng.exponential(size=(count, len(self.grid[g]))) for g in groups}
+        stairs = {g: price * (np.cumsum(own, axis=1) - own[:, :1]) for g, own in steps.items()}
+        width = {g: rng.integers(len(self.grid[g]), size=count) for g in groups}
+        variant = [rng.integers(len(self.offered[u.name]), size=count) for u in units]
+        touched: dict[str, list[int]] = {g: [] for g in groups}
+        for i, unit in enumerate(units):
+            for group in unit.groups:
+                touched[group].append(i)
+        beside: list[list[tuple[int, Floats]]] = [[] for _ in units]
+        for (src, dst), totals in self._edges.items():
+            cost = np.array([[totals[a, b] for b in (False, True)] for a in (False, True)])
+            beside[place[src]].append((place[dst], cost))
+            beside[place[dst]].append((place[src], cost.T))
 
-        def boundaries(unit: str) -> float:
-            return sum(
-                self._edges[e][variants[e[0]].quantized, variants[e[1]].quantized] for e in beside[unit]
-            )
-
-        def set_width(group: str, width: int) -> float:
-            widths[group] = width
-            return float(stairs[group][width]) + sum(
-                self.unit_ns(u, widths, variants[u]) for u in touched[group]
-            )
-
-        def set_variant(unit: str, variant: Variant) -> float:
-            variants[unit] = variant
-            own = self.unit_ns(unit, widths, variant) + boundaries(unit)
-            return float(own + loss.get((unit, variant), 0.0))
+        def times(unit: int, free: str | None) -> Floats:
+            """[count, choices] of a group's widths, or of the variants, all else as it is."""
+            at = [np.arange(len(self.grid[g])) if g == free else width[g][:, None] for g in units[unit].groups]
+            last = variant[unit][:, None] if free else np.arange(len(self.offered[units[unit].name]))
+            return np.asarray(self._times[unit][(*at, last)])
 
         for _ in range(SWEEPS):
-            for group in rng.permutation(list(self.grid)):
-                _least(self.grid[group], partial(set_width, str(group)))
-            for unit in rng.permutation([u.name for u in units]):
-                can = legal(self.network.unit_at(str(unit), widths), self.offered[unit])
-                _least(can, partial(set_variant, str(unit)))
-        return Candidate(variants, widths)
-
-
-def _least(choices: Sequence[_Choice], cost: Callable[[_Choice], float]) -> None:
-    """Leave the choice of least cost set."""
-    cost(min(choices, key=cost))
+            for number in rng.permutation(len(groups)).tolist():
+                group = groups[number]
+                width[group] = np.argmin(stairs[group] + sum(times(u, group) for u in touched[group]), axis=1)
+            for number in rng.permutation(len(units)).tolist():
+                cost = times(number, None) + loss[number]
+                for other, matrix in beside[number]:
+                    cost = cost + matrix[quantized[number][None, :], quantized[other][variant[other]][:, None]]
+                variant[number] = np.argmin(cost, axis=1)
+        return [
+            Candidate(
+                {u.name: self.offered[u.name][own[k]] for u, own in zip(units, variant, strict=True)},
+                {g: self.grid[g][width[g][k]] for g in groups},
+            )
+            for k in range(count)
+        ]
 
 
 class _State:
-    """Posterior over the built terms and those unbuilt cells that some allocations hold, as builds are foreseen."""
+    """Posterior over the built terms and those unbuilt ones that some allocations hold, as builds are foreseen.
 
-    def __init__(self, belief: Belief, candidates: Sequence[Candidate]) -> None:
-        self.belief, self.network = belief, belief.network
-        self.index = dict(belief.model.index)
-        deviation = []
-        for candidate in candidates:
-            for own in all_features(self.network, candidate.variants, candidate.widths).values():
-                for feature, _ in own:
-                    if feature not in self.index:
-                        self.index[feature] = len(self.index)
-                        deviation.append(
-                            belief.unbuilt.get(feature) or (0.0, belief.equations.scale(feature))
-                        )
-        self.mean = np.concatenate([belief.model.mean, [t for t, _ in deviation]])
-        self.variance = np.square([s for _, s in deviation])
-        self.learnt: list[Floats] = []
-        """Covariance minus U U^T for each of these U [parameters, equations]."""
+    aims: allocations whose time is to be known. pool: those that may be built.
+    """
 
-    def row(self, candidate: Candidate) -> Floats:
-        """[parameters]: terms of the whole build."""
-        row = np.zeros(len(self.index))
-        for own in all_features(self.network, candidate.variants, candidate.widths).values():
-            self._add(row, own)
-        return row
-
-    def _add(self, row: Floats, features: Sequence[tuple[Feature, float]]) -> None:
-        for feature, value in features:
-            row[self.index[feature]] += value
-
-    def equations(self, candidate: Candidate) -> Floats:
-        """[equations, parameters]: what a build would say, each divided by its standard error."""
-        features = all_features(self.network, candidate.variants, candidate.widths)
-        a = np.zeros((1 + len(features), len(self.index)))
-        for i, own in enumerate(features.values()):
-            self._add(a[1 + i], own)
-        a[0] = a[1:].sum(axis=0)
-        times = np.maximum(a @ self.mean, 0.0)
-        times[0] = max(times[0], self.belief.least_ns)
-        error = np.hypot(NODE_SPREAD, self.belief.build_error) * times + NODE_SHARE * times[0]
-        error[0] = self.belief.build_error * times[0]
-        return np.asarray(a / error[:, None])
-
-    def _covary(self, rows: Floats) -> Floats:
-        """Covariance @ rows^T."""
-        model = self.belief.model
+    def __init__(self, belief: Belief, aims: Sequence[Candidate], pool: Sequence[Candidate]) -> None:
+        known, model, equations = belief.equations.known, belief.model, belief.equations
+        terms = [known.of_candidate(c.variants, c.widths) for c in (*aims, *pool)]
+        self.place = np.array([model.index.get(f, -1) for f in known.names], np.intp)
+        met = np.unique(np.concatenate([t.number for t in terms]))
+        new = met[self.place[met] < 0]
         built = len(model.mean)
-        product_ = np.concatenate(
-            [model.covariance @ rows.T[:built], self.variance[:, None] * rows.T[built:]]
+        self.place[new] = built + np.arange(len(new))
+        names = [known.names[n] for n in new]
+        told = np.array([belief.unbuilt.get(f) or (0.0, equations.scale(f)) for f in names]).reshape(-1, 2)
+        self.mean = np.concatenate([model.mean, told[:, 0]])
+        size = len(self.mean)
+        self.prior = Prior(
+            np.concatenate([belief.prior.mean, told[:, 0]]), np.concatenate([belief.prior.deviation, told[:, 1]])
         )
-        for u in self.learnt:
-            product_ -= u @ (u.T @ rows.T)
-        return np.asarray(product_)
+        normal = equations.normal
+        shared = np.concatenate([normal.shared, [f[0] not in OWN_KINDS for f in names]]).astype(bool)
+        self.normal = Normal(
+            _padded(normal.second, size, size), _padded(normal.whole, normal.whole.shape[0], size),
+            np.concatenate([normal.target, np.zeros(len(new))]), shared,
+        )  # fmt: skip
+        self.least_ns, self.build_error = belief.least_ns, belief.build_error
+        self.aims = csr_array(vstack([self._summed(t)[0] for t in terms[: len(aims)]]))
+        self.times = np.maximum(self.aims @ self.mean, belief.least_ns)
+        self.rows = [self._equations(t) for t in terms[len(aims) :]]
+        self._solve()
 
-    def _whiten(self, rows: Floats) -> tuple[Floats, Floats]:
-        covaried = self._covary(rows)
-        return covaried, cholesky(np.eye(len(rows)) + rows @ covaried, lower=True)
+    def _summed(self, terms: Terms) -> tuple[Sparse, Sparse]:
+        """(the whole build [1, parameters], each unit and the rest [1 + units, parameters])."""
+        place, shape = self.place[terms.number], (1, len(self.mean))
+        whole = csr_array((terms.value, (np.zeros_like(place), place)), shape=shape)
+        return whole, csr_array((terms.value, (terms.unit, place)), shape=(int(terms.unit.max()) + 1, shape[1]))
 
-    def gain(self, rows: Floats, aims: Floats, times: Floats) -> float:
-        """By how much measuring these equations lowers the mean relative variance of the aims."""
-        covaried, lower = self._whiten(rows)
-        return float(
-            np.mean(
-                np.square(solve_triangular(lower, covaried.T @ aims.T, lower=True)).sum(axis=0) / times**2
-            )
-        )
+    def _equations(self, terms: Terms) -> Sparse:
+        """[equations, parameters]: what a build would say, each divided by its standard error; the whole build first."""
+        a = csr_array(vstack(self._summed(terms)))
+        times = np.maximum(a @ self.mean, 0.0)
+        times[0] = max(times[0], self.least_ns)
+        error = np.hypot(NODE_SPREAD, self.build_error) * times + NODE_SHARE * times[0]
+        error[0] = self.build_error * times[0]
+        return csr_array(diags_array(1.0 / error) @ a)
 
-    def learn(self, rows: Floats) -> None:
-        """As if the equations had been measured."""
-        covaried, lower = self._whiten(rows)
-        self.learnt.append(np.asarray(solve_triangular(lower, covaried.T, lower=True)).T)
+    def _solve(self) -> None:
+        self.covariance = Posterior(self.normal, self.prior).covariance
+        self.inner = self.covariance.inner @ self.aims.T.toarray()
+        self.outer = self.aims @ self.covariance.outer
+        self.variances = self.covariance.variances(self.aims)
 
-    def error(self, aims: Floats, times: Floats) -> float:
+    def gain(self, number: int) -> float:
+        """By how much measuring a build of the pool lowers the mean relative variance of the aims."""
+        whole, rows = self.rows[number][[0]], self.rows[number][1:]
+        covariance = self.covariance
+        inner = np.concatenate([self.inner, covariance.inner.sparse @ whole.T.toarray()], axis=1)
+        of = Directions(
+            own=np.concatenate([self.aims @ inner, whole @ inner]), beside=rows @ inner,
+            outer=np.concatenate([self.outer, whole @ covariance.outer]).T,
+        )  # fmt: skip
+        left = covariance.after(rows, 1.0, of)
+        own, cross, total = np.diag(left)[:-1], left[:-1, -1], left[-1, -1]
+        return float(np.mean((self.variances - own + cross**2 / (1.0 + total)) / self.times**2))
+
+    def learn(self, number: int) -> None:
+        """As if a build of the pool had been measured."""
+        rows = self.rows[number]
+        self.normal = self.normal.with_equations(rows, np.arange(rows.shape[0]) == 0)
+        self._solve()
+
+    def error(self) -> float:
         """Root mean square over the aims of their relative standard error."""
-        variance = np.einsum("ij,ji->i", aims, self._covary(aims))
-        return float(np.sqrt(np.mean(np.maximum(variance, 0.0) / times**2)))
+        return float(np.sqrt(np.mean(self.variances / self.times**2)))
+
+
+def _padded(matrix: Sparse, rows: int, columns: int) -> Sparse:
+    """With zeros after its own rows and columns."""
+    padded = matrix.copy()
+    padded.resize((rows, columns))
+    return padded

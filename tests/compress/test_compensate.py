@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hwsearch.compress import gram as gram_module
 from hwsearch.compress.gram import (
     RIDGE,
     RIDGES,
@@ -23,6 +24,7 @@ from hwsearch.compress.gram import (
     refit,
     refittable,
     round_to,
+    squares,
 )
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import Moments, refit_sequential
@@ -38,7 +40,7 @@ def random_gram(features: int, rows: int, seed: int) -> tuple[Gram, torch.Tensor
     x = torch.randn(rows, features, generator=generator, dtype=torch.float64) @ mix + 1.0
     gram = Gram.empty(features)
     for part in x.split(max(rows // 3, 1)):
-        gram.add(part)
+        gram.add(squares(part), len(part))
     return gram, x
 
 
@@ -284,3 +286,13 @@ def test_rounded_on_the_way() -> None:
         torch.testing.assert_close(rounded[unit][0], weights[unit][0], rtol=1e-4, atol=1e-6)
     plain = distance(own, kept, {})
     assert distance(own, kept, rounded) < 0.5 * plain
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 8))
+def test_a_symmetric_product_in_blocks_of_columns_is_the_whole_one(features: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(features * rows)
+    x = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    z = torch.cat([x, torch.ones(rows, 1, dtype=torch.float64)], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram_module, "COLUMNS", columns)
+        assert torch.allclose(squares(x), z.T @ z, rtol=1e-12, atol=1e-12)

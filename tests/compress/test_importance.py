@@ -5,9 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import kendalltau
 from torch import nn
 
+from hwsearch.compress import importance
 from hwsearch.compress.gram import Batch
 from hwsearch.compress.importance import gate_gradients, order_slots, removal_losses
 from hwsearch.graph.narrow import masked_graph
@@ -140,3 +143,42 @@ def test_outputs_without_a_gradient_give_none() -> None:
     assert not squares
     assert not any(g.any() for several in gates.values() for g in several)
     assert set(order_slots(own)) == {"a", "b"}
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(1, 3), st.integers(1, 4))
+def test_elimination_removes_what_costs_least_with_all_that_is_left_refitted(
+    seed: int, slots: int, each: int, panel: int
+) -> None:
+    """Against the least squares of every choice, solved anew."""
+    rng = np.random.default_rng(seed)
+    cases = []
+    for outputs in (3, 5):
+        beside = int(rng.integers(0, 3))  # features of no slot
+        x = rng.standard_normal((40, slots * each + beside)) @ rng.standard_normal((slots * each + beside,) * 2)
+        columns = rng.permutation(x.shape[1])[: slots * each].reshape(slots, each)
+        cases.append((rng.standard_normal((outputs, x.shape[1])), x.T @ x / 40 + 0.1 * np.eye(x.shape[1]), columns))
+
+    def lost(gone: list[int]) -> float:
+        total = 0.0
+        for weight, second, columns in cases:
+            r = columns[gone].ravel()
+            k = np.setdiff1d(np.arange(len(second)), r)
+            inner = second[np.ix_(k, k)]
+            left = second[np.ix_(r, r)] - second[np.ix_(r, k)] @ np.linalg.solve(inner, second[np.ix_(k, r)])
+            total += float(np.trace(weight[:, r] @ left @ weight[:, r].T))
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "PANEL", panel)
+        found = importance._eliminate(
+            importance._Consumer(
+                torch.from_numpy(w), torch.from_numpy(np.linalg.inv(g)), torch.from_numpy(c)
+            )
+            for w, g, c in cases
+        )
+    assert sorted(found) == list(range(slots))
+    removed: list[int] = []
+    for slot in reversed(found[1:].tolist()):
+        costs = {s: lost([*removed, s]) for s in range(slots) if s not in removed}
+        assert costs[slot] <= min(costs.values()) * (1 + 1e-6)
+        removed.append(slot)
