@@ -123,7 +123,7 @@ def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """What the network was trained with: without the smoothing recovery would make its answers surer, and so unlike the dense ones."""
+    """What the network was trained with: without the smoothing its answers become surer, and unlike the dense network's."""
     return nn.functional.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
 
 
