@@ -81,7 +81,8 @@ class Objective:
             yield from (self._calibration[i] for i in order.tolist())
             return
         pair: Any
-        for number, pair in enumerate(self.task.train(epoch + SEED_EPOCHS * self.seed)):
+        epoch += SEED_EPOCHS * self.seed
+        for number, pair in enumerate(self.task.train(epoch)):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 kind = f"{len(pair)} things" if isinstance(pair, tuple | list) else type(pair).__name__
                 raise InvalidInput(f"train({epoch}) gave {kind} as batch {number}; expected pairs of (inputs, target)")

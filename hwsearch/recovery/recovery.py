@@ -28,6 +28,8 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """That `auto` chooses from."""
 TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
 """Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
+LIFT = 2.0
+"""The rate of a training over that of the best trial: in a fraction of the steps a lower one is best."""
 TIMING_STEPS = 2
 """Steps by which it is found how many a time limit allows."""
 EPOCHS, CALIBRATION_EPOCHS = 2, 30
@@ -247,7 +249,7 @@ class Recovery:
         return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
 
     def _rate(self, student: Student, steps: int) -> float:
-        """That whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
+        """`LIFT` times that whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
         found: list[tuple[float, float]] = []
         self.progress.start(len(RATES), "finding the learning rate")
         for rate in RATES:
@@ -261,7 +263,7 @@ class Recovery:
                 f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
                 "batches"
             )
-        return -min(found)[1]
+        return -LIFT * min(found)[1]
 
     def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
         """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""
@@ -289,7 +291,7 @@ class Recovery:
         student = self._student(self.whole)
         training = Training(
             student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
-            checkpoint=self._checkpoint("led"), progress=self.progress,
+            checkpoint=self._checkpoint("led"), progress=self.progress, late=self._late, clock=self.clock,
         )  # fmt: skip
         training.run_to_the_end()
         done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))

@@ -145,7 +145,7 @@ class Training:
         return self.clock() - begun
 
     def run_to_the_end(self) -> None:
-        """Train for what the last step leaves: nothing is judged, and the training does not end early."""
+        """Train for what the last step leaves: nothing is judged. Where time is up, the last step comes at once."""
         if self.checkpoint is not None and (state := self.checkpoint.load()) is not None:
             self._restore(state)
         self.student.rounds = self.coupling.rounds
@@ -153,6 +153,9 @@ class Training:
         for batch in self._batches():
             self._one(batch)
             self.progress.advance()
+            if self.late() and self.step < self.schedule.steps:
+                self.coupling.stepped(self.schedule.steps - 1, self.schedule.steps, 0.0)
+                break
             if self.clock() - self._saved >= CHECKPOINT_S:
                 self.save()
         self.progress.stop()

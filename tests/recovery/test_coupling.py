@@ -86,14 +86,16 @@ def _whole(name: str) -> tuple[Student, Kept]:
     return Student(low, dict.fromkeys((u.name for u in low.network.units), FLOAT)), kept
 
 
-@pytest.mark.parametrize("kind", [Fading, HalfSpace])
+@pytest.mark.parametrize(("kind", "late"), [(Fading, False), (Fading, True), (HalfSpace, False), (HalfSpace, True)])
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
-def test_the_whole_network_computes_what_the_cut_one_does_once_channels_are_led_out(name: str, kind: type[Fading]) -> None:
+def test_the_whole_network_computes_what_the_cut_one_does_once_channels_are_led_out(
+    name: str, kind: type[Fading], late: bool
+) -> None:
     student, kept = _whole(name)
     low = student.lowering
     led = kind(student, kept)
     assert led.removed
-    Training(student, Objective(low), led, Schedule(9, 1e-3)).run_to_the_end()
+    Training(student, Objective(low), led, Schedule(9, 1e-3), late=lambda: late).run_to_the_end()
     assert all(not bool((student.tensors[path] * mask).any()) for path, mask in led.removed)
     whole = low.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))
     cut = whole.narrow(kept)
