@@ -73,6 +73,7 @@ def profile(
     prior: Sequence[LatencyTable | str | Path] = (),
     lock_clocks: bool = False,
     energy: bool = False,
+    trace: str | Path | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -99,6 +100,7 @@ def profile(
         prior: Other tables of this device and setup, or their files, whose layers need not be learnt again.
         lock_clocks: Hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
         energy: Also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is read where there is one.
+        trace: JSON file for the seconds of this call by what was done, also where it ends in an error.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -106,9 +108,7 @@ def profile(
 
     Raises:
         DeviceBusy, BackendUnavailable: Another profile runs on this device; the runtime is not there or builds nothing.
-        UntraceableModel: The model cannot be traced, or the traced graph computes something else.
-        IncompatibleTables: `out` or `prior` is of something else.
-        InvalidInput: An option is out of range.
+        UntraceableModel, IncompatibleTables, InvalidInput: The model cannot be traced; a file is of something else; a bad option.
     """
     axes = check_axes(axes)
     runtime = backends.get(backend)
@@ -122,9 +122,9 @@ def profile(
         task, runtime, threads=threads, base=base, batch=batch, axes=axes, load=load,
         clocks=clocks_to_lock(runtime) if lock_clocks else 0, energy=energy,
     )  # fmt: skip
-    known = _tables(prior, setup)
-    effort = Effort(time_limit_s, builds)
-    return measure_table(setup, out, effort, mode=mode, axes=axes, seed=seed, prior=known, progress=progress)
+    known, effort = _tables(prior, setup), Effort(time_limit_s, builds)
+    with setup.spent.told(trace):
+        return measure_table(setup, out, effort, mode=mode, axes=axes, seed=seed, prior=known, progress=progress)
 
 
 def _tables(prior: Sequence[LatencyTable | str | Path], setup: Setup) -> list[LatencyTable]:

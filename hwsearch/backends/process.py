@@ -46,7 +46,13 @@ def compiler(backend: Backend) -> Compile:
     """
     if not getattr(backend, "own_process", False):
         return backend.build
-    return _Process(type(backend), backend.name).build
+    return _Process(type(backend), backend.name)
+
+
+def wait(compile_: Compile) -> None:
+    """Until the process of a compiler, where it has one, has loaded its runtime."""
+    if isinstance(compile_, _Process):
+        compile_.ask("ready")
 
 
 class ApartEngine:
@@ -115,7 +121,7 @@ class _Process:
         self._connection, self._child = ours, child
         self._end = weakref.finalize(self, _end, ours, child)
 
-    def build(self, onnx: bytes, options: BuildOptions) -> ApartEngine:
+    def __call__(self, onnx: bytes, options: BuildOptions) -> ApartEngine:
         return ApartEngine(self, *self.ask("build", onnx, options))
 
     def ask(self, what: str, *args: Any) -> Any:
@@ -204,6 +210,9 @@ class _Served:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+
+    def ready(self) -> None:
+        """That it answers says it."""
 
     def build(self, onnx: bytes, options: BuildOptions) -> tuple[list[TensorSpec], list[TensorSpec]]:
         self._engine = self._backend.build(onnx, options)

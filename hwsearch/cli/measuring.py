@@ -65,6 +65,10 @@ def profile(
     lock_clocks: LockClocks = False,
     energy: Energy = False,
     seed: Seed = 0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Leave in a JSON file where the time went: seconds by what was done."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +86,7 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=axes_of(axes), load=load, seed=seed, progress=progress,
-            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
+            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks, energy=energy, trace=trace,
         )  # fmt: skip
     show.table(table, as_json)
 

@@ -156,6 +156,9 @@ def summary(table: LatencyTable) -> str:
         lines.append(
             f"design     {h.design['builds']} builds in {h.design['seconds']:.0f} s; ended by: {h.design['stopped']}"
         )
+    if h.spent:
+        most = sorted(h.spent.items(), key=lambda item: -item[1])
+        lines.append(f"time       {', '.join(f'{what} {s:.0f} s' for what, s in most if s >= 0.5)}")
     if h.grid:
         stairs = [len(steps) for steps in h.grid.values()]
         lines.append(

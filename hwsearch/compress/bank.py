@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 COMBINATIONS = 64
 """Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
 METHOD = 3
-"""Of refitting, counted up whenever it computes something else."""
+"""Of finding the order and of refitting, counted up whenever it computes something else."""
 ORDER = "order of slots"
 _WEIGHT, _BIAS = "|weight", "|bias"
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.device import fingerprint as device
+from hwsearch.device.spent import COMPARING, COUNTING
 from hwsearch.device.timing import Timing
 from hwsearch.engine.attribution import attribute, executed_precisions, without_fused_floats
 from hwsearch.engine.outputs import reason
@@ -105,9 +106,11 @@ def record(
     """A measured engine as a row of the table. Outputs are looked at of whole networks only."""
     counted = COUNTED_ON_GPU if device.on_gpu(setup.backend) else 200
     runs = int(np.clip(COUNTED_NS / timing.median_ns, 20, counted))
-    rows = attribute(engine.nodes(runs), setup.network, tensor_names(model))
+    with setup.spent.on(COUNTING):
+        rows = attribute(engine.nodes(runs), setup.network, tensor_names(model))
     executed = executed_precisions(rows, setup.network)
-    deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
+    with setup.spent.on(COMPARING):
+        deviation = None if role in PARTS else setup.expected.deviation(engine, allocation, base)
     if role != Role.ALONE:
         executed = without_fused_floats(executed, rows, allocation, setup.network)
     if role in PARTS:

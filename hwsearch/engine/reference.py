@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hwsearch.backends.base import Engine
+from hwsearch.device.spent import REFERENCE
 from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.setup import Setup
 from hwsearch.network.variants import uniform
@@ -22,6 +23,7 @@ def reference_engine(setup: Setup) -> Engine:
     plain = uniform(setup.network, setup.options.base)
     engines = [setup.build(plain)[0] for _ in range(INSTANCES)]
     first, *others = engines
-    timed = paired(first.run, {str(i): e.run for i, e in enumerate(others)}, COMPARED, clock=setup.clock)
+    with setup.spent.on(REFERENCE):
+        timed = paired(first.run, {str(i): e.run for i, e in enumerate(others)}, COMPARED, clock=setup.clock)
     ratios = [1.0, *(timing.ratio for timing in timed.values())]
     return engines[int(np.argsort(ratios)[INSTANCES // 2])]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hwsearch.backends import exactness
 from hwsearch.backends.base import Backend, BuildOptions, Engine, qdq_form
 from hwsearch.backends.faults import faults
-from hwsearch.backends.process import compiler
+from hwsearch.backends.process import compiler, wait
 from hwsearch.compress.widths import Kept, Weights
 from hwsearch.device import fingerprint as device
 from hwsearch.device import nvidia
 from hwsearch.device.clocks import lock_clocks
 from hwsearch.device.energy import Meter, find, tick_s
 from hwsearch.device.load import cpus
+from hwsearch.device.spent import ASSEMBLING, COMPILING, EXPORTING, STARTING, TRACING, Spent
 from hwsearch.engine.outputs import Expected
 from hwsearch.errors import BackendUnavailable, InvalidInput
 from hwsearch.lowering.lowering import Lowering
@@ -46,6 +47,8 @@ class Setup:
     """Whether weights may also be stored in int8 and computed with in the base precision."""
     energy: bool = False
     """Whether a counter of energy that asks for seconds of each engine (a GPU's) is read as well; see `energy.by_ticks`."""
+    spent: Spent = field(default_factory=Spent, compare=False)
+    """Where the time goes, of this setup and of those made from it."""
 
     @property
     def network(self) -> Network:
@@ -127,13 +130,20 @@ class Setup:
         Raises BackendUnavailable where the backend is known to compute such a graph wrongly (see `faults`).
         """
         build_engine = compiler(self.backend)  # whose process starts while the graph is made
-        model = self.onnx(variants, metadata)
-        if found := faults(model, self.backend.name):
+        with self.spent.on(EXPORTING):
+            _ = self.lowering.marked
+        with self.spent.on(ASSEMBLING):
+            model = self.onnx(variants, metadata)
+            found = faults(model, self.backend.name)
+        if found:
             raise BackendUnavailable(f"{self.backend.name} computes this network wrongly: {'; '.join(found)}")
-        engine = build_engine(
-            model.SerializeToString(), replace(self.options, base=base or self.options.base)
-        )
-        engine.prepare(*self.lowering.arrays())
+        with self.spent.on(STARTING):
+            wait(build_engine)
+        with self.spent.on(COMPILING):
+            engine = build_engine(
+                model.SerializeToString(), replace(self.options, base=base or self.options.base)
+            )
+            engine.prepare(*self.lowering.arrays())
         return engine, model
 
 
@@ -179,9 +189,10 @@ def set_up(
         )
     if threads < 1:
         raise InvalidInput(f"threads must be at least 1, got {threads}")
-    options = BuildOptions(threads, base or bases[0])
-    int8 = int8 or exactness.int8_of(backend, options)
-    lowering = Lowering(
-        task, batch, residual=RESIDUAL in axes, int8_bits=int8.bits, unsigned=int8.unsigned
-    )
-    return Setup(lowering, backend, options, load, clocks, storage=STORED in axes, energy=energy)
+    options, spent = BuildOptions(threads, base or bases[0]), Spent(clock_of(backend))
+    with spent.on(TRACING):
+        int8 = int8 or exactness.int8_of(backend, options)
+        lowering = Lowering(
+            task, batch, residual=RESIDUAL in axes, int8_bits=int8.bits, unsigned=int8.unsigned
+        )
+    return Setup(lowering, backend, options, load, clocks, STORED in axes, energy, spent)

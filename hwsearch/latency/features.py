@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.latency.pooling import Cell
-from hwsearch.network.network import Edge, Network, Unit
+from hwsearch.network.network import Edge, Network
 from hwsearch.network.variants import Variant
 
 Floats = NDArray[np.float64]
@@ -46,13 +46,6 @@ def edge_features(
     ]
 
 
-def cell_of(network: Network, unit: Unit, widths: Mapping[str, int], variant: str) -> Cell:
-    """Which stairs a unit is on in a variant, and where on them at some widths."""
-    whole = tuple([network.channels[g] for g in unit.groups])
-    levels = [widths.get(g, n) for g, n in zip(unit.groups, whole, strict=True)]
-    return Cell((unit.signature, whole, variant), tuple([None if w == n else w for w, n in zip(levels, whole, strict=True)]))
-
-
 @dataclass(frozen=True)
 class Terms:
     """unit: which unit each term is of, from 1 on in network order, 0 for the rest; number: of its feature; value."""
@@ -79,6 +72,7 @@ class Features:
         """Of each unit what takes the widths of its groups."""
         self._met: list[dict[tuple[Any, ...], tuple[int, float]]] = [{} for _ in network.units]
         """Of each unit (variant, widths of its groups) -> (number, share of its output that is left)."""
+        self._narrow: list[dict[Any, tuple[str, tuple[int | None, ...], float]]] = [{} for _ in network.units]
         self._quantized: dict[str, bool] = {}
         edges = network.edges
         self._ends = np.array([(self.position[e.src], self.position[e.dst]) for e in edges], np.intp).reshape(-1, 2)
@@ -131,15 +125,26 @@ class Features:
 
     def _cell(self, place: int, variant: str, widths: Sequence[int]) -> tuple[int, float]:
         """(number, share of the unit's output that is left)."""
-        met, key = self._met[place], (variant, self._own[place](widths))
-        if key not in met:
-            network, unit = self.network, self.network.units[place]
-            own = {g: widths[i] for g, i in zip(unit.groups, self._groups[place], strict=True)}
-            narrow = network.unit_at(unit.name, own)
-            number = self.number(("unit", narrow.signature, variant))
+        met, at = self._met[place], self._own[place](widths)
+        found = met.get((variant, at))
+        if found is None:
+            if at not in self._narrow[place]:
+                self._narrow[place][at] = self._narrowed(place, widths)
+            signature, levels, share = self._narrow[place][at]
+            number = self.number(("unit", signature, variant))
             if number not in self.cells:
-                self.cells[number] = cell_of(network, unit, own, variant)
+                unit = self.network.units[place]
+                whole = tuple([self.network.channels[g] for g in unit.groups])
+                self.cells[number] = Cell((unit.signature, whole, variant), levels)
             if variant not in self._quantized:
                 self._quantized[variant] = Variant.parse(variant).quantized
-            met[key] = number, math.prod(narrow.output_shape) / (math.prod(unit.output_shape) or 1)
-        return met[key]
+            found = met[variant, at] = number, share
+        return found
+
+    def _narrowed(self, place: int, widths: Sequence[int]) -> tuple[str, tuple[int | None, ...], float]:
+        """(signature, widths of its groups that are not whole, share of its output that is left) of a unit."""
+        network, unit = self.network, self.network.units[place]
+        own = {g: widths[i] for g, i in zip(unit.groups, self._groups[place], strict=True)}
+        narrow = network.unit_at(unit.name, own)
+        levels = tuple([None if w == network.channels[g] else w for g, w in own.items()])
+        return narrow.signature, levels, math.prod(narrow.output_shape) / (math.prod(unit.output_shape) or 1)

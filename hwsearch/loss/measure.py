@@ -34,6 +34,9 @@ METHOD = 1
 """Of measuring losses, counted up whenever it computes something else."""
 SAMPLES = 256
 """Samples that losses are of, at most."""
+LEAST_SAMPLES, COMPUTED = 8, 1e13
+"""... and no more than the first of a network whose units times its MACs for all samples are above the second: about what two cores
+compute in a few minutes."""
 VALIDATION_ALLOCATIONS = 12
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
@@ -98,7 +101,7 @@ def measure_sensitivity(
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
-    batches = _limited(lowering.scoring, SAMPLES)
+    batches = _limited(lowering.scoring, samples_of(lowering))
     made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, seed=seed)
     begun_with = {
         **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
@@ -135,6 +138,13 @@ def measure_sensitivity(
     return table
 
 
+def samples_of(lowering: Lowering) -> int:
+    """How many samples losses are of, at most: fewer of a large network, each of whose units is run on its own."""
+    network = lowering.network
+    each = max(network.macs // lowering.batch, 1) * len(network.units)
+    return int(np.clip(COMPUTED / each, LEAST_SAMPLES, SAMPLES))
+
+
 def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: int = 0) -> dict[str, str]:
     """Everything that a loss depends on beside the variant or the width that it is of, by name."""
     return {
@@ -142,7 +152,7 @@ def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: 
         "weights": lowering.network.weights_digest,
         "calibration data": lowering.calibration_digest,
         "divergence": kind,
-        "samples": str(SAMPLES),
+        "samples": str(samples_of(lowering)),
         "seed": str(seed),
         "bits of int8 weights": str(lowering.int8_bits),
         "unsigned int8 activations": str(lowering.unsigned),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import warnings
@@ -20,6 +21,7 @@ from hwsearch.compress.importance import order_slots
 from hwsearch.compress.sequential import refit_sequential
 from hwsearch.compress.widths import Kept, Weights
 from hwsearch.errors import HwsearchError
+from hwsearch.files import write_bytes
 from hwsearch.graph.canonical import aten, is_get_attr, set_attr, tensor_attr
 from hwsearch.graph.narrow import share_graph
 from hwsearch.graph.trace import trace
@@ -40,20 +42,35 @@ def weight_bank(
 ) -> WeightBank:
     """Refitted weights of a task for any widths; kept in `folder` for the next process where it is given.
 
-    order: of the slots of each channel group, the most important first; found on calibration data where it is None. say: is told
-    what has changed, where that is why the weights in the folder are not used.
+    order: of the slots of each channel group, the most important first; found on calibration data where it is None, and kept in the
+    folder too. say: is told what has changed, where that is why the weights in the folder are not used.
     """
     batches = lowering.fitting
-    grams = None
+    path, grams = None, None
+    if order is None and folder is not None:
+        key = WeightBank(None, lowering.traced, batches, {}, int8_bits=lowering.int8_bits).key
+        path = Path(folder) / f"order.{key}.json"
+        order = _kept_order(path, lowering.network.channels)
     if order is None:
         grams = Grams(batches, [u.name for u in lowering.network.units])
-        found = order_slots(batches, grams=grams)
-    else:
-        found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
+        order = {g: own.tolist() for g, own in order_slots(batches, grams=grams).items()}
+        if path is not None:
+            write_bytes(path, json.dumps(order).encode())
+    found = {g: np.asarray(slots, np.int64) for g, slots in order.items()}
     bank = WeightBank(folder, lowering.traced, batches, found, grams=grams, int8_bits=lowering.int8_bits)
     if why := bank.outdated:
         say(f"the weights in {folder} are of other {why}: refitted anew")
     return bank
+
+
+def _kept_order(path: Path, channels: Mapping[str, int]) -> Mapping[str, Sequence[int]] | None:
+    """The order that an earlier process found; None where there is none, or it is damaged: it is found anew then."""
+    try:
+        kept = json.loads(path.read_bytes())
+        right = {g: sorted(own) for g, own in kept.items()} == {g: list(range(n)) for g, n in channels.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return dict(kept) if right else None
 
 
 def refitted(

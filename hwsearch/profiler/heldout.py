@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hwsearch.device.spent import FITTING
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
@@ -56,7 +57,8 @@ class HeldOut:
     def error(self) -> float | None:
         """The 75th percentile of the fit's errors on them, from four of them on."""
         table = self.recorder.table
-        model = fit(table)
+        with self.recorder.setup.spent.on(FITTING):
+            model = fit(table)
         errors = []
         for build in usable(table):
             if build.role == Role.HELDOUT and not table.disturbed(build) and model.predicts(build):

@@ -14,6 +14,7 @@ import numpy as np
 
 from hwsearch.backends.base import Engine, qdq_form
 from hwsearch.backends.process import compiler
+from hwsearch.device.spent import ASSEMBLING, COMPILING, TIMING
 from hwsearch.device.timing import Protocol, paired
 from hwsearch.engine.record import graph_bytes, record, refusals
 from hwsearch.engine.setup import Setup
@@ -135,14 +136,15 @@ class Layers:
         engine, model = _engine(self.setup, marked, variants, base)
         build_s = (self.setup.clock() - begun) / 1e9
         protocol = replace(self.protocol, width=max(self.protocol.width, WIDTH))
-        timing = paired(
-            reference.run,
-            {role: engine.run},
-            protocol,
-            clock=self.setup.clock,
-            seed=self.seed,
-            sample=self.setup.sample,
-        )[role]
+        with self.setup.spent.on(TIMING):
+            timing = paired(
+                reference.run,
+                {role: engine.run},
+                protocol,
+                clock=self.setup.clock,
+                seed=self.seed,
+                sample=self.setup.sample,
+            )[role]
         build = record(self.setup, role, variants, base, timing, engine, model, build_s)
         if base == self.setup.options.base:
             self.table = self.table.with_header(unsupported=refusals(self.table, build, known))
@@ -164,8 +166,10 @@ def sandwich_engine(setup: Setup) -> Engine:
 def _engine(setup: Setup, marked: Any, variants: Mapping[str, Variant], base: str) -> tuple[Engine, Any]:
     """A part of the network compiled: on the example inputs where it has the network's own, else on noise."""
     build_engine = compiler(setup.backend)
-    model = setup.lowering.assemble(marked, variants, **qdq_form(setup.backend))
-    engine = build_engine(model.SerializeToString(), replace(setup.options, base=base))
+    with setup.spent.on(ASSEMBLING):
+        model = setup.lowering.assemble(marked, variants, **qdq_form(setup.backend))
+    with setup.spent.on(COMPILING):
+        engine = build_engine(model.SerializeToString(), replace(setup.options, base=base))
     names = [v.name for v in setup.lowering.marked.graph.input]
     given = dict(zip(names, setup.lowering.arrays(), strict=True))
     rng = np.random.default_rng(0)

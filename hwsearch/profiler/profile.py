@@ -13,6 +13,7 @@ from typing import Any
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock, lock_path
+from hwsearch.device.spent import QUIET
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
@@ -96,9 +97,10 @@ def profile(
     progress = progress or Progress.silent()
     path = Path(out) if out is not None else None
     with ExitStack() as held:
-        held.enter_context(lock(fingerprint["id"], say=progress.say))
-        if path is not None:
-            held.enter_context(lock_path(path, say=progress.say))
+        with setup.spent.on(QUIET):
+            held.enter_context(lock(fingerprint["id"], say=progress.say))
+            if path is not None:
+                held.enter_context(lock_path(path, say=progress.say))
         held.enter_context(background(setup.load))
         held.enter_context(setup.locked())
         table = _with_prior(_of_these_weights(_opened(setup, path, fingerprint, mode), setup, progress), prior)

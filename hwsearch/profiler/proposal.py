@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array, diags_array, vstack
 
+from hwsearch.device.spent import FITTING, Spent
 from hwsearch.latency.features import Feature, Floats, Numbers, Terms
 from hwsearch.latency.model import solved
 from hwsearch.latency.pooling import pooled
@@ -53,14 +54,15 @@ class Proposal:
 
 
 def propose(
-    table: LatencyTable, offered: Offered, grid: Grid, rng: np.random.Generator, count: int = 4
+    table: LatencyTable, offered: Offered, grid: Grid, rng: np.random.Generator, count: int = 4, spent: Spent | None = None
 ) -> Proposal:
     """The next `count` builds of a table that has at least two.
 
-    offered: variants of each unit; grid: widths of each channel group.
+    offered: variants of each unit; grid: widths of each channel group. spent: is told how much of it is fitting.
     """
     network = table.network
-    belief = Belief(table, offered, grid)
+    with (spent or Spent()).on(FITTING):
+        belief = Belief(table, offered, grid)
     done = [table.candidate(b) for b in table.builds if b.base == table.header.options["base"]]
     targets = belief.likely(rng, TARGETS * 3 // 4)
     targets += [random_candidate(network, offered, grid, rng) for _ in range(TARGETS - len(targets))]

@@ -11,6 +11,8 @@ import numpy as np
 
 from hwsearch.backends.base import Engine
 from hwsearch.device.energy import Meter
+from hwsearch.device.spent import QUIET as WAITING
+from hwsearch.device.spent import SAVING, TIMING, WARMING
 from hwsearch.device.timing import QUIET, Protocol, paired
 from hwsearch.engine.record import record, refusals, wrong_variants
 from hwsearch.engine.reference import reference_engine
@@ -41,6 +43,9 @@ class Recorder:
     protocol: Protocol | None
     progress: Progress
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._before = self.table.header.spent
 
     @cached_property
     def reference(self) -> Engine:
@@ -88,16 +93,23 @@ class Recorder:
         setup = self.setup.narrow({g: range(w) for g, w in candidate.widths.items()})
         engine, model = setup.build(candidate.variants, base)
         build_s = (self.setup.clock() - begun) / 1e9
-        timing = paired(
-            reference.run,
-            {role: engine.run},
-            self.protocol or (SHORT if short else Protocol()),
-            clock=self.setup.clock,
-            seed=self.seed,
-            meter=self._meter,
-            quiet_ns=self._quiet_ns(),
-            sample=setup.sample,
-        )[role]
+        protocol = self.protocol or (SHORT if short else Protocol())
+        begun = self.setup.clock()
+        with setup.spent.on(TIMING):
+            timing = paired(
+                reference.run,
+                {role: engine.run},
+                protocol,
+                clock=self.setup.clock,
+                seed=self.seed,
+                meter=self._meter,
+                quiet_ns=self._quiet_ns(),
+                sample=setup.sample,
+            )[role]
+        took_s, warming_s = (self.setup.clock() - begun) / 1e9, float(timing.warmup_ns.sum()) / 1e9
+        setup.spent.move(TIMING, WARMING, warming_s)
+        if not self._meter:  # a counter of energy is waited for as well
+            setup.spent.move(TIMING, WAITING, took_s - warming_s - protocol.limit_s)
         build = replace(
             record(setup, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
         )
@@ -112,9 +124,10 @@ class Recorder:
 
     def keep(self, table: LatencyTable) -> None:
         """Go on with this table; it is on disk on return."""
-        self.table = table
+        self.table = table.with_header(spent=_added(self._before, self.setup.spent.seconds))
         if self.out is not None:
-            table.save(self.out)
+            with self.setup.spent.on(SAVING):
+                self.table.save(self.out)
 
     def _quiet_ns(self) -> float | None:
         """Time of the reference on the quiet machine, by the last builds; a machine drifts for minutes."""
@@ -133,3 +146,8 @@ class Recorder:
         for name, why in found.items():
             refused.setdefault(name, {})[str(allocation[name])] = why
         self.table = self.table.with_header(unsupported=refused)
+
+
+def _added(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by what was done, of an earlier profile and this one."""
+    return {what: round(before.get(what, 0.0) + now.get(what, 0.0), 3) for what in {**now, **before}}

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from hwsearch.device.spent import PROPOSING
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.network.choices import Candidate, all_cells, cover, whole
 from hwsearch.profiler.heldout import HeldOut
@@ -101,7 +102,8 @@ def _until_enough(
             )
         else:
             if not queue:
-                proposal = propose(recorder.table, offered, grid, rng, BATCH)
+                with recorder.setup.spent.on(PROPOSING):
+                    proposal = propose(recorder.table, offered, grid, rng, BATCH, recorder.setup.spent)
                 queue = list(proposal.candidates)
                 if count is None:
                     recorder.progress.expect(_expected(proposal, most - designed))

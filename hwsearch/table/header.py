@@ -70,7 +70,8 @@ class Header:
     ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
     of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
     design: why the design ended (`stopped`), its builds and seconds, the relative standard error of likely allocations that was
-    left (`error`) and how much of it another build would have taken away (`gain`).
+    left (`error`) and how much of it another build would have taken away (`gain`). spent: seconds of the profile by what was done
+    (`device.spent`); empty in tables of before.
     """
 
     network: Network
@@ -91,6 +92,7 @@ class Header:
     task: str = ""
     prior: tuple[Evidence, ...] = ()
     design: dict[str, Any] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
 
     @property
     def section(self) -> Section:
@@ -157,6 +159,7 @@ def _checks(header: Header) -> list[tuple[str, Any, bool, str]]:
         ("versions", header.versions, all(isinstance(v, str) for v in header.versions.values()), texts),
         ("ended", header.ended, isinstance(header.ended, bool), "true or false"),
         ("design", header.design, isinstance(header.design, dict), "how the design ended"),
+        ("spent", header.spent, all(number(v) for v in header.spent.values()), "seconds by what was done"),
     ]
     for group, steps in header.grid.items():
         most = channels.get(group, 0)

@@ -25,6 +25,7 @@ from hwsearch.loss import measure as scoring
 from hwsearch.loss import sensitivity as of_setup
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.table import SensitivityTable
+from hwsearch.lowering import refitted
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.progress import Progress
@@ -183,6 +184,31 @@ def test_refitted_weights_say_what_made_them(tmp_path: Path) -> None:
         save_file(lie, file_, header)
         again = weight_bank(tiny.lowering("cnn"), tmp_path, order, said.append).weight("conv2", {"conv1": 8})[0]
         torch.testing.assert_close(again, want)
+
+
+def test_a_killed_process_does_not_find_the_order_of_slots_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = weight_bank(tiny.lowering("cnn"), tmp_path).order
+    [kept] = tmp_path.glob("order.*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(refitted, "order_slots", None)  # it would fail
+        again = weight_bank(tiny.lowering("cnn"), tmp_path).order
+    assert {g: own.tolist() for g, own in again.items()} == {g: own.tolist() for g, own in first.items()}
+    for damage in ("{", "[]", json.dumps({g: own.tolist()[1:] for g, own in first.items()})):
+        kept.write_text(damage)
+        found = weight_bank(tiny.lowering("cnn"), tmp_path).order
+        assert {g: own.tolist() for g, own in found.items()} == {g: own.tolist() for g, own in first.items()}
+    weight_bank(Lowering(other_data()), tmp_path)
+    assert len(list(tmp_path.glob("order.*.json"))) == 2
+
+
+def test_losses_of_a_large_network_are_of_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    low = tiny.lowering("cnn")
+    assert scoring.samples_of(low) == scoring.SAMPLES
+    each = low.network.macs // low.batch * len(low.network.units)
+    monkeypatch.setattr(scoring, "COMPUTED", 20.5 * each)
+    assert scoring.samples_of(low) == 20
+    monkeypatch.setattr(scoring, "COMPUTED", 1.0)
+    assert scoring.samples_of(low) == scoring.LEAST_SAMPLES
 
 
 @pytest.mark.usefixtures("own_locks")

@@ -16,6 +16,7 @@ import tiny
 from profiling import DESIGN, law, narrow_law, narrow_setup, run, run_widths, set_up
 
 from hwsearch.device import fingerprint as devices
+from hwsearch.device.spent import Spent
 from hwsearch.engine.reference import INSTANCES
 from hwsearch.errors import BackendUnavailable, DeviceBusy, IncompatibleTables, InvalidInput
 from hwsearch.latency.model import fit
@@ -174,3 +175,19 @@ def test_a_table_of_precisions_gains_widths(tmp_path: Path) -> None:
 def test_unknown_axes() -> None:
     with pytest.raises(InvalidInput, match="unknown axes depth"):
         run(set_up(), None, axes=["depth"])
+
+
+def test_where_the_time_went_is_kept_and_goes_on(tmp_path: Path) -> None:
+    """Of a simulated device, whose clock alone counts; what a resumed profile takes is added."""
+    out = tmp_path / "t.parquet"
+
+    def spent(builds: int) -> dict[str, float]:
+        backend = SimulatedBackend(law(), noise=0.003, build_ns=1_000_000_000)
+        run(replace(set_up(backend), spent=Spent(backend.clock)), out, builds=builds)
+        return LatencyTable.load(out).header.spent
+
+    first = spent(4)
+    assert {"compiling", "timing", "warming up", "choosing the reference", "other"} <= set(first)
+    assert first["timing"] > 0
+    assert first["compiling"] >= 4
+    assert spent(8)["compiling"] >= first["compiling"] + 4
