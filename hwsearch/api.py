@@ -307,10 +307,9 @@ def run(
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
 
-    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png and run.log in `out`, and refitted weights
-    in `weights`; another run there uses the table and the sensitivities again, and of these and the weights makes anew what was
-    made of something else (other calibration data, divergence, seed, weights of the model), and says so. Where only size, memory
-    or MACs are bounded, there is neither table nor front.
+    Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png, run.log and refitted weights in `out`.
+    Another run there uses them again, but makes anew, and says so, what was made of something else (other calibration data, weights
+    of the model, ...). Where only size, memory or MACs are bounded, there is neither table nor front.
 
     Args:
         task: What is deployed.
@@ -319,7 +318,9 @@ def run(
         backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
             meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
             time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
-        threads, base, batch: As for `profile`.
+        threads: As for `profile`.
+        base: As for `profile`.
+        batch: As for `profile`.
         seed: Of the design of builds and the samples that weights are refitted on.
         time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what is left to it.
             What an answer needs is done in any case: builds of the narrowest widths, losses on one batch, one round.
@@ -327,11 +328,12 @@ def run(
         axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
             which a budget on size brings with it.
         keep: Patterns of names of units whose channels all stay.
-        builds, prior: As for `profile`.
-        load, lock_clocks: As for `profile`, while verifying as well.
+        builds: As for `profile`.
+        load: As for `profile`, while verifying as well.
+        prior: As for `profile`.
+        lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
-        recover_s: Seconds of the time limit to train the answer in, as `recover` does; 0: it is not trained. The trained answer is
-            measured again; report, model.onnx, trained.safetensors and recover.png are left in `out`.
+        recover_s: Seconds of the time limit to train the answer in, as `recover` does; it is measured again. 0: it is not trained.
         progress: As for `profile`.
 
     Returns:
@@ -357,16 +359,20 @@ def run(
     (runtime,) = runtimes
     with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
         limit = TimeLimit(time_limit_s - recover_s, clock_of(runtime))  # it does not run while another command is waited for
-        stores = "precision" in axes and any(b.column == "size" for b in parsed)
         setup = set_up(
-            task, runtime, threads=threads, base=base, batch=batch, load=load,
-            axes={*axes, STORAGE} if stores else axes, energy=energy or any(b.column == "energy" for b in parsed),
-            clocks=clocks_to_lock(runtime) if lock_clocks else 0,
+            task, runtime, threads=threads, base=base, batch=batch, load=load, axes=_with_storage(axes, parsed),
+            energy=energy or any(b.column == "energy" for b in parsed), clocks=clocks_to_lock(runtime) if lock_clocks else 0,
         )  # fmt: skip
         return _run(
             setup, parsed, folder, Effort(time_limit_s, builds, extend=False), limit, mode=mode, axes=axes, seed=seed,
             keep=keep, prior=_tables(prior, setup), recover_s=recover_s, progress=progress,
         )  # fmt: skip
+
+
+def _with_storage(axes: Sequence[str], budgets: Sequence[Budget]) -> Sequence[str]:
+    """The axes, with `storage` beside `precision` where size is bounded."""
+    stores = "precision" in axes and any(b.column == "size" for b in budgets)
+    return [*axes, STORAGE] if stores else axes
 
 
 def _require_searchable(mode: str, time_limit_s: float, recover_s: float) -> None:

@@ -20,7 +20,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Install:
             monkeypatch.setitem(vars(hs), name, function)
 
     install(load=lambda spec: f"task {spec}")
-    monkeypatch.setattr("hwsearch.backends.get", lambda name: SimpleNamespace(versions=dict, bases=tuple))
+    monkeypatch.setattr("hwsearch.backends.get", lambda name: SimpleNamespace(name=name, versions=dict, bases=tuple))
     monkeypatch.setattr("hwsearch.device.fingerprint.clocks_to_lock", lambda runtime: 1410)
     return install
 
