@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, IncompatibleTables, InvalidInput
-from hwsearch.files import make_folder, remove_unfinished
+from hwsearch.files import make_folder, remove_unfinished, write_bytes
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
@@ -112,8 +113,20 @@ def profile(
         clocks=clocks_to_lock(runtime) if lock_clocks else 0, energy=energy,
     )  # fmt: skip
     known, effort = _tables(prior, setup), Effort(time_limit_s, builds)
-    with setup.spent.told(trace):
+    with _traced(setup, trace):
         return measure_table(setup, out, effort, mode=mode, axes=axes, seed=seed, prior=known, progress=progress)
+
+
+@contextmanager
+def _traced(setup: Setup, trace: str | Path | None) -> Iterator[None]:
+    """Where the block ends, be it by an error, the seconds of it by what was done are left in a file, if one is named."""
+    try:
+        yield
+    finally:
+        if trace is not None:
+            seconds = setup.spent.seconds
+            told = {"kind": "trace", "total_s": sum(seconds.values()), "seconds": seconds}
+            write_bytes(trace, json.dumps(told, indent=1).encode())
 
 
 def _tables(prior: Sequence[LatencyTable | str | Path], setup: Setup) -> list[LatencyTable]:
