@@ -97,11 +97,11 @@ def profile(
         The table: times of whole networks in ns, with what the latency model needs of them.
 
     Raises:
-        DeviceBusy, BackendUnavailable: Another profile runs on this device; the runtime is not there or builds nothing.
-        UntraceableModel, IncompatibleTables, InvalidInput: The model cannot be traced; a file is of something else; a bad option.
+        DeviceBusy, BackendUnavailable, UntraceableModel: Another profile runs; a runtime builds nothing; a model is not traced.
+        IncompatibleTables: `out` or `prior` is of something else.
+        InvalidInput: An option is out of range.
     """
-    axes = check_axes(axes)
-    runtime = backends.get(backend)
+    axes, runtime = check_axes(axes), backends.get(backend)
     if shape is not None and shape != ():
         task = reshaped(task, shape)
         own = example_shapes(task)[0][0]
