@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 TRACING, EXPORTING, ASSEMBLING = "tracing the model", "exporting", "assembling"
@@ -59,3 +59,9 @@ class Spent:
         whole = self._since - self._begun
         found = {**self._ns, OTHER: max(whole - sum(self._ns.values()), 0)}
         return {what: ns / 1e9 for what, ns in sorted(found.items(), key=lambda item: -item[1])}
+
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """What took half a second or more, most first."""
+    most = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{what} {s:.0f} s" for what, s in most if s >= 0.5) or "next to none"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hwsearch.device.spent import OTHER, Spent
+from hwsearch.device.spent import OTHER, Spent, in_words
 from hwsearch.errors import InvalidInput
 
 
@@ -57,3 +57,8 @@ def test_no_more_is_moved_than_there_is() -> None:
     assert spent.seconds == {"timing": 2.0, "warming up": 1.0, OTHER: 0.0}
     spent.move("timing", "warming up", 7.0)
     assert spent.seconds["warming up"] == 3.0
+
+
+def test_words_name_what_took_long_most_first() -> None:
+    assert in_words({"fitting": 0.4, "timing": 2.4, "compiling": 61.0}) == "compiling 61 s, timing 2 s"
+    assert in_words({}) == "next to none"
