@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, HwsearchError, IncompatibleTables, InvalidInput
-from hwsearch.files import make_folder, remove_unfinished
+from hwsearch.files import make_folder, remove_unfinished, write_bytes
 from hwsearch.latency.staircase import measured_widths
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
@@ -107,11 +108,11 @@ def profile(
         The table: times of whole networks in ns, with what the latency model needs of them.
 
     Raises:
-        DeviceBusy, BackendUnavailable: Another profile runs on this device; the runtime is not there or builds nothing.
-        UntraceableModel, IncompatibleTables, InvalidInput: The model cannot be traced; a file is of something else; a bad option.
+        DeviceBusy, BackendUnavailable, UntraceableModel: Another profile runs; a runtime builds nothing; a model is not traced.
+        IncompatibleTables: `out` or `prior` is of something else.
+        InvalidInput: An option is out of range.
     """
-    axes = check_axes(axes)
-    runtime = backends.get(backend)
+    axes, runtime = check_axes(axes), backends.get(backend)
     if shape is not None and shape != ():
         task = reshaped(task, shape)
         own = example_shapes(task)[0][0]
@@ -123,8 +124,20 @@ def profile(
         clocks=clocks_to_lock(runtime) if lock_clocks else 0, energy=energy,
     )  # fmt: skip
     known, effort = _tables(prior, setup), Effort(time_limit_s, builds)
-    with setup.spent.told(trace):
+    with _traced(setup, trace):
         return measure_table(setup, out, effort, mode=mode, axes=axes, seed=seed, prior=known, progress=progress)
+
+
+@contextmanager
+def _traced(setup: Setup, trace: str | Path | None) -> Iterator[None]:
+    """Where the block ends, be it by an error, the seconds of it by what was done are left in a file, if one is named."""
+    try:
+        yield
+    finally:
+        if trace is not None:
+            seconds = setup.spent.seconds
+            told = {"kind": "trace", "total_s": sum(seconds.values()), "seconds": seconds}
+            write_bytes(trace, json.dumps(told, indent=1).encode())
 
 
 def _tables(prior: Sequence[LatencyTable | str | Path], setup: Setup) -> list[LatencyTable]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hwsearch.device.spent import in_words
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.layer_sum import dense_ns
 from hwsearch.latency.model import fit, validate
@@ -157,8 +158,7 @@ def summary(table: LatencyTable) -> str:
             f"design     {h.design['builds']} builds in {h.design['seconds']:.0f} s; ended by: {h.design['stopped']}"
         )
     if h.spent:
-        most = sorted(h.spent.items(), key=lambda item: -item[1])
-        lines.append(f"time       {', '.join(f'{what} {s:.0f} s' for what, s in most if s >= 0.5)}")
+        lines.append(f"time       {in_words(h.spent)}")
     if h.grid:
         stairs = [len(steps) for steps in h.grid.values()]
         lines.append(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-
-from hwsearch.files import write_bytes
 
 TRACING, EXPORTING, ASSEMBLING = "tracing the model", "exporting", "assembling"
 STARTING, COMPILING, REFERENCE = "starting processes", "compiling", "choosing the reference"
@@ -64,13 +60,8 @@ class Spent:
         found = {**self._ns, OTHER: max(whole - sum(self._ns.values()), 0)}
         return {what: ns / 1e9 for what, ns in sorted(found.items(), key=lambda item: -item[1])}
 
-    @contextmanager
-    def told(self, path: str | Path | None) -> Iterator[None]:
-        """Where the block ends, be it by an error, the seconds are left in a JSON file; nowhere where path is None."""
-        try:
-            yield
-        finally:
-            if path is not None:
-                seconds = self.seconds
-                found = {"kind": "trace", "total_s": sum(seconds.values()), "seconds": seconds}
-                write_bytes(path, json.dumps(found, indent=1).encode())
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """What took half a second or more, most first."""
+    most = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{what} {s:.0f} s" for what, s in most if s >= 0.5) or "next to none"

@@ -13,7 +13,7 @@ from typing import Any
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock, lock_path
-from hwsearch.device.spent import QUIET
+from hwsearch.device.spent import QUIET, in_words
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
@@ -112,6 +112,7 @@ def profile(
             _alone(recorder, effort.time_limit_s)
         elif effort.extend or not _ended(table, "width" in axes, setup.storage and setup.stores):
             _context(recorder, effort, "width" in axes)
+        progress.record(f"the profile's time: {in_words(setup.spent.seconds)}")
         return recorder.table
 
 

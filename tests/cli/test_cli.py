@@ -98,7 +98,9 @@ def test_options_that_choose_a_table_are_a_panel() -> None:
 def test_run_takes_what_profile_and_verify_take() -> None:
     """But for what stands in its folder, or is the task's."""
     own = {name: {o for p in COMMANDS[(name,)].params for o in p.opts} for name in ("run", "profile", "verify")}
-    assert (own["profile"] | own["verify"]) - own["run"] == {"--output", "--shape", "--table", "--weights"} | {"allocation"}
+    assert (own["profile"] | own["verify"]) - own["run"] == {
+        "--output", "--shape", "--table", "--trace", "--weights", "allocation",
+    }  # fmt: skip
 
 
 def test_shells_complete_commands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from hwsearch.device.spent import OTHER, Spent
+from hwsearch.device.spent import OTHER, Spent, in_words
 from hwsearch.errors import InvalidInput
 
 
@@ -32,7 +29,7 @@ def test_what_is_done_within_another_counts_as_itself_alone() -> None:
     assert list(spent.seconds) == ["fitting", "proposing", OTHER]
 
 
-def test_seconds_are_of_all_so_far_and_of_what_an_error_ended(tmp_path: Path) -> None:
+def test_seconds_are_of_all_so_far_and_of_what_an_error_ended() -> None:
     clock = Clock()
     spent = Spent(clock)
 
@@ -42,10 +39,9 @@ def test_seconds_are_of_all_so_far_and_of_what_an_error_ended(tmp_path: Path) ->
             assert spent.seconds == {"compiling": 1.0, OTHER: 0.0}
             raise InvalidInput("broken")
 
-    with pytest.raises(InvalidInput, match="broken"), spent.told(tmp_path / "time.json"):
+    with pytest.raises(InvalidInput, match="broken"):
         fail()
-    told = json.loads((tmp_path / "time.json").read_bytes())
-    assert told == {"kind": "trace", "total_s": 1.0, "seconds": {"compiling": 1.0, OTHER: 0.0}}
+    assert spent.seconds == {"compiling": 1.0, OTHER: 0.0}
     clock.ns += 2_000_000_000
     assert spent.seconds == {OTHER: 2.0, "compiling": 1.0}
 
@@ -61,3 +57,8 @@ def test_no_more_is_moved_than_there_is() -> None:
     assert spent.seconds == {"timing": 2.0, "warming up": 1.0, OTHER: 0.0}
     spent.move("timing", "warming up", 7.0)
     assert spent.seconds["warming up"] == 3.0
+
+
+def test_words_name_what_took_long_most_first() -> None:
+    assert in_words({"fitting": 0.4, "timing": 2.4, "compiling": 61.0}) == "compiling 61 s, timing 2 s"
+    assert in_words({}) == "next to none"

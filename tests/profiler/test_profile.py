@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tiny
 from profiling import DESIGN, law, narrow_law, narrow_setup, run, run_widths, set_up
 
+import hwsearch as hs
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.spent import Spent
 from hwsearch.engine.reference import INSTANCES
@@ -191,3 +193,16 @@ def test_where_the_time_went_is_kept_and_goes_on(tmp_path: Path) -> None:
     assert first["timing"] > 0
     assert first["compiling"] >= 4
     assert spent(8)["compiling"] >= first["compiling"] + 4
+
+
+def test_a_trace_is_left_of_one_call_whatever_ends_it(tmp_path: Path) -> None:
+    trace, backend = tmp_path / "time.json", SimulatedBackend(narrow_law(), noise=0.003, build_ns=1_000_000_000)
+    hs.profile(tiny.task("cnn"), backend=backend, axes=["precision"], builds=4, trace=trace)
+    told = json.loads(trace.read_bytes())
+    assert told["kind"] == "trace"
+    assert told["total_s"] == pytest.approx(sum(told["seconds"].values()))
+    assert told["seconds"]["compiling"] >= 4
+    trace.unlink()
+    with pytest.raises(InvalidInput, match="unknown mode"):
+        hs.profile(tiny.task("cnn"), backend=backend, mode="guess", trace=trace)
+    assert trace.exists()
