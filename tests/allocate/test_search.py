@@ -280,6 +280,18 @@ def test_a_latency_bound_keeps_its_reserve_whatever_is_minimised() -> None:
         assert spread[0] <= spread[1]
 
 
+def test_a_conflict_is_told_without_a_word_on_what_was_not_in_the_way() -> None:
+    """Nothing on the dense network, nor shares of what is met: each alone could be met."""
+    with pytest.raises(Infeasible, match=r"latency=\S+ and loss=0.5 conflict \(the least latency within loss=0.5 is") as caught:
+        search(table(), SCORES, ["latency=30%", "loss=0.5", "macs=100%"], kappa=0.0, model=model())
+    said = str(caught.value)
+    assert "than the dense network" not in said
+    assert "the least loss is 0" in said
+    assert "macs=100" not in said.partition("the least as shares")[2]
+    found = search(table(), SCORES, ["latency=30%", f"loss={1.001 * caught.value.least['loss']}"], kappa=0.0, model=model())
+    assert found.predicted["loss"] == pytest.approx(caught.value.least["loss"], rel=1e-9)
+
+
 def test_what_cannot_be_minimised_is_refused() -> None:
     with pytest.raises(InvalidInput, match="'power' cannot be minimised; expected one of latency"):
         search(table(), SCORES, ["size=50%"], minimize="power")
