@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hwsearch.allocate.allocation import Allocation as Allocation
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
+    from hwsearch.allocate.search import search_diverse as search_diverse
     from hwsearch.api import profile as profile
     from hwsearch.api import recover as recover
     from hwsearch.api import run as run
@@ -37,7 +38,7 @@ _HOMES = {
     "plot": [
         "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
     ],
-    "allocate.search": ["front", "search"],
+    "allocate.search": ["front", "search", "search_diverse"],
     "loss.table": ["SensitivityTable"], "table.table": ["LatencyTable"],
     "deployment.targets": ["build", "check"], "loading": ["load"], "task": ["Task"],
 }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hwsearch.allocate.budget import COMPUTED, TAILS, Budget
+from hwsearch.allocate.budget import COMPUTED, LOSS, TAILS, Budget
 from hwsearch.allocate.costs import Costs
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.files import write_bytes
@@ -36,8 +36,9 @@ class Allocation:
             measured), `macs`, `loss`. Without the first two where nothing bounds latency and a layer was not measured as it is.
         dense: `latency_ns`, `size_bytes`, `memory_bytes` of the dense fp32 network, and `estimated` where its latency is a sum
             over layers and not measured; without a latency where no table was measured.
-        budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs).
-        solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that).
+        budgets: each with its `text`, `column` and integer `limit` (ns, bytes, nJ or MACs); of `loss` in divergence per sample.
+        solver: `status`, `gap` and `bound` (no allocation in the space has less loss than that); where something else than the loss
+            was minimised, its column as `minimized`, and gap and bound of that.
         network: fingerprint of the network that it is for.
         weights_digest: hash of the weights that it is for.
         device: what it was profiled on.
@@ -228,8 +229,9 @@ def _of_budget(of: Allocation, where: str, budget: Mapping[str, Any]) -> list[tu
     dense = of.dense.get(f"{parsed.column}_{unit}")
     known = parsed.kind == "absolute" or number(dense, above=True)
     wanted = parsed.resolve(dense or 1) if known else limit
+    whole = parsed.column != LOSS
     return [
         (f"{where}.column", column, column == parsed.column, f"{parsed.column}, {said}"),
-        (f"{where}.limit", limit, number(limit, whole=True), "a whole number from 0 on"),
-        (f"{where}.limit", limit, number(limit) and abs(limit - wanted) <= 1, f"{wanted}, {said}"),
+        (f"{where}.limit", limit, number(limit, whole=whole), f"a {'whole ' * whole}number from 0 on"),
+        (f"{where}.limit", limit, number(limit) and abs(limit - wanted) <= whole, f"{wanted}, {said}"),
     ]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hwsearch.allocate.allocation import Allocation
-from hwsearch.allocate.budget import Budget
+from hwsearch.allocate.budget import LOSS, Budget
 from hwsearch.allocate.problem import Solution
 from hwsearch.allocate.space import Space
 from hwsearch.latency.layer_sum import dense_ns
@@ -15,7 +15,7 @@ from hwsearch.network.variants import uniform
 
 
 def as_allocation(
-    space: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, int]
+    space: Space, solution: Solution, budgets: Sequence[Budget], wanted: Mapping[str, float], minimize: str = LOSS
 ) -> Allocation:
     """A solution with its predicted costs, proof and provenance."""
     variants, widths = space.variants(solution.choice), space.widths(solution.choice)
@@ -35,12 +35,15 @@ def as_allocation(
         },
         budgets,
         wanted,
-        {"status": solution.status, "gap": solution.gap, "bound": solution.bound},
+        {
+            "status": solution.status, "gap": solution.gap, "bound": solution.bound,
+            **({"minimized": minimize} if minimize != LOSS else {}),
+        },
         str(space.table.header.options["base"]),
     )
 
 
-def dense_allocation(space: Space, budgets: Sequence[Budget], wanted: Mapping[str, int]) -> Allocation:
+def dense_allocation(space: Space, budgets: Sequence[Budget], wanted: Mapping[str, float]) -> Allocation:
     """The dense fp32 network, which loses nothing."""
     predicted = {
         **_latency(space),
@@ -63,7 +66,7 @@ def _allocation(
     widths: Mapping[str, int],
     predicted: dict[str, Any],
     budgets: Sequence[Budget],
-    wanted: Mapping[str, int],
+    wanted: Mapping[str, float],
     proof: dict[str, Any],
     base: str,
 ) -> Allocation:

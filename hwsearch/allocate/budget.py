@@ -1,4 +1,4 @@
-"""Budgets as a user writes them: `latency=4ms`, `latency=40%`, `latency=2.5x`, `latency_p99=6ms`, `size=800KB`, `memory=50%`."""
+"""Budgets as a user writes them: `latency=4ms`, `latency=40%`, `latency=2.5x`, `latency_p99=6ms`, `size=800KB`, `loss=0.01`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ UNITS = MappingProxyType(
 )
 """For each column its units, in integer ns, bytes, nJ and MACs; the first is the base unit."""
 
-COMPUTED = ("size", "memory", "macs")
-"""Budgets on what is computed from the network: no measurement bounds what may be chosen under them."""
+LOSS = "loss"
+"""Predicted divergence per sample: what a search minimises by default, and may bound instead."""
+
+COLUMNS = (*UNITS, LOSS)
+"""What a budget may bound."""
+
+COMPUTED = ("size", "memory", "macs", LOSS)
+"""Budgets on what is known of a network without its latency: no measurement on a device bounds what may be chosen under them."""
 
 LIMIT = 10**15
 """Beyond it (11 days, a petabyte) floats no longer hold every decimal."""
@@ -42,18 +48,22 @@ _EXAMPLES = {
     "memory": "memory=800KB, memory=50% (of dense fp32) or memory=2x (less)",
     "energy": "energy=5mJ, energy=40% (of dense fp32) or energy=2.5x (less)",
     "macs": "macs=300MMAC, macs=50% (of dense) or macs=2x (fewer)",
+    LOSS: "loss=0.01 (divergence per sample)",
 }
 _EXAMPLES |= {tail: f"{tail}=6ms, {tail}=40% (of dense fp32's) or {tail}=2.5x (speed-up)" for tail in TAILS}
+_FOUR = Context(prec=4, rounding=ROUND_CEILING)
+_PLAIN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
 _TEXT = re.compile(r"\s*(?P<column>\w+)\s*=\s*(?P<number>\d+\.?\d*|\.\d+)\s*(?P<unit>%|[a-zµμ]*)\s*", re.I)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound on one cost.
+    """An upper bound on one cost, or on the loss.
 
     column: `latency`, `latency_p90`, `latency_p95`, `latency_p99`, `size`, `memory` (peak of the activations, computed),
-    `energy` (of an inference) or `macs`. kind: `absolute` (value in ns, bytes, nJ or MACs, a whole number), `fraction` (of
-    the dense fp32 network) or `speedup` (dense / value). Raises InvalidInput on anything else.
+    `energy` (of an inference), `macs` or `loss`. kind: `absolute` (value in ns, bytes, nJ or MACs, a whole number; a loss is in
+    divergence per sample, always absolute), `fraction` (of the dense fp32 network) or `speedup` (dense / value). Raises
+    InvalidInput on anything else.
     """
 
     column: str
@@ -61,15 +71,17 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        if self.column not in UNITS:
-            raise InvalidInput(f"unknown budget {self.column!r}; expected one of {', '.join(UNITS)}")
+        if self.column not in COLUMNS:
+            raise InvalidInput(f"unknown budget {self.column!r}; expected one of {', '.join(COLUMNS)}")
         if self.kind not in ("absolute", "fraction", "speedup"):
             raise InvalidInput(
                 f"unknown kind of budget {self.kind!r}; expected absolute, fraction or speedup"
             )
         if not (math.isfinite(self.value) and 0 < self.value <= LIMIT):
             raise InvalidInput(f"{self.column} budget is {self.value}; expected above 0, at most {LIMIT:.0e}")
-        if self.kind == "absolute" and self.value != int(self.value):
+        if self.column == LOSS and self.kind != "absolute":
+            raise InvalidInput(f"a budget on loss is no share, as the dense network loses nothing; expected e.g. {_EXAMPLES[LOSS]}")
+        if self.kind == "absolute" and self.column != LOSS and self.value != int(self.value):
             raise InvalidInput(
                 f"{self.column} budget is {self.value}; expected a whole number of {_base(self.column)}"
             )
@@ -82,8 +94,10 @@ class Budget:
         """
         match = _TEXT.fullmatch(text)
         column = text.partition("=")[0].strip()
-        if column not in UNITS:
-            raise InvalidInput(f"budget {text!r} bounds none of {', '.join(UNITS)}; write e.g. latency=4ms")
+        if column not in COLUMNS:
+            raise InvalidInput(f"budget {text!r} bounds none of {', '.join(COLUMNS)}; write e.g. latency=4ms")
+        if column == LOSS:
+            return Budget(LOSS, "absolute", _loss(text))
         if match is None:
             raise InvalidInput(
                 f"budget {text!r} is malformed; expected a number and a unit: {_EXAMPLES[column]}"
@@ -109,18 +123,20 @@ class Budget:
     def __str__(self) -> str:
         value = Decimal(repr(self.value))
         if self.kind == "absolute":
-            return f"{self.column}={quantity(self.column, int(self.value))}"
+            return f"{self.column}={quantity(self.column, self.resolve(0))}"
         return (
             f"{self.column}={_plain(value * 100)}%"
             if self.kind == "fraction"
             else f"{self.column}={_plain(value)}x"
         )
 
-    def resolve(self, dense: float) -> int:
-        """The bound in integer ns, bytes or MACs, rounded down; `dense` is the cost of the dense fp32 network.
+    def resolve(self, dense: float) -> float:
+        """The bound in whole ns, bytes or MACs, rounded down, or a loss; `dense` is the cost of the dense fp32 network.
 
         Raises InvalidInput where a relative budget meets a `dense` that is not positive and finite.
         """
+        if self.column == LOSS:
+            return self.value
         if self.kind == "absolute":
             return int(self.value)
         if not (math.isfinite(dense) and dense > 0):
@@ -158,12 +174,30 @@ def parse_budgets(wanted: Sequence[str | Budget]) -> tuple[Budget, ...]:
     return budgets
 
 
-def quantity(column: str, value: int) -> str:
+def quantity(column: str, value: float) -> str:
     """An exact amount in the largest decimal unit not above it: 4500000 ns is `4.5ms`."""
+    if column == LOSS:
+        return _plain(Decimal(repr(float(value))))
     units = UNITS.get(column, {"": 1})
     fits = [(scale, name) for name, scale in units.items() if scale <= abs(value) and "i" not in name]
     scale, name = max(fits, default=(1, next(iter(units))))
     return _plain(Decimal(value) / scale) + name
+
+
+def attainable(column: str, value: float) -> str:
+    """The least of a column as a budget that it is within: exact, but a loss is rounded up to four digits."""
+    return quantity(column, float(_FOUR.create_decimal(Decimal(value))) if column == LOSS else value)
+
+
+def _loss(text: str) -> float:
+    written = text.partition("=")[2].strip()
+    if written.endswith(("%", "x")):
+        raise InvalidInput(
+            f"budget {text!r} is a share, which a loss has not, as the dense network loses nothing; write e.g. {_EXAMPLES[LOSS]}"
+        )
+    if not _PLAIN.fullmatch(written):
+        raise InvalidInput(f"budget {text!r} is malformed; expected a number without a unit: {_EXAMPLES[LOSS]}")
+    return float(written)
 
 
 def _base(column: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from hwsearch.allocate.budget import Budget
+from hwsearch.allocate.budget import LOSS, Budget
 from hwsearch.errors import InvalidInput
 
 
@@ -57,5 +57,8 @@ class Costs:
 
 
 def bounds(budgets: Sequence[Budget], dense: Costs) -> Costs:
-    """Budgets in whole ns, bytes, MACs and nJ; relative ones are of the dense fp32 network. Raises InvalidInput."""
-    return Costs(**{b.column: b.resolve(dense[b.column]) for b in budgets})
+    """Budgets in whole ns, bytes, MACs and nJ; relative ones are of the dense fp32 network. Raises InvalidInput.
+
+    A budget on the loss bounds no cost: the search alone holds it, as predicted.
+    """
+    return Costs(**{b.column: b.resolve(dense[b.column]) for b in budgets if b.column != LOSS})

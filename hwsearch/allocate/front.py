@@ -4,6 +4,7 @@ Schema history:
   1  one row a point, measured points beside them; header under the Parquet key `hwsearch`.
   2  widths of channel groups.
   3  peak activation memory; files of 2 are read, without it.
+  4  a second cost, swept beside the first; files of 2 and 3 are read, without it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwsearch.allocate.milp import minimise, solve
-from hwsearch.allocate.problem import Problem, Solution
+from hwsearch.allocate.problem import Choice, Problem, Solution
 from hwsearch.errors import InvalidInput
 from hwsearch.table.checking import Rows
 from hwsearch.table.parquet import read_parquet, write_parquet
@@ -24,8 +25,8 @@ from hwsearch.table.parquet import read_parquet, write_parquet
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 3
-READS = (2, 3)
+SCHEMA = 4
+READS = (2, 3, 4)
 KIND = "front"
 SWEPT = ("latency", "size", "memory")
 """Costs that a front may be over."""
@@ -36,8 +37,9 @@ TODO = "make it again with `hwsearch front`"
 class Point:
     """One allocation of a sweep, or one measured. Costs in ns and bytes; NaN where there is none.
 
-    budget: limit of the swept column that it answers. infeasible: nothing meets that budget. dominated: another
-    point has no more cost and no more loss. label: what it is (`predicted`, or a measured point's own).
+    budget: limit of the swept column that it answers; budget_beside: of the second, where two are. infeasible: nothing meets
+    that. dominated: another point has no more of any swept cost and no more loss. label: what it is (`predicted`, or a measured
+    point's own).
     low_ns, high_ns: the interval of a measured latency. memory_bytes: peak of the activations, always estimated.
     """
 
@@ -58,6 +60,7 @@ class Point:
     high_ns: float = np.nan
     score: float = np.nan
     memory_bytes: float = np.nan
+    budget_beside: float = np.nan
 
     def cost(self, column: str) -> float:
         """`latency`, `size` or `memory`, in ns or bytes."""
@@ -66,10 +69,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """Points over a sweep of one cost column, with what they belong to.
+    """Points over a sweep of one cost column, or of two, with what they belong to.
 
     over: the swept column (`latency`, `size` or `memory`). units, groups: names, in the order of `Point.variants` and
-    `Point.widths`. header: network, backend, device, options; under `dense` the dense network's costs in ns and bytes.
+    `Point.widths`. beside: the second swept column, empty for none. header: network, backend, device,
+    options; under `dense` the dense network's costs in ns and bytes.
     """
 
     points: tuple[Point, ...]
@@ -77,6 +81,12 @@ class Front:
     units: tuple[str, ...]
     header: dict[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    beside: str = ""
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """The one or two columns that were swept."""
+        return (self.over, self.beside) if self.beside else (self.over,)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a point; `latency_ms` and `sigma_ms` beside the raw columns."""
@@ -94,7 +104,7 @@ class Front:
     def best(self) -> tuple[Point, ...]:
         """The predicted points that are feasible and not dominated, by rising cost."""
         kept = [p for p in self.points if not (p.dominated or p.infeasible or p.measured)]
-        return tuple(sorted(kept, key=lambda p: p.cost(self.over)))
+        return tuple(sorted(kept, key=lambda p: tuple(map(p.cost, self.swept))))
 
     def save(self, path: str | Path) -> None:
         """Write Parquet, in place in one step."""
@@ -104,6 +114,7 @@ class Front:
             "schema": SCHEMA,
             "kind": KIND,
             "over": self.over,
+            "beside": self.beside,
             "units": list(self.units),
             "groups": list(self.groups),
             "header": self.header,
@@ -116,30 +127,31 @@ class Front:
         """Raises InvalidInput (absent, truncated, foreign, damaged) or IncompatibleTables (another schema)."""
         table, header = read_parquet(path, KIND, *READS)
         try:
-            over, own = header["over"], dict(header["header"])
+            over, beside, own = header["over"], header.get("beside", ""), dict(header["header"])
             units, groups = tuple(header["units"]), tuple(header["groups"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is damaged: header: {error!r}; {TODO}") from error
-        if over not in SWEPT:
-            raise InvalidInput(f"{path} is damaged: header: over is {over!r}, expected one of {', '.join(SWEPT)}; {TODO}")
+        for column in (over, beside or over):
+            if column not in SWEPT:
+                raise InvalidInput(f"{path} is damaged: header: over is {column!r}, expected one of {', '.join(SWEPT)}; {TODO}")
         _check(Rows(table, path, TODO), units, groups)
         points = tuple(
             Point(**{**row, "variants": tuple(row["variants"]), "widths": tuple(row["widths"])})
             for row in table.to_pylist()
         )
-        return Front(points, over, units, own, groups)
+        return Front(points, over, units, own, groups, beside)
 
 
 def _check(rows: Rows, units: Sequence[str], groups: Sequence[str]) -> None:
     """Raises InvalidInput on the first row that no sweep and no measurement leaves."""
-    rows.typed(_schema(), ["memory_bytes"])
+    rows.typed(_schema(), ["memory_bytes", "budget_beside"])
     found = ~rows.array("infeasible").astype(bool)
     for column in ("latency_ns", "size_bytes", "loss"):
         least = "a finite loss from 0 on" if column == "loss" else "a finite number above 0"
         rows.numbers(
             column, least, lambda v, c=column: ~found | (np.isfinite(v) & ((v >= 0) if c == "loss" else (v > 0)))
         )
-    for column in ("sigma_ns", "gap", "low_ns", "high_ns", "memory_bytes"):
+    for column in ("sigma_ns", "gap", "low_ns", "high_ns", "memory_bytes", "budget_beside"):
         if column in rows.rows.schema.names:
             rows.numbers(column, "a finite number from 0 on, or none", lambda v: ~(v < 0) & ~np.isinf(v))
     low, high = rows.array("low_ns"), rows.array("high_ns")
@@ -171,17 +183,9 @@ def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solutio
     One budget below the least cost leads, whose solution is None: it cannot be met. Budgets of the problem on other
     columns hold throughout. Raises InvalidInput on fewer than two points, Infeasible where those budgets cannot be met.
     """
-    if points < 2:
-        raise InvalidInput(f"a front needs at least 2 points, got {points}")
-    if column not in problem.columns:
-        raise InvalidInput(f"there is no cost {column!r} to sweep; there are {', '.join(problem.columns)}")
     others = {c: b for c, b in problem.budgets.items() if c != column}
-    free = replace(problem, budgets=others)
-    least = minimise(free, column).costs[column]
-    most = max(solve(free, prefer=column).costs[column], least)
-    budgets = sorted({round(b) for b in np.linspace(least, most, points)})
-    step = max(1, (most - least) // max(points - 1, 1))
-    found: list[tuple[int, Solution | None]] = [(least - step, None)]
+    budgets, step = _spread(replace(problem, budgets=others), column, points)
+    found: list[tuple[int, Solution | None]] = [(budgets[0] - step, None)]
     warm = None
     for budget in budgets:
         solution = solve(replace(problem, budgets={column: budget, **others}), warm=warm)
@@ -190,44 +194,83 @@ def sweep(problem: Problem, column: str, points: int) -> list[tuple[int, Solutio
     return found
 
 
-def dominated(solutions: Sequence[Solution], column: str) -> list[bool]:
-    """For each solution whether another has no more loss and no more cost, and less of one (or the same, earlier)."""
-    keys = [(s.costs[column], s.loss) for s in solutions]
+def sweep_grid(
+    problem: Problem, columns: tuple[str, str], points: int
+) -> list[tuple[tuple[int, int], Solution | None]]:
+    """((budget, budget), least-loss solution within both), for a grid of budgets on two columns; None where nothing meets both.
+
+    Each is spread as `sweep` spreads its own, `points` of them at most. Raises as `sweep` does.
+    """
+    if columns[0] == columns[1]:
+        raise InvalidInput(f"a front over {columns[0]} twice is one over {columns[0]}: give it once, or another cost")
+    others = {c: b for c, b in problem.budgets.items() if c not in columns}
+    free = replace(problem, budgets=others)
+    first, second = (_spread(free, column, points)[0] for column in columns)
+    found: dict[tuple[int, int], Solution | None] = {}
+    for x in first:
+        beside = replace(problem, budgets={columns[0]: x, **others})
+        least = minimise(beside, columns[1]).costs[columns[1]]
+        warm: Choice | None = None
+        for y in second:
+            if y < least:
+                found[x, y] = None
+                continue
+            best = solve(replace(problem, budgets={columns[0]: x, columns[1]: y, **others}), warm=warm)
+            found[x, y], warm = best, best.choice
+    return list(found.items())
+
+
+def _spread(free: Problem, column: str, points: int) -> tuple[list[int], int]:
+    """(budgets from the least cost to the least loss's, how far they are apart)."""
+    if points < 2:
+        raise InvalidInput(f"a front needs at least 2 points, got {points}")
+    if column not in free.columns:
+        raise InvalidInput(f"there is no cost {column!r} to sweep; there are {', '.join(free.columns)}")
+    least = minimise(free, column).costs[column]
+    most = max(solve(free, prefer=column).costs[column], least)
+    return sorted({round(b) for b in np.linspace(least, most, points)}), max(1, (most - least) // (points - 1))
+
+
+def dominated(solutions: Sequence[Solution], *columns: str) -> list[bool]:
+    """For each solution whether another has no more loss and no more of any cost, and less of one (or the same, earlier)."""
+    keys = [(*(s.costs[c] for c in columns), s.loss) for s in solutions]
     return [
         any(
-            (c <= keys[i][0] and loss <= keys[i][1]) and ((c, loss) != keys[i] or j < i)
-            for j, (c, loss) in enumerate(keys)
+            all(own <= other for own, other in zip(a, b, strict=True)) and (a != b or j < i)
+            for j, a in enumerate(keys)
             if j != i
         )
-        for i in range(len(keys))
+        for i, b in enumerate(keys)
     ]
 
 
 def as_front(
-    swept: Sequence[tuple[int, Solution | None]],
+    swept: Sequence[tuple[int | tuple[int, int], Solution | None]],
     units: Sequence[str],
     groups: Sequence[str],
     chosen: Mapping[tuple[int, ...], tuple[tuple[str, ...], tuple[int, ...]]],
-    column: str,
+    columns: Sequence[str],
     sigma_ns: Mapping[tuple[int, ...], float],
     memory: Mapping[tuple[int, ...], int],
     header: Mapping[str, Any],
 ) -> Front:
     """A sweep as a Front.
 
-    chosen: for each choice the variants of the units and the widths of the groups. sigma_ns: standard error of its
-    predicted latency. memory: peak of its activations in bytes.
+    chosen: for each choice the variants of the units and the widths of the groups. columns: what was swept, one cost or two.
+    sigma_ns: standard error of its predicted latency. memory: peak of its activations in bytes.
     """
     solutions = [s for _, s in swept if s is not None]
-    beaten = dict(zip(map(id, solutions), dominated(solutions, column), strict=True))
+    beaten = dict(zip(map(id, solutions), dominated(solutions, *columns), strict=True))
     points = []
     for budget, s in swept:
+        first, second = budget if isinstance(budget, tuple) else (budget, np.nan)
         if s is None:
-            points.append(Point(budget=float(budget), infeasible=True))
+            points.append(Point(budget=float(first), budget_beside=float(second), infeasible=True))
             continue
         points.append(
             Point(
-                budget=float(budget),
+                budget=float(first),
+                budget_beside=float(second),
                 latency_ns=float(s.costs["latency"]),
                 sigma_ns=float(sigma_ns[s.choice]),
                 size_bytes=float(s.costs["size"]),
@@ -240,4 +283,4 @@ def as_front(
                 memory_bytes=float(memory[s.choice]),
             )
         )
-    return Front(tuple(points), column, tuple(units), dict(header), tuple(groups))
+    return Front(tuple(points), columns[0], tuple(units), dict(header), tuple(groups), *columns[1:])

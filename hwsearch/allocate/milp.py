@@ -1,4 +1,4 @@
-"""Exact allocation: the least loss within all budgets, the least cost, and what to say when neither exists."""
+"""Exact allocation: the least loss or the least cost within all budgets, and what to say when there is none."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwsearch.allocate.budget import quantity
-from hwsearch.allocate.problem import Choice, Problem, Solution, relative_gap
+from hwsearch.allocate.budget import LOSS, attainable, quantity
+from hwsearch.allocate.problem import LARGEST, Choice, Problem, Solution, relative_gap
 from hwsearch.allocate.program import Incumbent, OutOfTime, Program
 from hwsearch.errors import Infeasible
 
@@ -22,40 +23,60 @@ TIE_NODES = 1000
 def solve(
     problem: Problem,
     *,
+    minimize: str = LOSS,
     time_limit_s: float = TIME_LIMIT_S,
     warm: Sequence[int] | None = None,
     prefer: str | None = None,
 ) -> Solution:
     """The choice of least loss within all budgets; among equal losses, the one of least cost `prefer`.
 
+    With another column to `minimize`, the choice of least cost there; among equal costs, the one of least loss.
     Budgets hold exactly, in integers; the loss is the least within 1e-9 of it, HiGHS being in floats.
     warm: a choice that may be good; it bounds the search, and is the answer if time runs out before a better one.
     prefer: by default the first budgeted column; a peak breaks no ties. Ties cost a second program, so they are looked
     for only where two choices of a variable, or of two variables, differ by the same loss.
     Raises Infeasible (naming the least of each budgeted cost), HwsearchError if time ran out without an answer.
     """
+    found = _best(problem, minimize, time_limit_s, warm, prefer)
+    if found is None:
+        raise infeasible(problem, time_limit_s)
+    return found
+
+
+def _best(
+    problem: Problem, minimize: str, time_limit_s: float, warm: Sequence[int] | None = None, prefer: str | None = None
+) -> Solution | None:
+    """As `solve`; None where nothing meets the budgets."""
+    if minimize != LOSS:
+        least = _least(problem, minimize, time_limit_s)
+        if least is None:
+            return None
+        within = replace(problem, budgets={**problem.budgets, minimize: least.costs[minimize]})
+        found = solve(within, time_limit_s=time_limit_s, warm=least.choice)
+        status = least.status if found.status == "optimal" else found.status
+        return replace(found, status=status, gap=least.gap, bound=least.bound)
     start = time.monotonic()
     program = Program(problem, start + time_limit_s)
     best = tuple(map(int, warm)) if warm is not None and problem.feasible(warm) else None
-    found = program.minimise(program.loss(), problem.total_loss, best)
-    if found is None:
-        raise infeasible(problem, time_limit_s)
-    prefer = prefer or next(iter(problem.budgets), None)
+    incumbent = program.minimise(program.loss(), problem.total_loss, best)
+    if incumbent is None:
+        return None
+    prefer = prefer or next((c for c in problem.budgets if c != LOSS), None)
     if (
         prefer is not None
         and prefer in problem.costs
-        and found.proven
-        and _may_tie(problem, found.relaxed.open(found.value))
+        and incumbent.proven
+        and _may_tie(problem, incumbent.relaxed.open(incumbent.value))
     ):
-        found = _cheapest(problem, found, prefer, start + time_limit_s)
-    return as_solution(problem, found)
+        incumbent = _cheapest(problem, incumbent, prefer, start + time_limit_s)
+    return as_solution(problem, incumbent)
 
 
 def minimise(
     problem: Problem,
     column: str,
     *,
-    budgets: Mapping[str, int] | None = None,
+    budgets: Mapping[str, float] | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Solution:
     """The choice of least cost in one column within `budgets`, by default the problem's own on the other columns.
@@ -72,41 +93,66 @@ def minimise(
 
 
 def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasible:
-    """The error that names, for each budget, the least that can be met beside the others or, failing that, alone."""
-    if not problem.budgets:
+    """The error that names, for each budget, the least that can be met beside the others or, failing that, alone.
+
+    Where each can be met alone, it names these and the pairs that conflict.
+    """
+    budgets = problem.budgets
+    if not budgets:
         return _untied()
-    least: dict[str, float] = {}
-    parts = []
-    for column in problem.budgets:
-        others = {c: limit for c, limit in problem.budgets.items() if c != column}
-        where = f" within {_text(others)}" if others else ""
-        found = _least(replace(problem, budgets=others), column, time_limit_s)
-        if found is None:
-            where = " even without the other budgets"
-            found = _least(replace(problem, budgets={}), column, time_limit_s)
+
+    def least_within(column: str, others: Mapping[str, float]) -> Solution | None:
+        return _least(replace(problem, budgets=others), column, time_limit_s)
+
+    alone, beside = {}, {}
+    for column in budgets:
+        found = least_within(column, {})
         if found is None:
             return _untied()
-        least[column] = found.costs[column]
-        known = "" if found.status == "optimal" else "at most "
-        parts.append(f"the least {column}{where} is {known}{quantity(column, found.costs[column])}")
-    return Infeasible(
-        f"no allocation meets {_text(problem.budgets)}: {'; '.join(parts)}; loosen a budget", least
-    )
+        others = {c: limit for c, limit in budgets.items() if c != column}
+        alone[column], beside[column] = found, least_within(column, others) if others else found
+    parts, least = [], {}
+    for column, found in beside.items():
+        others = {c: limit for c, limit in budgets.items() if c != column}
+        where = " even without the other budgets" if found is None else f" within {_text(others)}" if others else ""
+        least[column] = (found or alone[column]).value(column)
+        parts.append(_told(column, where, found or alone[column]))
+    how = ""
+    if len(budgets) > 1 and all(found.value(c) <= budgets[c] for c, found in alone.items()):
+        how = f", though each can be met alone ({', '.join(_told(c, '', found) for c, found in alone.items())})"
+        if len(budgets) > 2:
+            pairs = [
+                f"{_text({a: most, b: other}, ' and ')} conflict ({_told(a, f' within {_text({b: other})}', found)})"
+                for (a, most), (b, other) in combinations(budgets.items(), 2)
+                if (found := least_within(a, {b: other})) is not None and found.value(a) > most
+            ]
+            together = [part for part, found in zip(parts, beside.values(), strict=True) if found is not None]
+            parts = [*(pairs or ["no two of them conflict, but all of them together"]), *together]
+        else:
+            parts[0] = f"{_text(budgets, ' and ')} conflict: {parts[0]}"
+    return Infeasible(f"no allocation meets {_text(budgets)}{how}: {'; '.join(parts)}; loosen a budget", least)
+
+
+def _told(column: str, where: str, found: Solution) -> str:
+    known = "" if found.status == "optimal" else "at most "
+    return f"the least {column}{where} is {known}{attainable(column, found.value(column))}"
 
 
 def _untied() -> Infeasible:
     return Infeasible("no allocation agrees with every tie, even without budgets; offer more choices", {})
 
 
-def _text(budgets: Mapping[str, int]) -> str:
-    return ", ".join(f"{column}={quantity(column, limit)}" for column, limit in budgets.items())
+def _text(budgets: Mapping[str, float], between: str = ", ") -> str:
+    return between.join(f"{column}={quantity(column, limit)}" for column, limit in budgets.items())
 
 
 def _least(problem: Problem, column: str, time_limit_s: float) -> Solution | None:
-    """Least cost in one column within the problem's budgets, or None where nothing meets them.
+    """Least cost (or loss) in one column within the problem's budgets, or None where nothing meets them.
 
     Exact: an answer stands once nothing is left with this column bounded to one unit less.
     """
+    if column == LOSS:
+        return _best(problem, LOSS, time_limit_s)
     if column in problem.peaks:
         return _least_peak(problem, column, time_limit_s)
     deadline = time.monotonic() + time_limit_s
@@ -141,7 +187,7 @@ def _least_peak(problem: Problem, column: str, time_limit_s: float) -> Solution 
     names = [f"{column}, part {k}" for k in range(len(parts))]
     flat = replace(problem, costs={**problem.costs, **dict(zip(names, parts, strict=True))})
     best: Choice | None = None
-    low, high, part = 0, 0, 0
+    low, high, part = -LARGEST, 0, 0
     seen: set[int] = set()
     while part not in seen:
         seen.add(part)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsearch.allocate.budget import LOSS
 from hwsearch.errors import InvalidInput
 
 Choice = tuple[int, ...]
@@ -49,14 +50,27 @@ class Tie:
     of: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Of the first variables, as many as `known` has, at least `least` choose otherwise than it; -1 there is no choice."""
+
+    known: Choice
+    least: int
+
+    def holds(self, choice: Sequence[int]) -> bool:
+        """Whether a choice differs in enough variables."""
+        return sum(a != b for a, b in zip(self.known, choice, strict=False)) >= self.least
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Choose one of `choices[i]` for each variable: least total loss, every budgeted cost within its budget.
 
     loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`). peaks: columns that are
     the largest of several costs (`memory`, of what is alive at each step).
-    budgets: column name -> greatest integer allowed. ties: choices that require others. implied: numbers of the variables
-    without loss that ties from others decide, so that no two choices differ in them alone.
+    budgets: column name -> greatest integer allowed; `loss` -> greatest loss. ties: choices that require others. implied:
+    numbers of the variables without loss that ties from others decide, so that no two choices differ in them alone. apart:
+    choices to differ from.
     Raises InvalidInput where these do not fit together.
     """
 
@@ -64,10 +78,11 @@ class Problem:
     choices: tuple[tuple[str, ...], ...]
     loss: tuple[NDArray[np.float64], ...]
     costs: Mapping[str, Cost]
-    budgets: Mapping[str, int] = field(default_factory=dict)
+    budgets: Mapping[str, float] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     peaks: Mapping[str, tuple[Cost, ...]] = field(default_factory=dict)
     implied: frozenset[int] = frozenset()
+    apart: tuple[Apart, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -85,11 +100,14 @@ class Problem:
                 raise InvalidInput(f"the peak {column} needs a cost at least, and a name that no cost has")
             for part in parts:
                 _check_cost(column, part, sizes)
-        unknown = sorted(set(self.budgets) - set(self.columns))
+        unknown = sorted(set(self.budgets) - {LOSS, *self.columns})
         if unknown:
             raise InvalidInput(f"budgets on {unknown}, but the costs known are {sorted(self.columns)}")
         for tie in self.ties:
             _check_tie(tie, sizes)
+        for other in self.apart:
+            if not 1 <= other.least <= len(other.known) <= len(sizes):
+                raise InvalidInput(f"{len(other.known)} of {len(sizes)} variables cannot differ in {other.least}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -113,14 +131,20 @@ class Problem:
         """One cost of a choice, exactly."""
         return max(part.of(choice) for part in self.parts(column))
 
+    def value(self, column: str, choice: Sequence[int]) -> float:
+        """One cost or, of the column `loss`, the loss of a choice."""
+        return self.total_loss(choice) if column == LOSS else self.cost(column, choice)
+
     def consistent(self, choice: Sequence[int]) -> bool:
         """Whether every tie holds."""
         return all(tie.of[choice[tie.i]] == choice[tie.j] for tie in self.ties)
 
     def feasible(self, choice: Sequence[int]) -> bool:
-        """Whether every tie and every budget holds, in integers."""
-        return self.consistent(choice) and all(
-            self.cost(column, choice) <= limit for column, limit in self.budgets.items()
+        """Whether every tie and every budget holds, costs in integers."""
+        return (
+            self.consistent(choice)
+            and all(self.value(column, choice) <= limit for column, limit in self.budgets.items())
+            and all(other.holds(choice) for other in self.apart)
         )
 
     def variants(self, choice: Sequence[int]) -> dict[str, str]:
@@ -147,6 +171,10 @@ class Solution:
     status: str
     gap: float
     bound: float
+
+    def value(self, column: str) -> float:
+        """One of the costs or, of the column `loss`, the loss."""
+        return self.loss if column == LOSS else self.costs[column]
 
 
 def relative_gap(value: float, bound: float) -> float:

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array, vstack
 
+from hwsearch.allocate.budget import LOSS
 from hwsearch.allocate.polytope import Ints, Linear, Polytope, Vector
-from hwsearch.allocate.problem import Choice, Cost, Problem
+from hwsearch.allocate.problem import Apart, Choice, Cost, Problem
 from hwsearch.errors import HwsearchError
 from hwsearch.progress import stdout_kept
 
@@ -90,16 +91,21 @@ class Program:
         self, problem: Problem, deadline: float, columns: Iterable[str] = (), nodes: int = 2**31 - 1
     ) -> None:
         self.problem, self.deadline, self.nodes = problem, deadline, nodes
-        self.polytope = Polytope(problem, {*problem.budgets, *columns})
+        self.polytope = Polytope(problem, {*problem.budgets, *columns} - {LOSS})
         self.upper = np.ones(self.polytope.count)
         self.carries = 0
         self.rows: list[tuple[Vector, dict[int, float], float]] = []
         self.limits: list[tuple[Vector, float]] = []
         self.possible = all(
-            self._bound(part, limit)
+            self._bound(part, int(limit))
             for column, limit in problem.budgets.items()
+            if column != LOSS
             for part in problem.parts(column)
         )
+        for other in problem.apart:
+            self._differ(other)
+        if LOSS in problem.budgets:
+            self.at_most(self.loss(), problem.budgets[LOSS])
 
     def loss(self) -> Linear:
         """The problem's loss as an objective."""
@@ -119,13 +125,21 @@ class Program:
         return (self.upper > 0) & ~struck
 
     def at_most(self, objective: Linear, value: float) -> None:
-        """Bound an objective, within 1e-11 of its room."""
-        self.upper[~self.allowed(objective, value)] = 0
-        room = value - objective.constant
+        """Bound an objective, within 1e-11 of its room and 1e-12 of the whole."""
+        self.strike(self.allowed(objective, value))
+        room = value - objective.constant + _ROUND_OFF * (abs(value) + abs(objective.constant))
         if room > 0:
             coefficients, scale = np.where(self.upper > 0, objective.coefficients, 0), _SPAN / room
             self.limits.append((coefficients, room * (1 + 1e-11)))
             self.rows.append((coefficients * scale, {}, _SPAN * (1 + 1e-11)))
+
+    def _differ(self, other: Apart) -> None:
+        """Allow of the choices of a known answer only so many that enough variables choose otherwise."""
+        same = np.zeros(self.polytope.count, np.int64)
+        same[[s + a for s, a in zip(self.polytope.starts, other.known, strict=False) if a >= 0]] = 1
+        room = len(other.known) - other.least
+        self.limits.append((same, room))
+        self.rows.append((same, {}, room + 0.5))
 
     def strike(self, kept: NDArray[np.bool_]) -> None:
         """Allow only choices whose column is kept."""

@@ -38,8 +38,8 @@ def explained(
     error: Infeasible,
     space: Space,
     budgets: Sequence[Budget],
-    wanted: Mapping[str, int],
-    limits: Mapping[str, int],
+    wanted: Mapping[str, float],
+    limits: Mapping[str, float],
     *,
     doubtful: bool,
 ) -> Infeasible:
@@ -53,7 +53,7 @@ def explained(
     measured = any(column not in COMPUTED for column in least)
     sentences = [
         f"{error}{_in_shares(least, budgets, space.dense, wanted, limits)}",
-        *_above_dense(least, space.dense),
+        *_above_dense(least, space),
         *_sizes(least, space, limits),
         *(_so_far(space) if measured else []),
         *_unscored(space, least),
@@ -69,8 +69,8 @@ def _in_shares(
     least: Mapping[str, float],
     budgets: Sequence[Budget],
     dense: Costs,
-    wanted: Mapping[str, int],
-    limits: Mapping[str, int],
+    wanted: Mapping[str, float],
+    limits: Mapping[str, float],
 ) -> str:
     """The least of each relative budget as that would be written.
 
@@ -80,7 +80,7 @@ def _in_shares(
     shares = []
     for b in budgets:
         own = least.get(b.column, 0)
-        if b.kind == "absolute" or own <= 0:
+        if b.kind == "absolute" or own <= 0 or own <= limits[b.column]:
             continue
         whole = dense[b.column]
         if 0 < wanted[b.column] != limits[b.column]:
@@ -89,14 +89,15 @@ def _in_shares(
     return f" (the least as shares: {', '.join(shares)})" if shares else ""
 
 
-def _above_dense(least: Mapping[str, float], dense: Costs) -> list[str]:
-    """What nothing offered is better at than the dense network."""
-    above = [c for c, own in least.items() if own >= dense.known().get(c, float("inf"))]
+def _above_dense(least: Mapping[str, float], space: Space) -> list[str]:
+    """What nothing offered is better at than the dense network, be the other budgets as they may."""
+    dense, free = space.dense.known(), space.with_budgets({})
+    above = [c for c, own in least.items() if own >= dense.get(c, float("inf")) and minimise(free, c).costs[c] >= dense[c]]
     words = {"latency": "is faster", "size": "is smaller"}
     return [f"Nothing offered here {words.get(c, f'takes less {c}')} than the dense network" for c in above]
 
 
-def _sizes(least: Mapping[str, float], space: Space, limits: Mapping[str, int]) -> list[str]:
+def _sizes(least: Mapping[str, float], space: Space, limits: Mapping[str, float]) -> list[str]:
     """What the least size is made of, where size is bounded."""
     if "size" not in least:
         return []
@@ -216,6 +217,8 @@ def _floating(space: Space, choice: Sequence[int], whole: int) -> str:
         why = refused.get(unit, {}).get(str(STORAGE)) or (
             "in int8 it takes no less, with what that adds to the graph"
             if smaller[unit]
+            else f"{', '.join(repr(r.text) for r in space.rules if r.names(unit))} leaves it no smaller form"
+            if any(r.names(unit) for r in space.rules)
             else f"the table has no {STORAGE}: profile and score again with --axes width,precision,storage"
             if not any(c.variant == STORAGE for own in space.cells for c in own)
             else "no smaller form of it was measured, or its loss is not known"

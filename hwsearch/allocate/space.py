@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from hwsearch.allocate.activations import with_memory
-from hwsearch.allocate.budget import COMPUTED, TAILS, Budget
+from hwsearch.allocate.budget import COMPUTED, TAILS
 from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.problem import Cost, Problem, Tie
 from hwsearch.errors import IncompatibleTables, InvalidInput
@@ -29,6 +29,40 @@ if TYPE_CHECKING:
     from hwsearch.loss.table import SensitivityTable
 
 
+class Offer(TypedDict, total=False):
+    """What may be chosen, as `make_space` takes it."""
+
+    axes: Sequence[str]
+    keep: Sequence[str]
+    forbid: Sequence[str]
+    only: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What units named like `units` may become: nothing named like `variants` where that is forbidden, else only that.
+
+    text: as it was written. variants: patterns of variants (`2:4.*`) or of their precisions (`int8`).
+    """
+
+    text: str
+    units: str
+    variants: tuple[str, ...]
+    forbids: bool
+
+    def names(self, unit: str) -> bool:
+        """Whether it is about a unit."""
+        return fnmatchcase(unit, self.units)
+
+    def allows(self, unit: str, variant: Variant) -> bool:
+        """Whether a unit may become a variant."""
+        return not self.names(unit) or any(_named(variant, p) for p in self.variants) != self.forbids
+
+
+def _named(variant: Variant, pattern: str) -> bool:
+    return fnmatchcase(str(variant), pattern) or fnmatchcase(variant.precision, pattern)
+
+
 @dataclass(frozen=True)
 class Space:
     """What may be chosen and what it costs: a problem without its budgets.
@@ -37,7 +71,7 @@ class Space:
     needs where that is bounded or swept. A unit's choices are its variants at each of the widths of its groups; ties hold
     them to what the groups chose.
     cells: for each unit what its choices stand for. tails: of each budgeted tail latency its ratio to the median. energy: the
-    model of energies, where they are bounded. model: None where nothing was measured.
+    model of energies, where they are asked for. model: None where nothing was measured. rules: what units may become.
     """
 
     table: LatencyTable
@@ -47,6 +81,12 @@ class Space:
     cells: tuple[tuple[UnitChoice, ...], ...]
     tails: Mapping[str, float] = field(default_factory=dict)
     energy: LatencyModel | None = None
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def allows_dense(self) -> bool:
+        """Whether every unit may be dense fp32."""
+        return all(rule.allows(u.name, DENSE) for rule in self.rules for u in self.table.network.units)
 
     @property
     def dense(self) -> Costs:
@@ -74,6 +114,12 @@ class Space:
         chosen = {v: int(choices[c]) for v, choices, c in list(names)[len(self.cells) :] if v in channels}
         return {**channels, **chosen}
 
+    def choices_of(self, variants: Mapping[str, str], widths: Mapping[str, int]) -> tuple[int, ...]:
+        """For each unit the choice that stands for its variant and widths; -1 where that is not among them."""
+        units = self.table.network.units
+        wanted = [UnitChoice(Variant.parse(variants[u.name]), tuple(widths[g] for g in u.groups)) for u in units]
+        return tuple(own.index(c) if c in own else -1 for own, c in zip(self.cells, wanted, strict=True))
+
     def memory(self, choice: Sequence[int]) -> int:
         """Peak activation memory, in bytes: computed, never measured."""
         return peak_bytes(
@@ -92,8 +138,11 @@ class Space:
         """In nJ; None where energies are not bounded."""
         return self.energy.predict(self.variants(choice), self.widths(choice)) if self.energy else None
 
-    def with_budgets(self, budgets: Mapping[str, int]) -> Problem:
+    def with_budgets(self, budgets: Mapping[str, float]) -> Problem:
         return replace(self.problem, budgets=dict(budgets))
+
+
+DENSE = Variant("fp32")
 
 
 @dataclass(frozen=True)
@@ -111,47 +160,37 @@ def make_space(
     *,
     axes: Sequence[str] = AXES,
     keep: Sequence[str] = (),
-    budgets: Sequence[Budget] = (),
-    over: str = "",
+    forbid: Sequence[str] = (),
+    only: Sequence[str] = (),
+    columns: Collection[str] = (),
     timed: bool = True,
 ) -> Space:
     """Join a table and sensitivities. Raises IncompatibleTables where they are of different networks, or bits of int8 weights.
 
-    axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay. budgets: those that the
-    space will be searched under, for the tail latencies and the memory among them; over: the column that will be swept.
-    timed: False offers what was not measured as well, and leaves latency out of the problem.
+    axes: `width`, `precision` or both. keep: patterns of names of units whose channels all stay; `head=dense.fp32`: and that
+    become only that. forbid, only: what units may not become, or only (`features.*:int8,2:4.*`). columns: the costs that will be
+    bounded, minimised or swept. timed: False offers what was not measured as well, and leaves latency out of the problem.
     """
     sensitivity.require(table.network, table.header.int8)
     check_axes(axes)
     if model is None and (timed or len(table.builds) > 1):
         model = fit(table)
-    energy = fit_energy(table) if any(b.column == "energy" for b in budgets) else None
+    energy = fit_energy(table) if "energy" in columns else None
     models = [m for m in (model, energy) if m is not None] if timed else []
-    network = table.network
+    network, base = table.network, str(table.header.options["base"])
+    offered = table.offered() if table.builds else _scored(sensitivity, f"dense.{base}")
+    rules = _rules(keep, forbid, only, offered)
     grid = {g: [n] for g, n in network.channels.items()}
     if "width" in axes:
-        computed = any(b.column in COMPUTED for b in budgets)
+        computed = any(column in COMPUTED for column in columns)
         steps = sensitivity.width_loss if not timed else measured_widths(table) if computed else table.grid()
-        grid = _grid(network, steps, sensitivity, keep, partly=computed)
-    base = f"dense.{table.header.options['base']}"
-    offered = table.offered() if table.builds else _scored(sensitivity, base)
-    cells: list[tuple[UnitChoice, ...]] = []
-    for unit in network.units:
-        refused = sensitivity.refused.get(unit.name, {})
-        own = [v for v in offered[unit.name] if ("precision" in axes or v == base) and v not in refused]
-        variants = [Variant.parse(v) for v in own]
-        found = [
-            UnitChoice(v, widths)
-            for widths in product(*(grid[g] for g in unit.groups))
-            for v in legal(network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))), variants)
-            if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
-        ]
-        if not found:
-            raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
-        cells.append(tuple(found))
+        whole = [text.partition("=")[0] for text in keep]
+        grid = _grid(network, steps, sensitivity, whole, partly=computed)
+    if "precision" not in axes:
+        offered = {unit: tuple(v for v in own if v == f"dense.{base}") for unit, own in offered.items()}
+    cells = _cells(network, offered, sensitivity, grid, models, rules)
     groups = [g for g, steps in grid.items() if len(steps) > 1]
-    tails = {b.column: table.tail(TAILS[b.column]) for b in budgets if b.column in TAILS}
-    wants_memory = "memory" in (over, *(b.column for b in budgets))
+    tails = {column: table.tail(TAILS[column]) for column in columns if column in TAILS}
     problem = Problem(
         variables=(*(u.name for u in network.units), *groups),
         choices=(
@@ -167,11 +206,71 @@ def make_space(
         budgets={},
         ties=_ties(table, cells, grid, groups),
     )  # fmt: skip
-    if wants_memory:
-        base = str(table.header.options["base"])
+    if "memory" in columns:
         choices = _choices(table, cells)
         problem = with_memory(problem, network, choices, base, quantize_outputs=sensitivity.quantize_outputs)
-    return Space(table, sensitivity, model, problem, tuple(cells), tails, energy)
+    return Space(table, sensitivity, model, problem, tuple(cells), tails, energy, rules)
+
+
+def _rules(
+    keep: Sequence[str], forbid: Sequence[str], only: Sequence[str], offered: Mapping[str, Sequence[str]]
+) -> tuple[Rule, ...]:
+    """What was written of what units may become. Raises InvalidInput on what names no unit, or nothing that these are offered."""
+    rules = []
+    pinned = [text for text in keep if "=" in text]
+    for word, texts, between in (("keep", pinned, "="), ("only", only, ":"), ("forbid", forbid, ":")):
+        for text in texts:
+            units, _, variants = (part.strip() for part in text.partition(between))
+            if not (units and variants):
+                example = f"'features.*{between}dense.fp32'"
+                raise InvalidInput(f"{word} {text!r} is malformed; expected UNITS{between}VARIANTS, for instance {example}")
+            rule = Rule(text, units, tuple(v.strip() for v in variants.split(",")), word == "forbid")
+            named = [unit for unit in offered if rule.names(unit)]
+            if not named:
+                raise InvalidInput(_nothing_named(units, list(offered)))
+            known = dict.fromkeys(v for unit in named for v in offered[unit])
+            for pattern in rule.variants:
+                if not any(_named(Variant.parse(v), pattern) for v in known):
+                    raise InvalidInput(
+                        f"{word} {text!r}: {units} is offered nothing named like {pattern!r}; it is offered {', '.join(known)}"
+                    )
+            rules.append(rule)
+    return tuple(rules)
+
+
+def _nothing_named(pattern: str, names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > 12 else ""
+    return f"no layer is named like {pattern!r}; layers are {', '.join(names[:12])}{more}"
+
+
+def _cells(
+    network: Network,
+    offered: Mapping[str, Sequence[str]],
+    sensitivity: SensitivityTable,
+    grid: Mapping[str, Sequence[int]],
+    models: Sequence[LatencyModel],
+    rules: Sequence[Rule],
+) -> list[tuple[UnitChoice, ...]]:
+    """For each unit its variants at each of the widths of its groups, as far as they are legal, known and allowed."""
+    cells = []
+    for unit in network.units:
+        refused = sensitivity.refused.get(unit.name, {})
+        variants = [Variant.parse(v) for v in offered[unit.name] if v not in refused]
+        found = [
+            UnitChoice(v, widths)
+            for widths in product(*(grid[g] for g in unit.groups))
+            for v in legal(network.unit_at(unit.name, dict(zip(unit.groups, widths, strict=True))), variants)
+            if all(m.knows(unit.name, v, dict(zip(unit.groups, widths, strict=True))) for m in models)
+        ]
+        if not found:
+            raise IncompatibleTables(f"the table offers no variant of unit {unit.name}; profile again")
+        allowed = tuple(c for c in found if all(rule.allows(unit.name, c.variant) for rule in rules))
+        if not allowed:
+            texts = ", ".join(repr(rule.text) for rule in rules if rule.names(unit.name))
+            names = ", ".join(dict.fromkeys(str(c.variant) for c in found))
+            raise InvalidInput(f"nothing is left for unit {unit.name} to become: {texts} rule out all of {names}; allow one")
+        cells.append(allowed)
+    return cells
 
 
 def _choices(table: LatencyTable, cells: Sequence[Sequence[UnitChoice]]) -> list[list[tuple[Variant, dict[str, int]]]]:
@@ -204,7 +303,7 @@ def _grid(
     names = [u.name for u in network.units] + list(network.channels)
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise InvalidInput(f"no layer is named like {pattern!r}; layers are {', '.join(names[:12])}, ...")
+            raise InvalidInput(_nothing_named(pattern, names))
     pinned = {
         g
         for u in network.units

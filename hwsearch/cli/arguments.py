@@ -70,8 +70,25 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
-        metavar="PATTERN",
-        help="Units whose channels all stay, for instance 'classifier*'; may be given several times.",
+        metavar="PATTERN[=VARIANT]",
+        help="Units whose channels all stay, for instance 'classifier*'; head=dense.fp32: and that become only that; may be given "
+        "several times.",
+    ),
+]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--forbid",
+        metavar="PATTERN:VARIANT[,VARIANT]",
+        help="What units may not become, for instance 'features.*:int8' or '*:2:4.*'; may be given several times.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="PATTERN:VARIANT[,VARIANT]",
+        help="What alone units may become, for instance 'features.*:fp32'; may be given several times.",
     ),
 ]
 Weights = Annotated[
@@ -130,7 +147,7 @@ _BUDGET = typer.Option(
     "--budget",
     metavar="COST=BOUND",
     help="`latency=4ms`, `latency=40%` (of dense fp32), `latency=2.5x` (speed-up), `latency_p99=6ms`, `size=800KB`, "
-    "`size=25%`, `macs=50%`, `memory=50%`, `energy=40%` (where it is measured); "
+    "`size=25%`, `macs=50%`, `memory=50%`, `energy=40%` (where it is measured), `loss=0.01` (predicted divergence per sample); "
     "may be given several times.",
 )
 Budgets = Annotated[list[str], _BUDGET]

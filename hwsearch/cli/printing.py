@@ -183,7 +183,7 @@ def allocation(chosen: Allocation, machine: bool) -> None:
     if machine:
         as_json(chosen.to_json())
         return
-    predicted, dense = chosen.predicted, chosen.dense
+    predicted, dense, solver = chosen.predicted, chosen.dense, chosen.solver
     latency = "not known: not measured so, and not bounded"
     if "latency_ns" in predicted:
         latency = f"{predicted['latency_ns'] / 1e6:.4g} ± {predicted['sigma_ns'] / 1e6:.2g} ms"
@@ -196,9 +196,23 @@ def allocation(chosen: Allocation, machine: bool) -> None:
         ("variants", ", ".join(f"{count} {variant}" for variant, count in chosen.counts().items()), ""),
         *_widths(chosen),
         ("budgets", ", ".join(str(budget["text"]) for budget in chosen.budgets), ""),
-        ("solver", f"{chosen.solver['status']}, gap {chosen.solver['gap']:.2g}", ""),
+        ("solver", f"least {solver.get('minimized', 'loss')}: {solver['status']}, gap {solver['gap']:.2g}", ""),
     ]
     columns(("", "predicted", "dense"), rows)
+
+
+def allocations(found: Sequence[Allocation], paths: Sequence[Path | None], machine: bool) -> None:
+    """Several answers, the best first, and in how many units each differs from the best."""
+    if machine:
+        as_json([chosen.to_json() for chosen in found])
+        return
+    best = found[0]
+    for number, (chosen, path) in enumerate(zip(found, paths, strict=True), 1):
+        other = sum(chosen.variants[unit] != variant for unit, variant in best.variants.items())
+        groups = sum(chosen.widths[group] != width for group, width in best.widths.items())
+        apart = f": {other} units and {groups} channel groups other than in answer 1" if number > 1 else ""
+        print(f"answer {number} of {len(found)}{apart}" + (f" ({path})" if path else ""))
+        allocation(chosen, machine)
 
 
 def _memory(predicted: Mapping[str, float], dense: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -236,6 +250,7 @@ def front(swept: Front, machine: bool) -> None:
         as_json(
             {
                 "over": swept.over,
+                **({"beside": swept.beside} if swept.beside else {}),
                 "units": list(swept.units),
                 "groups": list(swept.groups),
                 "points": [vars(point) for point in swept.points],
@@ -250,10 +265,13 @@ def front(swept: Front, machine: bool) -> None:
             memory = size(point.memory_bytes) if math.isfinite(point.memory_bytes) else "-"
             latency = f"{point.latency_ns / 1e6:.4g}{sigma} ms"
             costs = (latency, size(point.size_bytes), memory, f"{point.loss:.3g}")
-        budget = f"{point.budget / 1e6:.4g} ms" if swept.over == "latency" else size(point.budget)
+        limits = (point.budget, point.budget_beside)[: len(swept.swept)]
+        budgets = [f"{most / 1e6:.4g} ms" if c == "latency" else size(most) for c, most in zip(swept.swept, limits, strict=True)]
+        if point.measured:
+            budgets = [point.label, ""][: len(budgets)]
         note = "infeasible" if point.infeasible else "dominated" if point.dominated else ""
-        rows.append((point.label if point.measured else budget, *costs, note))
-    columns((f"{swept.over} budget", "latency", "size", "memory (estimated)", "loss", ""), rows)
+        rows.append((*budgets, *costs, note))
+    columns((*(f"{column} budget" for column in swept.swept), "latency", "size", "memory (estimated)", "loss", ""), rows)
 
 
 def report(done: Report, machine: bool, folder: Path | None = None) -> None:

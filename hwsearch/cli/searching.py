@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import typer
@@ -11,38 +12,71 @@ from hwsearch.cli.arguments import (
     AsJson,
     Axes,
     Budgets,
+    Forbid,
     Keep,
     MaybeBudgets,
     MaybeOutput,
+    Only,
     Plot,
     SensitivityFile,
     TableFile,
     axes_of,
     require_output,
 )
+from hwsearch.cli.ending import say
 from hwsearch.cli.sections import choosing
+
+Objective = Literal["loss", "latency", "latency_p90", "latency_p95", "latency_p99", "size", "memory", "energy", "macs"]
+
+
+class Swept(StrEnum):
+    """Costs that a front may be over; typer takes no list of literals."""
+
+    LATENCY = "latency"
+    SIZE = "size"
+    MEMORY = "memory"
 
 
 @choosing
 def search(
     table: TableFile, sensitivity: SensitivityFile, budget: Budgets, section: dict[str, Any],
-    output: MaybeOutput = None, axes: Axes = "width,precision", keep: Keep = None, as_json: AsJson = False,
+    output: MaybeOutput = None,
+    minimize: Annotated[Objective, typer.Option(help="What is to be least within the budgets.")] = "loss",
+    axes: Axes = "width,precision", keep: Keep = None, forbid: Forbid = None, only: Only = None,
+    kappa: Annotated[
+        float, typer.Option(min=0.0, help="Standard errors of the prediction that budgets on latency and energy keep in reserve.")
+    ] = 1.0,
+    diverse: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Answers: the best (-o a.json), then the best that differ (a-2.json, ...).")
+    ] = 1,
+    differ: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="With --diverse: in so many units two differ; by default a tenth.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Find the best allocation under budgets. The one of least predicted loss, solved exactly."""
+    """Find the best allocation under budgets. The one of least predicted loss, or of least latency, size, ...; solved exactly."""
     require_output(output, as_json)
     import hwsearch as hs
 
     scores = hs.SensitivityTable.load(sensitivity)
-    allocation = hs.search(
-        hs.LatencyTable.load(table, network=scores.network.fingerprint, **section),
-        scores,
-        budget,
-        axes=axes_of(axes),
-        keep=keep or (),
-    )
-    if output is not None:
-        allocation.save(output)
-    show.allocation(allocation, as_json)
+    measured = hs.LatencyTable.load(table, network=scores.network.fingerprint, **section)
+    options: dict[str, Any] = {
+        "minimize": minimize, "kappa": kappa, "axes": axes_of(axes), "keep": keep or (), "forbid": forbid or (), "only": only or (),
+    }  # fmt: skip
+    if diverse == 1:
+        found = [hs.search(measured, scores, budget, **options)]
+    else:
+        found = hs.search_diverse(measured, scores, budget, diverse, differ=differ, **options)
+    paths = [output and output.with_stem(f"{output.stem}-{n}" if n > 1 else output.stem) for n in range(1, len(found) + 1)]
+    for allocation, path in zip(found, paths, strict=True):
+        if path is not None:
+            allocation.save(path)
+    if diverse == 1:
+        show.allocation(found[0], as_json)
+    else:
+        show.allocations(found, paths, as_json)
+        if len(found) < diverse:
+            say(f"warning: only {len(found)} of {diverse} answers: no more meet the budgets and differ in as many units")
 
 
 @choosing
@@ -52,23 +86,29 @@ def front(
     section: dict[str, Any],
     output: MaybeOutput = None,
     over: Annotated[
-        Literal["latency", "size", "memory"], typer.Option(help="The cost that is swept.")
-    ] = "latency",
-    points: Annotated[int, typer.Option(min=2, help="Budgets to sweep.")] = 20,
+        list[Swept] | None,
+        typer.Option(help="The cost that is swept, by default latency; twice, for a grid of budgets on two."),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(min=2, help="Budgets to sweep of each cost: by default 20 of one, 8 of each of two.")
+    ] = None,
     budget: MaybeBudgets = None,
     axes: Axes = "width,precision",
     keep: Keep = None,
+    forbid: Forbid = None,
+    only: Only = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sweep a budget. The allocations that no other beats in both loss and cost."""
+    """Sweep a budget, or two. The allocations that no other beats in both loss and cost."""
     require_output(output, as_json)
     import hwsearch as hs
 
     scores = hs.SensitivityTable.load(sensitivity)
     found = hs.front(
-        hs.LatencyTable.load(table, network=scores.network.fingerprint, **section), scores, over=over, points=points,
-        budgets=budget or (), axes=axes_of(axes), keep=keep or (),
+        hs.LatencyTable.load(table, network=scores.network.fingerprint, **section), scores, points=points,
+        over=[str(column) for column in over or [Swept.LATENCY]], budgets=budget or (), axes=axes_of(axes), keep=keep or (),
+        forbid=forbid or (), only=only or (),
     )  # fmt: skip
     if output is not None:
         found.save(output)

@@ -1,4 +1,4 @@
-"""A front: loss against the swept cost."""
+"""A front: loss against the swept cost, or over two of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from hwsearch.errors import InvalidInput
@@ -20,6 +21,7 @@ from hwsearch.plot.style import (
     FAINT,
     HIGHLIGHT,
     INK,
+    color_losses,
     done,
     legend_below,
     scale_losses,
@@ -38,11 +40,12 @@ NAMES = {"memory": "peak memory of activations, estimated"}
 
 
 def plot_front(front: Front, path: str | Path | None = None) -> Figure:
-    """Plot loss against the swept cost: latency in ms, size or (estimated) peak memory in MB.
+    """Plot loss against the swept cost: latency in ms, size or (estimated) peak memory in MB; or over two costs, as colours.
 
     The front is a step line, its points coloured by the share of units in the coarsest precision, with bars of sigma.
     Allocations that another beats are hollow, budgets that nothing meets are crosses on the axis, measured allocations
-    are diamonds with their interval.
+    are diamonds with their interval. Over two costs each pair of budgets is a cell in the colour of the least loss within both,
+    and the allocations stand where their own costs are.
 
     Args:
         front: the answer of `hwsearch.front`.
@@ -51,6 +54,8 @@ def plot_front(front: Front, path: str | Path | None = None) -> Figure:
     Returns:
         The figure.
     """
+    if front.beside:
+        return done(_over_two(front), path)
     scale, unit = PER_UNIT[front.over]
     best = front.best()
     drawn = [p for p in front.points if np.isfinite(_cost(p, front.over)) and np.isfinite(p.loss)]
@@ -88,6 +93,50 @@ def plot_front(front: Front, path: str | Path | None = None) -> Figure:
     labels = [(_cost(p, front.over), p.loss, p.label) for p in measured]
     _label(figure, axes, labels, [(_cost(p, front.over), p.loss) for p in drawn])
     return done(figure, path)
+
+
+def _over_two(front: Front) -> Figure:
+    """Cells of budgets in the colour of their least loss, and the allocations at their costs."""
+    figure, axes = single_axes(8.0, 5.8)
+    known = [p for p in front.points if np.isfinite(p.loss)]
+    norm, name = color_losses([p.loss for p in known])
+    colors: dict[str, Any] = {"cmap": "cividis_r", "norm": norm}
+    cells = [p for p in front.points if np.isfinite(p.budget) and np.isfinite(p.budget_beside)]
+    edges = []
+    for column, own in ((front.over, "budget"), (front.beside, "budget_beside")):
+        budgets = np.unique([getattr(p, own) for p in cells]) / PER_UNIT[column][0]
+        edges.append(np.append(budgets, 2 * budgets[-1] - budgets[-2] if len(budgets) > 1 else budgets[-1] * 1.1))
+    losses = np.full((len(edges[1]) - 1, len(edges[0]) - 1), np.nan)
+    for p in cells:
+        at = int(np.searchsorted(edges[0], p.budget / PER_UNIT[front.over][0]))
+        losses[int(np.searchsorted(edges[1], p.budget_beside / PER_UNIT[front.beside][0])), at] = p.loss
+    axes.grid(visible=False)
+    axes.set_facecolor("#EEEEEE")
+    shown = axes.pcolormesh(*edges, np.ma.masked_invalid(losses), zorder=1, **colors)
+    figure.colorbar(shown, ax=axes, pad=0.02).set_label(f"loss (divergence per sample, {name})")
+    handles: list[Any] = []
+    best = front.best()
+    kept = {(*map(p.cost, front.swept), p.loss) for p in best}
+    beaten = [p for p in known if p.dominated and not p.measured and (*map(p.cost, front.swept), p.loss) not in kept]
+    for label, points, area, marker, face in (
+        ("front, predicted", best, 48, "o", "white"),
+        ("dominated", beaten, 20, "o", FAINT),
+        ("measured", [p for p in known if p.measured], 64, "D", HIGHLIGHT),
+    ):
+        if points:
+            x, y = (_places(points, column)[0] for column in front.swept)
+            axes.scatter(x, y, s=area, c=face, marker=marker, edgecolors=INK, label=label, clip_on=False, zorder=4)
+            handles.append(Line2D([], [], linewidth=0, marker=marker, mec=INK, mfc=face, label=label))
+    if np.isnan(losses).any():
+        handles.append(Patch(facecolor="#EEEEEE", edgecolor=FAINT, label="budgets that nothing meets"))
+    units = [PER_UNIT[column][1] for column in front.swept]
+    axes.set(**{f"{a}label": f"{NAMES.get(c, c)} ({u})" for a, c, u in zip("xy", front.swept, units, strict=True)})
+    dense = front.header.get("dense", {})
+    words = [f"{dense.get(c, np.nan) / PER_UNIT[c][0]:.3g} {u}" for c, u in zip(front.swept, units, strict=True)]
+    title = f"{front.header.get('network') or 'network'}: least loss over {front.over} and {front.beside}"
+    titles(axes, title, where(front.header), f"dense fp32: {', '.join(words)}")
+    legend_below(figure, handles, columns=4)
+    return figure
 
 
 def _cost(point: Point, over: str) -> float:

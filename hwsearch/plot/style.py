@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
@@ -119,6 +120,18 @@ def scale_losses(axes: Axes, which: str, values: Iterable[float]) -> str:
     axis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.08) if which == "x" else axes.margins(y=0.08)
     return name
+
+
+def color_losses(values: Iterable[float]) -> tuple[Normalize, str]:
+    """A scale of colours for losses over many decades, zeros included, and its name."""
+    shown = np.array([v for v in values if np.isfinite(v)])
+    positive = shown[shown > 0]
+    if not len(positive) or (positive.max() < 20 * positive.min() and len(positive) == len(shown)):
+        return Normalize(0.0, float(positive.max()) if len(positive) else 1.0), "linear scale"
+    low, high = float(positive.min()), float(positive.max())
+    if len(positive) == len(shown):
+        return LogNorm(low, high), "log scale"
+    return SymLogNorm(10.0 ** np.floor(np.log10(low)), vmin=0.0, vmax=high), "log scale, linear near 0"
 
 
 def light(color: str) -> str:

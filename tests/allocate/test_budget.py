@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwsearch.allocate.budget import Budget, parse_budgets, quantity
+from hwsearch.allocate.budget import Budget, attainable, parse_budgets, quantity
 from hwsearch.errors import InvalidInput
 
 DENSE = 10_000_000.0
@@ -90,6 +90,37 @@ def test_malformed_budgets_are_refused_with_an_example(text: str, said: str) -> 
     assert said in str(caught.value)
     assert repr(text) in str(caught.value)
     assert "=4ms" in str(caught.value) or "=800KB" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["loss=0.01", "loss=1e-3", " loss = .5", "loss=2"])
+def test_a_budget_on_loss_is_absolute(text: str) -> None:
+    budget = Budget.parse(text)
+    assert budget.resolve(DENSE) == budget.value == float(text.partition("=")[2])
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss=1%", "is a share, which a loss has not"),
+        ("loss=2x", "is a share"),
+        ("loss=4ms", "a number without a unit: loss=0.01"),
+        ("loss=nan", "malformed"),
+        ("loss=0", "expected above 0"),
+        ("loss=-1", "malformed"),
+    ],
+)
+def test_a_budget_on_loss_is_nothing_else(text: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        Budget.parse(text)
+    with pytest.raises(InvalidInput, match="no share"):
+        Budget("loss", "fraction", 0.5)
+
+
+@given(st.floats(1e-12, 1e3))
+def test_the_least_loss_told_can_be_asked_for(loss: float) -> None:
+    told = Budget.parse(f"loss={attainable('loss', loss)}").value
+    assert loss <= told <= loss * 1.0011
 
 
 @pytest.mark.parametrize(

@@ -33,3 +33,7 @@ def test_relative_budgets_are_of_the_dense_network() -> None:
     dense = Costs(latency=1000.0, size=501.0)
     found = bounds([Budget.parse("latency=25%"), Budget.parse("size=2x")], dense)
     assert found == Costs(latency=250, size=250)
+
+
+def test_a_budget_on_the_loss_bounds_no_cost() -> None:
+    assert bounds([Budget.parse("loss=0.01"), Budget.parse("size=400B")], Costs(size=1000)) == Costs(size=400)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from problems import network, problems
 from tied import consistent_choices, tied_problems
 
-from hwsearch.allocate.front import Front, Point, as_front, dominated, sweep
+from hwsearch.allocate.front import Front, Point, as_front, dominated, sweep, sweep_grid
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.problem import Problem
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
@@ -37,7 +37,7 @@ def front() -> Front:
         PROBLEM.variables,
         ("a", "b"),
         chosen,
-        "latency",
+        ("latency",),
         sigma,
         dict.fromkeys(sigma, 7000),
         {"network": "n", "dense": {"latency": 1.0}},
@@ -84,6 +84,38 @@ def test_a_sweep_of_nothing_is_refused() -> None:
         sweep(PROBLEM, "energy", 3)
 
 
+@settings(max_examples=30, deadline=None)
+@given(problems(budgets=False) | tied_problems(budgets=False), st.integers(2, 4))
+def test_a_grid_holds_the_least_loss_of_each_pair_of_budgets(problem: Problem, points: int) -> None:
+    """Over all choices; what is marked as dominated is what another point beats, and `best` are the others."""
+    problem = replace(problem, costs={**problem.costs, "size": problem.costs.get("size", problem.costs["latency"])})
+    found = sweep_grid(problem, ("latency", "size"), points)
+    every = [(problem.cost("latency", a), problem.cost("size", a), problem.total_loss(a)) for a in consistent_choices(problem)]
+    assert len(found) == len({x for (x, _), _ in found}) * len({y for (_, y), _ in found}) <= points**2
+    for (x, y), solution in found:
+        losses = [loss for latency, size, loss in every if latency <= x and size <= y]
+        assert (solution is None) == (not losses)
+        if solution is not None:
+            assert solution.costs["latency"] <= x
+            assert solution.costs["size"] <= y
+            assert solution.loss == pytest.approx(min(losses), rel=1e-9, abs=0)
+    for k in range(2):
+        assert min(budget[k] for budget, _ in found) == min(row[k] for row in every)
+    choices = {s.choice for _, s in found if s}
+    chosen: dict[tuple[int, ...], Any] = dict.fromkeys(choices, (("dense.fp32",), ()))
+    front = as_front(found, ("u",), (), chosen, ("latency", "size"), dict.fromkeys(choices, 1.0), dict.fromkeys(choices, 1), {})
+    keys = [(p.latency_ns, p.size_bytes, p.loss) for p in front.points if not p.infeasible]
+    assert {(p.latency_ns, p.size_bytes, p.loss) for p in front.best()} == {
+        a for a in keys if not any(all(x <= y for x, y in zip(b, a, strict=True)) and a != b for b in keys)
+    }
+    assert len(front.best()) == len({(p.latency_ns, p.size_bytes, p.loss) for p in front.best()})
+
+
+def test_a_grid_over_one_cost_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="over size twice"):
+        sweep_grid(PROBLEM, ("size", "size"), 3)
+
+
 def test_dominated_points_are_marked() -> None:
     s = minimise(PROBLEM, "latency")
     other = [
@@ -111,6 +143,26 @@ def test_round_trip(front: Front, tmp_path: Path) -> None:
     assert loaded.points[0].infeasible
     assert loaded.points[-1].measured
     assert np.isnan(loaded.points[-1].budget)
+
+
+def test_a_front_over_two_costs_is_read_again(front: Front, tmp_path: Path) -> None:
+    both = replace(front, beside="size", points=tuple(replace(p, budget_beside=5.0) for p in front.points))
+    both.save(tmp_path / "f.parquet")
+    loaded = Front.load(tmp_path / "f.parquet")
+    assert loaded.swept == ("latency", "size")
+    assert {p.budget_beside for p in loaded.points} == {5.0}
+    replace(both, beside="power").save(tmp_path / "f.parquet")
+    with pytest.raises(InvalidInput, match="over is 'power'"):
+        Front.load(tmp_path / "f.parquet")
+
+
+def test_a_front_of_schema_3_is_over_one_cost(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    front.save(path)
+    rows = pq.read_table(path).drop_columns(["budget_beside"])
+    header = {k: v for k, v in json.loads(rows.schema.metadata[KEY]).items() if k != "beside"}
+    pq.write_table(rows.replace_schema_metadata({KEY: json.dumps({**header, "schema": 3}).encode()}), path)
+    assert Front.load(path).swept == ("latency",)
 
 
 def test_a_front_of_schema_2_has_no_memory(front: Front, tmp_path: Path) -> None:

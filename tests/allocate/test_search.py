@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,9 @@ from typer.testing import CliRunner
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import Budget
-from hwsearch.allocate.search import front, search
+from hwsearch.allocate.search import front, search, search_diverse
 from hwsearch.cli import app
-from hwsearch.errors import Infeasible
+from hwsearch.errors import Infeasible, InvalidInput
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, candidate_widths
 from hwsearch.network.variants import Variant, network_bytes, uniform
@@ -234,3 +235,114 @@ def test_a_front_holds_the_widths_of_each_point(options: dict[str, Any]) -> None
         assert point.size_bytes == network_bytes(NETWORK.narrow(widths), variants) + 500
         if options:
             assert widths["conv2"] == 16
+
+
+@pytest.mark.parametrize("minimize", ["latency", "size", "macs", "memory"])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_cost_is_minimised_within_a_bound_on_the_loss(minimize: str, share: float, tmp_path: Path) -> None:
+    """Over all (variants, widths): the least cost whose loss is within the bound, then the least loss; the file says so."""
+    at = model()
+    all_losses = [SCORES.total(c.variants, c.widths) for c in everything()]
+    limit = between(share, all_losses)
+    found = search(table(), SCORES, [f"loss={limit!r}", "size=95%"], minimize=minimize, kappa=0.0, model=at)
+    cost: dict[str, Callable[[Candidate], float]] = {
+        "latency": lambda c: at.predict(c.variants, c.widths).time_ns,
+        "size": lambda c: network_bytes(narrow(c), c.variants) + 500,
+        "macs": lambda c: narrow(c).macs,
+        "memory": memory,
+    }
+    allowed = [
+        (cost[minimize](c), loss)
+        for c, loss in zip(everything(), all_losses, strict=True)
+        if loss <= limit and cost["size"](c) <= int(0.95 * table().header.dense_file_bytes)
+    ]
+    assert found.predicted["loss"] <= limit
+    assert cost[minimize](chosen(found)) == pytest.approx(min(allowed)[0], rel=1e-12 if minimize != "latency" else 1e-4)
+    if minimize != "latency":  # whose nanoseconds are rounded unit by unit
+        assert found.predicted["loss"] == pytest.approx(min(allowed)[1], rel=1e-9)
+    assert (found.solver["minimized"], found.solver["status"]) == (minimize, "optimal")
+    found.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json") == found
+    data = {**found.to_json(), "budgets": [{"text": f"loss={limit!r}", "column": "loss", "limit": limit / 2}]}
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(InvalidInput, match="limit"):
+        Allocation.load(tmp_path / "a.json")
+
+
+def test_a_latency_bound_keeps_its_reserve_whatever_is_minimised() -> None:
+    at = model()
+    for minimize in ("size", "loss"):
+        spread = []
+        for kappa in (0.0, 2.0):
+            found = search(table(), SCORES, ["latency=70%", "loss=3"], minimize=minimize, kappa=kappa, model=at)
+            assert found.predicted["latency_ns"] + kappa * found.predicted["sigma_ns"] <= 0.7 * table().dense_ns + 1
+            spread.append(found.predicted["size_bytes" if minimize == "size" else "loss"])
+        assert spread[0] <= spread[1]
+
+
+def test_a_conflict_is_told_without_a_word_on_what_was_not_in_the_way() -> None:
+    """Nothing on the dense network, nor shares of what is met: each alone could be met."""
+    with pytest.raises(Infeasible, match=r"latency=\S+ and loss=0.5 conflict \(the least latency within loss=0.5 is") as caught:
+        search(table(), SCORES, ["latency=30%", "loss=0.5", "macs=100%"], kappa=0.0, model=model())
+    said = str(caught.value)
+    assert "than the dense network" not in said
+    assert "the least loss is 0" in said
+    assert "macs=100" not in said.partition("the least as shares")[2]
+    found = search(table(), SCORES, ["latency=30%", f"loss={1.001 * caught.value.least['loss']}"], kappa=0.0, model=model())
+    assert found.predicted["loss"] == pytest.approx(caught.value.least["loss"], rel=1e-9)
+
+
+def test_what_cannot_be_minimised_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="'power' cannot be minimised; expected one of latency"):
+        search(table(), SCORES, ["size=50%"], minimize="power")
+
+
+@pytest.mark.parametrize(("budget", "differ"), [("latency=60%", 1), ("latency=60%", 3), ("size=100%", 2)])
+def test_near_optimal_answers_differ(budget: str, differ: int) -> None:
+    """The first is the answer of `search`; each next one is the least loss of all that differ enough from those before."""
+    at = model()
+    best = search(table(), SCORES, [budget], kappa=0.0, model=at)
+    answers = search_diverse(table(), SCORES, [budget], 4, differ=differ, kappa=0.0, model=at)
+    assert (answers[0].variants, answers[0].widths) == (best.variants, best.widths)
+    limit = best.budgets[0]["limit"]
+    column = budget.partition("=")[0]
+
+    def within(c: Candidate) -> bool:
+        time_ns, size = at.predict(c.variants, c.widths).time_ns, network_bytes(narrow(c), c.variants) + 500
+        return (time_ns if column == "latency" else size) <= limit
+
+    def other(a: Candidate, b: Candidate) -> int:
+        return sum(
+            a.variants[u.name] != b.variants[u.name] or any(a.widths[g] != b.widths[g] for g in u.groups) for u in NETWORK.units
+        )
+
+    known = [chosen(best)]
+    for answer in answers[1:]:
+        of = chosen(answer)
+        assert within(of)
+        assert all(other(of, k) >= differ for k in known)
+        least = min(
+            SCORES.total(c.variants, c.widths) for c in everything() if within(c) and all(other(c, k) >= differ for k in known)
+        )
+        assert answer.predicted["loss"] == pytest.approx(least, rel=1e-9)
+        known.append(of)
+    with pytest.raises(InvalidInput, match="1 to 4 units"):
+        search_diverse(table(), SCORES, [budget], 2, differ=5)
+
+
+def test_answers_that_no_more_meet_the_budgets_are_left_out() -> None:
+    least = min(narrow(c).macs for c in everything())
+    tight = search_diverse(table(), SCORES, [f"macs={least}MAC"], 9, differ=4, model=model())
+    assert 1 <= len(tight) < 9
+
+
+def test_a_front_over_two_costs_is_the_search_under_each_pair() -> None:
+    found = front(table(), SCORES, over=["latency", "size"], points=3, model=model())
+    assert found.swept == ("latency", "size")
+    assert len(found.points) == 9
+    for p in found.best():
+        limits = [f"latency={round(p.budget)}ns", f"size={round(p.budget_beside)}B"]
+        assert search(table(), SCORES, limits, kappa=0.0, model=model()).predicted["loss"] == pytest.approx(p.loss, rel=1e-9)
+    for over in ([], ["energy"], ["latency", "size", "memory"]):
+        with pytest.raises(InvalidInput, match="one or two of latency, size, memory"):
+            front(table(), SCORES, over=over, model=model())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from simulation import grouped, scores, simulated_table
-from three_groups import LAW, NETWORK, SCORES, model, narrow, table
+from three_groups import LAW, NETWORK, SCORES, everything, model, narrow, table
 
+from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.search import search
 from hwsearch.allocate.space import make_space
 from hwsearch.errors import IncompatibleTables, Infeasible, InvalidInput
 from hwsearch.network.choices import Candidate
+from hwsearch.network.variants import network_bytes
 
 
 def test_every_choice_costs_what_the_model_says_within_rounding() -> None:
@@ -41,6 +45,55 @@ def test_channels_that_are_kept_all_stay() -> None:
 def test_a_pattern_that_names_no_layer_is_an_error() -> None:
     with pytest.raises(InvalidInput, match=r"no layer is named like 'fc\*'; layers are conv0"):
         search(table(), SCORES, ["latency=50%"], model=model(), keep=["fc*"])
+
+
+def test_rules_say_what_units_may_become() -> None:
+    """The least loss of all networks that keep them; the dense network is no answer where a rule excludes it."""
+    budget = ["latency=95%", "size=60%"]
+    at = model()
+
+    def losses(allowed: Callable[[dict[str, str], dict[str, int]], bool]) -> float:
+        limit = 0.95 * table().dense_ns
+        return min(
+            SCORES.total(c.variants, c.widths)
+            for c in everything()
+            if allowed({u: str(v) for u, v in c.variants.items()}, c.widths)
+            and network_bytes(narrow(c), c.variants) + 500 <= int(0.6 * table().header.dense_file_bytes)
+            and at.predict(c.variants, c.widths).time_ns <= limit
+        )
+
+    def found(**offer: Any) -> Allocation:
+        return search(table(), SCORES, budget, kappa=0.0, model=at, **offer)
+
+    for pattern in ("conv[12]:int8", "conv[12]:dense.int8", "conv[12]:i*,dense.int8"):
+        answer = found(forbid=[pattern])
+        assert {answer.variants["conv1"], answer.variants["conv2"]} == {"dense.fp32"}
+        assert answer.predicted["loss"] == pytest.approx(losses(lambda v, _: v["conv1"] == v["conv2"] == "dense.fp32"), rel=1e-9)
+    answer = found(only=["conv0:int8"], forbid=["conv3:int8"])
+    assert (answer.variants["conv0"], answer.variants["conv3"]) == ("dense.int8", "dense.fp32")
+    assert answer.predicted["loss"] == pytest.approx(
+        losses(lambda v, _: v["conv0"] == "dense.int8" and v["conv3"] == "dense.fp32"), rel=1e-9
+    )
+    pinned = found(keep=["conv2=dense.int8"])
+    assert (pinned.variants["conv2"], pinned.widths["conv1"], pinned.widths["conv2"]) == ("dense.int8", 40, 16)
+    assert search(table(), SCORES, ["size=100%"], model=at).variants["conv0"] == "dense.fp32"
+    assert search(table(), SCORES, ["size=100%"], model=at, only=["conv0:int8"]).variants["conv0"] == "dense.int8"
+
+
+@pytest.mark.parametrize(
+    ("offer", "said"),
+    [
+        ({"forbid": ["fc*:int8"]}, r"no layer is named like 'fc\*'; layers are conv0"),
+        ({"only": ["conv0:fp8"]}, "only 'conv0:fp8': conv0 is offered nothing named like 'fp8'; it is offered dense.fp32, dense.i"),
+        ({"keep": ["conv0=bf16"]}, "offered nothing named like 'bf16'"),
+        ({"forbid": ["conv0"]}, r"malformed; expected UNITS:VARIANTS, for instance 'features.\*:dense.fp32'"),
+        ({"forbid": ["conv0:*"]}, "nothing is left for unit conv0 to become: 'conv0:.*' rule out all of dense.fp32, dense.int8"),
+        ({"only": ["*:fp32"], "forbid": ["conv1:fp32"]}, "nothing is left for unit conv1"),
+    ],
+)
+def test_rules_that_name_nothing_or_leave_nothing_are_errors(offer: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        search(table(), SCORES, ["latency=90%"], model=model(), **offer)
 
 
 def test_axes_limit_what_is_chosen() -> None:

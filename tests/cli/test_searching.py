@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from invoking import Install, Scores, Table, invoke
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.front import Front, Point
+from hwsearch.allocate.search import KAPPA
 
 
 def test_search(api: Install, tmp_path: Path) -> None:
@@ -47,11 +49,17 @@ def test_search(api: Install, tmp_path: Path) -> None:
         assert text in result.stdout
     assert Table.asked == {"network": "f00"}
     given = ("table t", "scores s", ["latency=42%", "size=2MB"])
-    assert seen == [(*given, {"axes": ["width", "precision"], "keep": ()})]
+    usual = {"minimize": "loss", "kappa": KAPPA, "axes": ["width", "precision"], "keep": (), "forbid": (), "only": ()}
+    assert seen == [(*given, usual)]
     assert Allocation.load(path) == chosen
     assert json.loads(invoke(*words.split(), "--json").stdout) == chosen.to_json()
     invoke(*words.split(), *"--axes precision,width --keep stem* --keep head".split())
-    assert seen[-1] == (*given, {"axes": ["precision", "width"], "keep": ["stem*", "head"]})
+    assert seen[-1] == (*given, {**usual, "axes": ["precision", "width"], "keep": ["stem*", "head"]})
+    rules = "--forbid a:int8 --forbid b:2:4.* --only c:fp32 --keep a=dense.bf16"
+    invoke(*words.split(), *f"--minimize latency {rules} --kappa 2".split())
+    assert seen[-1] == (*given, {
+        **usual, "minimize": "latency", "forbid": ["a:int8", "b:2:4.*"], "only": ["c:fp32"], "keep": ["a=dense.bf16"], "kappa": 2.0,
+    })  # fmt: skip
     invoke(
         *words.split(),
         *"--threads 2 --batch 8 --base bf16 --shape 8x3x4x4 --load 0 --no-residual --cpus 0".split(),
@@ -60,6 +68,33 @@ def test_search(api: Install, tmp_path: Path) -> None:
         "network": "f00", "threads": 2, "batch": 8, "base": "bf16", "shape": ["8x3x4x4"], "load": 0, "residual": False,
         "cpus": "0",
     }  # fmt: skip
+
+
+def test_several_answers_are_several_files(api: Install, tmp_path: Path) -> None:
+    """The best under the name given, the others numbered; fewer than asked for is a warning."""
+    first = Allocation(
+        variants={"a": "dense.int8", "b": "dense.fp32"},
+        predicted={"size_bytes": 10, "loss": 0.1, "latency_ns": 5.0, "sigma_ns": 0.0},
+        dense={"latency_ns": 9.0, "size_bytes": 40}, budgets=[{"text": "loss=0.2", "column": "loss", "limit": 0.2}],
+        solver={"status": "optimal", "gap": 0.0, "bound": 5, "minimized": "latency"}, network="", weights_digest="", device={},
+        backend="openvino", options={},
+    )  # fmt: skip
+    second = replace(first, variants={"a": "dense.fp32", "b": "dense.fp32"})
+    seen: list[Any] = []
+    api(
+        LatencyTable=Table, SensitivityTable=Scores,
+        search_diverse=lambda *words, **options: seen.append((words[3:], options["differ"])) or [first, second],
+    )  # fmt: skip
+    path = tmp_path / "best.json"
+    words = f"search --table t --sensitivity s --budget loss=0.2 --minimize latency --diverse 3 --differ 1 -o {path}".split()
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    assert seen == [((3,), 1)]
+    assert [Allocation.load(tmp_path / name) for name in ("best.json", "best-2.json")] == [first, second]
+    assert "least latency: optimal" in result.stdout
+    assert "answer 2 of 2: 1 units and 0 channel groups other than in answer 1" in result.stdout
+    assert "only 2 of 3 answers" in result.stderr
+    assert json.loads(invoke(*words, "--json").stdout) == [first.to_json(), second.to_json()]
 
 
 def test_front(api: Install, tmp_path: Path) -> None:
@@ -85,7 +120,8 @@ def test_front(api: Install, tmp_path: Path) -> None:
     result = invoke("front", *files, *"--over latency --points 3 --budget size=2MB --plot f.png".split())
     assert result.exit_code == 0
     assert seen == {
-        "over": "latency", "points": 3, "budgets": ["size=2MB"], "axes": ["width", "precision"], "keep": (),
+        "over": ["latency"], "points": 3, "budgets": ["size=2MB"], "axes": ["width", "precision"], "keep": (), "forbid": (),
+        "only": (),
     }  # fmt: skip
     assert plotted == [(found, Path("f.png"))]
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-4:]
@@ -97,4 +133,20 @@ def test_front(api: Install, tmp_path: Path) -> None:
     points = json.loads(invoke("front", *files, "--json").stdout)["points"]
     assert [p["latency_ns"] for p in points] == [None, 3.9e6, 4.5e6, 4e6]
     assert len(plotted) == 1
-    assert seen["budgets"] == ()
+    assert (seen["budgets"], seen["over"], seen["points"]) == ((), ["latency"], None)
+
+
+def test_a_front_over_two_costs_shows_both_budgets(api: Install, tmp_path: Path) -> None:
+    point = Point(budget=4e6, budget_beside=2e6, latency_ns=3.9e6, sigma_ns=0.0, size_bytes=1e6, loss=0.5)
+    found = Front((Point(budget=1e6, budget_beside=3e6, infeasible=True), point), "latency", ("a",), beside="size")
+    seen: dict[str, Any] = {}
+    api(LatencyTable=Table, SensitivityTable=Scores, front=lambda table, scores, **options: seen.update(options) or found)
+    words = "front --table t --sensitivity s --over latency --over size --only a:fp32 -o".split()
+    result = invoke(*words, str(tmp_path / "f.parquet"))
+    assert result.exit_code == 0, result.output
+    assert (seen["over"], seen["only"]) == (["latency", "size"], ["a:fp32"])
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()][-2:]
+    assert rows[0] == ["1", "ms", "3.00", "MB", "-", "-", "-", "-", "infeasible"]
+    assert rows[1] == ["4", "ms", "2.00", "MB", "3.9", "ms", "1.00", "MB", "-", "0.5"]
+    assert Front.load(tmp_path / "f.parquet").swept == ("latency", "size")
+    assert json.loads(invoke(*words, str(tmp_path / "f.parquet"), "--json").stdout)["beside"] == "size"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
@@ -204,6 +204,30 @@ def test_a_front_over_memory_says_that_it_is_estimated() -> None:
     assert "dense fp32: 0.6 MB" in texts(figure)
     offsets = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
     assert {round(float(x), 6) for x in offsets[:, 0]} >= {0.1, 0.2, 0.3, 0.4}
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_front_over_two_costs_is_drawn_as_cells(lossless: bool, tmp_path: Path) -> None:
+    """One cell for each pair of budgets that something meets, one mark for each allocation that no other beats."""
+    points = []
+    for i, j in product(range(4), repeat=2):
+        loss = 0.0 if lossless and i == j == 3 else 10.0 ** -(i + j)
+        grid = {"budget": 1e6 * (i + 1), "budget_beside": 2e6 * (j + 1)}
+        if i + j == 0:
+            points.append(Point(**grid, infeasible=True))
+            continue
+        points.append(row(i + 0.9, loss, 3, size_bytes=2e6 * (j + 0.8), memory_bytes=1.0, **grid, dominated=(i, j) == (1, 1)))
+    both = replace(front(points, MEASURED), beside="size")
+    figure = plot_front(both, tmp_path / "f.png")
+    assert is_png(tmp_path / "f.png")
+    axes = figure.axes[0]
+    meshes = [c for c in axes.collections if isinstance(c, QuadMesh)]
+    assert np.ma.count(meshes[0].get_array()) == 15
+    assert clouds(figure) == {"front, predicted": 14, "dominated": 1, "measured": 2}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("latency (ms)", "size (MB)")
+    said = texts(figure)
+    assert "budgets that nothing meets" in said
+    assert "dense fp32: 3 ms, 5.2 MB" in said
 
 
 def test_fronts_of_two_runtimes_are_on_one_scale(tmp_path: Path) -> None:
