@@ -14,7 +14,7 @@ from typing import Any
 
 from hwsearch import backends
 from hwsearch.allocate.allocation import Allocation
-from hwsearch.allocate.budget import COMPUTED, Budget, parse_budgets
+from hwsearch.allocate.budget import COMPUTED, LOSS, Budget, parse_budgets
 from hwsearch.allocate.front import Front
 from hwsearch.allocate.search import front
 from hwsearch.backends.base import Backend
@@ -360,7 +360,7 @@ def run(
     """
     parsed, axes = parse_budgets(budgets), check_axes(axes)
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
-    _require_searchable(mode, time_limit_s, recover_s)
+    _require_searchable(parsed, mode, time_limit_s, recover_s)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
     if len(runtimes) > 1:
         own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
@@ -388,7 +388,9 @@ def _with_storage(axes: Sequence[str], budgets: Sequence[Budget]) -> Sequence[st
     return [*axes, STORAGE] if stores else axes
 
 
-def _require_searchable(mode: str, time_limit_s: float, recover_s: float) -> None:
+def _require_searchable(budgets: Sequence[Budget], mode: str, time_limit_s: float, recover_s: float) -> None:
+    if any(b.column == LOSS for b in budgets):
+        raise InvalidInput("run bounds costs and measures them; a budget on loss is for `hwsearch search --minimize COST`")
     if mode == Mode.ALONE:
         raise InvalidInput("a table of mode alone is a baseline, not to be searched on; run in mode context or sandwiched")
     if time_limit_s <= 0:

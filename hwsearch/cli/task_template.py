@@ -101,8 +101,10 @@ def make_task() -> hs.Task:
         divergence="auto",
         # What named the task. `hs.load`, and so every command, writes it here: leave it empty.
         spec="",
-        # For `hwsearch recover`, which trains what the search chose: batches of (inputs, target), and what to make small.
-        # Leave both out where there are no labels: recovery then trains towards the outputs of the dense network.
+        # For `hwsearch recover`, which trains what the search chose: called with the number of an epoch, it gives batches of
+        # (inputs, target).
         train=train,
+        # What training makes small, of outputs and target. Leave train and loss out where there are no labels: recovery then
+        # trains towards the outputs of the dense network.
         loss=nn.functional.cross_entropy,
     )

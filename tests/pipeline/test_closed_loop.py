@@ -306,6 +306,8 @@ def test_malformed_budgets_are_usage_errors(done: tuple[Path, hs.Task, Any]) -> 
     for text in ("latency", "latency=", "latency=-1ms", "latency=2MB", "speed=3", "latency=nan%"):
         with pytest.raises(InvalidInput):
             hs.search(table, sens, [text])
+    with pytest.raises(InvalidInput, match="a budget on loss is for"):
+        hs.run(task(), ["loss=0.01"], folder, backend=backend())
 
 
 @pytest.mark.slow
