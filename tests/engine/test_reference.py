@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from hwsearch.device.spent import Spent
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup
 from tests import tiny
@@ -33,7 +34,7 @@ def test_of_three_engines_the_middle_one(times: tuple[int, ...]) -> None:
         return SimpleNamespace(run=run, own=own), None
 
     setup = SimpleNamespace(
-        network=tiny.lowering("cnn").network, options=SimpleNamespace(base="fp32"), build=build, clock=clock
+        network=tiny.lowering("cnn").network, options=SimpleNamespace(base="fp32"), build=build, clock=clock, spent=Spent()
     )
     found: Any = reference_engine(cast(Setup, setup))
     assert found.own == 10_000 * sorted(times)[1]
