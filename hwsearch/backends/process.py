@@ -12,6 +12,7 @@ A parent and its children are one program: what goes between them is pickled, ov
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -36,6 +37,9 @@ ENVIRONMENT = {
 glibc 2.35 or later, and /sys/kernel/mm/transparent_hugepage/enabled not `never`; elsewhere it does nothing.
 """
 
+MOST_MOVED = 2**24
+"""Bytes of inputs and outputs that go to another process and back at a time, where one call has no more."""
+
 Compile = Callable[[bytes, BuildOptions], Engine]
 
 
@@ -55,6 +59,22 @@ def wait(compile_: Compile) -> None:
         compile_.ask("ready")
 
 
+def run_each(engine: Engine, calls: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    """What an engine returns for each of many calls; one in a process of its own is asked for many at a time.
+
+    Args:
+        calls: The arrays of each call, as for `Engine.__call__`.
+
+    Raises:
+        InvalidInput: Another count of arrays, or other shapes.
+    """
+    if not isinstance(engine, ApartEngine) or not calls:
+        return [engine(*arrays) for arrays in calls]
+    moved = sum(a.nbytes for a in calls[0]) + sum(4 * math.prod(o.shape) for o in engine.outputs)
+    most = max(1, MOST_MOVED // max(moved, 1))
+    return [found for start in range(0, len(calls), most) for found in engine.each(calls[start : start + most])]
+
+
 class ApartEngine:
     """An engine that lives in another process, which ends with this object."""
 
@@ -70,6 +90,11 @@ class ApartEngine:
 
     def __call__(self, *arrays: Array) -> list[Array]:
         found: list[Array] = self._process.ask("call", *arrays)
+        return found
+
+    def each(self, calls: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """What so many calls return, asked for at once."""
+        found: list[list[Array]] = self._process.ask("each", calls)
         return found
 
     def prepare(self, *arrays: Array) -> None:
@@ -223,6 +248,9 @@ class _Served:
 
     def call(self, *arrays: Array) -> list[Array]:
         return self._engine(*arrays)
+
+    def each(self, calls: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        return [self._engine(*arrays) for arrays in calls]
 
     def prepare(self, *arrays: Array) -> None:
         self._engine.prepare(*arrays)

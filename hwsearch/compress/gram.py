@@ -187,9 +187,13 @@ COLUMNS = 512
 """Of a symmetric product as many columns at a time; what is below its diagonal is copied."""
 
 
-def squares(rows: torch.Tensor) -> torch.Tensor:
-    """The sum of z z^T over rows [positions, features], in their precision."""
-    z = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+def with_one(rows: torch.Tensor) -> torch.Tensor:
+    """z of rows [..., positions, features]: a one after each, for the means."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
+
+
+def squares(z: torch.Tensor) -> torch.Tensor:
+    """The sum of z z^T over the rows of z, in their precision."""
     found = z.new_empty(z.shape[1], z.shape[1])
     for at in range(0, z.shape[1], COLUMNS):
         end = at + COLUMNS
@@ -265,7 +269,7 @@ class Grams(Mapping[str, Gram]):
             view, lead = patches(node, unit, inputs(as_node(node.args[site.activations[0]])))
             sample = Sample.draw(tuple(view.shape[:lead]), count, seeded(seed, index, node.name))
             own = sample.rows(view)
-            second = squares(own)
+            second = squares(with_one(own))
             for grams in into:
                 grams[self.of[name]].add(second, len(own))
 
@@ -361,20 +365,29 @@ def refit(
 
 
 def damped(second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The matrix [..., n, n] with `ridge` times the mean of its diagonal added to its diagonal, so that it can be inverted.
+    """The matrix [..., n, n] with `damping` on its diagonal, so that it can be inverted."""
+    return second + damping(second, ridge) * torch.eye(second.shape[-1], dtype=second.dtype)
+
+
+def damping(second: torch.Tensor, ridge: float, enough: torch.Tensor | None = None) -> torch.Tensor:
+    """What is added to a diagonal, [..., 1, 1]: `ridge` times its mean.
 
     Where that is not enough, ten times as much: moments added up in float32 may have eigenvalues a little below zero.
+
+    enough: A level that was found to be enough for the matrix; more need not be tried.
     """
     level = (
         (ridge * second.diagonal(dim1=-2, dim2=-1).mean(-1)).nan_to_num().clamp_min(1e-12)[..., None, None]
     )
+    if enough is not None and bool((level >= enough).all()):
+        return level
     eye = torch.eye(second.shape[-1], dtype=second.dtype)
     for _ in range(12):
         # with half of it to spare: what is built on the inverse has rounding errors of its own
         if not bool(torch.linalg.cholesky_ex(second + level / 2 * eye).info.any()):
             break
         level = level * 10.0
-    return second + level * eye
+    return level
 
 
 def reconstruction_error(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,15 @@ from hwsearch.compress.gram import (
     Sample,
     as_columns,
     as_node,
-    damped,
+    damping,
     from_columns,
     kept_apart,
     outputs,
     patches,
     seeded,
     shifts_bias,
+    squares,
+    with_one,
 )
 from hwsearch.compress.widths import Kept, Weights, narrow, put_weights
 from hwsearch.graph.calls import flat_inputs
@@ -213,6 +215,7 @@ class Moments:
     second: torch.Tensor
     cross: torch.Tensor
     rows: int = 0
+    _enough: dict[bool, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __add__(self, other: Moments) -> Moments:
         rows = self.rows + other.rows
@@ -223,13 +226,14 @@ class Moments:
         self, prior: torch.Tensor, ridge: float, bias: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(weight [groups, out, features], its bias [groups, out], the regularised second moments)."""
-        mean, goal = self.second[:, :-1, -1], self.cross[:, :, -1]
         second, cross = self.second[:, :-1, :-1], self.cross[:, :, :-1]
+        goal = self.cross[:, :, -1]
         if bias:
+            mean = self.second[:, :-1, -1]
             second = second - mean[:, :, None] * mean[:, None, :]
             cross = cross - goal[:, :, None] * mean[:, None, :]
-        plain, second = second, damped(second, ridge)
-        level = (second - plain).diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        level = self._enough[bias] = damping(second, ridge, self._enough.get(bias))
+        second = second + level * torch.eye(second.shape[-1], dtype=second.dtype)
         factor = torch.linalg.cholesky(second)
         new = torch.cholesky_solve((cross + level * prior).transpose(1, 2), factor).transpose(1, 2)
         return new, self.shift(new) if bias else torch.zeros_like(goal), second
@@ -256,8 +260,6 @@ def _regressed(step: _Step, rows: int, seed: int, variant: Variant, int8_bits: i
     matrix = as_columns(unit, step.weight).double()
     prior = matrix.reshape(groups, -1, matrix.shape[1])
     features = prior.shape[2]
-    if not all(bool(torch.isfinite(t).all()) for t in (*step.inputs, *step.targets)):
-        return None  # nothing can be regressed on infinity
     if features > MOST_FEATURES:
         return _moments(step)
     apart = kept_apart(len(step.inputs))
@@ -267,12 +269,12 @@ def _regressed(step: _Step, rows: int, seed: int, variant: Variant, int8_bits: i
         view, lead = patches(step.node, unit, x)
         sample = Sample.draw(tuple(view.shape[:lead]), count, seeded(seed, index, step.node.name))
         own = sample.rows(view)
-        own = own.reshape(len(own), groups, features).transpose(0, 1)
-        own = torch.cat([own, own.new_ones(groups, own.shape[1], 1)], 2)
+        own = with_one(own.reshape(len(own), groups, features).transpose(0, 1))
         target = sample.rows(outputs(unit, y))
         target = target.reshape(len(target), groups, -1).permute(1, 2, 0)
         number = own.shape[1]
-        new = Moments((own.transpose(1, 2) @ own).double() / number, (target @ own).double() / number, number)
+        second = squares(own[0])[None] if groups == 1 else own.transpose(1, 2) @ own
+        new = Moments(second.double() / number, (target @ own).double() / number, number)
         if index in (0, apart):
             parts.append(new)
         else:

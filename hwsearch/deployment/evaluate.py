@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hwsearch.backends.base import Engine
+from hwsearch.backends.process import run_each
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.batching import put_together
 from hwsearch.graph.calls import flat_inputs
@@ -25,16 +26,18 @@ def predictor(lowering: Lowering, engine: Engine) -> Callable[..., Any]:
     """
     count = len(engine.inputs)
 
-    def run(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if len(values) != count:
-            raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
-        return [torch.from_numpy(r) for r in engine(*(v.detach().cpu().numpy() for v in values))]
+    def run(pieces: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        for values in pieces:
+            if len(values) != count:
+                raise InvalidInput(f"the model takes {count} tensors, evaluate gave {len(values)}")
+        calls = [[v.detach().cpu().numpy() for v in values] for values in pieces]
+        return [[torch.from_numpy(r) for r in found] for found in run_each(engine, calls)]
 
     return _in_pieces(lowering, run)
 
 
 def _in_pieces(
-    lowering: Lowering, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+    lowering: Lowering, run: Callable[[Sequence[Sequence[torch.Tensor]]], list[list[torch.Tensor]]]
 ) -> Callable[..., Any]:
     batch = lowering.batch
     leaves, out_spec = pytree.tree_flatten(lowering.traced.outputs)
@@ -50,8 +53,9 @@ def _in_pieces(
                 part = [
                     torch.cat([v, v[-1:].expand(batch - count, *v.shape[1:])]) if v.dim() else v for v in part
                 ]
-            pieces.append(run(part))
-        merged = iter(put_together(list(zip(*pieces, strict=True)), lowering.batch_axes, counts, batch))
+            pieces.append(part)
+        results = run(pieces)
+        merged = iter(put_together(list(zip(*results, strict=True)), lowering.batch_axes, counts, batch))
         filled = [next(merged).to(leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(filled, out_spec)
 

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock, lock_path
@@ -24,7 +26,7 @@ from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
 from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
 from hwsearch.profiler.probe import find_grid, measure_variants
-from hwsearch.profiler.recorder import Recorder
+from hwsearch.profiler.recorder import SHORT, Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
 from hwsearch.progress import Progress
@@ -35,6 +37,9 @@ from hwsearch.table.table import LatencyTable
 MODES = tuple(Mode)
 LATER_SHARE = 0.75
 """Of the time limit, until which widths that it left out are probed once the design is content."""
+
+BUILDS = 60
+"""Of the time limit, one over so many is what a build is timed for at most, but no less than those of the design."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     setup, progress = recorder.setup, recorder.progress
     reserve = effort.reserve or (lambda table: 0.0)
     limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say, reserve=lambda: reserve(recorder.table))
+    recorder.longest_s = float(np.clip(limit.left_s / BUILDS, SHORT.limit_s, Protocol().limit_s))
     title = f"profile {setup.network.name} on {setup.backend.name}"
     progress.start(3 + (effort.builds or most_builds(recorder)), title, until=lambda: limit.left_s)
     try:

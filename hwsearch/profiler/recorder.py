@@ -35,6 +35,7 @@ class Recorder:
     """Measures allocations beside one reference engine. table: what is known so far, replaced as it grows.
 
     out: where the table is saved after every build; None keeps it in memory. protocol: of every build, where one is given.
+    longest_s: what one that is not `short` is timed for at most, where none is.
     """
 
     setup: Setup
@@ -43,6 +44,7 @@ class Recorder:
     protocol: Protocol | None
     progress: Progress
     seed: int = 0
+    longest_s: float = Protocol().limit_s
 
     def __post_init__(self) -> None:
         self._before = self.table.header.spent
@@ -93,7 +95,7 @@ class Recorder:
         setup = self.setup.narrow({g: range(w) for g, w in candidate.widths.items()})
         engine, model = setup.build(candidate.variants, base)
         build_s = (self.setup.clock() - begun) / 1e9
-        protocol = self.protocol or (SHORT if short else Protocol())
+        protocol = self.protocol or (SHORT if short else Protocol(limit_s=self.longest_s))
         begun = self.setup.clock()
         with setup.spent.on(TIMING):
             timing = paired(

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from frail import FrailBackend
+from frail import FrailBackend, FrailEngine
 
-from hwsearch.backends.base import Backend, BuildOptions, Engine
+from hwsearch.backends import process
+from hwsearch.backends.base import Array, Backend, BuildOptions, Engine
 from hwsearch.backends.process import ENVIRONMENT, ApartEngine, compiler, huge_pages
 from hwsearch.device.stopwatch import times
 from hwsearch.device.timing import Protocol, paired
@@ -55,6 +57,30 @@ def test_an_engine_elsewhere_is_an_engine() -> None:
     with pytest.raises(InvalidInput, match="built for"):
         engine.prepare(ZEROS[:1])
     engine.prepare(ZEROS)  # and it goes on after an error
+
+
+def test_many_calls_go_to_an_engine_elsewhere_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [[ZEROS + number] for number in range(7)]
+    asked: list[int] = []
+    each = ApartEngine.each
+
+    def counted(engine: ApartEngine, own: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        asked.append(len(own))
+        return each(engine, own)
+
+    monkeypatch.setattr(ApartEngine, "each", counted)
+    monkeypatch.setattr(process, "MOST_MOVED", 3 * 2 * ZEROS.nbytes)
+    engine = built("doubles")
+    for found in (process.run_each(engine, calls), process.run_each(FrailEngine("doubles"), calls)):
+        assert len(found) == 7
+        for number, (y,) in enumerate(found):
+            np.testing.assert_array_equal(y, ZEROS + 2 * number)
+    assert asked == [3, 3, 1], "an engine of this process is called as ever"
+    assert process.run_each(engine, []) == []
+    monkeypatch.setattr(process, "MOST_MOVED", 1)
+    assert len(process.run_each(engine, calls)) == 7, "one call, however large"
+    with pytest.raises(InvalidInput, match="built for"):
+        process.run_each(engine, [[ZEROS], [ZEROS[:1]]])
 
 
 def test_each_engine_has_a_process_which_keeps_the_time_and_ends_with_it() -> None:

@@ -25,6 +25,7 @@ from hwsearch.compress.gram import (
     refittable,
     round_to,
     squares,
+    with_one,
 )
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import Moments, refit_sequential
@@ -40,7 +41,7 @@ def random_gram(features: int, rows: int, seed: int) -> tuple[Gram, torch.Tensor
     x = torch.randn(rows, features, generator=generator, dtype=torch.float64) @ mix + 1.0
     gram = Gram.empty(features)
     for part in x.split(max(rows // 3, 1)):
-        gram.add(squares(part), len(part))
+        gram.add(squares(with_one(part)), len(part))
     return gram, x
 
 
@@ -291,8 +292,7 @@ def test_rounded_on_the_way() -> None:
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 8))
 def test_a_symmetric_product_in_blocks_of_columns_is_the_whole_one(features: int, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(features * rows)
-    x = torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    z = torch.cat([x, torch.ones(rows, 1, dtype=torch.float64)], 1)
+    z = torch.randn(rows, features, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram_module, "COLUMNS", columns)
-        assert torch.allclose(squares(x), z.T @ z, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(squares(z), z.T @ z, rtol=1e-12, atol=1e-12)
