@@ -34,6 +34,8 @@ WINDOWS = 2
 """Windows in which an answer is likely to be measured again, beside the dense network."""
 TRIES = 0.5
 """Of the longest that an engine is timed for, what it usually takes."""
+SCORED = 2
+"""Engines of a loop with one round whose score is taken: the answer's, and that of the best uniform allocation."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Allowance:
         engines = uniforms + 1 + 2 * WINDOWS
         refits = uniforms * len(self.setup.network.units)
         each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, TRIES * VERIFY.limit_s))
-        return engines * (each_s + build_s) + 3 * self.score_s + refits * self.refit_s
+        return engines * (each_s + build_s) + SCORED * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""

@@ -7,6 +7,7 @@ with. A file without that header (the `state_dict` of `hs.deploy(...).module`, t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -85,8 +86,6 @@ class Trained:
 
 def made_of(lowering: Lowering, kept: Kept, variants: Mapping[str, Variant]) -> dict[str, str]:
     """What trained weights belong to: a network, its weights, and an allocation."""
-    import hashlib
-
     whole = lowering if lowering.whole is None else lowering.whole
     network = whole.network
     chosen = repr([sorted((u, str(v)) for u, v in variants.items()), sorted((g, tuple(k)) for g, k in kept.items())])
