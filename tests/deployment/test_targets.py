@@ -49,8 +49,7 @@ def network(name: str) -> Lowering:
 @pytest.mark.parametrize(
     ("name", "base"),
     [("residual", "fp32"), ("attention", "fp16"), ("two_inputs", "bf16"),
-     pytest.param("fashion_resnet", "fp16", marks=pytest.mark.slow), ("fashion_resnet", "bf16"),
-     pytest.param("fashion_resnet", "fp32", marks=pytest.mark.slow)],
+     *(pytest.param("fashion_resnet", base, marks=pytest.mark.slow) for base in ("fp16", "bf16", "fp32"))],
 )  # fmt: skip
 def test_every_variant_is_built_or_refused_as_documented(name: str, base: str) -> None:
     low = network(name)

@@ -107,7 +107,7 @@ def texts(data: Any) -> list[str]:
 # ---------------------------------------------------------------- real runtimes
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", [pytest.param("onnxruntime", marks=pytest.mark.slow), "openvino"])
 def test_the_runtimes_here_are_healthy_and_the_report_is_whole(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name)
     path = tmp_path / "report.json"
@@ -232,7 +232,8 @@ def test_engines_without_huge_pages_are_told(
     monkeypatch: pytest.MonkeyPatch, share: float | None, outcome: str, said: str
 ) -> None:
     monkeypatch.setattr(doctor, "huge_pages", lambda: share)
-    monkeypatch.setattr(doctor, "_at_work", lambda backend, progress: [])
+    for work in ("_at_work", "sums"):  # engines are built in other tests
+        monkeypatch.setattr(doctor, work, lambda *given: [])
     assert "huge pages" not in results(examine("simulated")), "its engines are built where it is"
     monkeypatch.setattr(Simulated, "own_process", True, raising=False)
     found = results(examine("simulated"))["huge pages"]
@@ -295,6 +296,7 @@ def test_a_device_that_is_being_profiled_is_left_alone(busy: Any) -> None:
         examine("simulated")
 
 
+@pytest.mark.slow  # torch is compiled anew without assertions
 def test_the_contract_is_not_empty_without_assertions() -> None:
     code = "from hwsearch.testing.contract import checks; checks()"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)

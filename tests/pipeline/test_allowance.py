@@ -53,7 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimulatedBackend]:
         pytest.param("cnn", 300.0, 2.0, 0.2, 0.1, marks=pytest.mark.slow),
         pytest.param("cnn", 600.0, 1.0, 1.0, 0.5, marks=pytest.mark.slow),
         pytest.param("cnn", 600.0, 8.0, 0.1, 0.0, marks=pytest.mark.slow),
-        ("transformer", 400.0, 1.0, 0.3, 0.2),
+        pytest.param("transformer", 400.0, 1.0, 0.3, 0.2, marks=pytest.mark.slow),
         pytest.param("transformer", 1500.0, 3.0, 2.0, 0.2, marks=pytest.mark.slow),
     ],
 )

@@ -115,6 +115,7 @@ def test_a_runtime_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert "no answer" in str(report)
 
 
+@pytest.mark.slow
 def test_none_that_can_is_infeasible(tmp_path: Path) -> None:
     first, second = two()
     with pytest.raises((Infeasible, BudgetMissed), match=r"no runtime can meet|none met") as caught:

@@ -117,7 +117,7 @@ def test_only_tables_of_this_device_and_regime() -> None:
 
 
 @pytest.mark.usefixtures("own_locks")
-@pytest.mark.parametrize("axes", [["precision"], ["width", "precision"]])
+@pytest.mark.parametrize("axes", [["precision"], pytest.param(["width", "precision"], marks=pytest.mark.slow)])
 def test_a_profile_with_a_prior_takes_fewer_builds(axes: list[str]) -> None:
     """Of the same layers: the cold profile's own table is its prior."""
     law = LatencyLaw.random(tiny.lowering("cnn").network, 2)

@@ -120,6 +120,7 @@ def test_minilm_exports_with_static_shapes_and_scores_as_published() -> None:
     assert task.evaluate(task.model) > 0.95
 
 
+@pytest.mark.slow
 def test_efficientnet_lite0_knows_most_photographs() -> None:
     task = fetched("efficientnet_lite0")
     assert isinstance(task.example_inputs, torch.Tensor)
