@@ -199,7 +199,7 @@ def measure_again(
     again, model = [], fit(table)
     for number, build in enumerate(builds):
         now, nodes = timings[str(number)], table.nodes(build)
-        widths = np.hypot((build.high - build.low) / build.ratio, now.width) / 3.92
+        widths = np.hypot(build.width, now.width) / 3.92
         before = model.on_quiet_machine(build.ratio, nodes, table.slowdown(build))
         after = model.on_quiet_machine(now.ratio, nodes, now.quiet_ns / table.quiet_ns - 1.0)
         converted = [p.sigma_ns / p.time_ns for p in (before, after)]

@@ -21,7 +21,7 @@ from hwsearch.device import fingerprint as devices
 from hwsearch.device.load import background
 from hwsearch.device.lock import lock
 from hwsearch.device.timelimit import TimeLimit
-from hwsearch.device.timing import Protocol, Timing, paired
+from hwsearch.device.timing import Protocol, Timing, paired, too_wide
 from hwsearch.engine.record import record
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup
@@ -199,6 +199,11 @@ class Session:
         if self.table is None or not slowdown:
             return ratio * self.scale_ns
         return self._model.on_quiet_machine(ratio, self.table.nodes(measured.build), slowdown).time_ns
+
+    def unstable(self, measured: Measured) -> bool:
+        """Whether a ratio is known less well than this machine usually shows, or was measured on a disturbed machine."""
+        usual = [b.width for b in self.table.builds] if self.table is not None else []
+        return measured.timing.disturbed or too_wide(measured.timing.width, usual, VERIFY.width)
 
     def _slowdown(self, timing: Timing) -> float:
         """0 where it is too small to tell anything, or no table tells what the quiet machine is."""

@@ -82,7 +82,7 @@ def measure_allocation(
         uniforms=[_as_row(session, n, m, met=_meets(session, m, bound)) for n, m in uniforms.items()],
         variants=dict(allocation.variants),
         not_as_asked=_not_as_asked(setup, own.build),
-        unstable=own.timing.unstable or uniforms[DENSE].timing.unstable,
+        unstable=session.unstable(own) or session.unstable(uniforms[DENSE]),
         output_error=own.build.output_error,
         wrong_outputs=own.build.wrong,
         wrong_units=wrong_variants(deployed, variants, base) if own.build.wrong else {},

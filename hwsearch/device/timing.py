@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -33,6 +33,21 @@ SINGLES_NS = 5e7
 """How long inferences of a GPU are waited for one by one, for the tails of their times."""
 PATIENCE = 1.5
 """How much longer than its limit a measurement waits for quiet rounds."""
+
+
+UNUSUAL, KNOWN = 2.0, 4
+"""How many times the median width of a machine's intervals is unusual, and of how many that median is taken at least."""
+
+
+def too_wide(width: float, usual: Sequence[float], asked: float) -> bool:
+    """Whether a ratio is unstable: its interval wider than asked, and than what this machine usually shows.
+
+    Args:
+        width: Relative width of the interval.
+        usual: Those of other measurements on this machine; of fewer than four nothing is concluded.
+        asked: The width that a measurement may end at.
+    """
+    return width > max(asked, UNUSUAL * float(np.median(usual)) if len(usual) >= KNOWN else 0.0)
 
 
 def quietest(reference_ns: NDArray[np.int64]) -> float:

@@ -93,7 +93,7 @@ def error_share(table: LatencyTable, build: Build) -> float:
     """Relative standard error of a build's measured time: from its interval, and where something else took the machine."""
     slower = max(table.slowdown(build) - USUAL_SLOWDOWN, 0.0)
     disturbed = DISTURBANCE * slower + INTRUSION * max(slower - TAKEN, 0.0)
-    return float(np.hypot(max((build.high - build.low) / 3.92 / build.ratio, 0.002), disturbed))
+    return float(np.hypot(max(build.width / 3.92, 0.002), disturbed))
 
 
 def error_ns(table: LatencyTable, build: Build) -> float:

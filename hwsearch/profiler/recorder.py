@@ -13,7 +13,7 @@ from hwsearch.backends.base import Engine
 from hwsearch.device.energy import Meter
 from hwsearch.device.spent import QUIET as WAITING
 from hwsearch.device.spent import SAVING, TIMING, WARMING
-from hwsearch.device.timing import QUIET, Protocol, paired
+from hwsearch.device.timing import QUIET, Protocol, paired, too_wide
 from hwsearch.engine.record import record, refusals, wrong_variants
 from hwsearch.engine.reference import reference_engine
 from hwsearch.engine.setup import Setup
@@ -112,9 +112,11 @@ class Recorder:
         setup.spent.move(TIMING, WARMING, warming_s)
         if not self._meter:  # a counter of energy is waited for as well
             setup.spent.move(TIMING, WAITING, took_s - warming_s - protocol.limit_s)
+        usual = [b.width for b in self.table.builds]
         build = replace(
-            record(setup, role, candidate.variants, base, timing, engine, model, build_s), widths=widths
-        )
+            record(setup, role, candidate.variants, base, timing, engine, model, build_s),
+            widths=widths, unstable=timing.disturbed or too_wide(timing.width, usual, protocol.width),
+        )  # fmt: skip
         self._note_unsupported(build)
         if build.wrong:
             self._note_wrong(setup, candidate.variants, base)

@@ -65,7 +65,7 @@ class Build:
     role: why it was made; `alone` and `sandwich` are of a part of the network.
     base: base precision it was compiled with. variants: for each unit, in network order; empty where it is no part.
     widths: slots kept of each channel group, in network order.
-    ratio, low, high: median time / the reference's, and its 95 % interval; `unstable` if wider than asked.
+    ratio, low, high: median time / the reference's, and its 95 % interval; `unstable`: see `timing.too_wide`.
     samples_ns, reference_ns, singles_ns: see `timing.Timing`. executed: for each unit, the precision read back
     (empty where the runtime's record does not name the unit).
     output_error: relative error of the engine's outputs from the simulated ones; `wrong`: too large to be rounding.
@@ -98,6 +98,11 @@ class Build:
     energy_error: float | None = None
     states: tuple[State, ...] = ()
     singles_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+
+    @property
+    def width(self) -> float:
+        """Relative width of the interval of the ratio."""
+        return (self.high - self.low) / self.ratio
 
     @property
     def inferences(self) -> NDArray[np.float64]:

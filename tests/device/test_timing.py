@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwsearch.device.timing import Protocol, Timing, paired
+from hwsearch.device.timing import Protocol, Timing, paired, too_wide
 
 
 class Machine:
@@ -115,6 +115,22 @@ def test_goes_on_while_the_interval_is_wide() -> None:
     quiet, noisy = Machine(noise=0.01).compare(), Machine(noise=0.1).compare()
     assert len(noisy.samples_ns) > 2 * len(quiet.samples_ns)
     assert noisy.unstable or noisy.width <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("width", "usual", "flagged"),
+    [
+        (0.02, [], True),
+        (0.009, [], False),
+        (0.02, [0.015] * 3, True),  # of three nothing is concluded
+        (0.02, [0.015] * 4, False),
+        (0.031, [0.015, 0.014, 0.016, 0.9], True),
+        (0.009, [0.001] * 8, False),  # as narrow as asked
+        (0.2, [0.15, 0.3, 0.12, 0.18], False),  # a machine that is never quiet
+    ],
+)
+def test_unstable_is_what_a_machine_does_not_usually_show(width: float, usual: list[float], flagged: bool) -> None:
+    assert too_wide(width, usual, 0.01) == flagged
 
 
 def test_unstable_is_flagged_at_the_time_limit() -> None:

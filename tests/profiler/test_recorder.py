@@ -29,6 +29,13 @@ def test_the_end_to_end_ratio_survives_drift() -> None:
     assert uniform_build.ratio / dense.ratio == pytest.approx(int8, rel=0.02)
 
 
+def test_on_a_machine_that_is_always_restless_few_builds_are_called_unstable() -> None:
+    table = run(set_up(noise=0.2), None)
+    wide = [b for b in table.builds if b.width > FAST.width]
+    assert len(wide) > 0.8 * len(table.builds)
+    assert sum(b.unstable for b in table.builds[4:]) <= 0.25 * len(table.builds[4:])
+
+
 def test_a_unit_that_does_not_run_as_asked_is_recorded_and_never_offered(tmp_path: Path) -> None:
     table = run(set_up(refused=("conv1",)), tmp_path / "t.parquet")
     assert table.header.unsupported == {"conv1": {"dense.int8": "executed in fp32"}}
