@@ -138,8 +138,8 @@ class Timing:
 class Protocol:
     """When to stop: interval of the ratio narrower than `width`, or `limit_s` seconds spent on one candidate.
 
-    settle_ns: how long an engine runs untimed whenever its turn comes. Behind another engine the first inferences take
-    longer, of small networks by a few percent for 10 ms and more (`scripts/bench/processes.py`).
+    settle_ns: how long an engine runs untimed whenever its turn comes after another's: the first inferences take longer then, of
+    small networks by a few percent for 10 ms and more (`scripts/bench/processes.py`).
     """
 
     width: float = 0.01
@@ -197,6 +197,7 @@ def paired(
                 each = (_interval(blocks.samples[name], blocks.samples[None], quiet, rng) for name in candidates)
                 if all(width <= protocol.width for _, _, _, width in each):
                     break
+                blocks.last = ""  # the look at the intervals came between
         singles = {name: blocks.singles(name) for name in candidates}
         ticks = {n: by_ticks(run, meter, clock) for n, run in blocks.runs.items()} if coarse and meter else {}
     finally:
@@ -228,11 +229,14 @@ class _Blocks:
         self.settle = {n: int(np.clip(protocol.settle_ns // ns, 1, 200)) for n, ns in usual.items()}
         self.samples: dict[str | None, list[list[int]]] = {name: [] for name in runs}
         self.joules: dict[str | None, list[float]] = {name: [] for name in runs}
+        self.last: str | None = ""
 
     def round(self, meter: Meter | None) -> None:
         """Two blocks of each engine; meter: None where it is not read."""
         for name in (*self.runs, *reversed(list(self.runs))):
-            taken, used = _block(self.runs[name], self.settle[name], self.count[name], self.clock, meter)
+            settle = self.settle[name] if name != self.last else 0  # two blocks of one engine follow on each other
+            self.last = name
+            taken, used = _block(self.runs[name], settle, self.count[name], self.clock, meter)
             self.samples[name].append(taken)
             self.joules[name] += used
 
@@ -267,7 +271,8 @@ def _block(
     run: Run, settle: int, count: int, clock: Callable[[], int], meter: Meter | None
 ) -> tuple[list[int], list[float]]:
     """Times of a block's inferences, and its joules where there is a meter."""
-    stopwatch.block(run, settle, clock)  # takes back the caches and the cores from the engine before
+    if settle:
+        stopwatch.block(run, settle, clock)  # takes back the caches and the cores from the engine before
     before = meter() if meter else 0.0
     taken = stopwatch.block(run, count, clock)
     return taken, [meter() - before] if meter else []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,18 @@ def test_linear_drift_cancels() -> None:
     timing = Machine(drift=lambda s: 1.0 + 0.5 * s).compare()
     assert timing.ratio == pytest.approx(0.5, rel=2e-3)
     assert timing.median_ns > 1.02 * 1e6
+
+
+def test_an_engine_settles_only_behind_another_one() -> None:
+    """Blocks A B B A: 4 inferences of A and 2 of B settle, as many are timed."""
+    machine = Machine()
+    protocol = Protocol(width=0.0, limit_s=0.12, block_ns=2_000_000, settle_ns=2_000_000, min_rounds=2, warmup_ns=1)
+    runs = {"b": machine.run("b", 1e6)}
+    timing = paired(machine.run("a", 5e5), runs, protocol, clock=machine.clock)["b"]
+    turns = [(name, len(list(own))) for name, own in groupby(machine.calls)]
+    assert turns[:2] == [("a", 3), ("b", 3)], "warmed up"
+    assert turns[2:6] == [("a", 4 + 4), ("b", 2 + 2 + 2), ("a", 4 + 4 + 4), ("b", 2 + 2 + 2)]
+    assert len(timing.samples_ns) == machine.calls.count("b") - 3 - 2 * sum(name == "b" for name, _ in turns[2:])
 
 
 def test_slow_swings_of_the_machine_cancel() -> None:
