@@ -115,15 +115,14 @@ class Recorder:
         usual = [b.width for b in self.table.builds]
         build = replace(
             record(setup, role, candidate.variants, base, timing, engine, model, build_s),
-            widths=widths, unstable=timing.disturbed or too_wide(timing.width, usual, protocol.width),
+            widths=widths, unstable=too_wide(timing.width, usual, protocol.width),
         )  # fmt: skip
         self._note_unsupported(build)
         if build.wrong:
             self._note_wrong(setup, candidate.variants, base)
         self.keep(self.table.with_build(build).rescaled())
-        self.progress.step(
-            f"{role}: {build.ratio:.3f} of the reference{' (unstable)' if build.unstable else ''}"
-        )
+        notes = "".join(f", {what}" for what, true in (("unstable", build.unstable), ("disturbed", timing.disturbed)) if true)
+        self.progress.step(f"{role}: {build.ratio:.3f} of the reference{notes}")
         return build
 
     def keep(self, table: LatencyTable) -> None:

@@ -137,7 +137,7 @@ def test_goes_on_while_the_interval_is_wide() -> None:
         (0.009, [], False),
         (0.02, [0.015] * 3, True),  # of three nothing is concluded
         (0.02, [0.015] * 4, False),
-        (0.031, [0.015, 0.014, 0.016, 0.9], True),
+        (0.032, [0.015, 0.014, 0.016, 0.9], True),
         (0.009, [0.001] * 8, False),  # as narrow as asked
         (0.2, [0.15, 0.3, 0.12, 0.18], False),  # a machine that is never quiet
     ],
