@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 import tempfile
 import threading
@@ -9,12 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
+from torch.utils import _pytree as pytree
 
 from hwsearch.backends.cuda import driver
 from hwsearch.device.fingerprint import cache_dir
 from hwsearch.device.lock import lock
 from hwsearch.errors import BackendUnavailable
+from hwsearch.graph.canonical import is_get_attr, tensor_attr
+from hwsearch.graph.export import weights_digest
+from hwsearch.graph.trace import Traced
+from hwsearch.lowering import lowering
+from hwsearch.lowering.marked import export
 from hwsearch.table.table import LatencyTable
 
 if (
@@ -36,6 +46,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(not_run)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exported_once() -> Iterator[None]:
+    """Equal graphs are exported once in a worker: many tests set the same few networks up, and that was a quarter of their time."""
+    made: dict[str, onnx.ModelProto] = {}
+
+    def once(traced: Traced) -> onnx.ModelProto:
+        key = _content(traced)
+        if key not in made:
+            made[key] = export(traced)
+        return copy.deepcopy(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "export", once)
+        yield
+
+
+def _content(traced: Traced) -> str:
+    """A digest of all that an export depends on: the code, every tensor, the arguments, and where units are."""
+    graph = traced.graph
+    tensors = [(str(n.target), tensor_attr(graph, str(n.target))) for n in graph.graph.nodes if is_get_attr(n)]
+    arguments = [(f"{i}", x) for i, x in enumerate(pytree.tree_leaves((traced.args, traced.kwargs)))]
+    words = [graph.code, traced.sites, traced.stored, traced.paths]
+    held = [(n, x) for n, x in (*tensors, *arguments) if isinstance(x, torch.Tensor)]
+    first: dict[int, str] = {}
+    words += [(n, x) for n, x in arguments if not isinstance(x, torch.Tensor)]
+    words += [(n, first.setdefault(x.data_ptr(), n)) for n, x in held]  # tied tensors are exported as one
+    return hashlib.sha256((repr(words) + weights_digest(held)).encode()).hexdigest()
 
 
 @pytest.fixture
