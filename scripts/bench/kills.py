@@ -110,7 +110,8 @@ def kill_runs(args: argparse.Namespace, rng: np.random.Generator) -> None:
             if keys[: len(kept)] != kept:
                 sys.exit(f"kill {number + 1}: builds that were on disk are gone or changed")
             ended = "ended before" if process.returncode >= 0 else "killed"
-            print(f"{number + 1}: {ended}, {len(keys)} builds, {', '.join(sorted(p.name for p in folder.glob('*'))) or 'nothing'}", flush=True)
+            files = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
+            print(f"{number + 1}: {ended}, {len(keys)} builds, {files}", flush=True)
             kept = keys
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         whole(folder)
