@@ -38,8 +38,8 @@ class Allocate(Scheme):
         InvalidInput: no share is given, or one is not above 0 and at most 1.
     """
 
-    table: LatencyTable | str | Path = field(repr=False, compare=False)
-    sensitivity: SensitivityTable | str | Path = field(repr=False, compare=False)
+    table: LatencyTable | str | Path = field(repr=False)
+    sensitivity: SensitivityTable | str | Path = field(repr=False)
     latency: Number | None = None
     size: Number | None = None
     memory: Number | None = None
@@ -55,20 +55,7 @@ class Allocate(Scheme):
             if share == 0:
                 raise InvalidInput(f"{cost} is 0; expected a share above 0, as no network costs nothing")
 
-    def apply(self, subject: Subject) -> Subject:
-        """Search, and put the network of the answer in the place of the dense one.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The narrower one, with refitted weights.
-
-        Raises:
-            InvalidInput: it is a module without a task, or another step came before.
-            Infeasible: no allocation costs so little.
-            IncompatibleTables: the table or the sensitivities are of another network.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         if subject.task is None:
             raise InvalidInput("Allocate makes a network narrower and refits it on calibration data; apply the scheme to a Task")
         if subject.changed:

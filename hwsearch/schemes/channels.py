@@ -47,18 +47,7 @@ class StructurePrune(Step):
         if isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1:
             raise InvalidInput(f"align is {self.align!r}; expected a whole number of at least 1")
 
-    def apply(self, subject: Subject) -> Subject:
-        """Take channels away.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-
-        Raises:
-            InvalidInput: no group of the kind may be made narrower.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         slots = subject.traced.channels.groups
         left = {g: own[subject.mask[own]] for g in subject.groups(self.skipped) if self._takes(subject, g) for own in [slots[g]]}
         if not left:

@@ -37,15 +37,7 @@ class Prune(Step):
         super().__post_init__()
         within("density", self.density, 0.0, 1.0)
 
-    def apply(self, subject: Subject) -> Subject:
-        """Put zeros into the weights.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         layers = _layers(subject, self)
         masks = largest([weight.abs() for _, weight in layers], share_of(self.density, sum(w.numel() for _, w in layers)))
         for (unit, weight), mask in zip(layers, masks, strict=True):
@@ -78,15 +70,7 @@ class BlockPrune(Step):
         if len(self.block) != 2 or not all(isinstance(n, int) and n > 0 for n in self.block):
             raise InvalidInput(f"block is {self.block}; expected two whole numbers above 0, outputs and inputs")
 
-    def apply(self, subject: Subject) -> Subject:
-        """Put zeros into the weights.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         rows, columns = self.block
         found = []
         for unit, weight in _layers(subject, self):
@@ -125,15 +109,7 @@ class NM(Step):
             raise InvalidInput(f"m is {self.m!r}; expected a whole number of at least 2")
         within("n", self.n, 1, self.m - 1, whole=True)
 
-    def apply(self, subject: Subject) -> Subject:
-        """Put zeros into the weights.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         n, found = int(given(self.n)), []
         for unit, weight in _layers(subject, self):
             if why := ineligible(unit, Variant("fp16", f"{n}:{self.m}")):
@@ -170,15 +146,7 @@ class Balanced(Step):
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2:
             raise InvalidInput(f"block is {self.block!r}; expected a whole number of at least 2")
 
-    def apply(self, subject: Subject) -> Subject:
-        """Put zeros into the weights.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         keep, found = round(given(self.density) * self.block), []
         for unit, weight in _layers(subject, self):
             matrix = as_rows(unit, weight)

@@ -39,18 +39,7 @@ class Quantize(Step):
         elif self.dtype not in (*HALVES, *INTEGERS):
             raise InvalidInput(f"dtype is {self.dtype!r}; expected {', '.join(HALVES)}, int2 to int8, or a number of bits")
 
-    def apply(self, subject: Subject) -> Subject:
-        """Round the weights.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The same.
-
-        Raises:
-            InvalidInput: no layer has a weight of its own, or one is too large for a half precision.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         layers = list(subject.layers(self.skipped))
         if not layers:
             raise InvalidInput(f"the network has no layer for {self}; leave the step out, or change what it skips")

@@ -131,7 +131,7 @@ class Scheme(ABC):
         """
         if not isinstance(task, Task):
             raise InvalidInput(f"a scheme is applied to a Task, got {type(task).__name__}; `in_place` takes a module")
-        subject = self._bound_all(values).apply(Subject(task.model, task.example_inputs, task))
+        subject = self._bound_all(values)._apply(Subject(task.model, task.example_inputs, task))
         return Compressed(subject.as_task(), subject.footprint(), values, subject.allocation)
 
     def in_place(self, module: torch.nn.Module, example_inputs: Inputs, /, **values: float) -> Footprint:
@@ -149,21 +149,14 @@ class Scheme(ABC):
             InvalidInput: as for a task; or zeros are not the network without its channels, as something sums over them.
             UntraceableModel: the module cannot be traced.
         """
-        subject = self._bound_all(values).apply(Subject(module, example_inputs))
+        subject = self._bound_all(values)._apply(Subject(module, example_inputs))
         subject.check_zeros()
         subject.write(module)
         return subject.footprint()
 
     @abstractmethod
-    def apply(self, subject: Subject) -> Subject:
-        """Do it to a network, or put another in its place. No parameter is free.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The network, as it is afterwards.
-        """
+    def _apply(self, subject: Subject) -> Subject:
+        """The network, or another in its place, after the step. No parameter is free."""
 
     def _bound_all(self, values: Mapping[str, float]) -> Scheme:
         bound = self.bind(**values)
@@ -225,17 +218,9 @@ class Compose(Scheme):
         object.__setattr__(self, "schemes", schemes)
         _ = self.parameters  # raises on two ranges
 
-    def apply(self, subject: Subject) -> Subject:
-        """Apply one after another.
-
-        Args:
-            subject: the network.
-
-        Returns:
-            The network after the last.
-        """
+    def _apply(self, subject: Subject) -> Subject:
         for scheme in self.schemes:
-            subject = scheme.apply(subject)
+            subject = scheme._apply(subject)
         return subject
 
     def _free(self) -> list[Free]:
