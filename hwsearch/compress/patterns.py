@@ -45,7 +45,7 @@ def largest(scores: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
         threshold = flat.kthvalue(len(flat) - count + 1).values
         mask = flat > threshold
         mask[(flat == threshold).nonzero()[: count - int(mask.sum()), 0]] = True
-    return [own.reshape(s.shape) for own, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+    return [own.reshape(s.shape) for own, s in zip(torch.split(mask, [s.numel() for s in scores]), scores, strict=True)]
 
 
 def balanced_mask(matrix: torch.Tensor, block: int, keep: int) -> torch.Tensor:

@@ -23,10 +23,10 @@ from hwsearch.schemes.subject import Subject
 class StructurePrune(Step):
     """Keep the filters, neurons and attention heads of the largest l2 norm: one threshold over all channel groups.
 
-    The norm of a slot is that of the weights of all layers that produce it. Every group keeps at least one.
+    The norm of a slot is that of the weights of all layers that produce it. Every group keeps at least its largest.
 
     Args:
-        density: the share of slots that is kept, over all groups together. Of equal ones the first stay.
+        density: the share of slots that is kept, over all groups together, but at least one of each. Of equal ones the first stay.
         align: every group keeps a multiple of so many, rounded down, and at least so many.
         normalise: the root mean square of a slot's weights decides; else its norm, which favours slots of many weights, so that
             small layers lose first.
@@ -54,7 +54,8 @@ class StructurePrune(Step):
             raise InvalidInput(f"the network has no channel group for {self}; leave the step out, or change what it skips")
         scores = _norms(subject, self.normalise)
         own = {g: torch.from_numpy(scores[s]) for g, s in left.items()}
-        masks = largest(list(own.values()), share_of(self.density, sum(map(len, left.values()))))
+        first = [s.index_fill(0, s.argmax(), torch.inf) for s in own.values()]  # each group's best stays whatever the threshold
+        masks = largest(first, max(share_of(self.density, sum(map(len, left.values()))), len(left)))
         mask = np.ones_like(subject.mask)
         for (group, score), kept in zip(own.items(), masks, strict=True):
             count = max(int(kept.sum()) // self.align * self.align, min(self.align, len(score)))

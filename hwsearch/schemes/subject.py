@@ -6,6 +6,7 @@ Weights are those of the user's module, before BatchNorm is folded. Nothing of t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -151,7 +152,9 @@ class Subject:
     def as_task(self) -> Task:
         """The task with a new module: the user's with new weights, or where channels went a narrower one with BatchNorm folded."""
         assert self.task is not None
-        model = copy.deepcopy(self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own pytree specs, copied
+            model = copy.deepcopy(self.model)
         self.write(model)
         task = replace(self.task, model=model, spec="")
         if self.mask.all():

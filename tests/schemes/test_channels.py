@@ -61,10 +61,9 @@ def test_one_threshold_over_all_groups_of_filters(density: float) -> None:
     model = copy.deepcopy(tiny.task("cnn").model)
     assert isinstance(model, tiny.CNN)
     own = scores(model)
-    every = torch.cat(list(own.values())).sort(descending=True).values
-    count = int(density * len(every))
-    kept = {g: s >= every[count - 1] for g, s in own.items()}
-    assert all(k.any() for k in kept.values())
+    rest = torch.cat([s[s != s.max()] for s in own.values()]).sort(descending=True).values  # each group keeps its best
+    count = int(density * 60) - len(own)
+    kept = {g: (s >= rest[count - 1]) | (s == s.max()) for g, s in own.items()}
     before = copy.deepcopy(model.state_dict())
     left = FilterPrune().in_place(model, tiny.inputs("cnn", 1), density=density)
     assert left.widths == {g: int(k.sum()) for g, k in kept.items()}
@@ -93,7 +92,7 @@ def test_normalised_scores_do_not_depend_on_how_many_weights_a_filter_has() -> N
         model[0].weight *= 1.1
     x = torch.randn(2, 4)
     by_norm = NeuronPrune(64 / 72)(task(model, x)).footprint.widths
-    assert by_norm == {"0": 1, "2": 64}  # 2.2 against 2.83
+    assert by_norm == {"0": 1, "2": 63}  # 2.2 against 2.83
     assert NeuronPrune(64 / 72, normalise=True)(task(model, x)).footprint.widths == {"0": 8, "2": 56}
 
 

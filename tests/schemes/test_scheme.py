@@ -173,7 +173,7 @@ def test_computed_weights_stay_and_are_named() -> None:
 def tables() -> tuple[LatencyTable, SensitivityTable]:
     setup = profiling.narrow_setup()
     table = profiling.run_widths(setup, None, builds=14)
-    return table, sensitivity_for(setup, None, table=table)
+    return table, sensitivity_for(setup, None, grid=table.grid())
 
 
 def test_one_number_and_the_search_decides_every_layer() -> None:
@@ -191,7 +191,9 @@ def test_one_number_and_the_search_decides_every_layer() -> None:
         torch.testing.assert_close(whole.task.model(x), task.model(x), rtol=1e-4, atol=1e-5)
     assert whole.footprint.nonzero_bytes == whole.footprint.dense_bytes
     pruned = Compose(scheme, Prune())(task, share=0.5, density=0.5)
-    assert pruned.footprint.nonzero == pytest.approx(found.footprint.nonzero / 2, abs=1)
+    count = sum(u.weight_count for u in Lowering(found.task).network.units)
+    assert pruned.footprint.nonzero == count // 2
+    assert found.footprint.nonzero <= count  # some are rounded to zero
     assert pruned.footprint.weights == found.footprint.weights
 
 
