@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hwsearch import schemes as schemes
     from hwsearch.allocate.allocation import Allocation as Allocation
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
@@ -47,6 +48,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "schemes":  # a folder of many names
+        return import_module("hwsearch.schemes")
     if name not in _HOME:
         raise AttributeError(f"module 'hwsearch' has no attribute {name!r}")
     return getattr(import_module(f"hwsearch.{_HOME[name]}"), name)

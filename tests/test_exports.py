@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +21,15 @@ def test_exported_names() -> None:
     assert all(callable(getattr(hs, name)) for name in hs.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hs.nothing
+
+
+def test_schemes_are_a_folder_of_names_that_is_imported_when_it_is_used() -> None:
+    assert set(hs.schemes.__all__) >= {
+        "Compose", "Prune", "NeuronPrune", "FilterPrune", "StructurePrune", "BlockPrune", "NM", "Balanced", "Quantize", "Allocate",
+    }  # fmt: skip
+    assert all(callable(getattr(hs.schemes, name)) for name in hs.schemes.__all__)
+    code = "import sys, hwsearch as hs; assert 'torch' not in sys.modules; hs.schemes.Compose; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_module_hides_a_name() -> None:

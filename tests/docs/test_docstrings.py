@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import hwsearch as hs
-from hwsearch import errors, testing
+from hwsearch import errors, schemes, testing
 from hwsearch.backends import base
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def names_of(module: ModuleType) -> list[str]:
 
 def public() -> Iterator[Any]:
     """Functions, classes, and the public methods and properties of these."""
-    for module in (hs, errors, base, testing):
+    for module in (hs, errors, base, schemes, testing):
         for name in names_of(module):
             value = getattr(module, name)
             yield pytest.param(value, id=f"{module.__name__}.{name}")
