@@ -19,13 +19,15 @@ from torch.utils import _pytree as pytree
 from hwsearch.compress.formats import StoredWeight, rounded, rounded_weight, stored
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.quantize import LEVELS, UNSIGNED_LEVELS, Key, int8_scale
-from hwsearch.compress.simulate import Rounding
+from hwsearch.compress.simulate import Rounding, put_bias
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.canonical import is_get_attr, tensor_attr
 from hwsearch.graph.channels import same
 from hwsearch.graph.trace import Traced
+from hwsearch.graph.units import Site, bias_argument
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, int8_levels, stored_once
+from hwsearch.recovery.gradients import Layer, Pruning
 
 FLOAT = Variant("fp32")
 
@@ -37,14 +39,23 @@ class Student:
         lowering: The network at the allocation's widths, with the weights that training starts from.
         variants: Unit -> variant.
         quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
+        pruning: Of gradients, in training; None for dense ones.
 
     Attributes:
         tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
         rounds: Whether units multiply with rounded weights; off, only activations are rounded.
     """
 
-    def __init__(self, lowering: Lowering, variants: Mapping[str, Variant], *, quantize_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        lowering: Lowering,
+        variants: Mapping[str, Variant],
+        *,
+        quantize_outputs: bool = False,
+        pruning: Pruning | None = None,
+    ) -> None:
         self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
+        self.pruning = pruning
         self.ranges = lowering.ranges if any(v.quantized for v in variants.values()) else {}
         self.home = homes(lowering)
         self.tensors = {
@@ -100,9 +111,9 @@ class Student:
         path = self.lowering.traced.paths[unit][0]
         return None if path is None else self.tensor(path)
 
-    def rounded_weight(self, unit: str, weight: torch.Tensor) -> torch.Tensor:
-        """What a unit multiplies with where it stands for `weight`: on its grid, in its pattern."""
-        variant = self.variants.get(unit, FLOAT)
+    def rounded_weight(self, unit: str, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
+        """What a unit multiplies with where it stands for `weight`: on its grid, in its pattern. variant: instead of its own."""
+        variant = self.variants.get(unit, FLOAT) if variant is None else variant
         if variant.plain:
             return rounded(weight, variant.precision)
         if unit in self.grids:
@@ -247,6 +258,31 @@ class _Through(Rounding):
             bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
         return straight(own, lambda w: self.student.rounded_weight(unit, w)), bias
 
+    def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        pruning, unit = self.student.pruning, self.site[node.name][0]
+        if pruning is None or site.weight is None or not torch.is_grad_enabled():
+            return super().product(node, site, args, kwargs)
+        (activation,), own = site.activations, self.traced.network[unit]
+        bias = bias_argument(node, args, kwargs)
+
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            new, named = list(args), dict(kwargs)
+            new[activation], new[site.weight] = x, weight  # type: ignore[index]
+            if bias is not None:
+                put_bias(node, new, named, bias)
+            found: torch.Tensor = node.target(*new, **named)  # type: ignore[operator]
+            return found
+
+        layer = Layer(call, int(dict(own.attributes).get("groups", "1")), own.out_axis)
+        return pruning.product(layer, args[activation], args[site.weight], bias, self._whole(unit))
+
+    def _whole(self, unit: str) -> torch.Tensor | None:
+        """A weight as its unit rounds it, without the pattern that the unit gives it; None where there is no such pattern."""
+        variant, master = self.student.variants.get(unit, FLOAT), self.student.weight_of(unit)
+        if variant.kept is None or master is None or not self.student.rounds:
+            return None
+        return self.student.rounded_weight(unit, master.detach(), Variant(variant.precision))
+
     def constant(
         self,
         own: torch.Tensor,
@@ -275,7 +311,7 @@ class _Run(fx.Interpreter):
         site = self.rounding.site.get(n.name)
         unit = site[0] if site is not None else self.rounding.stored.get(n.name, "")
         variant = self.student.variants.get(unit, FLOAT)
-        if not unit or variant == FLOAT:
+        if not unit or (variant == FLOAT and (site is None or self.student.pruning is None)):
             return super().run_node(n)
         if site is not None:
             return self.rounding.unit(n, variant, None, self)
