@@ -150,6 +150,9 @@ def recover(
             "bdwp:2:8. No time is saved here; what hardware would save is estimated.",
         ),
     ] = "dense",
+    scales: Annotated[
+        Literal["fixed", "learned"], typer.Option(help="Of int8 weights: those of the refitted ones, or learned with them.")
+    ] = "fixed",
     lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
     seed: Seed = 0,
     weights: Weights = None,
@@ -176,8 +179,8 @@ def recover(
     require_backend(backend or chosen.backend)
     with Progress(quiet=quiet) as progress:
         done = hs.recover(
-            hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, rate=rate,
-            seed=seed, weights=weights, backend=backend, progress=progress,
+            hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, scales=scales,
+            rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
         )  # fmt: skip
     if plot is not None:
         hs.plot_recovery(done, plot)

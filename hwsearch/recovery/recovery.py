@@ -37,6 +37,9 @@ EPOCHS, CALIBRATION_EPOCHS = 2, 30
 """Of a training without another word: with `Task.train`, and on calibration data alone."""
 LED = ("shrink", "halfspace")
 """Methods that lead the whole network to fewer channels in the first half of the steps."""
+FREE = ("mask", "lc")
+"""Methods that multiply with weights that are not rounded."""
+SCALES = ("fixed", "learned")
 TIMED = 0.9
 """Of a time limit, the share that steps are planned for."""
 
@@ -53,6 +56,7 @@ class Options:
         seed: Of every random choice.
         scored: Whether the task's score is taken before and after.
         gradients: What enters the backward products of layers: `dense`, or one of `gradients.WORDS`.
+        scales: Of int8 weights: one of `SCALES`.
     """
 
     epochs: int | None = None
@@ -62,9 +66,14 @@ class Options:
     seed: int = 0
     scored: bool = True
     gradients: str = DENSE
+    scales: str = "fixed"
 
     def __post_init__(self) -> None:
         rule(self.gradients)
+        if self.scales not in SCALES:
+            raise InvalidInput(f"unknown scales {self.scales!r}; expected one of {', '.join(SCALES)}")
+        if self.scales == "learned" and self.method in FREE:
+            raise InvalidInput(f"{self.method} multiplies with weights that are not rounded, and learns no scales; take `ste`")
         if self.method not in METHODS:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.epochs is not None and self.epochs < 1:
@@ -113,7 +122,7 @@ class Recovered:
             "objective": self.objective, "seconds": self.seconds, "score": self.score,
             "held_out": {"refitted": self.course.start, "recovered": self.course.least}, "best_step": self.course.best,
             "stopped": self.course.stopped, "curve": [vars(p) for p in self.course.points],
-            "gradients": {"rule": self.options.gradients, **self.pruned},
+            "gradients": {"rule": self.options.gradients, **self.pruned}, "scales": self.options.scales,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -211,7 +220,9 @@ class Recovery:
         variants = self.variants if same else dict.fromkeys(self.variants, FLOAT)
         pruned = rule(self.options.gradients)
         pruning = None if pruned is None else Pruning(pruned)
-        return Student(lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning)
+        return Student(
+            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned"
+        )
 
     def _late(self) -> bool:
         limit = self.options.time_limit_s
@@ -238,6 +249,7 @@ class Recovery:
             "learning rate": str(own.rate),
             "seed": str(own.seed),
             **({} if own.gradients == DENSE else {"gradients": own.gradients}),  # as in files of before
+            **({} if own.scales == SCALES[0] else {"scales": own.scales}),
         }
 
     # ---- rate and steps
@@ -350,7 +362,7 @@ class Recovery:
         student, course = training.student, training.course
         ranges = student.ranges or None
         own = made_of(self.whole, self.kept, self.variants)
-        trained = Trained(training.best, ranges, own)
+        trained = Trained({path: t for path, t in training.best.items() if path in student.home}, ranges, own)
         lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
         student.put(training.best)
         if score:

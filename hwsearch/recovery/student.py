@@ -1,8 +1,8 @@
 """The allocated network in torch, computing what is deployed, with gradients that pass its rounding (straight-through).
 
 Int8 weights keep the grid that the refitted ones are on: a scale for each output channel that training does not change, so that the
-network begins as what is deployed today, and what is deployed afterwards is on the same grid. Ranges of activations stay those of
-the start as well (Jacob et al. 2018, with ranges frozen).
+network begins as what is deployed today, and what is deployed afterwards is on the same grid. Learned scales begin there with
+the gradient of LSQ (Esser et al. 2020). Ranges of activations stay those of the start (Jacob et al. 2018, with ranges frozen).
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from hwsearch.network.variants import Variant, int8_levels, stored_once
 from hwsearch.recovery.gradients import Layer, Pruning
 
 FLOAT = Variant("fp32")
+SCALES = "|scales"
+"""After the name of a unit, the place of the logarithms of what its scales are multiplied by."""
+HELD_STEPS = 2.0**20
+"""A channel whose bias is so many steps of its product or more keeps its scale, which the bias asks for (`compress.biases`)."""
 
 
 class Student:
@@ -40,9 +44,11 @@ class Student:
         variants: Unit -> variant.
         quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
         pruning: Of gradients, in training; None for dense ones.
+        learned: Whether the scales of int8 weights of layers are trained.
 
     Attributes:
         tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
+            Where scales are learned, the logarithms of what they are multiplied by, too.
         rounds: Whether units multiply with rounded weights; off, only activations are rounded.
     """
 
@@ -53,6 +59,7 @@ class Student:
         *,
         quantize_outputs: bool = False,
         pruning: Pruning | None = None,
+        learned: bool = False,
     ) -> None:
         self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
         self.pruning = pruning
@@ -64,6 +71,8 @@ class Student:
         }
         self.rounds = True
         self.grids = {u: g for u, v in self.variants.items() if (g := self._grid(u, v)) is not None}
+        self.held = {u: self._held(u, g) for u, g in self.grids.items() if learned and _layer(lowering, u)}
+        self.tensors |= {u + SCALES: torch.zeros_like(self.grids[u]).requires_grad_() for u in self.held}
         self._roundings: dict[int, _Through] = {}
 
     def _grid(self, unit: str, variant: Variant) -> torch.Tensor | None:
@@ -76,6 +85,21 @@ class Student:
         assert weight.scales is not None
         scales = weight.broadcast_scales()
         return torch.from_numpy(np.repeat(scales, weight.block, weight.axis) if weight.block else scales)
+
+    def _held(self, unit: str, grid: torch.Tensor) -> torch.Tensor:
+        """Which channels keep their scale."""
+        path = self.lowering.traced.paths[unit][1]
+        bias = None if path is None else self.tensor(path)
+        if bias is None or self.variants[unit].precision != "int8" or bias.numel() != grid.numel():
+            return torch.zeros_like(grid, dtype=torch.bool)
+        step = grid.flatten() * float(np.float32(int8_scale(self.ranges[unit, 0, "in0"], "in0")))
+        return (bias.detach().abs() >= HELD_STEPS * step).reshape(grid.shape)
+
+    def scales(self, unit: str) -> torch.Tensor:
+        """Of a unit that has a grid, to multiply its weight with; with a gradient where they are learned."""
+        if unit not in self.held:
+            return self.grids[unit]
+        return self.grids[unit] * torch.where(self.held[unit], 0.0, self.tensors[unit + SCALES]).exp()
 
     def __call__(self, traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns. traced: of the narrow network, for inputs of these shapes."""
@@ -117,17 +141,28 @@ class Student:
         if variant.plain:
             return rounded(weight, variant.precision)
         if unit in self.grids:
-            own = weight
-            if variant.kept is not None:
-                own = own * nm_mask(own, self.lowering.traced.network[unit].in_axis, *variant.kept)
-            grid, levels = self.grids[unit], int8_levels(self.lowering.int8_bits if variant.precision == "int8" else 8)
-            return (own / grid).round().clamp(-levels, levels) * grid
+            with torch.no_grad():
+                return self._on_grid(unit, weight, variant)
         held = stored(weight, self.lowering.traced.network[unit], variant, self.lowering.int8_bits)
         return rounded_weight(weight, held)
 
+    def _on_grid(self, unit: str, weight: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """An int8 weight, with the gradient of LSQ: of the weight where it is not clipped, and of the scales."""
+        own, grid, kept = weight, self.scales(unit), variant.kept
+        if kept is not None:
+            own = straight(own, lambda w: w * nm_mask(w, self.lowering.traced.network[unit].in_axis, *kept))
+        levels = int8_levels(self.lowering.int8_bits if variant.precision == "int8" else 8)
+        return straight((own / grid).clamp(-levels, levels), torch.round) * grid
+
+    def learned_weight(self, unit: str, weight: torch.Tensor) -> torch.Tensor:
+        """What a unit multiplies with, with gradients: straight through its rounding, and of its scales where these are learned."""
+        if unit in self.held:
+            return self._on_grid(unit, weight, self.variants[unit])
+        return straight(weight, lambda w: self.rounded_weight(unit, w))
+
     def rounded_bias(self, unit: str, call: int, bias: torch.Tensor) -> torch.Tensor:
         """A bias of an int8 product, on the product's own steps (see `compress.biases`)."""
-        grid = self.grids.get(unit)
+        grid = self.scales(unit).detach() if unit in self.grids else None
         if grid is None or self.variants[unit].precision != "int8" or grid.numel() != bias.numel() or bias.dim() != 1:
             return bias
         step = grid.flatten() * float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
@@ -256,7 +291,7 @@ class _Through(Rounding):
         bias = None if bias_path is None else self.student.tensor(bias_path)
         if bias is not None and variant.precision == "int8":
             bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
-        return straight(own, lambda w: self.student.rounded_weight(unit, w)), bias
+        return self.student.learned_weight(unit, own), bias
 
     def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
         pruning, unit = self.student.pruning, self.site[node.name][0]
@@ -293,7 +328,7 @@ class _Through(Rounding):
         whole = self.traced.network[unit].tied and not stored_once(variant)
         if whole or not self.student.rounds:
             return own
-        return straight(own, lambda w: self.student.rounded_weight(unit, w))
+        return self.student.learned_weight(unit, own)
 
 
 class _Run(fx.Interpreter):
