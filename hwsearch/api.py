@@ -264,6 +264,8 @@ def recover(
     epochs: int | None = None,
     time_limit_s: float | None = None,
     method: str = "ste",
+    gradients: str = "dense",
+    scales: str = "fixed",
     rate: float | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
@@ -284,6 +286,9 @@ def recover(
         epochs: Of `Task.train`, or passes over the calibration data; None for 2, or 30 of these, or what the time limit allows.
         time_limit_s: Seconds of the whole recovery; None for no limit.
         method: How weights are led to what is allowed: `ste`, `mask`, `lc`, `srste`, `shrink` or `halfspace`.
+        gradients: What the backward products of layers read: `dense`, or pruned by a rule, for hardware that skips zeros (here
+            it costs time): `2:4`, `2:4:rescaled`, `2:4:mvue`, `2:4:random`, `stochastic:0.9`, `bdwp:2:8`.
+        scales: Of int8 weights: `fixed`, or `learned` with the weights (LSQ).
         rate: The largest learning rate; None tries a few and takes that which ends at the least held-out loss.
         seed: Of every random choice.
         weights: Folder of refitted weights to start from, as for `deploy`.
@@ -299,7 +304,7 @@ def recover(
         InvalidInput: `train` or `loss` does not give what it should; an option is out of range.
         HwsearchError: The loss diverges, or memory is too short; what was reached until then is kept.
     """
-    options = Options(epochs, time_limit_s, method, rate, seed, scored)
+    options = Options(epochs, time_limit_s, method, rate, seed, scored, gradients, scales)
     progress = progress or Progress.silent()
     progress.start(None, "making the network ready")
     setup = of_allocation(task, allocation, backend)

@@ -142,6 +142,17 @@ def recover(
         Literal["ste", "mask", "lc", "srste", "shrink", "halfspace"],
         typer.Option(help="How weights are led to what the allocation allows; see the page Recovery of the documentation."),
     ] = "ste",
+    gradients: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="What backward products read: dense, or pruned by 2:4, 2:4:rescaled, 2:4:mvue, 2:4:random, stochastic:0.9 or "
+            "bdwp:2:8. No time is saved here; what hardware would save is estimated.",
+        ),
+    ] = "dense",
+    scales: Annotated[
+        Literal["fixed", "learned"], typer.Option(help="Of int8 weights: those of the refitted ones, or learned with them.")
+    ] = "fixed",
     lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
     seed: Seed = 0,
     weights: Weights = None,
@@ -161,13 +172,15 @@ def recover(
     import hwsearch as hs
     from hwsearch.allocate.allocation import Allocation
     from hwsearch.progress import Progress
+    from hwsearch.recovery.gradients import rule
 
+    rule(gradients)
     chosen = Allocation.load(allocation)
     require_backend(backend or chosen.backend)
     with Progress(quiet=quiet) as progress:
         done = hs.recover(
-            hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, rate=rate, seed=seed,
-            weights=weights, backend=backend, progress=progress,
+            hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, scales=scales,
+            rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
         )  # fmt: skip
     if plot is not None:
         hs.plot_recovery(done, plot)

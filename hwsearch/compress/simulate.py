@@ -66,13 +66,17 @@ class Rounding:
         if site.weight is not None:
             new[site.weight], bias = self.weight(args[site.weight], unit, call, variant, replaced)
         if bias is not None:
-            _put_bias(node, new, kwargs, bias)
-        result = node.target(*new, **kwargs)  # type: ignore[operator]
+            put_bias(node, new, kwargs, bias)
+        result = self.product(node, site, new, kwargs)
         if variant.precision in ("bf16", "fp16"):
             return rounded(result, variant.precision)
         if variant.precision in ("int8", "fp8") and self.quantize_outputs:
             return self.activation(result, (unit, call, "out"), variant)
         return result
+
+    def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """What a call returns for what its variant multiplies."""
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def activation(self, x: torch.Tensor, key: Key, variant: Variant) -> torch.Tensor:
         """What a unit reads of an activation, or what is read of its output (port `out`)."""
@@ -201,7 +205,8 @@ class Simulator(Rounding):
         return changed.get(self.order[-1], self.dense)
 
 
-def _put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:
+def put_bias(node: fx.Node, args: list[Any], kwargs: dict[str, Any], bias: torch.Tensor) -> None:
+    """Set what a unit's call adds."""
     if node.target is aten.addmm.default:
         args[0] = bias
     elif len(args) > 2:

@@ -233,13 +233,17 @@ def _attributes(node: fx.Node, op: str) -> tuple[tuple[str, str], ...]:
 
 
 def bias_of(node: fx.Node) -> Any:
-    if node.target is aten.addmm.default:
-        bias = node.args[0]
-    elif node.target in MATMULS:
-        return None
-    else:
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = bias_argument(node, node.args, node.kwargs)
     return bias if is_get_attr(bias) else None
+
+
+def bias_argument(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Which of the arguments of a unit's call is its bias; None where there is none."""
+    if node.target is aten.addmm.default:
+        return args[0]
+    if node.target in MATMULS:
+        return None
+    return args[2] if len(args) > 2 else kwargs.get("bias")
 
 
 def outside_units(

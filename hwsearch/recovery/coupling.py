@@ -37,6 +37,8 @@ class Coupling:
     def __init__(self, student: Student) -> None:
         self.student = student
         self.supports = _supports(student)
+        self.flips: list[float] = []
+        """Of each step, the share of weights that entered or left a support; empty where supports are fixed."""
 
     def gradients(self, samples: int) -> None:
         """After the backward pass of a batch of so many: none outside of a support, and so none in the optimizer's moments."""
@@ -76,9 +78,7 @@ class SparseRefined(Coupling):
 
     def __init__(self, student: Student) -> None:
         super().__init__(student)
-        self.supports = {}
-        self.flips: list[float] = []
-        self._before = _supports(student)
+        self._before, self.supports = self.supports, {}
 
     def stepped(self, step: int, steps: int, rate: float) -> None:
         now = _supports(self.student)
@@ -88,6 +88,13 @@ class SparseRefined(Coupling):
         flipped = sum(int((now[p] ^ self._before[p]).sum()) for p in now)
         self.flips.append(flipped / max(1, sum(m.numel() for m in now.values())))
         self._before = now
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"flips|": torch.tensor(self.flips, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._before = _supports(self.student)  # the pull, which came after them, changes none
+        self.flips = state["flips|"].tolist() if state else []  # files of before have none
 
 
 class Lagrangian:

@@ -184,6 +184,6 @@ def _shape(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def digest_seed(seed: int, epoch: int) -> int:
-    """Of torch's own random numbers in an epoch."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+def digest_seed(*numbers: int) -> int:
+    """Of random numbers that are a training's own: of an epoch, of a step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

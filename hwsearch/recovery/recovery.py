@@ -19,6 +19,7 @@ from hwsearch.network.variants import Variant
 from hwsearch.progress import Progress, spoken
 from hwsearch.recovery.checkpoint import Checkpoint
 from hwsearch.recovery.coupling import METHODS, coupling
+from hwsearch.recovery.gradients import DENSE, Pruning, rule
 from hwsearch.recovery.objective import Objective
 from hwsearch.recovery.student import FLOAT, Student
 from hwsearch.recovery.trained import Trained, made_of, put
@@ -36,6 +37,9 @@ EPOCHS, CALIBRATION_EPOCHS = 2, 30
 """Of a training without another word: with `Task.train`, and on calibration data alone."""
 LED = ("shrink", "halfspace")
 """Methods that lead the whole network to fewer channels in the first half of the steps."""
+FREE = ("mask", "lc")
+"""Methods that multiply with weights that are not rounded."""
+SCALES = ("fixed", "learned")
 TIMED = 0.9
 """Of a time limit, the share that steps are planned for."""
 
@@ -51,6 +55,8 @@ class Options:
         rate: The largest learning rate; None to find it.
         seed: Of every random choice.
         scored: Whether the task's score is taken before and after.
+        gradients: What enters the backward products of layers: `dense`, or one of `gradients.WORDS`.
+        scales: Of int8 weights: one of `SCALES`.
     """
 
     epochs: int | None = None
@@ -59,8 +65,15 @@ class Options:
     rate: float | None = None
     seed: int = 0
     scored: bool = True
+    gradients: str = DENSE
+    scales: str = "fixed"
 
     def __post_init__(self) -> None:
+        rule(self.gradients)
+        if self.scales not in SCALES:
+            raise InvalidInput(f"unknown scales {self.scales!r}; expected one of {', '.join(SCALES)}")
+        if self.scales == "learned" and self.method in FREE:
+            raise InvalidInput(f"{self.method} multiplies with weights that are not rounded, and learns no scales; take `ste`")
         if self.method not in METHODS:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.epochs is not None and self.epochs < 1:
@@ -84,6 +97,7 @@ class Recovered:
         score: The task's score, simulated in torch: `dense`, `refitted`, `recovered`; empty where it was not taken.
         objective: What was made small, in words.
         lowering: The network with these weights.
+        pruned: Where gradients were pruned, what was measured of that (see `Pruning.told`).
     """
 
     trained: Trained
@@ -94,6 +108,7 @@ class Recovered:
     score: dict[str, float]
     objective: str
     lowering: Lowering = field(repr=False)
+    pruned: dict[str, float] = field(default_factory=dict)
 
     @property
     def better(self) -> bool:
@@ -107,6 +122,7 @@ class Recovered:
             "objective": self.objective, "seconds": self.seconds, "score": self.score,
             "held_out": {"refitted": self.course.start, "recovered": self.course.least}, "best_step": self.course.best,
             "stopped": self.course.stopped, "curve": [vars(p) for p in self.course.points],
+            "gradients": {"rule": self.options.gradients, **self.pruned}, "scales": self.options.scales,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -121,6 +137,16 @@ class Recovered:
             lines.append("score " + ", ".join(f"{value:.4f} {what}" for what, value in self.score.items()))
         if course.stopped:
             lines.append(f"ended early: {course.stopped}")
+        if flips := [p.flips for p in course.points if p.flips is not None]:
+            lines.append(
+                f"{flips[0]:.2%} of the weights of N:M patterns entered or left them in a step at first, {flips[-1]:.2%} at last"
+            )
+        if own := self.pruned:
+            lines.append(
+                f"gradients {self.options.gradients}: measured, {own['zeros']:.0%} zeros in what backward products read "
+                f"({own['zeros_dense']:.0%} unpruned), and {own['backward_share']:.0%} of the time of layers' products is theirs; "
+                f"estimated, hardware that skips zeros would save {own['estimated_saving']:.0%} of that time; here nothing is saved"
+            )
         return "\n".join(lines)
 
 
@@ -192,7 +218,11 @@ class Recovery:
     def _student(self, lowering: Lowering) -> Student:
         same = lowering.network.channels == self.start.network.channels
         variants = self.variants if same else dict.fromkeys(self.variants, FLOAT)
-        return Student(lowering, variants, quantize_outputs=self.quantize_outputs)
+        pruned = rule(self.options.gradients)
+        pruning = None if pruned is None else Pruning(pruned)
+        return Student(
+            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned"
+        )
 
     def _late(self) -> bool:
         limit = self.options.time_limit_s
@@ -218,6 +248,8 @@ class Recovery:
             "time limit": str(own.time_limit_s),
             "learning rate": str(own.rate),
             "seed": str(own.seed),
+            **({} if own.gradients == DENSE else {"gradients": own.gradients}),  # as in files of before
+            **({} if own.scales == SCALES[0] else {"scales": own.scales}),
         }
 
     # ---- rate and steps
@@ -330,7 +362,7 @@ class Recovery:
         student, course = training.student, training.course
         ranges = student.ranges or None
         own = made_of(self.whole, self.kept, self.variants)
-        trained = Trained(training.best, ranges, own)
+        trained = Trained({path: t for path, t in training.best.items() if path in student.home}, ranges, own)
         lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
         student.put(training.best)
         if score:
@@ -338,7 +370,7 @@ class Recovery:
             score = {**score, **known}
         found = Recovered(
             trained, course, training.schedule, self.options, training.used_s + self.clock() - self.begun, score,
-            self.objective.described, lowering,
+            self.objective.described, lowering, {} if training.pruning is None else training.pruning.told(),
         )  # fmt: skip
         if self.out is not None:
             trained = replace(trained, told=found.to_json())

@@ -1,8 +1,8 @@
 """The allocated network in torch, computing what is deployed, with gradients that pass its rounding (straight-through).
 
 Int8 weights keep the grid that the refitted ones are on: a scale for each output channel that training does not change, so that the
-network begins as what is deployed today, and what is deployed afterwards is on the same grid. Ranges of activations stay those of
-the start as well (Jacob et al. 2018, with ranges frozen).
+network begins as what is deployed today, and what is deployed afterwards is on the same grid. Learned scales begin there with
+the gradient of LSQ (Esser et al. 2020). Ranges of activations stay those of the start (Jacob et al. 2018, with ranges frozen).
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from torch.utils import _pytree as pytree
 from hwsearch.compress.formats import StoredWeight, rounded, rounded_weight, stored
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.quantize import LEVELS, UNSIGNED_LEVELS, Key, int8_scale
-from hwsearch.compress.simulate import Rounding
+from hwsearch.compress.simulate import Rounding, put_bias
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.canonical import is_get_attr, tensor_attr
 from hwsearch.graph.channels import same
 from hwsearch.graph.trace import Traced
+from hwsearch.graph.units import Site, bias_argument
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant, int8_levels, stored_once
+from hwsearch.recovery.gradients import Layer, Pruning
 
 FLOAT = Variant("fp32")
+SCALES = "|scales"
+"""After the name of a unit, the place of the logarithms of what its scales are multiplied by."""
+HELD_STEPS = 2.0**20
+"""A channel whose bias is so many steps of its product or more keeps its scale, which the bias asks for (`compress.biases`)."""
 
 
 class Student:
@@ -37,14 +43,26 @@ class Student:
         lowering: The network at the allocation's widths, with the weights that training starts from.
         variants: Unit -> variant.
         quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
+        pruning: Of gradients, in training; None for dense ones.
+        learned: Whether the scales of int8 weights of layers are trained.
 
     Attributes:
         tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
+            Where scales are learned, the logarithms of what they are multiplied by, too.
         rounds: Whether units multiply with rounded weights; off, only activations are rounded.
     """
 
-    def __init__(self, lowering: Lowering, variants: Mapping[str, Variant], *, quantize_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        lowering: Lowering,
+        variants: Mapping[str, Variant],
+        *,
+        quantize_outputs: bool = False,
+        pruning: Pruning | None = None,
+        learned: bool = False,
+    ) -> None:
         self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
+        self.pruning = pruning
         self.ranges = lowering.ranges if any(v.quantized for v in variants.values()) else {}
         self.home = homes(lowering)
         self.tensors = {
@@ -53,6 +71,8 @@ class Student:
         }
         self.rounds = True
         self.grids = {u: g for u, v in self.variants.items() if (g := self._grid(u, v)) is not None}
+        self.held = {u: self._held(u, g) for u, g in self.grids.items() if learned and _layer(lowering, u)}
+        self.tensors |= {u + SCALES: torch.zeros_like(self.grids[u]).requires_grad_() for u in self.held}
         self._roundings: dict[int, _Through] = {}
 
     def _grid(self, unit: str, variant: Variant) -> torch.Tensor | None:
@@ -65,6 +85,21 @@ class Student:
         assert weight.scales is not None
         scales = weight.broadcast_scales()
         return torch.from_numpy(np.repeat(scales, weight.block, weight.axis) if weight.block else scales)
+
+    def _held(self, unit: str, grid: torch.Tensor) -> torch.Tensor:
+        """Which channels keep their scale."""
+        path = self.lowering.traced.paths[unit][1]
+        bias = None if path is None else self.tensor(path)
+        if bias is None or self.variants[unit].precision != "int8" or bias.numel() != grid.numel():
+            return torch.zeros_like(grid, dtype=torch.bool)
+        step = grid.flatten() * float(np.float32(int8_scale(self.ranges[unit, 0, "in0"], "in0")))
+        return (bias.detach().abs() >= HELD_STEPS * step).reshape(grid.shape)
+
+    def scales(self, unit: str) -> torch.Tensor:
+        """Of a unit that has a grid, to multiply its weight with; with a gradient where they are learned."""
+        if unit not in self.held:
+            return self.grids[unit]
+        return self.grids[unit] * torch.where(self.held[unit], 0.0, self.tensors[unit + SCALES]).exp()
 
     def __call__(self, traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns. traced: of the narrow network, for inputs of these shapes."""
@@ -100,23 +135,34 @@ class Student:
         path = self.lowering.traced.paths[unit][0]
         return None if path is None else self.tensor(path)
 
-    def rounded_weight(self, unit: str, weight: torch.Tensor) -> torch.Tensor:
-        """What a unit multiplies with where it stands for `weight`: on its grid, in its pattern."""
-        variant = self.variants.get(unit, FLOAT)
+    def rounded_weight(self, unit: str, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
+        """What a unit multiplies with where it stands for `weight`: on its grid, in its pattern. variant: instead of its own."""
+        variant = self.variants.get(unit, FLOAT) if variant is None else variant
         if variant.plain:
             return rounded(weight, variant.precision)
         if unit in self.grids:
-            own = weight
-            if variant.kept is not None:
-                own = own * nm_mask(own, self.lowering.traced.network[unit].in_axis, *variant.kept)
-            grid, levels = self.grids[unit], int8_levels(self.lowering.int8_bits if variant.precision == "int8" else 8)
-            return (own / grid).round().clamp(-levels, levels) * grid
+            with torch.no_grad():
+                return self._on_grid(unit, weight, variant)
         held = stored(weight, self.lowering.traced.network[unit], variant, self.lowering.int8_bits)
         return rounded_weight(weight, held)
 
+    def _on_grid(self, unit: str, weight: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """An int8 weight, with the gradient of LSQ: of the weight where it is not clipped, and of the scales."""
+        own, grid, kept = weight, self.scales(unit), variant.kept
+        if kept is not None:
+            own = straight(own, lambda w: w * nm_mask(w, self.lowering.traced.network[unit].in_axis, *kept))
+        levels = int8_levels(self.lowering.int8_bits if variant.precision == "int8" else 8)
+        return straight((own / grid).clamp(-levels, levels), torch.round) * grid
+
+    def learned_weight(self, unit: str, weight: torch.Tensor) -> torch.Tensor:
+        """What a unit multiplies with, with gradients: straight through its rounding, and of its scales where these are learned."""
+        if unit in self.held:
+            return self._on_grid(unit, weight, self.variants[unit])
+        return straight(weight, lambda w: self.rounded_weight(unit, w))
+
     def rounded_bias(self, unit: str, call: int, bias: torch.Tensor) -> torch.Tensor:
         """A bias of an int8 product, on the product's own steps (see `compress.biases`)."""
-        grid = self.grids.get(unit)
+        grid = self.scales(unit).detach() if unit in self.grids else None
         if grid is None or self.variants[unit].precision != "int8" or grid.numel() != bias.numel() or bias.dim() != 1:
             return bias
         step = grid.flatten() * float(np.float32(int8_scale(self.ranges[unit, call, "in0"], "in0")))
@@ -245,7 +291,32 @@ class _Through(Rounding):
         bias = None if bias_path is None else self.student.tensor(bias_path)
         if bias is not None and variant.precision == "int8":
             bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
-        return straight(own, lambda w: self.student.rounded_weight(unit, w)), bias
+        return self.student.learned_weight(unit, own), bias
+
+    def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        pruning, unit = self.student.pruning, self.site[node.name][0]
+        if pruning is None or site.weight is None or not torch.is_grad_enabled():
+            return super().product(node, site, args, kwargs)
+        (activation,), own = site.activations, self.traced.network[unit]
+        bias = bias_argument(node, args, kwargs)
+
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            new, named = list(args), dict(kwargs)
+            new[activation], new[site.weight] = x, weight  # type: ignore[index]
+            if bias is not None:
+                put_bias(node, new, named, bias)
+            found: torch.Tensor = node.target(*new, **named)  # type: ignore[operator]
+            return found
+
+        layer = Layer(call, int(dict(own.attributes).get("groups", "1")), own.out_axis)
+        return pruning.product(layer, args[activation], args[site.weight], bias, self._whole(unit))
+
+    def _whole(self, unit: str) -> torch.Tensor | None:
+        """A weight as its unit rounds it, without the pattern that the unit gives it; None where there is no such pattern."""
+        variant, master = self.student.variants.get(unit, FLOAT), self.student.weight_of(unit)
+        if variant.kept is None or master is None or not self.student.rounds:
+            return None
+        return self.student.rounded_weight(unit, master.detach(), Variant(variant.precision))
 
     def constant(
         self,
@@ -257,7 +328,7 @@ class _Through(Rounding):
         whole = self.traced.network[unit].tied and not stored_once(variant)
         if whole or not self.student.rounds:
             return own
-        return straight(own, lambda w: self.student.rounded_weight(unit, w))
+        return self.student.learned_weight(unit, own)
 
 
 class _Run(fx.Interpreter):
@@ -275,7 +346,7 @@ class _Run(fx.Interpreter):
         site = self.rounding.site.get(n.name)
         unit = site[0] if site is not None else self.rounding.stored.get(n.name, "")
         variant = self.student.variants.get(unit, FLOAT)
-        if not unit or variant == FLOAT:
+        if not unit or (variant == FLOAT and (site is None or self.student.pruning is None)):
             return super().run_node(n)
         if site is not None:
             return self.rounding.unit(n, variant, None, self)

@@ -30,6 +30,8 @@ WARMUP, MOST_WARMUP = 0.05, 100
 EXPLODED = 1e3
 """Times the first losses, or 1 where these are smaller: a loss above that is not going to fall again."""
 CHECKPOINT_S = 60.0
+DRAWS = 1
+"""That the random numbers of pruned gradients are seeded with, beside seed and step: they are no others'."""
 
 
 class Diverged(HwsearchError):
@@ -38,12 +40,16 @@ class Diverged(HwsearchError):
 
 @dataclass(frozen=True)
 class Point:
-    """The training judged once: after `step` steps and `seconds`, the mean loss of the steps since the last, and `held_out`."""
+    """The training judged once: after `step` steps and `seconds`, the mean loss of the steps since the last, and `held_out`.
+
+    flips: with `srste`, the mean share of weights that entered or left their supports in one of these steps.
+    """
 
     step: int
     seconds: float
     loss: float | None
     held_out: float
+    flips: float | None = None
 
 
 @dataclass
@@ -97,6 +103,7 @@ class Training:
     ) -> None:
         self.student, self.objective, self.coupling, self.schedule = student, objective, coupling, schedule
         self.checkpoint, self.progress, self.late, self.clock = checkpoint, progress or Progress.silent(), late, clock
+        self.pruning = student.pruning
         self.optimizer = torch.optim.Adam(student.tensors.values(), schedule.rate)
         self.course = Course()
         self.best = coupling.answer()
@@ -112,6 +119,8 @@ class Training:
 
         Raises Diverged where the loss does, and HwsearchError where memory is short; `best` is right then as well.
         """
+        if self.pruning is not None:
+            self.pruning.restart()
         if self.checkpoint is not None and (state := self.checkpoint.load()) is not None:
             self._restore(state)
         if not self.course.points:
@@ -195,6 +204,8 @@ class Training:
         rate = self.schedule.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.pruning is not None:
+            self.pruning.start(digest_seed(self.schedule.seed, self.step, DRAWS))
         self.optimizer.zero_grad()
         try:
             loss = self.objective.loss(self.student, batch)
@@ -244,7 +255,9 @@ class Training:
         seconds = self.used_s + self.clock() - self._begun
         if held_out < self.course.least:
             self.course.best, self.best = self.step, self.coupling.answer()
-        self.course.points.append(Point(self.step, seconds, loss, held_out))
+        flips = self.coupling.flips[self.course.points[-1].step - self.step :]
+        mean = sum(flips) / len(flips) if flips else None
+        self.course.points.append(Point(self.step, seconds, loss, held_out, mean))
         self.progress.step(f"loss {loss:.4g}, held-out {held_out:.4g} (start {self.course.start:.4g})", self.step)
 
     # ---- checkpoints
@@ -266,6 +279,7 @@ class Training:
             "losses": self._losses,
             "first": self._first,
             "used_s": self.used_s + self.clock() - self._begun,
+            "pruning": {} if self.pruning is None else self.pruning.counts,
         }
         own = {f"coupling|{k}": t for k, t in self.coupling.state().items()}
         self.checkpoint.save(State(self.step, numbers, {**tensors, **own}))
@@ -274,6 +288,8 @@ class Training:
         self.step, numbers = state.step, state.numbers
         self.course = Course([Point(**p) for p in numbers["points"]], numbers["best"])
         self._losses, self._first, self.used_s = numbers["losses"], numbers["first"], numbers["used_s"]
+        if self.pruning is not None:
+            self.pruning.restart(numbers["pruning"])
         self._random = state.tensors["random|"]
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in state.tensors.items():

@@ -5,7 +5,7 @@ At a share of the fastest uniform network's time the closed loop finds an alloca
 each number of epochs and each seed, exported, and measured beside the refitted one in one session: times must not move, scores do.
 Then every method recovers, for one number of epochs at the rate that `auto` finds for `ste`: that allocation; 2:4 weights in fp16
 wherever they can be; int4 weights wherever they can be; from the same refitted weights, scored as simulated in torch. `mask` is the
-rival of each. Nothing else may run on the machine.
+rival of each. The allocation is recovered with pruned gradients too. Nothing else may run on the machine.
 
     python scripts/bench/recover.py zoo:fashion_resnet --share 0.5 --epochs 2 10 --seeds 0 1 2
     python scripts/bench/recover.py zoo:minilm --share 0.77 --epochs 2
@@ -40,7 +40,10 @@ from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.recovery.coupling import METHODS
+from hwsearch.recovery.gradients import WORDS
 from hwsearch.recovery.recovery import LED, Options, Recovered, Recovery
+
+ALLOCATION = "allocation"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, help="learning rate; by default it is found")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of the table")
+    parser.add_argument("--gradients", nargs="*", default=list(WORDS[1:]), help="pruned ones, tried on the allocation")
     parser.add_argument("--table-epochs", type=int, default=1, help="of the table of methods; 0: no table")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +93,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     session, allocation = searched(setup, folder, args)
     start = as_deployed(setup, allocation, bank_of(setup, allocation, folder / "weights"))
     own = Case(
-        "allocation", setup.lowering, start.lowering, kept_of(allocation, setup.network), parse_variants(allocation),
+        ALLOCATION, setup.lowering, start.lowering, kept_of(allocation, setup.network), parse_variants(allocation),
         setup.backend.quantize_outputs,
     )  # fmt: skip
     print(f"  dense score {session.dense_score:.4f}")
@@ -162,21 +166,27 @@ def methods(case: Case, args: argparse.Namespace) -> None:
     offered = [m for m in args.methods if (m not in LED or case.kept) and (m != "srste" or sparse)]
     rate = args.rate or case.recovered(Options(epochs=args.table_epochs, scored=False)).schedule.rate
     print(f"  {case.name}, {args.table_epochs} epoch(s) at {rate:.0e}: method, held-out loss (range), score (range)")
-    for method in offered:
+    plain = Options(epochs=args.table_epochs, rate=rate)
+    rows = {method: replace(plain, method=method) for method in offered}
+    if case.name == ALLOCATION:
+        rows |= {word: replace(plain, gradients=word) for word in args.gradients}
+    for number, (name, options) in enumerate(rows.items()):
         done = []
         for seed in args.seeds:
-            options = Options(epochs=args.table_epochs, method=method, rate=rate, seed=seed)
             try:
-                done.append(case.recovered(options))
+                done.append(case.recovered(replace(options, seed=seed)))
             except HwsearchError as error:
-                print(f"    {method}, seed {seed}: {error}")
+                print(f"    {name}, seed {seed}: {error}")
         if not done:
             continue
-        if method == offered[0]:
-            print(f"    {'refitted':9s} {done[0].course.start:.4g} {done[0].score['refitted']:.4f}")
+        if number == 0:
+            print(f"    {'refitted':14s} {done[0].course.start:.4g} {done[0].score['refitted']:.4f}")
         losses, scores = [d.course.least for d in done], [d.score["recovered"] for d in done]
-        print(f"    {method:9s} {np.mean(losses):.4g} ({min(losses):.4g} to {max(losses):.4g}) "
+        print(f"    {name:14s} {np.mean(losses):.4g} ({min(losses):.4g} to {max(losses):.4g}) "
               f"{np.mean(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})")  # fmt: skip
+        if own := done[0].pruned:
+            print(f"      zeros {own['zeros']:.2f} ({own['zeros_dense']:.2f} dense); of the time of products, backward ones are "
+                  f"{own['backward_share']:.2f}, hardware would save {own['estimated_saving']:.2f} (estimated)")  # fmt: skip
 
 
 if __name__ == "__main__":

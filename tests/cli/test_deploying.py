@@ -171,11 +171,13 @@ def test_recover(api: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     api(recover=recover)
     out = tmp_path / "t.safetensors"
-    words = ["recover", "zoo:x", "a.json", "-o", str(out), *"--epochs 3 --time-limit 2m --method lc --lr 3e-4 --seed 1".split()]
+    options = "--epochs 3 --time-limit 2m --method lc --gradients 2:4:mvue --scales learned --lr 3e-4 --seed 1"
+    words = ["recover", "zoo:x", "a.json", "-o", str(out), *options.split()]
     assert invoke(*words).stdout == f"how it went\n{out}: 1.00 KB; give it to deploy and verify as --weights\n"
     del seen["progress"]
     assert seen == {
-        "out": out, "epochs": 3, "time_limit_s": 120.0, "method": "lc", "rate": 3e-4, "seed": 1, "weights": None, "backend": None,
+        "out": out, "epochs": 3, "time_limit_s": 120.0, "method": "lc", "gradients": "2:4:mvue", "scales": "learned", "rate": 3e-4,
+        "seed": 1, "weights": None, "backend": None,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"path": str(out), "method": "lc"}
     for wrong, message in (
@@ -183,6 +185,7 @@ def test_recover(api: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         (["-o", str(out), "--lr", "fast"], "'fast' is no learning rate"),
         (["-o", str(out), "--lr", "-1"], "no learning rate"),
         (["-o", str(out), "--method", "magic"], "magic"),
+        (["-o", str(out), "--gradients", "4:2"], "unknown gradients '4:2'; expected one of dense, 2:4"),
     ):
         result = invoke("recover", "zoo:x", "a.json", *wrong)
         assert result.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.widths import Kept
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.variants import Variant, legal
+from hwsearch.recovery.checkpoint import Checkpoint
 from hwsearch.recovery.coupling import Fading, HalfSpace, Lagrangian, SparseRefined, coupling
 from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.recovery import Options, Recovery
 from hwsearch.recovery.student import FLOAT, Student
-from hwsearch.recovery.training import Schedule, Training
+from hwsearch.recovery.training import Point, Schedule, Training
 
 N, K, SEEDS, PASSES, START, GROWTH = 10, 3, 100, 80, 1e-3, 1.1
 
@@ -183,6 +186,45 @@ def test_srste_lets_supports_change_and_its_pull_makes_them_change_less(monkeypa
         Training(student, Objective(student.lowering), how, Schedule(40, 3e-3)).run()
         flips[pull] = sum(how.flips)
     assert 0 < flips[200.0] < flips[0.0]
+
+
+def test_srste_counts_flips_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hwsearch.recovery.training.CHECKPOINT_S", 0.0)
+    done = Training._one
+
+    def trained(path: Path, stop: int = -1) -> tuple[list[float], list[Point]]:
+        student, _ = sparse()
+        how = SparseRefined(student)
+        checkpoint = Checkpoint(path, {"of": "a test"})
+        training = Training(student, Objective(student.lowering), how, Schedule(40, 3e-3), checkpoint=checkpoint)
+
+        def one(self: Training, batch: Any) -> None:
+            if self.step == stop:
+                raise KeyboardInterrupt
+            done(self, batch)
+
+        monkeypatch.setattr(Training, "_one", one)
+        points = training.run().points
+        return how.flips, points
+
+    flips, points = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", stop=17)
+    again, same = trained(tmp_path / "parts")
+    assert again == flips
+    assert len(flips) == 40
+    assert sum(flips) > 0
+    assert [p.flips for p in same] == [p.flips for p in points] == [None, *np.reshape(flips, (20, 2)).mean(1).tolist()]
+
+
+def test_the_share_of_flips_is_in_the_result() -> None:
+    student, variants = sparse()
+    options = Options(epochs=2, rate=3e-3, method="srste", scored=False)
+    done = Recovery(recovering.lowering(), student.lowering, {}, variants, options).run()
+    flips = [p["flips"] for p in done.to_json()["curve"]]
+    assert flips[0] is None
+    assert f"{flips[1]:.2%} of the weights of N:M patterns entered or left them" in str(done)
+    assert f"{flips[-1]:.2%} at last" in str(done)
 
 
 def test_the_answer_of_lc_is_what_is_deployed() -> None:

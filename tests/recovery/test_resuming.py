@@ -58,13 +58,18 @@ def test_a_killed_training_goes_on_to_the_same_weights_bit_by_bit(tmp_path: Path
     assert not list(tmp_path.glob("*.begun"))
 
 
-@pytest.mark.parametrize("method", ["mask", "lc", "shrink", "halfspace"])
+@pytest.mark.parametrize(
+    ("method", "gradients", "scales"),
+    [("mask", "dense", "fixed"), ("lc", "dense", "fixed"), ("shrink", "dense", "learned"), ("halfspace", "1:2:mvue", "fixed"),
+     ("ste", "stochastic:0.9", "fixed"), ("ste", "1:2:mvue", "learned"), ("ste", "1:2:random", "fixed")],
+)  # fmt: skip
 def test_every_method_goes_on_where_it_was_interrupted(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, gradients: str, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    recover(method=method, out=whole, epochs=2, scored=False)
+    own: dict[str, Any] = {"method": method, "gradients": gradients, "scales": scales, "epochs": 2, "scored": False}
+    recover(out=whole, **own)
     done, count = training.Training._one, [0]
 
     def stop(self: Any, batch: Any) -> None:
@@ -76,8 +81,8 @@ def test_every_method_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(training.Training, "_one", stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            recover(method=method, out=parts, epochs=2, scored=False)
-    recover(method=method, out=parts, epochs=2, scored=False)
+            recover(out=parts, **own)
+    recover(out=parts, **own)
     _same(whole, parts)
     assert {p.name for p in tmp_path.iterdir()} == {"whole.safetensors", "parts.safetensors"}
 
@@ -90,6 +95,8 @@ def _same(whole: Path, parts: Path) -> None:
     curves = [Trained.load(p).told["curve"] for p in (whole, parts)]
     assert [(p["step"], p["loss"], p["held_out"]) for p in curves[0]] == [(p["step"], p["loss"], p["held_out"]) for p in curves[1]]
     assert len(curves[0]) > 3
+    told = [Trained.load(p).told["gradients"] for p in (whole, parts)]
+    assert all(told[0].get(k) == told[1].get(k) for k in ("rule", "zeros", "zeros_dense"))
 
 
 def test_a_training_of_something_else_is_not_gone_on_with(
