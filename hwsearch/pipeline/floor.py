@@ -46,6 +46,8 @@ TRIES = 3
 STRICTER = 0.996
 """What a budget that a sample missed is multiplied with, beside what it was over."""
 FOLDER = "samples"
+DUST = 1e-9
+"""By which a score may be below the floor: the dense network's, through an engine that rounds otherwise, holds 100%."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Held:
         """The report, with the floor, how the final score stands to it, and every sample."""
         dense, score = report.score["dense"], report.score["deployed"]
         floor, count = self.goal.floor.of(dense), self.scorer.session.setup.lowering.task.scored
-        error = binomial(score, count)
+        error, held = binomial(score, count), score >= floor - DUST * max(1.0, abs(floor))
         return replace(report, floor={
-            "text": self.goal.floor.text, "least": floor, "held": score >= floor, "error": error, "scored": count,
+            "text": self.goal.floor.text, "least": floor, "held": held, "error": error, "scored": count,
             "standard_errors": (score - floor) / error if error else None, "minimized": self.goal.minimize,
             "search": {"by": self.scorer.by, "says": self.scorer.says, "dense": self.scorer.dense, "least": self.scorer.floor},
             "samples": [
@@ -147,6 +149,8 @@ class _Search:
         self.builds: list[Build] = []
         self.measured = 0
         self.bank: WeightBank | None = None
+        self.lowest = self._least_loss()
+        self.free = self.lowest.uniform == "dense.fp32" and self.lowest.predicted["loss"] == 0
 
     def _made_of(self) -> dict[str, Any]:
         """What has to be the same for a sample to be used again."""
@@ -159,8 +163,6 @@ class _Search:
 
     def run(self) -> None:
         """Measure samples until the bracket is narrow, or none is left."""
-        self.lowest = self._least_loss()
-        self.free = self.lowest.uniform == "dense.fp32" and self.lowest.predicted["loss"] == 0
         within, longest_s = self._range(), 0.0
         while (x := next_bound(self.tried, within, self.scorer.allowed, self.goal.samples - self.measured)) is not None:
             allocation = self._at(x, within)

@@ -14,10 +14,11 @@ import tiny
 import torch
 
 import hwsearch as hs
-from hwsearch.deployment.deploy import of_allocation, parse_variants, with_weights
+from hwsearch.deployment.deploy import parse_variants, with_weights
 from hwsearch.deployment.evaluate import predictor
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session
+from hwsearch.engine.setup import set_up
 from hwsearch.errors import BackendUnavailable, BudgetMissed, Infeasible, InvalidInput
 from hwsearch.graph.batching import BatchAxis
 from hwsearch.loss.divergence import closeness, divergence
@@ -103,15 +104,14 @@ def test_the_floor_is_held_in_ten_samples_and_each_is_told(done: tuple[Path, Any
 def test_nothing_that_a_hundred_points_find_is_much_smaller(done: tuple[Path, Any]) -> None:
     """Of the answers under a hundred bounds, none that is 3 % smaller holds the floor."""
     folder, report = done
-    table_less, sens = hs.Allocation.load(folder / "alloc.json"), hs.SensitivityTable.load(folder / "sens.parquet")
-    of = task()
-    setup = of_allocation(of, table_less, backend())
+    of, sens = task(), hs.SensitivityTable.load(folder / "sens.parquet")
+    setup = set_up(of, backend(), axes=["width", "precision", "storage"])
     table, found = without_times(setup), {}
     losses = [s["loss"] for s in report.floor["samples"]]
     low, high = math.log(min(losses)) - 1.0, math.log(max(losses)) + 1.0
     for i in range(100):
         bound = math.exp(low + (high - low) * i / 99)
-        allocation = hs.search(table, sens, [f"loss={bound:.6g}"], minimize="size", axes=["width", "precision", "storage"])
+        allocation = hs.search(table, sens, [f"loss={bound:.9f}"], minimize="size")
         found[str((allocation.variants, allocation.widths))] = allocation
     smaller = [a for a in found.values() if a.predicted["size_bytes"] < 0.97 * report.predicted.size]
     assert smaller, "the floor is what keeps it from being smaller"
