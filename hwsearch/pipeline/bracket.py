@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 TOLERANCE = 0.05
 """Of the logarithm of the bound: a bracket so narrow is not searched any further."""
-EDGE = 0.125
-"""Of a bracket, how near to its ends a guess may be."""
+EDGE = 0.99
+"""Of the tolerance, how near to the ends of the bracket a guess may be: a right one closes it."""
 _SAME = 1e-9
 
 
@@ -82,12 +82,16 @@ def next_bound(
     width = hi - lo
     if width <= tolerance:
         return None
-    guess = _guess(tried, allowed, (lo + hi) / 2.0, hi)
-    guess = min(max(guess, lo + EDGE * width), hi - EDGE * width if failed else hi)
-    reach = tolerance * 2.0 ** (left - 1)
-    if width > 2.0 * reach:
-        return (lo + hi) / 2.0
+    middle, edge, reach = (lo + hi) / 2.0, EDGE * tolerance, tolerance * 2.0 ** (left - 1)
+    if width > 2.0 * reach or width < 2.0 * edge or _known_before(tried):
+        return middle
+    guess = min(max(_guess(tried, allowed, middle, hi), lo + edge), hi - edge if failed else hi)
     return min(max(guess, hi - reach), lo + reach)
+
+
+def _known_before(tried: Sequence[Tried]) -> bool:
+    """Whether the last bound brought no new answer: guesses are then finer than what there is to choose from."""
+    return any(t.reached == tried[-1].reached for t in tried[:-1])
 
 
 def _guess(tried: Sequence[Tried], allowed: float, middle: float, top: float) -> float:
