@@ -284,12 +284,14 @@ def test_floors_that_a_score_cannot_have(text: str, dense: float) -> None:
 
 
 def test_what_goes_with_a_floor_alone(tmp_path: Path) -> None:
+    another = backend()
+    another.name = "another"
     assert Goal.of(None, None, 10) is None
     for options in ({"minimize": "size"}, {"samples": 3}, {"floor": "99%", "minimize": "memory"}, {"floor": "99%", "samples": 0}):
         with pytest.raises(InvalidInput, match="floor"):
             hs.run(task(), ["size=50%"], tmp_path, backend=backend(), **options)
     with pytest.raises(InvalidInput, match="one runtime"):
-        hs.run(task(), [], tmp_path, backend=[backend(), backend()], floor="99%")
+        hs.run(task(), [], tmp_path, backend=[backend(), another], floor="99%")
     with pytest.raises(InvalidInput, match="scored=0"):
         task(scored=0)
     with pytest.raises(InvalidInput, match="no budget was given"):
