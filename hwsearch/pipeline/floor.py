@@ -197,8 +197,8 @@ class _Search:
             raise Infeasible(f"the budgets break, whatever the floor: {found}", found.least) from None
 
     def _range(self) -> Range:
-        losses = (*self.sensitivity.loss.values(), *self.sensitivity.width_loss.values())
-        most = sum(max(own.values(), default=0.0) for own in losses)
+        most = sum(max(own.values(), default=0.0) for own in self.sensitivity.loss.values())
+        most += sum(max(own.values(), default=0.0) for own in self.sensitivity.width_loss.values())
         cheapest = self._search([*self.budgets, _at_most(2.0 * most + 1.0)], self.goal.minimize)
         high = logarithm(cheapest.predicted["loss"])
         return Range(high - SPAN if self.free else min(logarithm(self.lowest.predicted["loss"]), high), high, self.free)
