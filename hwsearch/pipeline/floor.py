@@ -158,7 +158,8 @@ class _Search:
         return {
             "network": network.fingerprint, "weights": network.weights_digest, "calibration": setup.lowering.calibration_digest,
             "backend": [setup.backend.name, setup.backend.versions()], "device": devices.fingerprint_for(setup.backend).id,
-            "options": setup.described, "scored by": [self.scorer.by, self.scorer.dense], "offer": self.offer,
+            "options": setup.described, "scored by": [self.scorer.by, self.scorer.dense, setup.lowering.task.validated],
+            "offer": self.offer,
         }  # fmt: skip
 
     def run(self) -> None:
