@@ -227,12 +227,13 @@ def test_budgets_that_break_are_named(again: Path) -> None:
 
 
 def test_the_fastest_is_found_on_a_profile(tmp_path: Path) -> None:
-    report = run(tmp_path, "95%", of=task(validate=None, scored=48), minimize=None)
+    accuracy = task(evaluate=tiny.task("cnn").evaluate, validate=None, scored=32)
+    report = run(tmp_path, "90%", of=accuracy, minimize=None)
     own = report.floor
     assert own["minimized"] == "latency"
     assert own["search"]["by"] == "agreement"
     assert "by agreement with the dense network" in str(report)
-    assert own["search"]["least"] == pytest.approx(1 - 0.05 * report.score["dense"])
+    assert own["search"]["least"] == pytest.approx(0.9)
     assert len(own["samples"]) <= 10
     assert report.latency_ms["measured"] <= report.latency_ms["dense"] * 1.01
     assert (tmp_path / "front.png").is_file()
