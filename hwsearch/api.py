@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,6 +36,8 @@ from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, 
 from hwsearch.network.variants import STORAGE as IN_INT8
 from hwsearch.pipeline.allowance import LOOP, PREPARING, PROFILE, RECOVERY, Allowance, prepared, shared_out
 from hwsearch.pipeline.closed_loop import closed_loop
+from hwsearch.pipeline.floor import Held, hold_floor
+from hwsearch.pipeline.goal import SAMPLES, Goal
 from hwsearch.pipeline.recovering import recovered_answer
 from hwsearch.pipeline.runtimes import dense_ratios, run_each
 from hwsearch.plot import plot_front
@@ -321,9 +323,10 @@ def run(
     batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
-    recover_s: float = 0.0, progress: Progress | None = None,
+    recover_s: float = 0.0, floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES,
+    progress: Progress | None = None,
 ) -> Report:  # fmt: skip
-    """Find and deploy the allocation of least loss that meets the budgets as measured on this device.
+    """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png, run.log and refitted weights in `out`.
     Another run there uses them again, but makes anew, and says so, what was made of something else (other calibration data, weights
@@ -331,7 +334,7 @@ def run(
 
     Args:
         task: What is deployed.
-        budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost.
+        budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost; with a floor there need be none.
         out: Folder for the results.
         backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
             meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
@@ -352,44 +355,69 @@ def run(
         lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
         recover_s: Seconds of the time limit to train the answer in, as `recover` does; it is measured again. 0: it is not trained.
+        floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`; the cheapest network that holds it is found.
+        minimize: With a floor, the cost that is least: `latency` (also None), `size`, `energy` or `macs`.
+        samples: With a floor, how many networks are measured at most in this call; those of earlier calls in `out` are used again.
         progress: As for `profile`.
 
     Returns:
         The report of the deployed allocation.
 
     Raises:
-        Infeasible: No allocation is predicted to meet the budgets; it names the least that can.
-        BudgetMissed: None met them as measured, in five rounds or those that there was time for; the nearest is left in `out`.
+        Infeasible: No allocation is predicted to meet the budgets, or to hold the floor within them; it names the least that can.
+        BudgetMissed: None met budgets and floor as measured, in the rounds that there was time for; the nearest is left in `out`.
         IncompatibleTables: `out` holds files of something else.
         InvalidInput: A budget or an option is malformed.
     """
-    parsed, axes = parse_budgets(budgets), check_axes(axes)
+    goal, axes = Goal.of(floor, minimize, samples), check_axes(axes)
+    parsed = parse_budgets(budgets) if budgets or goal is None else ()
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
     _require_searchable(parsed, mode, time_limit_s, recover_s)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
+    own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
+    options: dict[str, Any] = {
+        "batch": batch, "seed": seed, "mode": mode, "axes": axes, "keep": keep, "builds": builds, "prior": prior,
+        "lock_clocks": lock_clocks, "energy": energy, "progress": progress, **own,
+    }  # fmt: skip
     if len(runtimes) > 1:
-        own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
-        one = partial(
-            run, task, batch=batch, seed=seed, mode=mode, axes=axes, keep=keep, builds=builds, prior=prior,
-            lock_clocks=lock_clocks, energy=energy, progress=progress, **own,
-        )  # fmt: skip
-        return _run_several(one, task, runtimes, parsed, folder, (time_limit_s, recover_s), own, progress)
-    (runtime,) = runtimes
+        _require_one(goal, runtimes)
+        return _run_several(partial(run, task, **options), task, runtimes, parsed, folder, (time_limit_s, recover_s), own, progress)
+    return _run_alone(task, runtimes[0], parsed, goal, folder, (time_limit_s, recover_s), **options)
+
+
+def _run_alone(
+    task: Task, runtime: Backend, budgets: Sequence[Budget], goal: Goal | None, folder: Path, limits: tuple[float, float], *,
+    axes: Sequence[str], builds: int | None, prior: Sequence[LatencyTable | str | Path], lock_clocks: bool, energy: bool,
+    progress: Progress, mode: str, seed: int, keep: Sequence[str], **options: Any,
+) -> Report:  # fmt: skip
+    """A run on one runtime. limits: seconds of all of it, and of recovery of that; options: of the setup."""
+    columns = _columns(budgets, goal)
     with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
-        limit = TimeLimit(time_limit_s - recover_s, clock_of(runtime))  # it does not run while another command is waited for
+        limit = TimeLimit(limits[0] - limits[1], clock_of(runtime))  # it does not run while another command is waited for
         setup = set_up(
-            task, runtime, threads=threads, base=base, batch=batch, load=load, axes=_with_storage(axes, parsed),
-            energy=energy or any(b.column == "energy" for b in parsed), clocks=clocks_to_lock(runtime) if lock_clocks else 0,
+            task, runtime, axes=_with_storage(axes, columns), energy=energy or "energy" in columns,
+            clocks=clocks_to_lock(runtime) if lock_clocks else 0, **options,
         )  # fmt: skip
         return _run(
-            setup, parsed, folder, Effort(time_limit_s, builds, extend=False), limit, mode=mode, axes=axes, seed=seed,
-            keep=keep, prior=_tables(prior, setup), recover_s=recover_s, progress=progress,
+            setup, budgets, folder, Effort(limits[0], builds, extend=False), limit, goal=goal, mode=mode, axes=axes, seed=seed,
+            keep=keep, prior=_tables(prior, setup), recover_s=limits[1], progress=progress,
         )  # fmt: skip
 
 
-def _with_storage(axes: Sequence[str], budgets: Sequence[Budget]) -> Sequence[str]:
-    """The axes, with `storage` beside `precision` where size is bounded."""
-    stores = "precision" in axes and any(b.column == "size" for b in budgets)
+def _columns(budgets: Sequence[Budget], goal: Goal | None) -> set[str]:
+    """The costs that are bounded or minimised."""
+    return {b.column for b in budgets} | ({goal.minimize} if goal else set())
+
+
+def _require_one(goal: Goal | None, runtimes: Sequence[Backend]) -> None:
+    if goal is not None:
+        names = ", ".join(r.name for r in runtimes)
+        raise InvalidInput(f"a floor is searched for on one runtime, and {names} were given; run each into a folder of its own")
+
+
+def _with_storage(axes: Sequence[str], columns: Collection[str]) -> Sequence[str]:
+    """The axes, with `storage` beside `precision` where size is bounded or minimised."""
+    stores = "precision" in axes and "size" in columns
     return [*axes, STORAGE] if stores else axes
 
 
@@ -442,16 +470,20 @@ def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
 
 def _run(
     setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
-    mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable], recover_s: float,
-    progress: Progress,
+    goal: Goal | None, mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable],
+    recover_s: float, progress: Progress,
 ) -> Report:  # fmt: skip
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
-    timed = any(b.column not in COMPUTED for b in budgets)
+    columns = _columns(budgets, goal)
+    timed = not columns <= set(COMPUTED)
     allowance = prepared(
-        Allowance(limit, setup, axes, recovery_s=recover_s), weights, scored=holds_now(setup, path, seed), progress=progress
-    )
+        Allowance(limit, setup, axes, recovery_s=recover_s, samples=goal.samples if goal else 0), weights,
+        scored=holds_now(setup, path, seed), progress=progress,
+    )  # fmt: skip
+    if goal is not None:
+        goal.floor.of(allowance.dense_score)
     if timed:
         stages = allowance.plan(None)
         progress.plan(stages)
@@ -465,24 +497,33 @@ def _run(
         table = without_times(setup)
     progress.plan(allowance.plan(table))
     sensitivities = sensitivity_for(
-        setup, path, seed=seed, grid=widths_to_score(table, budgets) if "width" in axes else {}, weights=weights,
+        setup, path, seed=seed, grid=widths_to_score(table, columns) if "width" in axes else {}, weights=weights,
         bank=allowance.bank, limit=allowance.scoring_limit(table), progress=progress,
     )  # fmt: skip
     progress.enter(LOOP)
     session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score
-    report, allocation, table = closed_loop(
-        session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
-    )  # fmt: skip
+    held: Held | None = None
+    if goal is None:
+        report, allocation, table = closed_loop(
+            session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
+        )
+    else:
+        report, allocation, table, held = hold_floor(
+            session, table, sensitivities, budgets, goal, folder, axes=axes, keep=keep, weights=weights, progress=progress
+        )
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
     if recover_s and report.state != State.MISSED:
         progress.enter(RECOVERY)
         report = _recovered(session, allocation, report, folder, recover_s, seed, table, budgets, weights, progress)
+    if held is not None:
+        report = held.judged(report)
+        report.save(folder / "report.json")
     progress.record(str(report))
     if report.state == State.MISSED:
-        raise _missed(report, budgets, folder, late=limit.late())
+        raise held.missed(report, folder) if held is not None else _missed(report, budgets, folder, late=limit.late())
     return report
 
 
@@ -503,14 +544,14 @@ def _recovered(
         return report
 
 
-def widths_to_score(table: LatencyTable, budgets: Sequence[Budget]) -> Mapping[str, Sequence[int]]:
-    """The widths of each channel group that may be chosen under some budgets.
+def widths_to_score(table: LatencyTable, columns: Collection[str]) -> Mapping[str, Sequence[int]]:
+    """The widths of each channel group that may be chosen where some costs are bounded or minimised.
 
-    Those worth their time where only what is measured is bounded; else all that were measured, or, with nothing measured, all.
+    Those worth their time where only what is measured is; else all that were measured, or, with nothing measured, all.
     """
     if not table.builds:
         return {g: candidate_widths(n) for g, n in table.network.channels.items()}
-    return measured_widths(table) if any(b.column in COMPUTED for b in budgets) else table.grid()
+    return measured_widths(table) if any(c in COMPUTED for c in columns) else table.grid()
 
 
 def _leave_front(sweep: Front, report: Report, folder: Path) -> None:

@@ -108,6 +108,8 @@ def _check(task: Task, spec: str) -> None:
     for name in ("train", "loss"):
         if getattr(task, name) is not None and not callable(getattr(task, name)):
             raise InvalidInput(f"{spec}: {name} is not callable; expected train(epoch) -> batches and loss(outputs, target)")
+    if task.validate is not None and not callable(task.validate):
+        raise InvalidInput(f"{spec}: validate is not callable; expected validate(predict) -> float")
     if not isinstance(task.example_inputs, torch.Tensor | tuple | list | Mapping):
         kind = type(task.example_inputs).__name__
         raise InvalidInput(f"{spec}: example_inputs is {kind}; expected a tensor, tuple or dict")

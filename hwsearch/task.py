@@ -39,9 +39,14 @@ class Task:
             `example_inputs`, and a target; shuffled anew each epoch, and the same for the same number. None: recovery
             trains on calibration data alone, towards the outputs of the dense network.
         loss: with `train`: `loss(outputs, target)`, a scalar tensor, lower is better; outputs are as the model returns them.
+        validate: as `evaluate`, on other data: what a run with a floor scores its samples by, so that `evaluate` chooses nothing.
+            None: they are scored by agreement with the dense network on calibration data.
+        scored: how many samples `evaluate` scores, where its score is a share of them; None: the noise of the score is not known.
+        validated: how many `validate` scores.
 
     Raises:
-        InvalidInput: the model is a wrapper without one module inside (a ScriptModule), or only one of `train` and `loss` is given.
+        InvalidInput: the model is a wrapper without one module inside (a ScriptModule), or only one of `train` and `loss` is given,
+            or a number of samples is below 1.
     """
 
     model: torch.nn.Module
@@ -53,6 +58,9 @@ class Task:
     spec: str = ""
     train: Train | None = field(default=None, repr=False)
     loss: Callable[[Any, Any], torch.Tensor] | None = field(default=None, repr=False)
+    validate: Callable[[Predict], float] | None = field(default=None, repr=False)
+    scored: int | None = None
+    validated: int | None = None
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.loss is None):
@@ -61,6 +69,9 @@ class Task:
                 f"the task {self.name!r} has {has} but no {lacks}: `train(epoch)` gives batches of (inputs, target) and "
                 "`loss(outputs, target)` says what they are for; give both, or neither to recover on calibration data alone"
             )
+        for name, count in (("scored", self.scored), ("validated", self.validated)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise InvalidInput(f"the task {self.name!r} has {name}={count!r}; expected a number of samples, or None")
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(self.model, torch.nn.Module):
             object.__setattr__(self, "model", unwrapped(self.model))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hwsearch as hs
-from hwsearch.allocate.budget import COMPUTED, parse_budgets
+from hwsearch.allocate.budget import COMPUTED
 from hwsearch.allocate.search import search
 from hwsearch.api import widths_to_score
 from hwsearch.backends.base import BuildOptions
@@ -118,7 +118,7 @@ def trial(seed: int, networks: int) -> Trial:
     if not set(kinds) <= set(COMPUTED):
         limit_s = float(np.exp(rng.uniform(np.log(2.0), np.log(150.0))))
         table = profile(setup, None, Effort(limit_s, protocol=FAST))
-    scored = widths_to_score(table, parse_budgets(budgets))
+    scored = widths_to_score(table, bounds)
     known = {g: {w: own[w] for w in scored[g]} for g, own in losses.width_loss.items()}
     try:
         search(table, replace(losses, width_loss=known), budgets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -152,6 +152,18 @@ _BUDGET = typer.Option(
 )
 Budgets = Annotated[list[str], _BUDGET]
 MaybeBudgets = Annotated[list[str] | None, _BUDGET]
+Floor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCORE",
+        help="Least score: 99% (of the dense one), -0.5pt or 0.93; the cheapest network that holds it (and budgets) is found.",
+    ),
+]
+Minimize = Annotated[
+    Literal["latency", "size", "energy", "macs"] | None,
+    typer.Option(help="With --floor: the cost that is to be least; by default latency."),
+]
+Samples = Annotated[int, typer.Option(min=1, metavar="N", help="With --floor: networks that are measured at most.")]
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
 

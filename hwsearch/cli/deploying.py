@@ -18,16 +18,19 @@ from hwsearch.cli.arguments import (
     Backends,
     Base,
     Batch,
-    Budgets,
     Energy,
+    Floor,
     Keep,
     Load,
     LockClocks,
     MaybeBackend,
+    MaybeBudgets,
     MaybeOutput,
+    Minimize,
     Plot,
     Prior,
     Quiet,
+    Samples,
     Seed,
     TaskSpec,
     Threads,
@@ -204,10 +207,13 @@ def _rate(text: str) -> float | None:
 
 def run(
     task: TaskSpec,
-    budget: Budgets,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for everything.")
     ],
+    budget: MaybeBudgets = None,
+    floor: Floor = None,
+    minimize: Minimize = None,
+    samples: Samples = 10,
     backend: Backends = "openvino",
     threads: Threads = 1,
     base: Base = None,
@@ -238,7 +244,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do all of it, until the budget holds. Profile, sensitivities, search, deploy, verify; uses what DIR already has.
+    """Do all of it, until the budget or the floor holds. Profile, sensitivities, search, deploy, verify; uses what DIR already has.
 
     DIR/run.log says what was done when, while it runs.
     """
@@ -252,9 +258,10 @@ def run(
         with Progress(quiet=quiet) as progress:
             own = hs.load(task)
             report = hs.run(
-                own, budget, out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
+                own, budget or (), out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
-                recover_s=trained_s, time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
+                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s,
+                time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         if error.nearest is not None:

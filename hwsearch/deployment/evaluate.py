@@ -62,17 +62,17 @@ def _in_pieces(
     return predict
 
 
-def score(task: Task, predict: Callable[..., Any], what: str) -> float:
-    """evaluate(predict), checked. Raises InvalidInput where it fails or does not return a finite number."""
+def score(task: Task, predict: Callable[..., Any], what: str, by: str = "evaluate") -> float:
+    """evaluate(predict), or validate(predict), as `by` names it, checked. Raises InvalidInput where it gives no finite number."""
     try:
         with torch.no_grad():
-            value = float(task.evaluate(predict))
+            value = float(getattr(task, by)(predict))
     except InvalidInput:
         raise
     except Exception as error:
-        raise InvalidInput(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
+        raise InvalidInput(f"{by} failed on {what}: {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
         raise InvalidInput(
-            f"evaluate returned {value} for {what}; expected a finite number, higher is better"
+            f"{by} returned {value} for {what}; expected a finite number, higher is better"
         )
     return value

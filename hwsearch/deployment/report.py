@@ -62,6 +62,8 @@ class Report:
             `dense_ms`, `loss`, `score` and `size_bytes` of its answer, or the `error`.
         recovery: How the answer was trained: its `score` (dense, refitted, recovered), `latency_ms` (refitted, recovered),
             seconds and the course; None where it was not.
+        floor: Of a run with one: as `text` and as the `least` score, whether it is `held`, by how many `standard_errors` of the
+            final score (`error`; None where its noise is not known), what was `minimized`, the `search` and its `samples`.
 
     `to_json` (and so report.json) has the costs by kind: `latency_ms`, `size_bytes`, `macs`, `memory`, `energy_mj`, which are
     attributes as well.
@@ -93,15 +95,19 @@ class Report:
     float_only: dict[str, str] = field(default_factory=dict)
     runtimes: list[dict[str, Any]] = field(default_factory=list)
     recovery: dict[str, Any] | None = None
+    floor: dict[str, Any] | None = None
 
     @property
     def state(self) -> State:
-        """`met`: every budget holds, with an interval of 95 %; `met_within_noise`: as measured, but not with that; or `missed`."""
-        return self.judged.state
+        """`met`: every budget holds, with an interval of 95 %; `met_within_noise`: as measured, but not with that; or `missed`.
+
+        A floor that the final score is below is missed as well.
+        """
+        return State.MISSED if self.floor is not None and not self.floor["held"] else self.judged.state
 
     @property
     def met(self) -> bool:
-        """Whether every budget holds and the upper ends of the intervals are within it too."""
+        """Whether every budget holds, the upper ends of the intervals are within it too, and the floor is held."""
         return self.state == State.MET
 
     @property
@@ -182,9 +188,10 @@ class Report:
     @property
     def verdict(self) -> str:
         """`MISSED`, `met` or `met_within_noise`, with what is wrong beside it."""
-        if self.state == State.MISSED:
+        if self.judged.state == State.MISSED:
             return "MISSED"
-        return f"{self.state}, but what it loses is not explained: see the warnings" if self.unexplained else str(self.state)
+        state = str(self.judged.state) if self.floor is None or self.bound.known() else "none"
+        return f"{state}, but what it loses is not explained: see the warnings" if self.unexplained else state
 
     def _now(self) -> list[str]:
         """What absolute budgets also bound: what a clock on the wall shows."""
@@ -221,6 +228,23 @@ class Report:
         predicted = f", {energy['predicted']:.4g} mJ predicted" if energy["predicted"] is not None else ""
         budget = f", budget {energy['budget']:.4g} mJ" if energy["budget"] is not None else ""
         return [f"energy   {energy['measured']:.4g} mJ measured{predicted}{budget}, dense {energy['dense']:.4g} mJ"]
+
+    def _floor(self) -> list[str]:
+        """How the final score stands to the floor, and every sample of the search for it."""
+        own = self.floor
+        if own is None:
+            return []
+        errors, search = own["standard_errors"], own["search"]
+        noise = "its noise is not known, as the task does not say how many samples are `scored`"
+        if errors is not None:
+            noise = f"by {errors:+.1f} standard errors of {own['error']:.4f} (binomial, {own['scored']:,} samples)"
+        held = "held" if own["held"] else "MISSED"
+        return [
+            f"floor    {held}: {self.score['deployed']:.4f} for {own['least']:.4f} ({own['text']}), {noise}",
+            f"search   least {own['minimized']}, {len(own['samples'])} sample(s) scored {search['says']}; there at least "
+            f"{search['least']:.4f}, dense {search['dense']:.4f}",
+            *map(_of_sample, own["samples"]),
+        ]
 
     def _recovered(self) -> list[str]:
         own = self.recovery
@@ -306,6 +330,7 @@ class Report:
             f"dense {latency['dense']:.4g} ms ({latency['dense'] / latency['measured']:.2f}x)",  # type: ignore[operator]
             *self._now(),
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
+            *self._floor(),
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
             *self._recovered(),
@@ -350,6 +375,19 @@ def _of_runtime(line: dict[str, Any]) -> str:
         f"runtime  {line['backend']}: {line['state']}, {line['latency_ms']:.4g} ms, score {line['score']:.4f}, loss "
         f"{line['loss']:.3g}, {dense} ({line['dense_ms']:.4g} ms)"
     )
+
+
+def _of_sample(own: dict[str, Any]) -> str:
+    """A sample of a search for a floor, to read."""
+    about = f"sample   loss {own['loss']:.3g} predicted, at most {own['loss_bound']:.3g}: "
+    if own["failed"]:
+        return f"{about}failed: {own['failed']}"
+    error = "" if own["error"] is None else f" ± {own['error']:.4f}"
+    said = [
+        f"score {own['score']:.4f}{error}", "holds" if own["holds"] else "does not hold", f"{own['costs']['latency'] / 1e6:.4g} ms",
+        f"{own['costs']['size']:,.0f} bytes", "measured before" if own["reused"] else spoken(own["seconds"]),
+    ]  # fmt: skip
+    return about + ", ".join([*said, *["the answer"] * own["answer"]])
 
 
 def measured_points(report: Report) -> list[Point]:

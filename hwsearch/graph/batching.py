@@ -41,6 +41,12 @@ class BatchAxis:
         opened = [self._opened(p).narrow(where, 0, n) for p, n in zip(pieces, counts, strict=True)]
         return torch.cat(opened, where).flatten(self.axis, self.axis + 1)
 
+    def by_sample(self, y: torch.Tensor) -> torch.Tensor:
+        """[samples, numbers of one sample]; a single row where no axis follows the batch."""
+        if self.axis is None:
+            return y.reshape(1, -1)
+        return self._opened(y).movedim(self.axis + self.inner, 0).flatten(1)
+
     def _opened(self, y: torch.Tensor) -> torch.Tensor:
         """With the samples on an axis of their own: `axis`, or the one after it where they are inner."""
         assert self.axis is not None

@@ -55,6 +55,38 @@ def mean_divergence(
     return torch.stack(means).mean(), samples
 
 
+def closeness(
+    outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
+) -> tuple[torch.Tensor, bool]:
+    """(for each sample how near its outputs are to the dense ones, 1 where they are equal; whether that counts classes alone).
+
+    Where outputs are of classes, as `divergence` has it, the share of positions with the greatest of them at the same class; else 1
+    less the squared error relative to the dense output's mean square. Several outputs are averaged.
+    """
+    pairs = [
+        (y, y0)
+        for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
+        if isinstance(y0, torch.Tensor)
+    ]
+    if axes is None:
+        axes = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs]
+    found, counted = [], True
+    for (y, y0), where in zip(pairs, axes, strict=True):
+        if not y0.is_floating_point():
+            continue
+        axis = _class_axis(y0, where)
+        if axis is not None and (kind == "kl" or (kind == "auto" and y0.shape[axis] >= 2)):
+            near = (y.argmax(axis, keepdim=True) == y0.argmax(axis, keepdim=True)).double()
+        else:
+            y, y0, counted = y.double(), y0.double(), False
+            near = 1.0 - (y - y0).square() / (float(y0.square().mean()) or 1.0)
+        found.append(where.by_sample(near).mean(1))
+    if not found:
+        raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
+    samples = max(len(each) for each in found)
+    return torch.stack([each.expand(samples) for each in found]).mean(0), counted
+
+
 def _class_axis(y: torch.Tensor, where: BatchAxis) -> int | None:
     """The dimension of classes: 1, or the last of three; another one where the batch is there. None where there is none."""
     if where.axis is None:

@@ -51,6 +51,7 @@ class Allowance:
         score_s, pass_s, refit_s: Seconds to score a network, to run a batch of calibration data once, and to refit a unit in int8.
         begun_s: Seconds of the limit that were left when the profile began.
         recovery_s: Seconds for recovery, which are not of the limit.
+        samples: That a search for a floor may measure.
     """
 
     limit: TimeLimit
@@ -63,6 +64,7 @@ class Allowance:
     refit_s: float = 0.0
     begun_s: float = 0.0
     recovery_s: float = 0.0
+    samples: int = 0
 
     def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
         """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
@@ -79,13 +81,13 @@ class Allowance:
         return batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s
 
     def loop_s(self, table: LatencyTable | None) -> float:
-        """Of the closed loop with one round: engines are built, timed and scored, the answer's more than once."""
+        """Of the closed loop with one round, or of all samples: engines are built, timed and scored, the answer more than once."""
         uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
         build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
-        engines = uniforms + 1 + 2 * WINDOWS
-        refits = uniforms * len(self.setup.network.units)
+        engines = uniforms + 1 + 2 * WINDOWS + self.samples
+        refits = (uniforms + self.samples) * len(self.setup.network.units)
         each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, TRIES * VERIFY.limit_s))
-        return engines * (each_s + build_s) + SCORED * self.score_s + refits * self.refit_s
+        return engines * (each_s + build_s) + (SCORED + self.samples) * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""

@@ -77,10 +77,10 @@ def closed_loop(
     clock, longest_s = session.limit, 0.0
     progress = progress or Progress.silent()
     progress.start(None, "search, deploy and verify")
-    table = table.with_header(unsupported=_without_refused(table, sensitivity))
+    table = table.with_header(unsupported=without_refused(table, sensitivity))
     # relative budgets are of the dense network as it is now, not as it was when the table was made
     bound, dense = session.bounds(budgets, table)
-    limits = _as_fast_as_now(as_limits(bound), budgets, session)
+    limits = as_fast_as_now(as_limits(bound), budgets, session)
     if dense.within(Costs(**limits)):
         limits = {}
     trial = _Trial(session, budgets, folder, weights, sensitivity.order)
@@ -102,7 +102,7 @@ def closed_loop(
                 )
             except Infeasible as error:
                 if best is None:
-                    raise _slower_now(error, budgets, session) from None
+                    raise slower_now(error, budgets, session) from None
                 break  # nothing predicted to be faster is left
             if last is not None and last.same(allocation):
                 if spending:
@@ -159,7 +159,7 @@ class _Trial:
         if measured:
             table = table.with_build(replace(build, role=Role.DEPLOYED))
         if report.wrong_units:
-            table = table.with_header(unsupported=_without_wrong(table, allocation, report.wrong_units))
+            table = table.with_header(unsupported=without_wrong(table, allocation, report.wrong_units))
         if measured:
             table.save(self.folder / "table.parquet")
         return Round(allocation, report), table
@@ -196,7 +196,7 @@ def _left_over(report: Report) -> float:
     return bound["latency"] / upper
 
 
-def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict[str, dict[str, str]]:
+def without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict[str, dict[str, str]]:
     """What the table does not offer, with the variants that have no loss."""
     refused = {unit: dict(reasons) for unit, reasons in table.header.unsupported.items()}
     for unit in table.network.units:
@@ -206,7 +206,7 @@ def _without_refused(table: LatencyTable, sensitivity: SensitivityTable) -> dict
     return refused
 
 
-def _without_wrong(
+def without_wrong(
     table: LatencyTable, allocation: Allocation, wrong: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
     """What is not offered any more once an allocation's engine returned wrong outputs by these units."""
@@ -228,14 +228,14 @@ def _predicted(model: LatencyModel | None, allocation: Allocation) -> Prediction
     return model.predict(parse_variants(allocation), allocation.widths)
 
 
-def _as_fast_as_now(limits: Limits, budgets: Sequence[Budget], session: Session) -> Limits:
+def as_fast_as_now(limits: Limits, budgets: Sequence[Budget], session: Session) -> Limits:
     """Limits on the scale of the table that are absolute budgets on the machine as slow as it is now."""
     slower = max(1.0, session.reference_now_ns / session.scale_ns)
     timed = {b.column for b in budgets if b.kind == "absolute" and b.column in ("latency", *TAILS)}
     return {c: int(limit / slower) if c in timed else limit for c, limit in limits.items()}
 
 
-def _slower_now(error: Infeasible, budgets: Sequence[Budget], session: Session) -> Infeasible:
+def slower_now(error: Infeasible, budgets: Sequence[Budget], session: Session) -> Infeasible:
     """The same error, with how slow the machine is where an absolute budget is of it."""
     slower = session.reference_now_ns / session.scale_ns
     if slower <= 1.0 + USUAL_SLOWDOWN or not any(b.kind == "absolute" and b.column in ("latency", *TAILS) for b in budgets):

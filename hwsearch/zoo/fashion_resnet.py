@@ -142,6 +142,7 @@ def load() -> Task:
         example_inputs=images[:1].clone(),
         calibration=list(torch.split(calibration, 128)),
         evaluate=lambda predict: accuracy(predict, images, labels),
+        scored=len(labels),
         name="fashion_resnet",
         train=train if trains else None,
         loss=loss if trains else None,

@@ -100,7 +100,7 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
         "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
-        "recover_s": 0.0,
+        "recover_s": 0.0, "floor": None, "minimize": None, "samples": 10,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
@@ -108,6 +108,21 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
     invoke(*words, *"--mode sandwiched --prior a.parquet --lock-clocks --energy --seed 3 --load 1".split())
     assert (seen["mode"], seen["prior"], seen["lock_clocks"]) == ("sandwiched", [Path("a.parquet")], True)
     assert (seen["energy"], seen["seed"], seen["load"]) == (True, 3, 1)
+
+
+def test_run_with_a_floor(api: Install, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    api(run=lambda task, budgets, out, **options: seen.update(options, budgets=budgets) or Report(True))
+    words = ["run", "zoo:x", "--out", str(tmp_path), "--floor"]
+    assert invoke(*words, "-0.5pt").exit_code == 0
+    assert (seen["budgets"], seen["floor"], seen["minimize"], seen["samples"]) == ((), "-0.5pt", None, 10)
+    assert invoke(*words, *"99% --minimize size --samples 6 --budget latency=5ms --recover 1m".split()).exit_code == 0
+    assert (seen["budgets"], seen["floor"], seen["minimize"], seen["samples"]) == (["latency=5ms"], "99%", "size", 6)
+    assert seen["recover_s"] == 60.0
+    result = invoke(*words, "99%", "--minimize", "loss")
+    assert result.exit_code == 2
+    assert "latency" in result.stderr
+    assert invoke(*words, "99%", "--samples", "0").exit_code == 2
 
 
 def test_run_that_missed_shows_the_nearest(api: Install, tmp_path: Path) -> None:

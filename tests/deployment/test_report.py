@@ -115,3 +115,39 @@ def test_tails_and_energy_are_told_where_they_are_known() -> None:
     assert report.energy_mj == {"dense": 9.0, "budget": 5.0, "predicted": None, "measured": 4.0}
     assert "tail     p99 2.5 ms measured, budget 3 ms" in str(report)
     assert "energy   4 mJ measured, budget 5 mJ, dense 9 mJ" in str(report)
+
+
+SAMPLE = {
+    "family": "least latency within no budget", "loss_bound": 0.01, "loss": 0.009, "score": 0.88, "error": 0.004,
+    "costs": {"latency": 1.95e6, "size": 950}, "seconds": 12.0, "failed": "", "holds": True, "reused": False, "answer": True,
+}  # fmt: skip
+FLOOR = {
+    "text": "98%", "least": 0.882, "held": True, "error": 0.004, "scored": 5000, "standard_errors": 2.0, "minimized": "latency",
+    "search": {"by": "validate", "says": "by the task's `validate`", "dense": 0.91, "least": 0.8918},
+    "samples": [SAMPLE, {**SAMPLE, "score": None, "holds": False, "failed": "it does not build", "answer": False}],
+}  # fmt: skip
+
+
+def test_a_floor_is_told_with_how_sure_it_is_and_every_sample(tmp_path: Path) -> None:
+    report = replace(REPORT, floor=FLOOR)
+    lines = str(report).splitlines()
+    assert "floor    held: 0.8900 for 0.8820 (98%), by +2.0 standard errors of 0.0040 (binomial, 5,000 samples)" in lines
+    assert "search   least latency, 2 sample(s) scored by the task's `validate`; there at least 0.8918, dense 0.9100" in lines
+    assert (
+        "sample   loss 0.009 predicted, at most 0.01: score 0.8800 ± 0.0040, holds, 1.95 ms, 950 bytes, 12 s, the answer" in lines
+    )
+    assert "sample   loss 0.009 predicted, at most 0.01: failed: it does not build" in lines
+    assert any(line.startswith("budget   met after") for line in lines)
+    report.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["floor"] == FLOOR
+    unknown = replace(REPORT, floor={**FLOOR, "error": None, "scored": None, "standard_errors": None})
+    assert "its noise is not known" in str(unknown)
+
+
+def test_a_missed_floor_is_a_missed_budget() -> None:
+    report = replace(REPORT, floor={**FLOOR, "held": False, "standard_errors": -1.5})
+    assert (report.state, report.met, report.to_json()["state"]) == (State.MISSED, False, "missed")
+    assert "floor    MISSED: 0.8900 for 0.8820 (98%), by -1.5 standard errors" in str(report)
+    assert "budget   met after" in str(report), "the budgets hold"
+    unbounded = replace(report, judged=replace(JUDGED, bound=Costs()))
+    assert "budget   none after" in str(unbounded)
