@@ -101,6 +101,7 @@ def test_the_floor_is_held_in_ten_samples_and_each_is_told(done: tuple[Path, Any
     assert (folder / "model.onnx").stat().st_size == report.size_bytes["deployed"]
 
 
+@pytest.mark.slow
 def test_nothing_that_a_hundred_points_find_is_much_smaller(done: tuple[Path, Any]) -> None:
     """Of the answers under a hundred bounds, none that is 3 % smaller holds the floor."""
     folder, report = done
@@ -135,6 +136,7 @@ def test_the_same_floor_again_measures_nothing_and_a_new_one_little(again: Path,
     assert other.measured.size <= same.measured.size
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_its_samples(
     again: Path, done: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_killed_search_goes_on_with_its_samples(
     assert report.measured.size == pytest.approx(done[1].measured.size, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_read_is_measured_again(again: Path, done: tuple[Path, Any]) -> None:
     damaged = next(p for p in (again / "samples").glob("*.json") if "alloc" not in p.name)
     damaged.write_text("{")
@@ -166,6 +169,7 @@ def test_a_sample_that_cannot_be_read_is_measured_again(again: Path, done: tuple
     assert f"the sample {damaged} cannot be read" in (again / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_failures_are_samples(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that could not be built do not hold, and count."""
     shutil.rmtree(again / "samples")
@@ -241,6 +245,7 @@ def test_the_fastest_is_found_on_a_profile(tmp_path: Path) -> None:
     assert sum(b.role == "deployed" for b in table.builds) >= len(own["samples"])
 
 
+@pytest.mark.slow
 def test_nothing_holds_a_floor_of_all_but_the_dense_network(again: Path) -> None:
     report = run(again, "100%", samples=3)
     assert report.floor["held"]
@@ -248,6 +253,7 @@ def test_nothing_holds_a_floor_of_all_but_the_dense_network(again: Path) -> None
     assert sum(not s["reused"] for s in report.floor["samples"]) <= 3
 
 
+@pytest.mark.slow
 def test_the_final_score_is_that_of_the_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recovery, "_planned", lambda self, student: (24, 2e-3))
     runtime = SimulatedBackend(LatencyLaw.random(recovering.lowering().network), noise=0.003)
