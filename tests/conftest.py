@@ -117,4 +117,4 @@ def widths_table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Latenc
     out = tmp_path_factory.mktemp("widths") / "t.parquet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return out, run_widths(narrow_setup(noise=0.002), out)
+        return out, run_widths(narrow_setup(noise=0.0005), out)

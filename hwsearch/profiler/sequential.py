@@ -95,6 +95,7 @@ def _until_enough(
         if limit.late(DESIGN_SHARE):
             return LATE, proposal
         if (designed + held.number) % HELDOUT_EVERY == HELDOUT_EVERY - 1 and held.add(rng):
+            queue = [c for c in queue if c != recorder.candidates()[-1]]  # what is held out is not built for the fit
             continue
         if designed < first:
             candidate = cover(
