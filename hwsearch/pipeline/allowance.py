@@ -102,9 +102,12 @@ class Allowance:
         if table is None:
             reserved = self.reserve(None)
             scoring = max(reserved - loop, self.scoring_s(None, 0))
+            loop = min(loop, max(reserved - scoring, 0.0)) if self.samples else loop  # as many samples as there is time for
             return {PROFILE: max(left - reserved, 0.0), SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
-        return {REFITTING: 0.0, SCORING: min(most, max(least, left - loop)), LOOP: loop, RECOVERY: self.recovery_s}
+        scoring = min(most, max(least, left - loop))
+        loop = min(loop, max(left - scoring, 0.0)) if self.samples else loop
+        return {REFITTING: 0.0, SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""
