@@ -26,19 +26,22 @@ def divergence(
     return samples * float(mean), samples
 
 
+def _pairs(
+    outputs: Any, dense: Any, axes: Sequence[BatchAxis] | None
+) -> list[tuple[torch.Tensor, torch.Tensor, BatchAxis]]:
+    """(output, the dense network's, where its batch is) of each tensor; by default the first dimension."""
+    leaves = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
+    pairs = [(y, y0) for y, y0 in leaves if isinstance(y0, torch.Tensor)]
+    places = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs] if axes is None else axes
+    return [(y, y0, where) for (y, y0), where in zip(pairs, places, strict=True)]
+
+
 def mean_divergence(
     outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
 ) -> tuple[torch.Tensor, int]:
     """(mean of a sample as a scalar in fp64, with a gradient where outputs have one; samples) of `divergence`."""
-    pairs = [
-        (y, y0)
-        for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
-        if isinstance(y0, torch.Tensor)
-    ]
-    if axes is None:
-        axes = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs]
     means, samples = [], 1
-    for (y, y0), where in zip(pairs, axes, strict=True):
+    for y, y0, where in _pairs(outputs, dense, axes):
         if where.axis is not None:
             samples = where.samples(y0)
         if not y0.is_floating_point():
@@ -63,15 +66,8 @@ def closeness(
     Where outputs are of classes, as `divergence` has it, the share of positions with the greatest of them at the same class; else 1
     less the squared error relative to the dense output's mean square. Several outputs are averaged.
     """
-    pairs = [
-        (y, y0)
-        for y, y0 in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(dense), strict=True)
-        if isinstance(y0, torch.Tensor)
-    ]
-    if axes is None:
-        axes = [BatchAxis(0 if y0.dim() else None) for _, y0 in pairs]
     found, counted = [], True
-    for (y, y0), where in zip(pairs, axes, strict=True):
+    for y, y0, where in _pairs(outputs, dense, axes):
         if not y0.is_floating_point():
             continue
         axis = _class_axis(y0, where)
