@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hwsearch.backends.base import NodeTime
-from hwsearch.lowering.marked import unit_of
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.network.network import STORED_OPS, Network
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import NodeRow

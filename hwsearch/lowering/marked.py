@@ -14,7 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from hwsearch.backends.nodenames import unit_of as unit_of
+from hwsearch.backends.nodenames import call_of, unique, unit_of
 from hwsearch.errors import UntraceableModel
 from hwsearch.graph.canonical import module_path, op_name, tensor_attr
 from hwsearch.graph.export import first_line
@@ -218,12 +218,7 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         else:
             state = ("", 0, False)
         unit, call, own = state
-        base = f"{'' if own else '~'}{unit}|{call}|{node.op_type}"
-        name, count = base, 1
-        while name in names:
-            name, count = f"{base}.{count}", count + 1
-        names.add(name)
-        node.name = name
+        node.name = unique(f"{'' if own else '~'}{unit}|{call}|{node.op_type}", names)
         for output in node.output if state[0] else ():
             owner[output] = state
 
@@ -236,7 +231,7 @@ def tensor_names(model: onnx.ModelProto) -> dict[str, str]:
 def isolate(marked: onnx.ModelProto, unit: Unit) -> onnx.ModelProto:
     """The first call of one unit as a network of its own, markers kept; its inputs are the unit's activations."""
     nodes = [
-        n for n in marked.graph.node if unit_of(n.name) == (unit.name, True) and n.name.split("|")[1] == "0"
+        n for n in marked.graph.node if unit_of(n.name) == (unit.name, True) and call_of(n.name) == "0"
     ]
     nodes += [n for n in marked.graph.node if n.op_type == MARK and tag_of(n)[:3] == ("out", unit.name, 0)]
     made = {output for n in nodes for output in n.output}

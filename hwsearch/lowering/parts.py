@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterable
 import onnx
 from onnx import TensorProto, helper
 
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.errors import InvalidInput
-from hwsearch.lowering.marked import MARK, tag_of, unit_of
+from hwsearch.lowering.marked import MARK, tag_of
 
 
 def cut(marked: onnx.ModelProto, units: Collection[str], filling: Collection[str]) -> onnx.ModelProto:

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.errors import BackendUnavailable
-from hwsearch.lowering.marked import unit_of
 from hwsearch.network.network import Edge, Network
 from hwsearch.network.variants import INT8_BITS, Variant, executes_quantized
 from hwsearch.testing.reference import dynamic_quantize

@@ -2,12 +2,14 @@
 
 Builds are predicted by fits that have not seen them: those of the design fold by fold (only builds whose every cell, a unit at its
 widths in its variant, another build holds too; the others are always part of the fit), and those of role `heldout` by one fit
-on all the others. Errors are |predicted / measured - 1| on the table's scale.
+on all the others. Errors are |predicted / measured - 1| on the table's scale. Allocations that `latency_model.py` held out of a table
+of its own, and left beside it, have a row of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from common import Errors
 from hwsearch.latency import model as latency_model
 from hwsearch.latency import regression
 from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
 from hwsearch.table.header import LAYERED
 from hwsearch.table.table import LatencyTable, usable
@@ -109,12 +112,39 @@ def tested(table: LatencyTable, terms: Sequence[str]) -> Tested:
     return Tested(measured[own], full[own], less)
 
 
-def tables(paths: Sequence[Path]) -> Iterator[tuple[str, LatencyTable]]:
-    """Every table of whole networks in some files, with a name."""
+def heldout_beside(path: Path) -> Path:
+    """Where the allocations lie that were held out of the table of a file of `latency_model.py`."""
+    return path.with_name(path.name.replace(".context.parquet", ".heldout.json"))
+
+
+def held_out(table: LatencyTable, path: Path, terms: Sequence[str]) -> Tested:
+    """The same of allocations that no build of the table was made for."""
+    kept = json.loads(path.read_text())
+    candidates = [({u: Variant.parse(v) for u, v in k["variants"].items()}, k["widths"]) for k in kept]
+    times: dict[str | None, np.ndarray] = {}
+    for term in (None, *terms):
+        with without(term) as fitted:
+            model = fitted(table)
+        times[term] = np.array([model.predict(*c).time_ns for c in candidates])
+        if term is None:
+            measured = on_quiet_machine(table, model, kept)
+    return Tested(measured, times[None], {term: times[term] for term in terms})
+
+
+def on_quiet_machine(table: LatencyTable, model: LatencyModel, kept: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Measured times in ns, as `verify` converts them on a machine that is slower than the table's."""
+    return np.array([
+        model.on_quiet_machine(k["measured_ns"] / table.header.reference_ns, k.get("nodes", 1.0), k.get("slowdown", 0.0)).time_ns
+        for k in kept
+    ])  # fmt: skip
+
+
+def tables(paths: Sequence[Path]) -> Iterator[tuple[str, LatencyTable, Path]]:
+    """Every table of whole networks in some files, with a name and its file."""
     for path in paths:
         for table in LatencyTable.sections(path):
             if table.header.mode not in LAYERED:
-                yield f"{table.network.name}, {table.header.backend}, {table.header.options['threads']}t", table
+                yield f"{table.network.name}, {table.header.backend}, {table.header.options['threads']}t", table, path
 
 
 def ablate(paths: Sequence[Path], terms: Sequence[str]) -> None:
@@ -123,9 +153,13 @@ def ablate(paths: Sequence[Path], terms: Sequence[str]) -> None:
     print("| table | builds | without | median | 90th percentile | tau | median worse by | 90th percentile worse by |")
     print("|---|---|---|---|---|---|---|---|")
     every: list[Tested] = []
-    for name, table in tables(paths):
+    for name, table, path in tables(paths):
         every.append(tested(table, terms))
         rows(name, every[-1])
+        beside = heldout_beside(path)
+        if beside != path and beside.exists():
+            every.append(held_out(table, beside, terms))
+            rows(f"{name}, held out", every[-1])
     rows("all", Tested(*(np.concatenate([getattr(t, f) for t in every]) for f in ("measured", "full")),
                        {term: np.concatenate([t.less[term] for t in every]) for term in terms}))  # fmt: skip
 

@@ -66,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--budgets", type=int, default=0, help="budgets for the closed loop")
     parser.add_argument("--time-limit", type=float, default=600.0, help="seconds for each profile")
+    parser.add_argument("--no-alone", action="store_true", help="without the sum of layers timed alone, which takes a profile more")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--out", type=Path, default=Path("bench-latency"))
     parser.add_argument("--without", nargs="+", choices=[*ablation.TERMS, SPEND_REST], default=[], metavar="TERM",
@@ -92,12 +93,13 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     setup = set_up(task, backends.get(args.backend), threads=threads)
     axes = args.axes.split(",")
     stem = f"{task.name}.{args.backend}.{threads}t.{'-'.join(axes)}"
-    table, alone = (
+    modes = ["context"] if args.no_alone else ["context", "alone"]
+    table, *alone = (
         profile(
             setup, args.out / f"{stem}.{mode}.parquet", Effort(args.time_limit, extend=False), mode=mode, axes=axes,
             progress=Progress(),
         )
-        for mode in ("context", "alone")
+        for mode in modes
     )  # fmt: skip
     model = fit(table)
     path = args.out / f"{stem}.heldout.json"
@@ -110,16 +112,10 @@ def bench(spec: str, threads: int, args: argparse.Namespace) -> None:
     ]
     raw = np.array([k["measured_ns"] for k in kept])
     slower = [k.get("slowdown", 0.0) for k in kept]
-    # as `verify` does on a machine that is slower than the table's
-    measured = np.array(
-        [
-            model.on_quiet_machine(t / table.header.reference_ns, k.get("nodes", 1.0), s).time_ns
-            for t, s, k in zip(raw, slower, kept, strict=True)
-        ]
-    )
+    measured = ablation.on_quiet_machine(table, model, kept)
     again = [abs(k["again_ns"] / k["measured_ns"] - 1.0) for k in kept if "again_ns" in k]
     noise = np.array([k["error_ns"] for k in kept])
-    show(task.name, threads, args, table, model, alone, heldout, measured, noise, again)
+    show(task.name, threads, args, table, model, alone[0] if alone else None, heldout, measured, noise, again)
     if (moved := ~np.isclose(measured, raw, rtol=1e-9)).any():
         by = float(np.median(np.array(slower)[moved]))
         print(f"  {moved.sum()} of {len(kept)} were timed on a machine slower by {by:.0%} (median) than the table's, and converted "
@@ -213,7 +209,10 @@ def solved(table: LatencyTable, model: LatencyModel, rng: np.random.Generator) -
         if len(steps) > 1
     }
     order = {g: tuple(range(n)) for g, n in network.channels.items()}
-    losses = hs.SensitivityTable(network, loss, 1, "kl", False, width_loss=widths, order=order)
+    losses = hs.SensitivityTable(
+        network, loss, 1, "kl", False, width_loss=widths, order=order,
+        int8_bits=table.header.int8.bits, unsigned=table.header.int8.unsigned,
+    )  # fmt: skip
     problem = make_space(table, losses, model)
     least = minimise(problem.problem, "latency").costs["latency"]
     most = table.time_ns(table.find("reference"))
@@ -231,7 +230,7 @@ def timed(
 
 
 def show(
-    name: str, threads: int, args: argparse.Namespace, table: LatencyTable, model: LatencyModel, alone: LatencyTable,
+    name: str, threads: int, args: argparse.Namespace, table: LatencyTable, model: LatencyModel, alone: LatencyTable | None,
     heldout: list[tuple[str, Candidate]], measured: np.ndarray, noise: np.ndarray,
     again: list[float],
 ) -> None:  # fmt: skip
@@ -259,7 +258,7 @@ def show(
         own = np.array([k == kind for k, _ in heldout])
         errors(f"  of these: {kind}", rows["latency model"][own], measured[own])
     whole = np.array([c.widths == network.channels for _, c in heldout])
-    if whole.any():
+    if alone is not None and whole.any():
         scale = table.header.reference_ns / alone.header.reference_ns
         isolated = fit(alone)
         sums = np.array(

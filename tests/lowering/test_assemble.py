@@ -13,10 +13,10 @@ from onnx.reference import ReferenceEvaluator
 from oracles import follows
 from torch.utils import _pytree as pytree
 
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.compress.simulate import Simulator
 from hwsearch.errors import UnsupportedVariant
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.lowering.marked import unit_of
 from hwsearch.network.variants import Variant, legal, weight_bytes
 from hwsearch.testing.contract import TOLERANCE, mixed, small_network, wherever
 from hwsearch.testing.reference import dynamic_quantize

@@ -11,10 +11,10 @@ from networks import NETWORKS
 from simulation import chain, grouped
 
 from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.nodenames import unit_of
 from hwsearch.backends.openvino import OpenVINOBackend
 from hwsearch.errors import InvalidInput
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.lowering.marked import unit_of
 from hwsearch.lowering.parts import cut
 from hwsearch.network.network import Edge, Network, Unit
 from hwsearch.network.sandwich import MOST, contexts, filling, largest, neighbours, plan
