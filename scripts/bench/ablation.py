@@ -2,8 +2,8 @@
 
 Builds are predicted by fits that have not seen them: those of the design fold by fold (only builds whose every cell, a unit at its
 widths in its variant, another build holds too; the others are always part of the fit), and those of role `heldout` by one fit
-on all the others. Errors are |predicted / measured - 1| on the table's scale. Allocations that `latency_model.py` held out of a table
-of its own, and left beside it, have a row of their own.
+on all the others. Errors are |predicted / measured - 1| on the table's scale. Allocations that `latency_model.py` held out of a
+table of its own, and left beside it, have a row of their own.
 """
 
 from __future__ import annotations
