@@ -266,8 +266,8 @@ def _worker(text: str) -> _Worker:
     lowering.ranges = {(unit, call, port): Range(*own) for unit, call, port, *own in told["ranges"]}
     if why := changed(told["made_of"], _made_of(lowering)):
         raise IncompatibleTables(
-            f"{told['spec']} is of other {why}; machines of a cluster need the same files and packages, and a task that is the same "
-            "each time that it is loaded (give random numbers a seed)"
+            f"{told['spec']} is of other {why}; machines of a cluster need the same files and packages, and a task that is the "
+            "same each time that it is loaded (give random numbers a seed)"
         )
     bank = None
     if told["order"] is not None:
