@@ -4,9 +4,9 @@
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
 beside those (`overhead`) is the rest's. A machine does not slow every network alike: a slow change of all times against the
-reference, over a profile, is one more parameter, and predictions are for the middle of it; by what share another machine of the kind
-takes longer against its own reference than the first is another, and predictions are for the first; and how much of a slowdown is the
-same time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
+reference, over a profile, is one more parameter, and predictions are for the middle of it; by what share another machine of the
+kind takes longer against its own reference than the first is another, and predictions are for the first; and how much of a slowdown
+is the same time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
 Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).
 """
 
@@ -299,7 +299,7 @@ APART = 0.1
 
 
 def _session_times(table: LatencyTable, builds: Sequence[Build]) -> list[float]:
-    """For each build when in its machine's profile it was measured, -0.5 to 0.5; 0 for deployed ones, which are of other sessions."""
+    """For each build when in its machine's profile it was measured, -0.5 to 0.5; 0 for deployed ones, of other sessions."""
     moments = np.zeros(len(builds))
     for name in table.machines:
         own = [i for i, b in enumerate(builds) if b.role != Role.DEPLOYED and table.machine(b) == name]

@@ -118,8 +118,8 @@ def _require_names(tables: Sequence[LatencyTable]) -> None:
         raise InvalidInput("a table does not tell which machine it is of; name it: NAME=FILE")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise InvalidInput(
-            f"two tables are of the machine {twice[0]}; name them (one=a.parquet two=b.parquet) where these are two machines, and go "
-            "on with one file where it is one"
+            f"two tables are of the machine {twice[0]}; name them (one=a.parquet two=b.parquet) where these are two machines, and "
+            "go on with one file where it is one"
         )
 
 
