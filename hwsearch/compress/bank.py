@@ -215,9 +215,10 @@ class WeightBank:
                 done(unit)
             else:
                 left[key] = todo
-        for todo, made in elsewhere([*left.values()]) if elsewhere is not None else ():
-            self._keep((todo.unit, todo.name), made)
-            done(todo.unit)
+        if elsewhere is not None and left:
+            for todo, made in elsewhere(list(left.values())):
+                self._keep((todo.unit, todo.name), made)
+                done(todo.unit)
 
     def allocation(
         self, variants: Mapping[str, Variant], widths: Mapping[str, int], make: Callable[[], Weights]

@@ -299,7 +299,8 @@ def _refit(text: str, gram: bytes, asked: str) -> tuple[bytes, float]:
         assert bank is not None
         begun = time.perf_counter()
         unit, name, widths, int8, ridge = json.loads(asked)
-        made = bank.regressed(Regression(unit, name, widths, int8, Gram(tensors_of(gram)["gram"]), ridge))
+        matrix = tensors_of(gram)["gram"].clone()  # where it lies in memory, sums may come out otherwise
+        made = bank.regressed(Regression(unit, name, widths, int8, Gram(matrix), ridge))
         return _bytes(made), time.perf_counter() - begun
 
 
