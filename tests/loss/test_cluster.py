@@ -166,6 +166,7 @@ def counted(real):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_what_it_was_at(ray: ModuleType, alone: tuple[Path, SensitivityTable], tmp_path: Path) -> None:
     log, died = tmp_path / "log", tmp_path / "died"
     text = FATAL.format(tests=str(TESTS), here=os.getpid(), log=str(log), died=str(died))

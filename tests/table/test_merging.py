@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from simulation import chain, random_variants, simulated_table
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import hwsearch as hs
 from hwsearch import cli
@@ -85,26 +85,26 @@ def test_a_table_of_one_machine_is_fitted_as_if_no_build_knew_it() -> None:
 
 
 def test_machines_that_disagree_are_named() -> None:
-    calm, odd = table_of("calm"), table_of("odd", factor=1.12, slower=0.9, seed=3)
-    assert [m.against("calm") for m in apart(merged([("", calm), ("", table_of("like", seed=3))]))] == [""]
+    calm, odd = table_of("calm", design=6), table_of("odd", factor=1.12, slower=0.9, design=6, seed=3)
+    assert [m.against("calm") for m in apart(merged([("", calm), ("", table_of("like", design=6, seed=3))]))] == [""]
     (found,) = apart(merged([("", calm), ("", odd)]))
     told = found.against("calm")
     assert told.startswith("machine odd disagrees with calm: its reference takes 10.0% less")
     assert found.builds >= 2
     assert found.shape == pytest.approx(0.12, abs=0.02)
     with pytest.raises(IncompatibleTables, match=r"machine slow disagrees with calm: its reference takes 50\.0% longer"):
-        merged([("", calm), ("", table_of("slow", slower=1.5))])
+        merged([("", calm), ("", table_of("slow", slower=1.5, design=6))])
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
-    one, two = table_of("a"), table_of("b")
+    one, two = table_of("a", design=3), table_of("b", design=3)
     with pytest.raises(InvalidInput, match="two tables are of the machine a"):
-        merged([("", one), ("", table_of("a", seed=1))])
-    assert merged([("", one), ("c", table_of("a", seed=1))]).machines == ["a", "c"]
+        merged([("", one), ("", table_of("a", design=3, seed=1))])
+    assert merged([("", one), ("c", table_of("a", design=3, seed=1))]).machines == ["a", "c"]
     with pytest.raises(InvalidInput, match="does not tell"):
-        merged([("", one), ("", table_of(""))])
+        merged([("", one), ("", table_of("", design=3))])
     with pytest.raises(InvalidInput, match="several machines"):
-        merged([("x", merged([("", one), ("", two)])), ("", table_of("c"))])
+        merged([("x", merged([("", one), ("", two)])), ("", table_of("c", design=3))])
     with pytest.raises(IncompatibleTables, match="another threads"):
         merged([("", one), ("", two.with_header(options={**two.header.options, "threads": 2}))])
     with pytest.raises(IncompatibleTables, match="another device"):
@@ -116,7 +116,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_the_machine_comes_back_and_older_files_tell_none(tmp_path: Path) -> None:
-    path, table = tmp_path / "t.parquet", merged([("", table_of("a")), ("", table_of("b"))])
+    path, table = tmp_path / "t.parquet", merged([("", table_of("a", design=3)), ("", table_of("b", design=3, seed=1))])
     table.save(path)
     assert [b.machine for b in LatencyTable.load(path).builds] == [b.machine for b in table.builds]
     rows = pq.read_table(path)
@@ -127,31 +127,44 @@ def test_the_machine_comes_back_and_older_files_tell_none(tmp_path: Path) -> Non
     assert older.machines == [""]
 
 
+def invoke(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, list(map(str, words)))
+
+
+def test_the_command_merges_and_warns(tmp_path: Path) -> None:
+    files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    for seed, (path, slower) in enumerate(zip(files, (1.0, 1.1), strict=True)):
+        table_of("", slower=slower, design=3, seed=seed).save(path)
+    out = tmp_path / "all.parquet"
+    result = invoke("table", "merge", files[0], f"odd={files[1]}", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert "warning: machine odd disagrees with one: its reference takes 10.0% longer: predicted times are one's" in result.stderr
+    assert "machine    one: 6 builds; times are its own" in result.stdout
+    assert "machine    odd: 6 builds; reference +10.0%, times against it" in result.stdout
+    assert LatencyTable.load(out).machines == ["one", "odd"]
+    again = invoke("table", "merge", files[0], f"odd={files[1]}", "-o", out)
+    assert again.exit_code == 2
+    assert "not overwritten" in again.stderr
+    alone = invoke("table", "merge", files[0], "-o", tmp_path / "other.parquet")
+    assert alone.exit_code == 2
+    assert "two tables or more" in alone.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_locks")
 def test_profiles_of_two_machines_are_merged_and_gone_on_with(tmp_path: Path) -> None:
-    law = LatencyLaw.random(tiny.lowering("cnn").network, 2)
+    law, axes = LatencyLaw.random(tiny.lowering("cnn").network, 2), ["precision"]
     backends = {name: SimulatedBackend(law, noise=0.003, seed=seed) for seed, name in enumerate(("a", "b"))}
+    files = {name: tmp_path / f"{name}.parquet" for name in backends}
     for seed, (name, backend) in enumerate(backends.items()):
         backend.machine = name
-        hs.profile(tiny.task("cnn"), out=tmp_path / f"{name}.parquet", backend=backend, axes=["precision"], builds=5, seed=seed)
-    words = ["table", "merge", *(str(tmp_path / f"{name}.parquet") for name in backends), "-o", str(tmp_path / "all.parquet")]
-    result = CliRunner().invoke(cli.app, words)
+        hs.profile(tiny.task("cnn"), out=files[name], backend=backend, axes=axes, builds=5, seed=seed)
+    out = tmp_path / "all.parquet"
+    result = invoke("table", "merge", *files.values(), "-o", out)
     assert result.exit_code == 0, result.stderr
     assert "warning" not in result.stderr
-    assert "machine    a: 8 builds; times are its own" in result.stdout
-    assert "machine    b: 8 builds; reference" in result.stdout
-    table = LatencyTable.load(tmp_path / "all.parquet")
-    assert [len(table.of_machine(name)) for name in table.machines] == [8, 8]
-    assert CliRunner().invoke(cli.app, words).exit_code == 2, "a file is not overwritten"
-    again = hs.profile(
-        tiny.task("cnn"), out=tmp_path / "all.parquet", backend=backends["b"], axes=["precision"], builds=12, seed=3
-    )
+    table = LatencyTable.load(out)
+    assert [len(table.of_machine(name)) for name in ("a", "b")] == [8, 8]
+    again = hs.profile(tiny.task("cnn"), out=out, backend=backends["b"], axes=axes, builds=12, seed=3)
     assert len(again.of_machine("b")) > 8 == len(again.of_machine("a"))
     assert again.header.reference_ns == table.header.reference_ns
-
-
-def test_merging_needs_two_files(tmp_path: Path) -> None:
-    table_of("a").save(tmp_path / "a.parquet")
-    result = CliRunner().invoke(cli.app, ["table", "merge", str(tmp_path / "a.parquet"), "-o", str(tmp_path / "all.parquet")])
-    assert result.exit_code == 2
-    assert "two tables or more" in result.stderr
