@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 5
-OLDER = (3, 4)
+OLDER = (4, 3)
 """Older schemas that are still read."""
 WHOLE = (2,)
 """Still older ones, whose files are of one section."""
