@@ -30,6 +30,7 @@ from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, HwsearchError, IncompatibleTables, InvalidInput
 from hwsearch.files import make_folder, remove_unfinished, write_bytes
 from hwsearch.latency.staircase import measured_widths
+from hwsearch.loss.cluster import connected
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
@@ -170,6 +171,7 @@ def sensitivity(
     table: LatencyTable | None = None,
     weights: str | Path | None = None,
     seed: int = 0,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
     """Loss of every (unit, variant) of a backend, and of every (channel group, width), on the task's calibration data.
@@ -184,6 +186,8 @@ def sensitivity(
         table: Its variants and widths are scored; None for all that a profile would try.
         weights: Folder to keep refitted weights in, for `deploy` and `verify`.
         seed: Of the samples that weights are refitted on.
+        ray: Address of a Ray cluster whose workers refit and score: `auto` for the one that this machine is in, `local` for one of
+            this machine's cores, or `HOST:PORT`; None for this process. The task must have been loaded by its name.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -191,8 +195,9 @@ def sensitivity(
 
     Raises:
         UntraceableModel: The model cannot be traced.
-        IncompatibleTables: `out` or `table` is of another network or kind of int8.
+        IncompatibleTables: `out` or `table` is of another network or kind of int8; workers find another task by its name.
         InvalidInput: An option is out of range.
+        HwsearchError: Ray is not installed, or nothing answers at the address.
     """
     all_axes = set(check_axes(axes))
     if table is not None:
@@ -201,17 +206,18 @@ def sensitivity(
             all_axes.add(RESIDUAL)
         if any(str(IN_INT8) in variants for variants in table.offered().values()):
             all_axes.add(STORAGE)
-    setup = set_up(
-        task, backends.get(backend), base=base, batch=batch, axes=all_axes,
-        int8=table.header.int8 if table is not None else None,
-    )  # fmt: skip
-    grid: Mapping[str, Sequence[int]] = {}
-    if "width" in axes and table is not None:
-        table.require(network=setup.network)
-        grid = table.grid()
-    elif "width" in axes:
-        grid = {g: candidate_widths(n) for g, n in setup.network.channels.items()}
-    return sensitivity_for(setup, out, seed=seed, grid=grid, weights=weights, progress=progress)
+    with connected(ray, task) as cluster:
+        setup = set_up(
+            task, backends.get(backend), base=base, batch=batch, axes=all_axes,
+            int8=table.header.int8 if table is not None else None,
+        )  # fmt: skip
+        grid: Mapping[str, Sequence[int]] = {}
+        if "width" in axes and table is not None:
+            table.require(network=setup.network)
+            grid = table.grid()
+        elif "width" in axes:
+            grid = {g: candidate_widths(n) for g, n in setup.network.channels.items()}
+        return sensitivity_for(setup, out, seed=seed, grid=grid, weights=weights, cluster=cluster, progress=progress)
 
 
 def verify(
@@ -324,7 +330,7 @@ def run(
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
     recover_s: float = 0.0, floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES,
-    progress: Progress | None = None,
+    ray: str | None = None, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
@@ -358,6 +364,7 @@ def run(
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`; the cheapest network that holds it is found.
         minimize: With a floor, the cost that is least: `latency` (also None), `size`, `energy` or `macs`.
         samples: With a floor, how many networks are measured at most in this call; those of earlier calls in `out` are used again.
+        ray: As for `sensitivity`; nothing is connected while this machine is measured.
         progress: As for `profile`.
 
     Returns:
@@ -377,7 +384,7 @@ def run(
     own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
     options: dict[str, Any] = {
         "batch": batch, "seed": seed, "mode": mode, "axes": axes, "keep": keep, "builds": builds, "prior": prior,
-        "lock_clocks": lock_clocks, "energy": energy, "progress": progress, **own,
+        "lock_clocks": lock_clocks, "energy": energy, "ray": ray, "progress": progress, **own,
     }  # fmt: skip
     if len(runtimes) > 1:
         _require_one(goal, runtimes)
@@ -388,7 +395,7 @@ def run(
 def _run_alone(
     task: Task, runtime: Backend, budgets: Sequence[Budget], goal: Goal | None, folder: Path, limits: tuple[float, float], *,
     axes: Sequence[str], builds: int | None, prior: Sequence[LatencyTable | str | Path], lock_clocks: bool, energy: bool,
-    progress: Progress, mode: str, seed: int, keep: Sequence[str], **options: Any,
+    ray: str | None, progress: Progress, mode: str, seed: int, keep: Sequence[str], **options: Any,
 ) -> Report:  # fmt: skip
     """A run on one runtime. limits: seconds of all of it, and of recovery of that; options: of the setup."""
     columns = _columns(budgets, goal)
@@ -400,7 +407,7 @@ def _run_alone(
         )  # fmt: skip
         return _run(
             setup, budgets, folder, Effort(limits[0], builds, extend=False), limit, goal=goal, mode=mode, axes=axes, seed=seed,
-            keep=keep, prior=_tables(prior, setup), recover_s=limits[1], progress=progress,
+            keep=keep, prior=_tables(prior, setup), recover_s=limits[1], ray=ray, progress=progress,
         )  # fmt: skip
 
 
@@ -471,17 +478,18 @@ def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
 def _run(
     setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
     goal: Goal | None, mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable],
-    recover_s: float, progress: Progress,
+    recover_s: float, ray: str | None, progress: Progress,
 ) -> Report:  # fmt: skip
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
     table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
     columns = _columns(budgets, goal)
     timed = not columns <= set(COMPUTED)
-    allowance = prepared(
-        Allowance(limit, setup, axes, recovery_s=recover_s, samples=goal.samples if goal else 0), weights,
-        scored=holds_now(setup, path, seed), progress=progress,
-    )  # fmt: skip
+    with connected(ray, setup.lowering.task) as cluster:
+        allowance = prepared(
+            Allowance(limit, setup, axes, recovery_s=recover_s, samples=goal.samples if goal else 0), weights,
+            scored=holds_now(setup, path, seed), progress=progress, cluster=cluster,
+        )  # fmt: skip
     if goal is not None:
         goal.floor.of(allowance.dense_score)
     if timed:
@@ -496,10 +504,11 @@ def _run(
     else:
         table = without_times(setup)
     progress.plan(allowance.plan(table))
-    sensitivities = sensitivity_for(
-        setup, path, seed=seed, grid=widths_to_score(table, columns) if "width" in axes else {}, weights=weights,
-        bank=allowance.bank, limit=allowance.scoring_limit(table), progress=progress,
-    )  # fmt: skip
+    with connected(ray, setup.lowering.task) as cluster:
+        sensitivities = sensitivity_for(
+            setup, path, seed=seed, grid=widths_to_score(table, columns) if "width" in axes else {}, weights=weights,
+            bank=allowance.bank, limit=allowance.scoring_limit(table), cluster=cluster, progress=progress,
+        )  # fmt: skip
     progress.enter(LOOP)
     session = Session(setup, table if table.builds else None, limit)
     session.dense_score = allowance.dense_score

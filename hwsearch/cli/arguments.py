@@ -133,6 +133,15 @@ Energy = Annotated[
         "--energy", help="Also read a GPU's counter of energy, 6 s for each build; a CPU's is always read."
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Refit and score on the workers of a Ray cluster: `auto` (the one that this machine is in), `local` (this machine's "
+        "cores) or HOST:PORT. The same results as without.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 TimeLimit = Annotated[str, typer.Option(metavar="DURATION", help="For profiling: 90s, 10m, 1h30m.")]
 AnyTable = Annotated[Path, typer.Argument(metavar="FILE", help="Made by `hwsearch profile`.")]

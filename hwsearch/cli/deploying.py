@@ -30,6 +30,7 @@ from hwsearch.cli.arguments import (
     Plot,
     Prior,
     Quiet,
+    Ray,
     Samples,
     Seed,
     TaskSpec,
@@ -241,6 +242,7 @@ def run(
     prior: Prior = None,
     lock_clocks: LockClocks = False,
     energy: Energy = False,
+    ray: Ray = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -260,7 +262,7 @@ def run(
             report = hs.run(
                 own, budget or (), out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
-                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s,
+                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s, ray=ray,
                 time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:

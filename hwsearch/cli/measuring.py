@@ -21,6 +21,7 @@ from hwsearch.cli.arguments import (
     MaybeOutput,
     Prior,
     Quiet,
+    Ray,
     Seed,
     TaskSpec,
     Threads,
@@ -106,6 +107,7 @@ def sensitivity(
     ] = None,
     weights: Weights = None,
     seed: Seed = 0,
+    ray: Ray = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -123,6 +125,6 @@ def sensitivity(
     with Progress(quiet=quiet) as progress:
         scores = hs.sensitivity(
             own, out=output, backend=backend, base=base, batch=batch, axes=axes_of(axes), weights=weights, seed=seed,
-            table=found, progress=progress,
+            table=found, ray=ray, progress=progress,
         )  # fmt: skip
     show.sensitivity(scores, as_json)

@@ -13,6 +13,7 @@ from hwsearch.network.memory import peak_bytes
 from hwsearch.network.variants import Variant, everywhere, uniform
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Mode
+from hwsearch.table.merging import apart
 from hwsearch.table.parquet import KIND
 from hwsearch.table.table import SCHEMA, LatencyTable, judged_by, usable
 
@@ -144,6 +145,7 @@ def summary(table: LatencyTable) -> str:
     ]
     lines.append(f"memory     {', '.join(sizes)} of activations at most ({peaks['source']})")
     lines += _gpu(table)
+    lines += _machines(table)
     if h.mode == Mode.SANDWICHED:
         lines += _sums(table)
     found = quality(table)
@@ -173,6 +175,19 @@ def summary(table: LatencyTable) -> str:
     for unit, reasons in h.unsupported.items():
         lines += [f"unsupported {unit} {variant}: {reason}" for variant, reason in reasons.items()]
     return "\n".join(lines)
+
+
+def _machines(table: LatencyTable) -> list[str]:
+    """Of several machines how far apart they are."""
+    lines = [f"machine    {table.machines[0]}: {len(table.of_machine(table.machines[0]))} builds; times are its own"]
+    shares = fit(table).apart if len(table.machines) > 1 else {}
+    for own in apart(table):
+        share, error = shares.get(own.machine, (0.0, 0.0))
+        lines.append(
+            f"machine    {own.machine}: {len(table.of_machine(own.machine))} builds; reference {own.slower:+.1%}, times against it "
+            f"{share:+.1%} ± {error:.1%}"
+        )
+    return lines if len(lines) > 1 else []
 
 
 def section_rows(tables: Sequence[LatencyTable]) -> list[dict[str, Any]]:

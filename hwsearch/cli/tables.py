@@ -1,17 +1,21 @@
-"""`hwsearch table ...`: looking into a latency table."""
+"""`hwsearch table ...`: looking into a latency table, and making one of several."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import AnyTable, AsJson, LockClocks, Plot, Quiet
-from hwsearch.cli.ending import Command
+from hwsearch.cli.ending import Command, say
 from hwsearch.cli.sections import choosing
+from hwsearch.errors import InvalidInput
 
-app = typer.Typer(rich_markup_mode=None, help="Look into a latency table.", epilog="Example: hwsearch table show table.parquet")
+app = typer.Typer(
+    rich_markup_mode=None, help="Look into a latency table, or merge several.", epilog="Example: hwsearch table show table.parquet"
+)
 
 
 @app.command("show", cls=Command, epilog="Example: hwsearch table show table.parquet --threads 1")
@@ -93,3 +97,35 @@ def table_check(
     show.check(found, as_json)
     if not found.holds:
         raise typer.Exit(1)
+
+
+@app.command("merge", cls=Command, epilog="Example: hwsearch table merge a.parquet b.parquet -o all.parquet")
+@choosing
+def table_merge(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]FILE...", help="Tables of one network, each of another machine. NAME: the machine's, where not its own."
+        ),
+    ],
+    section: dict[str, Any],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="File to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make one table of those that machines of one kind measured. Machines that disagree are named, or refused."""
+    import hwsearch as hs
+    from hwsearch.table.merging import apart, machine_of_file, merged
+
+    if len(files) < 2:
+        raise InvalidInput("merging needs two tables or more")
+    named = [machine_of_file(word) for word in files]
+    tables = [(name, hs.LatencyTable.load(path, **section)) for name, path in named]
+    tables = [(name or ("" if t.machines[0] else path.stem), t) for (name, path), (_, t) in zip(named, tables, strict=True)]
+    table = merged(tables)
+    if output.exists():
+        raise InvalidInput(f"{output} exists and is not overwritten; give another file")
+    table.save(output)
+    for machine in apart(table):
+        if told := machine.against(table.machines[0]):
+            say(f"warning: {told}")
+    show.table(table, as_json)

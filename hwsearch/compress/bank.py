@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -27,6 +28,7 @@ from hwsearch.compress.gram import (
     ROWS,
     Batch,
     Gptq,
+    Gram,
     Grams,
     as_columns,
     feature_columns,
@@ -43,9 +45,7 @@ from hwsearch.graph.export import weights_digest
 from hwsearch.graph.narrow import Mask, cut
 from hwsearch.graph.trace import Traced
 from hwsearch.network.variants import INT8_BITS, Variant, int8_levels
-
-if TYPE_CHECKING:
-    from hwsearch.progress import Progress
+from hwsearch.progress import Progress
 
 COMBINATIONS = 64
 """Units that read several groups (concatenations) are prefilled for at most so many combinations of widths."""
@@ -53,6 +53,32 @@ METHOD = 3
 """Of finding the order and of refitting, counted up whenever it computes something else."""
 ORDER = "order of slots"
 _WEIGHT, _BIAS = "|weight", "|bias"
+
+Entry = dict[str, torch.Tensor]
+"""`weight`, and `bias` where the unit has one."""
+Key = tuple[str, str]
+"""(unit, name) of an entry."""
+Job = tuple[str, Mapping[str, int], str]
+"""(unit, widths, precision) that an entry is asked for by."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """An entry that least squares make.
+
+    name: of the entry. widths: of the groups that the unit reads and that are not whole. gram, ridge: what it is regressed on.
+    """
+
+    unit: str
+    name: str
+    widths: Mapping[str, int]
+    int8: bool
+    gram: Gram
+    ridge: float
+
+
+Elsewhere = Callable[[Sequence[Regression]], Iterator[tuple[Regression, Entry]]]
+"""Makes entries in other processes: each with what was asked for, in any order."""
 
 
 class WeightBank:
@@ -77,7 +103,7 @@ class WeightBank:
         self.traced, self.batches, self.order, self.rows = traced, list(batches), dict(order), rows
         self.int8_bits = int8_bits
         self._grams = grams
-        self._memory: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        self._memory: dict[Key, Entry] = {}
         self.folder = Path(folder) / self.key if folder is not None else None
         self._axes = {
             u.name: in_slots(traced, u.name) for u in traced.network.units if u.weight_shape and not u.stored
@@ -150,18 +176,49 @@ class WeightBank:
         widths: of the groups that the unit reads; others are ignored. Half precisions have the entry of fp32;
         int8 weights lie on their int8 grid, which `quantize_weight` finds again.
         """
+        key, own = self.entry(unit, widths, precision)
+        entry = self._found(key, own)
+        if entry is None:
+            entry = self._keep(key, self._refitted(key, own, precision == "int8"))
+        return entry["weight"], entry.get("bias")
+
+    def entry(self, unit: str, widths: Mapping[str, int], precision: str = "fp32") -> tuple[Key, dict[str, int]]:
+        """(key of the entry that `weight` gives, widths of the groups that the unit reads and that are not whole)."""
         own = {
             g: widths[g] for g in self._reads[unit] if widths.get(g, len(self.order[g])) < len(self.order[g])
         }
         name = (
             "-".join(f"{w}" for w in (own.get(g, len(self.order[g])) for g in self._reads[unit])) or "whole"
         )
-        name += ".int8" if precision == "int8" else ""
-        entry = self._memory.get((unit, name))
-        if entry is None:
-            entry = self._load(unit, name, own) or self._make(unit, name, own, precision == "int8")
-            self._memory[unit, name] = entry
-        return entry["weight"], entry.get("bias")
+        return (unit, name + (".int8" if precision == "int8" else "")), own
+
+    def held(self, key: Key) -> Entry:
+        """An entry that was made."""
+        return self._memory[key]
+
+    def hold(self, entries: Mapping[Key, Entry]) -> None:
+        """Have these entries and no others, which another bank made."""
+        self._memory = dict(entries)
+
+    def fill(
+        self, jobs: Iterable[Job], elsewhere: Elsewhere | None = None, done: Callable[[str], None] = lambda unit: None
+    ) -> None:
+        """Make the entries that do not exist yet. elsewhere: makes those that least squares make. done: is told each one's unit."""
+        left: dict[Key, Regression] = {}
+        for unit, widths, precision in jobs:
+            key, own = self.entry(unit, widths, precision)
+            todo = None
+            if elsewhere is not None and self._found(key, own) is None:
+                todo = self._regression(key, own, precision == "int8")
+            if todo is None:
+                self.weight(unit, widths, precision)
+                done(unit)
+            else:
+                left[key] = todo
+        if elsewhere is not None and left:
+            for todo, made in elsewhere(list(left.values())):
+                self._keep((todo.unit, todo.name), made)
+                done(todo.unit)
 
     def allocation(
         self, variants: Mapping[str, Variant], widths: Mapping[str, int], make: Callable[[], Weights]
@@ -225,34 +282,56 @@ class WeightBank:
         found = self._loaded(self._path(unit, name), f"{unit} {name}", {"weight": tuple(shape)})
         return found if found and "weight" in found else None
 
-    def _make(self, unit: str, name: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
-        made = self._refitted(unit, widths, int8)
+    def _found(self, key: Key, widths: Mapping[str, int]) -> Entry | None:
+        """An entry that was made, by this process or an earlier one."""
+        if key not in self._memory and (kept := self._load(*key, widths)) is not None:
+            self._memory[key] = kept
+        return self._memory.get(key)
+
+    def _keep(self, key: Key, made: Entry) -> Entry:
         if self.folder is not None:
-            self._save(self._path(unit, name), f"{unit} {name}", made)
+            self._save(self._path(*key), " ".join(key), made)
+        self._memory[key] = made
         return made
 
-    def _refitted(self, unit: str, widths: Mapping[str, int], int8: bool) -> dict[str, torch.Tensor]:
+    def _regression(self, key: Key, widths: Mapping[str, int], int8: bool) -> Regression | None:
+        """How least squares make an entry; None where nothing is lost, or nothing can be regressed."""
+        unit, name = key
+        if not widths and not int8:
+            return None
+        if not refittable(self.traced.network[unit]) or unit not in self.grams or not self.grams[unit].finite:
+            return None
+        return Regression(unit, name, widths, int8, self.grams[unit], self.grams.ridges[unit])
+
+    def _refitted(self, key: Key, widths: Mapping[str, int], int8: bool) -> Entry:
+        todo = self._regression(key, widths, int8)
+        return self.regressed(todo) if todo is not None else self._unrefitted(key[0], widths, int8)
+
+    def _inputs(self, unit: str, mask: Mask) -> NDArray[np.int64]:
+        """Inputs of a unit that are left."""
+        own, axis = self.traced.network[unit], self._axes[unit]
+        return axis.kept(mask) if axis is not None else np.arange(own.weight_shape[own.in_axis])
+
+    def _unrefitted(self, unit: str, widths: Mapping[str, int], int8: bool) -> Entry:
+        """An entry of the inputs that are left, rounded to nearest in int8."""
         own, weight, bias = self.traced.network[unit], self.traced.weight(unit), self.traced.bias(unit)
         assert weight is not None
-        axis, kept = self._axes[unit], np.arange(weight.shape[own.in_axis])
-        levels = int8_levels(self.int8_bits)
-        if axis is not None:
-            kept = axis.kept(self.mask(widths))
-        found = {} if bias is None else {"bias": bias.clone()}
-        left = weight.index_select(own.in_axis, torch.from_numpy(kept))
-        whole = len(kept) == weight.shape[own.in_axis] and not int8
-        unknown = unit not in self.grams or not self.grams[unit].finite
-        if whole or unknown or not refittable(own):
-            if int8:
-                left = torch.from_numpy(quantize_weight(left, own.out_axis, levels).dequantized())
-            return found | {"weight": left.contiguous()}
+        left = weight.index_select(own.in_axis, torch.from_numpy(self._inputs(unit, self.mask(widths))))
+        if int8:
+            left = torch.from_numpy(quantize_weight(left, own.out_axis, int8_levels(self.int8_bits)).dequantized())
+        return ({} if bias is None else {"bias": bias.clone()}) | {"weight": left.contiguous()}
+
+    def regressed(self, todo: Regression) -> Entry:
+        """The entry."""
+        unit, int8, levels = todo.unit, todo.int8, int8_levels(self.int8_bits)
+        own, weight, bias = self.traced.network[unit], self.traced.weight(unit), self.traced.bias(unit)
+        assert weight is not None
         matrix, shifts = as_columns(own, weight), shifts_bias(self.traced, unit)
-        columns = feature_columns(own, kept)
+        columns = feature_columns(own, self._inputs(unit, self.mask(todo.widths)))
         # one scale of a transposed convolution spans several rows of the matrix: it is rounded to nearest
         quantizer = Gptq(levels) if int8 and "transpose" not in own.op else None
-        new, shift = refit(
-            self.grams[unit], matrix, columns, bias=shifts, ridge=self.grams.ridges[unit], quantizer=quantizer
-        )
+        new, shift = refit(todo.gram, matrix, columns, bias=shifts, ridge=todo.ridge, quantizer=quantizer)
+        found = {} if bias is None else {"bias": bias.clone()}
         found["weight"] = from_columns(own, new).float().contiguous()
         if int8 and quantizer is None:
             rounded = quantize_weight(found["weight"], own.out_axis, levels)
@@ -272,7 +351,7 @@ class WeightBank:
         variants, mask = variants or {}, self.mask(widths)
         return {
             unit: self._cut(unit, *self.weight(unit, widths, precision), mask)
-            for unit, precision in self._concerned(widths, variants)
+            for unit, precision in self.concerned(widths, variants)
         }
 
     def masked_weights(
@@ -280,17 +359,17 @@ class WeightBank:
     ) -> Weights:
         """The same in the shapes of the dense network, zeros in removed columns, for `Simulator`."""
         variants, mask, found = variants or {}, self.mask(widths), {}
-        for unit, precision in self._concerned(widths, variants):
+        for unit, precision in self.concerned(widths, variants):
             weight, bias = self.weight(unit, widths, precision)
-            own, axis = self.traced.network[unit], self._axes[unit]
-            whole = torch.zeros(own.weight_shape)
-            kept = axis.kept(mask) if axis is not None else np.arange(own.weight_shape[own.in_axis])
-            found[unit] = whole.index_copy_(own.in_axis, torch.from_numpy(kept), weight), bias
+            own = self.traced.network[unit]
+            whole, kept = torch.zeros(own.weight_shape), torch.from_numpy(self._inputs(unit, mask))
+            found[unit] = whole.index_copy_(own.in_axis, kept, weight), bias
         return found
 
-    def _concerned(
+    def concerned(
         self, widths: Mapping[str, int], variants: Mapping[str, Variant]
     ) -> Iterable[tuple[str, str]]:
+        """(unit, precision) of the entries that an allocation is made of."""
         narrower = {g for g, w in widths.items() if w < len(self.order[g])}
         for unit, reads in self._reads.items():
             precision = variants[unit].precision if unit in variants else "fp32"
@@ -311,8 +390,10 @@ class WeightBank:
         grid: Mapping[str, Sequence[int]],
         precisions: Sequence[str] = ("fp32",),
         progress: Progress | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
-        """Make every entry for these widths of the groups (dense always included) that does not exist yet."""
+        """Make every entry for these widths of the groups (dense always included) that does not exist yet; see `fill`."""
+        progress = progress or Progress.silent()
         jobs = [
             (unit, dict(zip(reads, widths, strict=True)), precision)
             for unit, reads in self._reads.items()
@@ -323,16 +404,11 @@ class WeightBank:
             for precision in ("fp32", "int8")
             if precision in precisions or (precision == "fp32" and set(precisions) - {"int8"})
         ]
-        if progress is not None:
-            progress.start(len(jobs), "refitting weights")
+        progress.start(len(jobs), "refitting weights")
         try:
-            for unit, widths, precision in jobs:
-                self.weight(unit, widths, precision)
-                if progress is not None:
-                    progress.step(unit)
+            self.fill(jobs, elsewhere, progress.step)
         finally:
-            if progress is not None:
-                progress.stop()
+            progress.stop()
 
 
 def _made_of(path: Path) -> dict[str, str]:

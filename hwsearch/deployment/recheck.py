@@ -192,7 +192,7 @@ def measure_again(
             engines[str(number)] = own.build(candidate.variants)[0]
             progress.step(f"built {number + 1} of {len(builds)}")
         runs = {n: e.run for n, e in engines.items()}
-        timings = paired(reference.run, runs, AGAIN, clock=setup.clock, quiet_ns=table.quiet_ns)
+        timings = paired(reference.run, runs, AGAIN, clock=setup.clock, quiet_ns=table.quiet_on(setup.machine))
         progress.step("timed")
     finally:
         progress.stop()
@@ -201,7 +201,7 @@ def measure_again(
         now, nodes = timings[str(number)], table.nodes(build)
         widths = np.hypot(build.width, now.width) / 3.92
         before = model.on_quiet_machine(build.ratio, nodes, table.slowdown(build))
-        after = model.on_quiet_machine(now.ratio, nodes, now.quiet_ns / table.quiet_ns - 1.0)
+        after = model.on_quiet_machine(now.ratio, nodes, now.quiet_ns / table.quiet_on(setup.machine) - 1.0)
         converted = [p.sigma_ns / p.time_ns for p in (before, after)]
         scale = table.header.reference_ns
         again.append(

@@ -160,7 +160,7 @@ class Session:
             replace(VERIFY, limit_s=float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))),
             clock=self.setup.clock,
             meter=self.setup.meter,
-            quiet_ns=self.table.quiet_ns if self.table is not None else None,
+            quiet_ns=self.table.quiet_on(self.setup.machine) if self.table is not None else None,
             sample=self.setup.sample,
         )
         self.reference_now_ns = next(iter(timings.values())).reference_median_ns
@@ -209,7 +209,7 @@ class Session:
         """0 where it is too small to tell anything, or no table tells what the quiet machine is."""
         if self.table is None or self.table.header.mode != Mode.CONTEXT:
             return 0.0
-        slowdown = timing.quiet_ns / self.table.quiet_ns - 1.0
+        slowdown = timing.quiet_ns / self.table.quiet_on(self.setup.machine) - 1.0
         return slowdown if abs(slowdown) > USUAL_SLOWDOWN else 0.0
 
     @cached_property

@@ -140,4 +140,5 @@ def record(
         energy_error=energy.error if energy else None,
         singles_ns=timing.singles_ns,
         states=timing.states,
+        machine=setup.machine,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -73,6 +74,11 @@ class Setup:
     def clock(self) -> Callable[[], int]:
         """See `clock_of`."""
         return clock_of(self.backend)
+
+    @property
+    def machine(self) -> str:
+        """The name of this machine in its network, or of the one that the backend pretends to be."""
+        return getattr(self.backend, "machine", "") or platform.node()
 
     @property
     def meter(self) -> Meter | None:

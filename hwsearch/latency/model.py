@@ -85,7 +85,9 @@ class LatencyModel:
         candidate = self.table.candidate(build)
         found = self.predict(candidate.variants, candidate.widths)
         off = slowed(self.table.slowdown(build), self.table.nodes(build), build.ratio)
-        return replace(found, time_ns=found.time_ns + self.per_node * off * self.table.header.reference_ns)
+        time_ns = found.time_ns + self.per_node * off * self.table.header.reference_ns
+        apart = self.value(("machine", self.table.machine(build))) or 0.0
+        return replace(found, time_ns=time_ns / (1.0 - min(apart, 0.5)))
 
     def on_quiet_machine(self, ratio: float, nodes: float, slowdown: float) -> Prediction:
         """Time on the quiet machine of what was measured to take `ratio` of the reference on a machine so much slower.
@@ -109,6 +111,11 @@ class LatencyModel:
     def drift(self) -> float:
         """The share by which times changed against the reference's over the profile."""
         return self.value(("drift",)) or 0.0
+
+    @cached_property
+    def apart(self) -> dict[str, tuple[float, float]]:
+        """Of each machine beyond the first: by what share its times against its reference are longer, and the standard error."""
+        return {str(f[1]): told for f, told in self.terms().items() if f[0] == "machine"}
 
     @cached_property
     def rest_ns(self) -> float:
@@ -269,9 +276,10 @@ def noise_floor(table: LatencyTable) -> float | None:
     """
     groups: dict[Any, list[float]] = {}
     for build in table.builds:
+        key = build.key, table.machine(build)
         if build.role == Role.REFERENCE:
-            groups.setdefault(build.key, []).insert(0, 1.0)
+            groups.setdefault(key, []).insert(0, 1.0)
         if not build.partial:
-            groups.setdefault(build.key, []).append(build.ratio)
+            groups.setdefault(key, []).append(build.ratio)
     differences = [abs(a / g[0] - 1.0) for g in groups.values() for a in g[1:]]
     return float(np.median(differences)) if differences else None

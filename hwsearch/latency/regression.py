@@ -4,8 +4,9 @@
 
 Every build gives one equation for its end-to-end time and one for each unit, from its executed nodes; what an inference takes
 beside those (`overhead`) is the rest's. A machine does not slow every network alike: a slow change of all times against the
-reference, over a profile, is one more parameter, and predictions are for the middle of it; and how much of a slowdown is the same
-time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
+reference, over a profile, is one more parameter, and predictions are for the middle of it; by what share another machine of the
+kind takes longer against its own reference than the first is another, and predictions are for the first; and how much of a slowdown
+is the same time for every executed node, and not the same share, is another, and predictions are for the quiet machine.
 Cells that were built once or twice lean on those of the same unit at other widths (`pooling`).
 """
 
@@ -187,8 +188,8 @@ class Equations:
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
         evidence = [e for e in table.header.prior if e.feature[0] in kinds]
         told = _prior_rows(evidence, Rows.joined(parts), known)
-        drift = known.number(("drift",))
-        parts = [p.with_term(drift, moment * p.value) for p, moment in zip(parts, _session_times(builds), strict=True)]
+        times = _session_times(table, builds)
+        parts = [_of_session(table, b, p, known, moment) for b, p, moment in zip(builds, parts, times, strict=True)]
         rows = Rows.joined([*parts, told])
         self.of_build = np.repeat(np.arange(len(parts) + 1), [len(p.value) for p in (*parts, told)])
         used, column = np.unique(rows.number, return_inverse=True)
@@ -203,7 +204,8 @@ class Equations:
         first = np.searchsorted(self.of_build, np.arange(len(builds)))
         self.totals = design[first]
         """Features of the whole builds, as at the middle of the profile, on the machine as it was just then."""
-        self.totals.data[self.totals.indices == self.index.get(("drift",), -1)] = 0.0
+        drifts = [place for feature, place in self.index.items() if feature[0] == "drift"]
+        self.totals.data[np.isin(self.totals.indices, drifts)] = 0.0
         self.measured = rows.value[first]
         self.errors = rows.error[first]
         self.typical = float(np.mean(self.measured))
@@ -233,7 +235,7 @@ class Equations:
     def _scales(self) -> dict[str, float]:
         edge, typical = OWN / len(self.network.units) ** 0.5, self.typical
         return {"unit": 3.0 * typical, "rest": typical, "pool": POOL * typical, "pool bytes": POOL * typical,
-                "edge": edge * typical, "drift": DRIFT, PER_NODE[0]: USUAL[1]}  # fmt: skip
+                "edge": edge * typical, "drift": DRIFT, "machine": APART, PER_NODE[0]: USUAL[1]}  # fmt: skip
 
     def prior(self) -> Prior:
         """What is known of each parameter but for its own equations: of a cell, what others predict (`pooling`)."""
@@ -292,13 +294,26 @@ DRIFT = 0.1
 """Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
 
 
-def _session_times(builds: Sequence[Build]) -> list[float]:
-    """For each build when in the profile it was measured, -0.5 to 0.5; 0 for those that were deployed, in other sessions."""
-    number = np.cumsum([b.role != Role.DEPLOYED for b in builds]) - 1
-    last = max(int(number[-1]), 1)
-    return [
-        0.0 if b.role == Role.DEPLOYED else float(n / last - 0.5) for b, n in zip(builds, number, strict=True)
-    ]
+APART = 0.1
+"""The same of the share by which a machine's times against its reference are longer than the first one's."""
+
+
+def _session_times(table: LatencyTable, builds: Sequence[Build]) -> list[float]:
+    """For each build when in its machine's profile it was measured, -0.5 to 0.5; 0 for deployed ones, of other sessions."""
+    moments = np.zeros(len(builds))
+    for name in table.machines:
+        own = [i for i, b in enumerate(builds) if b.role != Role.DEPLOYED and table.machine(b) == name]
+        moments[own] = np.arange(len(own)) / max(len(own) - 1, 1) - 0.5
+    return [float(m) for m in moments]
+
+
+def _of_session(table: LatencyTable, build: Build, rows: Rows, features: Features, moment: float) -> Rows:
+    """Equations of a build with the terms of its machine: how its times change, and how far apart it is from the first one."""
+    name, (first, *_) = table.machine(build), table.machines
+    if name == first:
+        return rows.with_term(features.number(("drift",)), moment * rows.value)
+    rows = rows.with_term(features.number(("drift", name)), moment * rows.value)
+    return rows.with_term(features.number(("machine", name)), rows.value)
 
 
 def _prior_rows(evidence: Sequence[Evidence], rows: Rows, features: Features) -> Rows:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import kendalltau
 from torch.utils import _pytree as pytree
 
 from hwsearch.compress.bank import METHOD as REFIT_METHOD
-from hwsearch.compress.bank import WeightBank
+from hwsearch.compress.bank import Elsewhere, WeightBank
 from hwsearch.compress.importance import removal_losses
 from hwsearch.compress.simulate import Simulator
 from hwsearch.device.timelimit import TimeLimit
@@ -29,6 +30,9 @@ from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal
 from hwsearch.progress import Progress
+
+if TYPE_CHECKING:
+    from hwsearch.loss.cluster import Cluster
 
 METHOD = 1
 """Of measuring losses, counted up whenever it computes something else."""
@@ -77,14 +81,14 @@ def measure_sensitivity(
     *,
     variants: Sequence[Variant],
     quantize_outputs: bool = False,
-    kind: str = "auto",
     seed: int = 0,
     grid: Mapping[str, Sequence[int]] | None = None,
     bank: WeightBank | None = None,
     limit: TimeLimit | None = None,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
-    """Score every (unit, variant it can become) and (channel group, width) of `grid`, in torch.
+    """Score every (unit, variant it can become) and (channel group, width) of `grid`, in torch, by the task's divergence.
 
     Of more than 150 widths those with the greatest loss by a Fisher estimate (one backward pass for all) are estimated from it.
 
@@ -92,16 +96,17 @@ def measure_sensitivity(
         out: File of the table; finished batches are kept beside it.
         variants: What units may become; a unit is scored in those that are legal for it.
         quantize_outputs: Whether int8 and fp8 quantize outputs, as the backend deploys them.
-        kind: See `divergence`.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
         limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
             is measured by another call. One batch is measured in any case; without whole allocations where there is no time for
             them, and the rank correlation is not known then.
+        cluster: Whose workers refit and score; None for this process.
     """
+    kind = lowering.task.divergence
     progress = progress or Progress.silent()
     variants = [v for v in variants if v != Variant("fp32")]
     plan = _plan(lowering, variants, grid or {}, bank, seed, progress)
-    batches = _limited(lowering.scoring, samples_of(lowering))
+    batches = batches_of(lowering)
     made_of = ingredients(lowering, kind=kind, quantize_outputs=quantize_outputs, seed=seed)
     begun_with = {
         **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
@@ -110,9 +115,10 @@ def measure_sensitivity(
     sums = _Sums(out, begun_with, progress)
     if bank is not None and len(sums.batches) < len(batches):
         progress.enter(REFITTING)
-        _refit(bank, plan, variants, progress)
+        _refit(bank, plan, variants, progress, None if cluster is None else partial(cluster.refit, lowering, bank))
     progress.enter(SCORING)
-    _score(lowering, batches, plan, sums, _Scorer(kind, quantize_outputs, bank, progress), limit or TimeLimit(math.inf))
+    scorer = Scorer(kind, quantize_outputs, bank, progress, cluster)
+    _score(lowering, batches, plan, sums, scorer, limit or TimeLimit(math.inf))
     loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean("units"))
     measured = set(plan.cuts)
     table = SensitivityTable(
@@ -145,6 +151,11 @@ def samples_of(lowering: Lowering) -> int:
     return int(np.clip(COMPUTED / each, LEAST_SAMPLES, SAMPLES))
 
 
+def batches_of(lowering: Lowering) -> list[Any]:
+    """The calibration batches that losses are measured on."""
+    return _limited(lowering.scoring, samples_of(lowering))
+
+
 def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: int = 0) -> dict[str, str]:
     """Everything that a loss depends on beside the variant or the width that it is of, by name."""
     return {
@@ -164,13 +175,22 @@ def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: 
 
 
 @dataclass(frozen=True)
-class _Scorer:
-    """How choices are compared with the dense network."""
+class Scorer:
+    """How choices are compared with the dense network, and by whom: the workers of a cluster, or this process."""
 
     kind: str
     quantize_outputs: bool
     bank: WeightBank | None
     progress: Progress
+    cluster: Cluster | None = None
+
+    def of_batch(self, lowering: Lowering, index: int, batch: Any) -> Callable[[Sequence[Choice]], tuple[list[float], int]]:
+        """What gives (divergence of each choice summed over the samples of a batch, of this number, and how many those are)."""
+        if self.cluster is not None:
+            return partial(self.cluster.losses, lowering, self, index)
+        traced, args, kwargs = batch
+        simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=self.quantize_outputs)
+        return partial(self.losses, lowering, simulate)
 
     def losses(self, lowering: Lowering, simulate: Simulator, choices: Sequence[Choice]) -> tuple[list[float], int]:
         """(divergence of each choice summed over the samples of a batch, how many samples those are)."""
@@ -186,7 +206,7 @@ class _Scorer:
 
 
 def _score(
-    lowering: Lowering, batches: Sequence[Any], plan: Plan, sums: _Sums, scorer: _Scorer, limit: TimeLimit
+    lowering: Lowering, batches: Sequence[Any], plan: Plan, sums: _Sums, scorer: Scorer, limit: TimeLimit
 ) -> None:
     """Add to the sums the batches that they lack, while there is time; one at least."""
     progress, choices = scorer.progress, plan.choices()
@@ -194,18 +214,18 @@ def _score(
     name = lowering.network.name or "the network"
     progress.start(each * len(batches), f"sensitivity of {name}", each * len(sums.batches))
     try:
-        for index, (traced, args, kwargs) in enumerate(batches):
+        for index, batch in enumerate(batches):
             if str(index) in sums.batches:
                 continue
             if sums.batches and limit.left_s < longest:
                 progress.say(f"the time limit ends it: losses are of {sums.count} samples; the same command scores the others")
                 break
             begun = limit.used_s
-            simulate = lowering.simulator(traced, args, kwargs, quantize_outputs=scorer.quantize_outputs)
-            losses, count = scorer.losses(lowering, simulate, choices)
+            score = scorer.of_batch(lowering, index, batch)
+            losses, count = score(choices)
             whole = [math.nan] * len(plan.whole)  # they tell how far the sum is to be trusted: not known where time is short
             if limit.left_s > 0.0:
-                whole, _ = scorer.losses(lowering, simulate, plan.whole)
+                whole, _ = score(plan.whole)
             sums.add(index, losses, whole, count)
             longest = max(longest, limit.used_s - begun)
             progress.step(f"batch {index + 1} of {len(batches)}", each * len(sums.batches))
@@ -240,13 +260,15 @@ def _plan(
     )
 
 
-def _refit(bank: WeightBank, plan: Plan, variants: Sequence[Variant], progress: Progress) -> None:
+def _refit(
+    bank: WeightBank, plan: Plan, variants: Sequence[Variant], progress: Progress, elsewhere: Elsewhere | None
+) -> None:
     """Refit the weights that the plan's networks read, where the bank lacks them."""
     if plan.cuts:
         groups = dict.fromkeys(g for g, _ in plan.every)
-        bank.build({g: [w for own, w in plan.cuts if own == g] for g in groups}, progress=progress)
+        bank.build({g: [w for own, w in plan.cuts if own == g] for g in groups}, progress=progress, elsewhere=elsewhere)
     if any(v.precision == "int8" for v in variants):
-        bank.build({}, ["int8"], progress=progress)
+        bank.build({}, ["int8"], progress=progress, elsewhere=elsewhere)
 
 
 def _order(network: Network, bank: WeightBank) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables
 from hwsearch.files import changed
+from hwsearch.loss.cluster import Cluster
 from hwsearch.loss.measure import ingredients, measure_sensitivity
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.lowering.refitted import weight_bank
@@ -26,6 +27,7 @@ def sensitivity_for(
     weights: str | Path | None = None,
     bank: WeightBank | None = None,
     limit: TimeLimit | None = None,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> SensitivityTable:
     """The sensitivities at `path` where all that made them is the same now, else measured anew; what has changed is said.
@@ -38,6 +40,7 @@ def sensitivity_for(
         weights: Folder of refitted weights to use and to leave.
         bank: The refitted weights, where they are known already: `bank_for`.
         limit: See `measure_sensitivity`.
+        cluster: See `measure_sensitivity`.
 
     Raises:
         IncompatibleTables: The file is of another network, kind of int8, backend or base precision.
@@ -57,8 +60,8 @@ def sensitivity_for(
                 bank = bank or weight_bank(setup.lowering, weights, kept.order, progress.say)
     return measure_sensitivity(
         setup.lowering, path, variants=setup.variants(), quantize_outputs=setup.backend.quantize_outputs,
-        kind=setup.lowering.task.divergence, seed=seed, grid=narrower,
-        bank=bank or bank_for(setup, weights, narrower, progress), limit=limit, progress=progress,
+        seed=seed, grid=narrower, bank=bank or bank_for(setup, weights, narrower, progress), limit=limit, cluster=cluster,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hwsearch.device.timelimit import TimeLimit
 from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import Traced
+from hwsearch.loss.cluster import Cluster
 from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, VALIDATION_ALLOCATIONS
 from hwsearch.loss.sensitivity import bank_for
 from hwsearch.network.choices import candidate_widths
@@ -52,6 +54,7 @@ class Allowance:
         begun_s: Seconds of the limit that were left when the profile began.
         recovery_s: Seconds for recovery, which are not of the limit.
         samples: That a search for a floor may measure.
+        workers: That score at a time.
     """
 
     limit: TimeLimit
@@ -65,6 +68,7 @@ class Allowance:
     begun_s: float = 0.0
     recovery_s: float = 0.0
     samples: int = 0
+    workers: int = 1
 
     def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
         """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
@@ -76,9 +80,9 @@ class Allowance:
         variants = [legal(u, self.setup.variants()) for u in network.units]
         choices = sum(map(len, variants)) + widths
         if not batches:  # the least: one batch, without whole allocations
-            return choices * self.pass_s
+            return choices * self.pass_s / self.workers
         refits = VALIDATION_ALLOCATIONS * len(variants) / 2 if widths else 0
-        return batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s
+        return (batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s) / self.workers
 
     def loop_s(self, table: LatencyTable | None) -> float:
         """Of the closed loop with one round, or of all samples: engines are built, timed and scored, the answer more than once."""
@@ -115,7 +119,7 @@ class Allowance:
 
 
 def prepared(
-    found: Allowance, weights: str | Path | None, *, scored: bool, progress: Progress
+    found: Allowance, weights: str | Path | None, *, scored: bool, progress: Progress, cluster: Cluster | None = None
 ) -> Allowance:
     """What does not depend on the profile, done before it and timed: the score of the module, the order of channels, int8 weights.
 
@@ -137,8 +141,11 @@ def prepared(
         bank = bank_for(setup, weights, grid, progress)
         begun = clock()
         if bank is not None and any(v.precision == "int8" for v in setup.variants()):
-            bank.build({}, ["int8"], progress=progress)
-        found = replace(found, bank=bank, refit_s=(clock() - begun) / 1e9 / len(network.units))
+            elsewhere = None if cluster is None else partial(cluster.refit, setup.lowering, bank)
+            bank.build({}, ["int8"], progress=progress, elsewhere=elsewhere)
+        refits_s = (clock() - begun) / 1e9 if cluster is None else cluster.refits_s
+        workers = 1 if cluster is None else cluster.cpus
+        found = replace(found, bank=bank, refit_s=refits_s / len(network.units), workers=workers)
     return replace(found, begun_s=max(found.limit.left_s, 0.0))
 
 

@@ -134,7 +134,8 @@ class Recorder:
 
     def _quiet_ns(self) -> float | None:
         """Time of the reference on the quiet machine, by the last builds; a machine drifts for minutes."""
-        last = [b.quiet_ns for b in self.table.builds[-RECENT:]]
+        own = [b for b in self.table.builds if self.table.machine(b) == self.setup.machine] or self.table.builds
+        last = [b.quiet_ns for b in own[-RECENT:]]
         return float(np.quantile(last, QUIET)) if len(last) >= RECENT // 4 else None
 
     def _note_unsupported(self, build: Build) -> None:

@@ -73,6 +73,7 @@ class Build:
     energy_j, reference_energy_j: joules of an inference of this engine and of the reference, and energy_error the relative
     standard error of their ratio; None where no counter was read.
     states: of the GPU before and after it was timed; empty where it ran on a CPU.
+    machine: its name in its network; empty in tables of before.
     """
 
     role: Role
@@ -98,6 +99,7 @@ class Build:
     energy_error: float | None = None
     states: tuple[State, ...] = ()
     singles_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    machine: str = ""
 
     @property
     def width(self) -> float:
@@ -158,7 +160,7 @@ class Build:
 
 
 TODO = "take another copy, or move it away and profile again"
-LATER = ("energy_j", "reference_energy_j", "energy_error", "states", "singles_ns")
+LATER = ("energy_j", "reference_energy_j", "energy_error", "states", "singles_ns", "machine")
 """Columns that older files lack, and that may be null."""
 
 
@@ -188,6 +190,7 @@ def read_builds(rows: Any, network: Network, path: str | Path, where: str = "") 
                 "widths": tuple(row["widths"]),
                 "nodes": tuple(NodeRow(**{**n, "units": tuple(n["units"])}) for n in row["nodes"]),
                 "states": tuple(_state(s) for s in row.get("states") or ()),
+                "machine": row.get("machine") or "",
             }
         )
         for i, row in enumerate(rows.drop_columns(have).to_pylist())
@@ -350,5 +353,6 @@ def columns() -> Any:
             ("energy_error", pa.float64()),
             ("states", pa.list_(state)),
             ("singles_ns", pa.list_(pa.int64())),
+            ("machine", pa.string()),
         ]
     )

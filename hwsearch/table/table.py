@@ -9,6 +9,7 @@ Schema history:
   3  sections: the header holds one header for each (`sections`), rows their section's number (`section`); energies of
      builds, null where no counter was read. A file of schema 2 is read as one of one section, without energies.
   4  states of the GPU around each build (`states`); older rows have none.
+  5  the machine that each build was measured on (`machine`); older rows do not tell.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from hwsearch.table.section import matching, only
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 4
-OLDER = (3,)
+SCHEMA = 5
+OLDER = (4, 3)
 """Older schemas that are still read."""
 WHOLE = (2,)
 """Still older ones, whose files are of one section."""
@@ -87,13 +88,40 @@ class LatencyTable:
         """
         return LatencyTable(replace(self.header, **changes), self.builds)
 
+    @cached_property
+    def machines(self) -> list[str]:
+        """The machines that the builds were measured on, deployed ones left out: the first is the one that times are of."""
+        return list(dict.fromkeys(b.machine for b in self.builds if b.machine and b.role != Role.DEPLOYED)) or [""]
+
+    def machine(self, build: Build) -> str:
+        """The machine that a build was measured on.
+
+        Args:
+            build: one of the table's.
+
+        Returns:
+            One of `machines`: the first where the build does not tell, or was deployed on another one.
+        """
+        return build.machine if build.machine in self.machines else self.machines[0]
+
+    def of_machine(self, name: str) -> list[Build]:
+        """The builds that were measured on one machine.
+
+        Args:
+            name: one of `machines`.
+
+        Returns:
+            Its builds, in the order in which they were made.
+        """
+        return [b for b in self.builds if self.machine(b) == name]
+
     def rescaled(self) -> LatencyTable:
-        """Take the median of all samples of the reference as the session's reference time.
+        """Take the median of all samples of the reference, on the first machine, as the session's reference time.
 
         Returns:
             The table on that scale.
         """
-        samples = np.concatenate([b.reference_ns for b in self.builds])
+        samples = np.concatenate([b.reference_ns for b in self.of_machine(self.machines[0])])
         return self.with_header(reference_ns=float(np.median(samples)))
 
     def find(self, role: str) -> Build:
@@ -136,10 +164,29 @@ class LatencyTable:
         return self.time_ns(self.find(Role.DENSE))
 
     @cached_property
+    def _quiet(self) -> dict[str, float]:
+        found = {}
+        for name in self.machines:
+            own = self.of_machine(name)
+            times = [b.quiet_ns for b in own if b.role != Role.DEPLOYED] or [b.quiet_ns for b in own]
+            found[name] = float(np.quantile(times, QUIET))
+        return found
+
+    @property
     def quiet_ns(self) -> float:
-        """Time of the reference on the quiet machine. Deployed builds do not count: they are of other sessions."""
-        times = [b.quiet_ns for b in self.builds if b.role != Role.DEPLOYED] or [b.quiet_ns for b in self.builds]
-        return float(np.quantile(times, QUIET))
+        """Time of the reference on the quiet (first) machine. Deployed builds do not count: they are of other sessions."""
+        return self._quiet[self.machines[0]]
+
+    def quiet_on(self, machine: str) -> float:
+        """Time of the reference on a quiet machine of several.
+
+        Args:
+            machine: its name.
+
+        Returns:
+            Time in ns; `quiet_ns` where it is none of the table's machines.
+        """
+        return self._quiet.get(machine, self.quiet_ns)
 
     def slowdown(self, build: Build) -> float:
         """By how much slower than on the quiet machine the reference was all the while a build was measured.
@@ -150,7 +197,7 @@ class LatencyTable:
         Returns:
             The relative slowdown; 0 on the quiet machine.
         """
-        return build.quiet_ns / self.quiet_ns - 1.0
+        return build.quiet_ns / self.quiet_on(self.machine(build)) - 1.0
 
     @cached_property
     def reference_nodes(self) -> int:

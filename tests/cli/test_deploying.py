@@ -100,7 +100,7 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
         "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
-        "recover_s": 0.0, "floor": None, "minimize": None, "samples": 10,
+        "recover_s": 0.0, "floor": None, "minimize": None, "samples": 10, "ray": None,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())

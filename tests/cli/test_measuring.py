@@ -71,12 +71,14 @@ def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     del seen["progress"]
     assert seen == {
         "out": Path("s.parquet"), "backend": "openvino", "base": None, "batch": None, "axes": ["width", "precision"],
-        "table": None, "weights": None, "seed": 1,
+        "table": None, "weights": None, "seed": 1, "ray": None,
     }  # fmt: skip
     assert json.loads(invoke("sensitivity", "zoo:x", "-o", "s", "--json").stdout)["loss"] == scores.loss
     monkeypatch.setattr("hwsearch.cli.sections.table_of_task", lambda path, task, **wanted: f"table {path} {wanted}")
     words = "sensitivity zoo:x -o s --table t.parquet --weights w --axes width --threads 2 --batch 4"
     assert invoke(*words.split()).exit_code == 0
     assert (seen["weights"], seen["axes"], seen["batch"]) == (Path("w"), ["width"], 4)
+    assert invoke(*words.split(), "--ray", "10.0.0.5:6379").exit_code == 0
+    assert seen["ray"] == "10.0.0.5:6379"
     assert seen["table"] == f"table t.parquet { {'batch': 4, 'base': None, 'threads': 2} }"
     assert "with --table" in invoke(*"sensitivity zoo:x -o s --threads 2".split()).stderr

@@ -116,7 +116,7 @@ def test_another_kind_of_file_of_ours(saved: Path) -> None:
 
 def test_another_schema(saved: Path) -> None:
     rewrite(saved, lambda h: h.update(schema=SCHEMA + 1))
-    with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA}, 3, 2"):
+    with pytest.raises(IncompatibleTables, match=f"schema {SCHEMA + 1}.*reads schema {SCHEMA}, 4, 3, 2"):
         LatencyTable.load(saved)
 
 
