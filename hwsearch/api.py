@@ -46,7 +46,8 @@ from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
-from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.gradients import DENSE
+from hwsearch.recovery.recovery import SCALES, Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
@@ -266,8 +267,8 @@ def recover(
     epochs: int | None = None,
     time_limit_s: float | None = None,
     method: str = "ste",
-    gradients: str = "dense",
-    scales: str = "fixed",
+    gradients: str = DENSE,
+    scales: str = SCALES[0],
     rate: float | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
@@ -323,8 +324,8 @@ def run(
     batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
-    recover_s: float = 0.0, floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES,
-    progress: Progress | None = None,
+    recover_s: float = 0.0, gradients: str = DENSE, scales: str = SCALES[0], floor: str | float | None = None,
+    minimize: str | None = None, samples: int = SAMPLES, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
@@ -355,6 +356,8 @@ def run(
         lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
         recover_s: Seconds of the time limit to train the answer in, as `recover` does; it is measured again. 0: it is not trained.
+        gradients: Of that training, as for `recover`.
+        scales: Of that training, as for `recover`.
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`; the cheapest network that holds it is found.
         minimize: With a floor, the cost that is least: `latency` (also None), `size`, `energy` or `macs`.
         samples: With a floor, how many networks are measured at most in this call; those of earlier calls in `out` are used again.
@@ -373,11 +376,12 @@ def run(
     parsed = parse_budgets(budgets) if budgets or goal is None else ()
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
     _require_searchable(parsed, mode, time_limit_s, recover_s)
+    _recovery(recover_s, gradients, scales)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
     own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
     options: dict[str, Any] = {
         "batch": batch, "seed": seed, "mode": mode, "axes": axes, "keep": keep, "builds": builds, "prior": prior,
-        "lock_clocks": lock_clocks, "energy": energy, "progress": progress, **own,
+        "lock_clocks": lock_clocks, "energy": energy, "gradients": gradients, "scales": scales, "progress": progress, **own,
     }  # fmt: skip
     if len(runtimes) > 1:
         _require_one(goal, runtimes)
@@ -388,7 +392,7 @@ def run(
 def _run_alone(
     task: Task, runtime: Backend, budgets: Sequence[Budget], goal: Goal | None, folder: Path, limits: tuple[float, float], *,
     axes: Sequence[str], builds: int | None, prior: Sequence[LatencyTable | str | Path], lock_clocks: bool, energy: bool,
-    progress: Progress, mode: str, seed: int, keep: Sequence[str], **options: Any,
+    progress: Progress, mode: str, seed: int, keep: Sequence[str], gradients: str, scales: str, **options: Any,
 ) -> Report:  # fmt: skip
     """A run on one runtime. limits: seconds of all of it, and of recovery of that; options: of the setup."""
     columns = _columns(budgets, goal)
@@ -400,7 +404,7 @@ def _run_alone(
         )  # fmt: skip
         return _run(
             setup, budgets, folder, Effort(limits[0], builds, extend=False), limit, goal=goal, mode=mode, axes=axes, seed=seed,
-            keep=keep, prior=_tables(prior, setup), recover_s=limits[1], progress=progress,
+            keep=keep, prior=_tables(prior, setup), recovery=_recovery(limits[1], gradients, scales, seed), progress=progress,
         )  # fmt: skip
 
 
@@ -433,6 +437,18 @@ def _require_searchable(budgets: Sequence[Budget], mode: str, time_limit_s: floa
             f"{spoken(recover_s)} of recovery are of the run's time limit, {spoken(time_limit_s)}, of which at most "
             f"{MOST_RECOVERY:.0%} may be; raise the limit, or train afterwards with `hwsearch recover`"
         )
+
+
+def _recovery(limit_s: float, gradients: str, scales: str, seed: int = 0) -> Options | None:
+    """How the answer of a run is trained; None where it is not. Raises InvalidInput."""
+    if limit_s:
+        return Options(time_limit_s=limit_s, seed=seed, scored=False, gradients=gradients, scales=scales)
+    if (gradients, scales) != (DENSE, SCALES[0]):
+        raise InvalidInput(
+            f"gradients {gradients} and scales {scales} are of a training, and the answer is not trained; give --recover "
+            "(recover_s) with them"
+        )
+    return None
 
 
 def _run_several(
@@ -471,7 +487,7 @@ def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
 def _run(
     setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
     goal: Goal | None, mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable],
-    recover_s: float, progress: Progress,
+    recovery: Options | None, progress: Progress,
 ) -> Report:  # fmt: skip
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
@@ -479,8 +495,10 @@ def _run(
     columns = _columns(budgets, goal)
     timed = not columns <= set(COMPUTED)
     allowance = prepared(
-        Allowance(limit, setup, axes, recovery_s=recover_s, samples=goal.samples if goal else 0), weights,
-        scored=holds_now(setup, path, seed), progress=progress,
+        Allowance(
+            limit, setup, axes, recovery_s=recovery.time_limit_s or 0.0 if recovery else 0.0, samples=goal.samples if goal else 0
+        ),
+        weights, scored=holds_now(setup, path, seed), progress=progress,
     )  # fmt: skip
     if goal is not None:
         goal.floor.of(allowance.dense_score)
@@ -515,9 +533,9 @@ def _run(
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
-    if recover_s and report.state != State.MISSED:
+    if recovery is not None and report.state != State.MISSED:
         progress.enter(RECOVERY)
-        report = _recovered(session, allocation, report, folder, recover_s, seed, table, budgets, weights, progress)
+        report = _recovered(session, allocation, report, folder, recovery, table, budgets, weights, progress)
     if held is not None:
         report = held.judged(report)
         report.save(folder / "report.json")
@@ -528,11 +546,10 @@ def _run(
 
 
 def _recovered(
-    session: Session, allocation: Allocation, report: Report, folder: Path, limit_s: float, seed: int,
-    table: LatencyTable, budgets: Sequence[Budget], weights: Path, progress: Progress,
+    session: Session, allocation: Allocation, report: Report, folder: Path, options: Options, table: LatencyTable,
+    budgets: Sequence[Budget], weights: Path, progress: Progress,
 ) -> Report:  # fmt: skip
     """The report of the trained answer; of the refitted one where training cannot go on, which is said."""
-    options = Options(time_limit_s=limit_s, seed=seed, scored=False)
     try:
         return recovered_answer(
             session, allocation, report, folder, options, table=table if table.builds else None, budgets=budgets, weights=weights,

@@ -20,6 +20,7 @@ from hwsearch.cli.arguments import (
     Batch,
     Energy,
     Floor,
+    Gradients,
     Keep,
     Load,
     LockClocks,
@@ -31,6 +32,7 @@ from hwsearch.cli.arguments import (
     Prior,
     Quiet,
     Samples,
+    Scales,
     Seed,
     TaskSpec,
     Threads,
@@ -145,17 +147,8 @@ def recover(
         Literal["ste", "mask", "lc", "srste", "shrink", "halfspace"],
         typer.Option(help="How weights are led to what the allocation allows; see the page Recovery of the documentation."),
     ] = "ste",
-    gradients: Annotated[
-        str,
-        typer.Option(
-            metavar="RULE",
-            help="What backward products read: dense, or pruned by 2:4, 2:4:rescaled, 2:4:mvue, 2:4:random, stochastic:0.9 or "
-            "bdwp:2:8. No time is saved here; what hardware would save is estimated.",
-        ),
-    ] = "dense",
-    scales: Annotated[
-        Literal["fixed", "learned"], typer.Option(help="Of int8 weights: those of the refitted ones, or learned with them.")
-    ] = "fixed",
+    gradients: Gradients = "dense",
+    scales: Scales = "fixed",
     lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
     seed: Seed = 0,
     weights: Weights = None,
@@ -234,6 +227,8 @@ def run(
         str | None,
         typer.Option(metavar="DURATION", help="Of the time limit: train the answer so long, and measure it again."),
     ] = None,
+    gradients: Gradients = "dense",
+    scales: Scales = "fixed",
     mode: Annotated[
         Literal["context", "sandwiched"],
         typer.Option(help="Of the profile; sandwiched, for networks too large to build whole, keeps every width whole."),
@@ -260,7 +255,7 @@ def run(
             report = hs.run(
                 own, budget or (), out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
-                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s,
+                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s, gradients=gradients, scales=scales,
                 time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:

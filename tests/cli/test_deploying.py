@@ -100,7 +100,7 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
         "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
-        "recover_s": 0.0, "floor": None, "minimize": None, "samples": 10,
+        "recover_s": 0.0, "gradients": "dense", "scales": "fixed", "floor": None, "minimize": None, "samples": 10,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
@@ -163,8 +163,8 @@ def test_recovery_in_a_run_comes_on_top_of_the_default_limit(api: Install, tmp_p
     seen: dict[str, Any] = {}
     api(run=lambda task, budgets, out, **options: seen.update(options) or Report(True))
     words = ["run", "zoo:x", "--budget", "latency=40%", "--out", str(tmp_path), "--recover", "2m"]
-    assert invoke(*words).exit_code == 0
-    assert seen["recover_s"] == 120.0
+    assert invoke(*words, "--gradients", "2:4:mvue", "--scales", "learned").exit_code == 0
+    assert (seen["recover_s"], seen["gradients"], seen["scales"]) == (120.0, "2:4:mvue", "learned")
     assert 660.0 < seen["time_limit_s"] <= 720.0
 
 
