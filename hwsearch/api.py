@@ -47,6 +47,7 @@ from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
 from hwsearch.recovery.gradients import DENSE
+from hwsearch.recovery.processes import launched
 from hwsearch.recovery.recovery import SCALES, Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
@@ -280,7 +281,8 @@ def recover(
 
     What is made small is the divergence from the dense network's outputs, with the task's `loss` on its `train` added where it has
     them. The best weights on held-out calibration data are kept: never worse there than the refitted ones. A training that was
-    killed goes on where it was a minute before, with the same result, when the same is called again.
+    killed goes on where it was a minute before, with the same result, when the same is called again. It trains on a GPU where there
+    is one, and in processes that `accelerate launch` started shares every minibatch among them.
 
     Args:
         task: What the allocation is of.
@@ -442,6 +444,8 @@ def _require_searchable(budgets: Sequence[Budget], mode: str, time_limit_s: floa
 def _recovery(limit_s: float, gradients: str, scales: str, seed: int = 0) -> Options | None:
     """How the answer of a run is trained; None where it is not. Raises InvalidInput."""
     if limit_s:
+        if launched().count > 1:
+            raise InvalidInput("a run measures, which several processes would disturb; run in one, then launch `hwsearch recover`")
         return Options(time_limit_s=limit_s, seed=seed, scored=False, gradients=gradients, scales=scales)
     if (gradients, scales) != (DENSE, SCALES[0]):
         raise InvalidInput(

@@ -169,15 +169,19 @@ def recover(
     from hwsearch.allocate.allocation import Allocation
     from hwsearch.progress import Progress
     from hwsearch.recovery.gradients import rule
+    from hwsearch.recovery.processes import launched
 
     rule(gradients)
     chosen = Allocation.load(allocation)
     require_backend(backend or chosen.backend)
-    with Progress(quiet=quiet) as progress:
+    main = launched().main
+    with Progress(quiet=quiet or not main) as progress:
         done = hs.recover(
             hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, scales=scales,
             rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
         )  # fmt: skip
+    if not main:
+        return
     if plot is not None:
         hs.plot_recovery(done, plot)
     if as_json:

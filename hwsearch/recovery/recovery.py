@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hwsearch.compress.widths import Kept
-from hwsearch.errors import InvalidInput
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import changed
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
@@ -21,6 +22,7 @@ from hwsearch.recovery.checkpoint import Checkpoint
 from hwsearch.recovery.coupling import METHODS, coupling
 from hwsearch.recovery.gradients import DENSE, Pruning, rule
 from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.processes import Processes, launched
 from hwsearch.recovery.student import FLOAT, Student
 from hwsearch.recovery.trained import Trained, made_of, put
 from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
@@ -159,6 +161,7 @@ class Recovery:
         kept: The slots of channel groups that the allocation keeps; empty where all stay.
         variants: Unit -> variant.
         out: File for the weights, beside which the state of the training is kept; None keeps everything in memory.
+        processes: That train together; None for those that were launched so.
     """
 
     def __init__(
@@ -173,12 +176,15 @@ class Recovery:
         out: str | Path | None = None,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
     ) -> None:
         self.whole, self.start, self.kept, self.variants, self.options = whole, start, dict(kept), dict(variants), options
         self.quantize_outputs, self.out, self.clock = quantize_outputs, None if out is None else Path(out), clock
         self.progress = progress or Progress.silent()
-        self.begun = clock()
-        self.objective = Objective(start, options.seed)
+        self.begun, self.processes = clock(), processes or launched()
+        if self.processes.count > 1:
+            self._begin_alike()
+        self.objective = Objective(self.start, options.seed, self.processes)
         self.leads = options.method in LED and start.network.channels != whole.network.channels
 
     def run(self) -> Recovered:
@@ -213,7 +219,24 @@ class Recovery:
 
     def objective_of(self, student: Student) -> Objective:
         """For a student: the same data, through its own graph."""
-        return self.objective if student.lowering is self.start else Objective(student.lowering, self.options.seed)
+        if student.lowering is self.start:
+            return self.objective
+        return Objective(student.lowering, self.options.seed, self.processes)
+
+    def _begin_alike(self) -> None:
+        """Every process begins with the refitted weights of the main one: other processors may round them differently."""
+        own = made_of(self.whole, self.kept, self.variants) | {"calibration data": self.whole.calibration_digest}
+        main = self.processes.of_main(lambda: own)
+        differs = changed(main, own)
+        if self.processes.total(float(bool(differs)))[0]:
+            raise IncompatibleTables(
+                f"processes train together that have been given something else{f': other {differs}' if differs else ''}; start "
+                "all with the same task and allocation"
+            )
+        student = self._student(self.start)
+        tensors = {p: t.detach().cpu() for p, t in student.tensors.items() if p in student.home}
+        trained = self.processes.of_main(lambda: Trained(tensors, student.ranges or None))
+        self.start = put(self.whole, self.kept, self.variants, trained, "memory")
 
     def _student(self, lowering: Lowering) -> Student:
         same = lowering.network.channels == self.start.network.channels
@@ -221,18 +244,20 @@ class Recovery:
         pruned = rule(self.options.gradients)
         pruning = None if pruned is None else Pruning(pruned)
         return Student(
-            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned"
-        )
+            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned",
+            device=self.processes.device,
+        )  # fmt: skip
 
     def _late(self) -> bool:
+        """Whether time is up, in any process."""
         limit = self.options.time_limit_s
-        return limit is not None and self.clock() - self.begun >= limit
+        return limit is not None and self.processes.total(float(self.clock() - self.begun >= limit))[0] > 0
 
     def _checkpoint(self, what: str) -> Checkpoint | None:
         """The state beside the file of weights."""
         if self.out is None:
             return None
-        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), self._made_of)
+        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), self._made_of, self.processes)
 
     @cached_property
     def _made_of(self) -> dict[str, str]:
@@ -272,7 +297,8 @@ class Recovery:
         steps, step_s = self.objective.steps * epochs, 0.0
         if own.time_limit_s is not None:
             step_s = self._tried(student, RATES[0], TIMING_STEPS)[1] / TIMING_STEPS
-            fit = max(1, int((TIMED * own.time_limit_s - (self.clock() - self.begun)) / max(step_s, 1e-9)))
+            left_s = TIMED * own.time_limit_s - (self.clock() - self.begun)
+            fit = self.processes.of_main(lambda: max(1, int(left_s / max(step_s, 1e-9))))
             steps = fit if own.epochs is None else min(steps, fit)
         if own.rate is not None:
             return steps, own.rate
@@ -322,11 +348,11 @@ class Recovery:
         """The network of the allocation, cut from the whole one once nothing reads the channels that go."""
         student = self._student(self.whole)
         training = Training(
-            student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
+            student, self.objective_of(student), coupling(self.options.method, student, self.kept), schedule,
             checkpoint=self._checkpoint("led"), progress=self.progress, late=self._late, clock=self.clock,
         )  # fmt: skip
         training.run_to_the_end()
-        done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))
+        done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach().cpu() for p, t in student.tensors.items()}))
         return done.narrow(self.kept, calibrate=True)
 
     def _against_the_start(self, course: Course, training: Training) -> Course:
@@ -362,7 +388,7 @@ class Recovery:
         student, course = training.student, training.course
         ranges = student.ranges or None
         own = made_of(self.whole, self.kept, self.variants)
-        trained = Trained({path: t for path, t in training.best.items() if path in student.home}, ranges, own)
+        trained = Trained({path: t.cpu() for path, t in training.best.items() if path in student.home}, ranges, own)
         lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
         student.put(training.best)
         if score:
@@ -374,7 +400,8 @@ class Recovery:
         )  # fmt: skip
         if self.out is not None:
             trained = replace(trained, told=found.to_json())
-            trained.save(self.out)
+            if self.processes.main:
+                trained.save(self.out)
             found = replace(found, trained=trained)
         return found
 

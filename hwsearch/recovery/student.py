@@ -30,6 +30,7 @@ from hwsearch.network.variants import Variant, int8_levels, stored_once
 from hwsearch.recovery.gradients import Layer, Pruning
 
 FLOAT = Variant("fp32")
+CPU = torch.device("cpu")
 SCALES = "|scales"
 """After the name of a unit, the place of the logarithms of what its scales are multiplied by."""
 HELD_STEPS = 2.0**20
@@ -45,6 +46,7 @@ class Student:
         quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
         pruning: Of gradients, in training; None for dense ones.
         learned: Whether the scales of int8 weights of layers are trained.
+        device: That it is trained on.
 
     Attributes:
         tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
@@ -60,20 +62,21 @@ class Student:
         quantize_outputs: bool = False,
         pruning: Pruning | None = None,
         learned: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
-        self.pruning = pruning
+        self.pruning, self.device = pruning, device
         self.ranges = lowering.ranges if any(v.quantized for v in variants.values()) else {}
         self.home = homes(lowering)
         self.tensors = {
-            path: tensor_attr(lowering.traced.graph, path).detach().clone().requires_grad_()
+            path: tensor_attr(lowering.traced.graph, path).detach().clone().to(device).requires_grad_()
             for path in dict.fromkeys(self.home.values())
         }
         self.rounds = True
         self.grids = {u: g for u, v in self.variants.items() if (g := self._grid(u, v)) is not None}
         self.held = {u: self._held(u, g) for u, g in self.grids.items() if learned and _layer(lowering, u)}
         self.tensors |= {u + SCALES: torch.zeros_like(self.grids[u]).requires_grad_() for u in self.held}
-        self._roundings: dict[int, _Through] = {}
+        self._runs: dict[int, _Run] = {}
 
     def _grid(self, unit: str, variant: Variant) -> torch.Tensor | None:
         """The scales of an int8 weight as it is deployed, to multiply it with; None for what has no grid of its own."""
@@ -84,7 +87,8 @@ class Student:
         weight: StoredWeight = rounding.stored_weight(unit, 0, variant)
         assert weight.scales is not None
         scales = weight.broadcast_scales()
-        return torch.from_numpy(np.repeat(scales, weight.block, weight.axis) if weight.block else scales)
+        whole = np.repeat(scales, weight.block, weight.axis) if weight.block else scales
+        return torch.from_numpy(whole).to(self.device)
 
     def _held(self, unit: str, grid: torch.Tensor) -> torch.Tensor:
         """Which channels keep their scale."""
@@ -102,19 +106,17 @@ class Student:
         return self.grids[unit] * torch.where(self.held[unit], 0.0, self.tensors[unit + SCALES]).exp()
 
     def __call__(self, traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the model returns. traced: of the narrow network, for inputs of these shapes."""
-        rounding = self._roundings.setdefault(id(traced), _Through(traced, self))
-        inputs = flat_inputs(traced.graph, tuple(args), dict(kwargs))
-        flat = _Run(rounding).run(*inputs, enable_io_processing=False)
-        leaves, spec = pytree.tree_flatten(traced.outputs)
-        found = iter(pytree.tree_leaves(flat))
-        return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
+        """What the model returns. traced: of the narrow network, for inputs of these shapes, on the device."""
+        if id(traced) not in self._runs:
+            self._runs[id(traced)] = _Run(_Through(traced, self))
+        return self._runs[id(traced)].outputs(args, kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the model is, for `Task.evaluate`: the network as it is deployed."""
         traced = self.lowering.traced_for(_call(args, kwargs), "what evaluate gives")
+        args, kwargs = moved((args, kwargs), self.device)
         with torch.no_grad(), self.deployed():
-            return self(traced, args, kwargs)
+            return moved(self(traced, args, kwargs), CPU)
 
     @contextmanager
     def deployed(self) -> Iterator[None]:
@@ -331,11 +333,43 @@ class _Through(Rounding):
         return self.student.learned_weight(unit, own)
 
 
-class _Run(fx.Interpreter):
+def moved(values: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
+
+
+class OnDevice(fx.Interpreter):
+    """Runs a traced network on a device, whatever device it was traced on."""
+
+    def __init__(self, traced: Traced, device: torch.device) -> None:
+        super().__init__(traced.graph)
+        self.traced, self.device = traced, device
+        self._held: dict[str, Any] = {}
+
+    def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns."""
+        flat = self.run(*flat_inputs(self.traced.graph, tuple(args), dict(kwargs)), enable_io_processing=False)
+        leaves, spec = pytree.tree_flatten(self.traced.outputs)
+        found = iter(pytree.tree_leaves(flat))
+        return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target not in self._held:
+            self._held[target] = moved(super().get_attr(target, args, kwargs), self.device)
+        return self._held[target]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def here(value: Any) -> Any:
+            return self.device if isinstance(value, torch.device) else value
+
+        return super().call_function(target, tuple(map(here, args)), {name: here(value) for name, value in kwargs.items()})
+
+
+class _Run(OnDevice):
     """Runs a graph on what is trained, units in their variants."""
 
     def __init__(self, rounding: _Through) -> None:
-        super().__init__(rounding.traced.graph)
+        super().__init__(rounding.traced, rounding.student.device)
         self.rounding, self.student = rounding, rounding.student
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

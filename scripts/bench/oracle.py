@@ -217,7 +217,7 @@ def correlated(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, f
 def removed_at_once(low: Lowering, grams: Grams, found: Mapping[str, Scores], shares: Sequence[float]) -> None:
     """The divergence of each group alone at shares of its slots, refitted, by each order."""
     orders = {name: {g: np.argsort(-s, kind="stable") for g, s in scores.items()} for name, scores in found.items()}
-    print("  slots removed at once, consumers refitted: divergence on the last quarter of the calibration data over that by `order`, "
+    print("  slots removed at once, consumers refitted: divergence on the last quarter of calibration data over that by `order`, "
           "geometric mean over groups")  # fmt: skip
     simulators = [Simulator(t, a, k, {}, {}) for t, a, k in low.scoring]
     for share in shares:
