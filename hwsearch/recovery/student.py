@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from hwsearch.compress.formats import StoredWeight, rounded, rounded_weight, stored
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.quantize import LEVELS, UNSIGNED_LEVELS, Key, int8_scale
-from hwsearch.compress.simulate import Rounding, put_bias
+from hwsearch.compress.simulate import Pair, Rounding, put_bias
 from hwsearch.graph.calls import flat_inputs
 from hwsearch.graph.canonical import is_get_attr, tensor_attr
 from hwsearch.graph.channels import same
@@ -279,14 +279,7 @@ class _Through(Rounding):
         step = int8_scale(of, key[2], self.int8_bits)
         return (0.0 if of.unsigned else -(LEVELS + 1.5) * step), ((UNSIGNED_LEVELS if of.unsigned else LEVELS) + 0.5) * step
 
-    def weight(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        call: int,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weight(self, own: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
         if not self.student.rounds:
             return own, None
         bias_path = self.traced.paths[unit][1]
@@ -320,13 +313,7 @@ class _Through(Rounding):
             return None
         return self.student.rounded_weight(unit, master.detach(), Variant(variant.precision))
 
-    def constant(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> torch.Tensor:
+    def constant(self, own: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
         whole = self.traced.network[unit].tied and not stored_once(variant)
         if whole or not self.student.rounds:
             return own
