@@ -213,7 +213,7 @@ class Training:
             loss = self.objective.loss(self.student, batch)
             value = self.processes.total(float(loss.detach()) * batch.share)[0]
             self._check(value)
-            (loss * batch.share).backward()
+            (loss * batch.share).backward()  # type: ignore[no-untyped-call]
             self.processes.add_up([t.grad for t in self.student.tensors.values() if t.grad is not None])
             self.coupling.gradients(batch.samples)
             self.optimizer.step()
