@@ -48,7 +48,7 @@ from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
 from hwsearch.recovery.gradients import DENSE
 from hwsearch.recovery.processes import launched
-from hwsearch.recovery.recovery import SCALES, Options, Recovered, Recovery
+from hwsearch.recovery.recovery import BATCHNORM, SCALES, Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
@@ -270,6 +270,7 @@ def recover(
     method: str = "ste",
     gradients: str = DENSE,
     scales: str = SCALES[0],
+    batchnorm: str = BATCHNORM[0],
     rate: float | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
@@ -294,6 +295,7 @@ def recover(
         gradients: What the backward products of layers read: `dense`, or pruned by a rule, for hardware that skips zeros (here
             it costs time): `2:4`, `2:4:rescaled`, `2:4:mvue`, `2:4:random`, `stochastic:0.9`, `bdwp:2:8`.
         scales: Of int8 weights: `fixed`, or `learned` with the weights (LSQ).
+        batchnorm: `folded` into layers, or `unfolded`: in training mode after them, and folded again into what is deployed.
         rate: The largest learning rate; None tries a few and takes that which ends at the least held-out loss.
         seed: Of every random choice.
         weights: Folder of refitted weights to start from, as for `deploy`.
@@ -309,7 +311,7 @@ def recover(
         InvalidInput: `train` or `loss` does not give what it should; an option is out of range.
         HwsearchError: The loss diverges, or memory is too short; what was reached until then is kept.
     """
-    options = Options(epochs, time_limit_s, method, rate, seed, scored, gradients, scales)
+    options = Options(epochs, time_limit_s, method, rate, seed, scored, gradients, scales, batchnorm)
     progress = progress or Progress.silent()
     progress.start(None, "making the network ready")
     setup = of_allocation(task, allocation, backend)
@@ -326,8 +328,8 @@ def run(
     batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
-    recover_s: float = 0.0, gradients: str = DENSE, scales: str = SCALES[0], floor: str | float | None = None,
-    minimize: str | None = None, samples: int = SAMPLES, progress: Progress | None = None,
+    recover_s: float = 0.0, gradients: str = DENSE, scales: str = SCALES[0], batchnorm: str = BATCHNORM[0],
+    floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
@@ -360,6 +362,7 @@ def run(
         recover_s: Seconds of the time limit to train the answer in, as `recover` does; it is measured again. 0: it is not trained.
         gradients: Of that training, as for `recover`.
         scales: Of that training, as for `recover`.
+        batchnorm: Of that training, as for `recover`.
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`; the cheapest network that holds it is found.
         minimize: With a floor, the cost that is least: `latency` (also None), `size`, `energy` or `macs`.
         samples: With a floor, how many networks are measured at most in this call; those of earlier calls in `out` are used again.
@@ -378,12 +381,13 @@ def run(
     parsed = parse_budgets(budgets) if budgets or goal is None else ()
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
     _require_searchable(parsed, mode, time_limit_s, recover_s)
-    _recovery(recover_s, gradients, scales)
+    _recovery(recover_s, gradients, scales, batchnorm)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
     own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
     options: dict[str, Any] = {
         "batch": batch, "seed": seed, "mode": mode, "axes": axes, "keep": keep, "builds": builds, "prior": prior,
-        "lock_clocks": lock_clocks, "energy": energy, "gradients": gradients, "scales": scales, "progress": progress, **own,
+        "lock_clocks": lock_clocks, "energy": energy, "gradients": gradients, "scales": scales, "batchnorm": batchnorm,
+        "progress": progress, **own,
     }  # fmt: skip
     if len(runtimes) > 1:
         _require_one(goal, runtimes)
@@ -394,7 +398,7 @@ def run(
 def _run_alone(
     task: Task, runtime: Backend, budgets: Sequence[Budget], goal: Goal | None, folder: Path, limits: tuple[float, float], *,
     axes: Sequence[str], builds: int | None, prior: Sequence[LatencyTable | str | Path], lock_clocks: bool, energy: bool,
-    progress: Progress, mode: str, seed: int, keep: Sequence[str], gradients: str, scales: str, **options: Any,
+    progress: Progress, mode: str, seed: int, keep: Sequence[str], gradients: str, scales: str, batchnorm: str, **options: Any,
 ) -> Report:  # fmt: skip
     """A run on one runtime. limits: seconds of all of it, and of recovery of that; options: of the setup."""
     columns = _columns(budgets, goal)
@@ -406,7 +410,8 @@ def _run_alone(
         )  # fmt: skip
         return _run(
             setup, budgets, folder, Effort(limits[0], builds, extend=False), limit, goal=goal, mode=mode, axes=axes, seed=seed,
-            keep=keep, prior=_tables(prior, setup), recovery=_recovery(limits[1], gradients, scales, seed), progress=progress,
+            keep=keep, prior=_tables(prior, setup), recovery=_recovery(limits[1], gradients, scales, batchnorm, seed),
+            progress=progress,
         )  # fmt: skip
 
 
@@ -441,16 +446,16 @@ def _require_searchable(budgets: Sequence[Budget], mode: str, time_limit_s: floa
         )
 
 
-def _recovery(limit_s: float, gradients: str, scales: str, seed: int = 0) -> Options | None:
+def _recovery(limit_s: float, gradients: str, scales: str, batchnorm: str, seed: int = 0) -> Options | None:
     """How the answer of a run is trained; None where it is not. Raises InvalidInput."""
     if limit_s:
         if launched().count > 1:
             raise InvalidInput("a run measures, which several processes would disturb; run in one, then launch `hwsearch recover`")
-        return Options(time_limit_s=limit_s, seed=seed, scored=False, gradients=gradients, scales=scales)
-    if (gradients, scales) != (DENSE, SCALES[0]):
+        return Options(time_limit_s=limit_s, seed=seed, scored=False, gradients=gradients, scales=scales, batchnorm=batchnorm)
+    if (gradients, scales, batchnorm) != (DENSE, SCALES[0], BATCHNORM[0]):
         raise InvalidInput(
-            f"gradients {gradients} and scales {scales} are of a training, and the answer is not trained; give --recover "
-            "(recover_s) with them"
+            f"gradients {gradients}, scales {scales} and batchnorm {batchnorm} are of a training, and the answer is not trained; "
+            "give --recover (recover_s) with them"
         )
     return None
 

@@ -172,6 +172,13 @@ Gradients = Annotated[
         "stochastic:0.9 or bdwp:2:8. No time is saved here; what hardware would save is estimated.",
     ),
 ]
+BatchNorm = Annotated[
+    Literal["folded", "unfolded"],
+    typer.Option(
+        "--batchnorm",
+        help="In a training: folded into layers as it is deployed, or in training mode after them, and folded again at the end.",
+    ),
+]
 Scales = Annotated[
     Literal["fixed", "learned"],
     typer.Option(help="Of int8 weights in a training: those of the refitted ones, or learned with them."),

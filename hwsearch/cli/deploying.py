@@ -18,6 +18,7 @@ from hwsearch.cli.arguments import (
     Backends,
     Base,
     Batch,
+    BatchNorm,
     Energy,
     Floor,
     Gradients,
@@ -149,6 +150,7 @@ def recover(
     ] = "ste",
     gradients: Gradients = "dense",
     scales: Scales = "fixed",
+    batchnorm: BatchNorm = "folded",
     lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
     seed: Seed = 0,
     weights: Weights = None,
@@ -178,7 +180,7 @@ def recover(
     with Progress(quiet=quiet or not main) as progress:
         done = hs.recover(
             hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, scales=scales,
-            rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
+            batchnorm=batchnorm, rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
         )  # fmt: skip
     if not main:
         return
@@ -233,6 +235,7 @@ def run(
     ] = None,
     gradients: Gradients = "dense",
     scales: Scales = "fixed",
+    batchnorm: BatchNorm = "folded",
     mode: Annotated[
         Literal["context", "sandwiched"],
         typer.Option(help="Of the profile; sandwiched, for networks too large to build whole, keeps every width whole."),
@@ -260,6 +263,7 @@ def run(
                 own, budget or (), out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
                 floor=floor, minimize=minimize, samples=samples, recover_s=trained_s, gradients=gradients, scales=scales,
+                batchnorm=batchnorm,
                 time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:

@@ -256,6 +256,8 @@ class Report:
             took += f", gradients {rule}"
         if own.get("scales") == "learned":
             took += ", learned scales"
+        if own.get("batchnorm") == "unfolded":
+            took += ", BatchNorm unfolded"
         if not own["kept"]:
             return [f"recover  nothing better than the refitted weights was kept ({own['why']}; {took})"]
         return [

@@ -42,6 +42,9 @@ LED = ("shrink", "halfspace")
 FREE = ("mask", "lc")
 """Methods that multiply with weights that are not rounded."""
 SCALES = ("fixed", "learned")
+BATCHNORM = ("folded", "unfolded")
+UNFOLDED = ("ste", "mask", "srste")
+"""Methods that can train with BatchNorm unfolded."""
 TIMED = 0.9
 """Of a time limit, the share that steps are planned for."""
 
@@ -59,6 +62,7 @@ class Options:
         scored: Whether the task's score is taken before and after.
         gradients: What enters the backward products of layers: `dense`, or one of `gradients.WORDS`.
         scales: Of int8 weights: one of `SCALES`.
+        batchnorm: One of `BATCHNORM`: folded into layers, or in training mode after them.
     """
 
     epochs: int | None = None
@@ -69,6 +73,7 @@ class Options:
     scored: bool = True
     gradients: str = DENSE
     scales: str = "fixed"
+    batchnorm: str = "folded"
 
     def __post_init__(self) -> None:
         rule(self.gradients)
@@ -78,6 +83,10 @@ class Options:
             raise InvalidInput(f"{self.method} multiplies with weights that are not rounded, and learns no scales; take `ste`")
         if self.method not in METHODS:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.batchnorm not in BATCHNORM:
+            raise InvalidInput(f"unknown batchnorm {self.batchnorm!r}; expected one of {', '.join(BATCHNORM)}")
+        if self.batchnorm == "unfolded" and self.method not in UNFOLDED:
+            raise InvalidInput(f"{self.method} trains with BatchNorm folded; unfolded it is trained by {', '.join(UNFOLDED)}")
         if self.epochs is not None and self.epochs < 1:
             raise InvalidInput(f"epochs must be at least 1, got {self.epochs}")
         if self.time_limit_s is not None and self.time_limit_s <= 0:
@@ -125,6 +134,7 @@ class Recovered:
             "held_out": {"refitted": self.course.start, "recovered": self.course.least}, "best_step": self.course.best,
             "stopped": self.course.stopped, "curve": [vars(p) for p in self.course.points],
             "gradients": {"rule": self.options.gradients, **self.pruned}, "scales": self.options.scales,
+            "batchnorm": self.options.batchnorm,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -183,6 +193,8 @@ class Recovery:
         self.progress = progress or Progress.silent()
         self.begun, self.processes = clock(), processes or launched()
         if self.processes.count > 1:
+            if options.batchnorm == "unfolded":
+                raise InvalidInput("BatchNorm normalises over the batch of one process; train it folded, or in a single process")
             self._begin_alike()
         self.objective = Objective(self.start, options.seed, self.processes)
         self.leads = options.method in LED and start.network.channels != whole.network.channels
@@ -230,13 +242,13 @@ class Recovery:
         differs = changed(main, own)
         if self.processes.total(float(bool(differs)))[0]:
             raise IncompatibleTables(
-                f"processes train together that have been given something else{f': other {differs}' if differs else ''}; start "
-                "all with the same task and allocation"
+                f"the processes that train together were given different things{f': other {differs}' if differs else ''}; start all "
+                "with the same task and allocation"
             )
         student = self._student(self.start)
         tensors = {p: t.detach().cpu() for p, t in student.tensors.items() if p in student.home}
-        trained = self.processes.of_main(lambda: Trained(tensors, student.ranges or None))
-        self.start = put(self.whole, self.kept, self.variants, trained, "memory")
+        tensors, ranges = self.processes.of_main(lambda: (tensors, student.ranges or None))
+        self.start = self.whole.narrow(self.kept, calibrate=True, tensors=student.everywhere(tensors), ranges=ranges)
 
     def _student(self, lowering: Lowering) -> Student:
         same = lowering.network.channels == self.start.network.channels
@@ -245,7 +257,7 @@ class Recovery:
         pruning = None if pruned is None else Pruning(pruned)
         return Student(
             lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned",
-            device=self.processes.device,
+            device=self.processes.device, unfolded=self.options.batchnorm == "unfolded",
         )  # fmt: skip
 
     def _late(self) -> bool:
@@ -275,6 +287,7 @@ class Recovery:
             "seed": str(own.seed),
             **({} if own.gradients == DENSE else {"gradients": own.gradients}),  # as in files of before
             **({} if own.scales == SCALES[0] else {"scales": own.scales}),
+            **({} if own.batchnorm == BATCHNORM[0] else {"batchnorm": own.batchnorm}),
         }
 
     # ---- rate and steps
@@ -390,7 +403,7 @@ class Recovery:
         own = made_of(self.whole, self.kept, self.variants)
         trained = Trained({path: t.cpu() for path, t in training.best.items() if path in student.home}, ranges, own)
         lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
-        student.put(training.best)
+        student.put(training.best, folded=True)
         if score:
             known = {"recovered": score["refitted"]} if not course.best else self._scored("recovered", recovered=student)
             score = {**score, **known}

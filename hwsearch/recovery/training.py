@@ -244,7 +244,7 @@ class Training:
 
     def _judge(self) -> float:
         own = {path: t.detach().clone() for path, t in self.student.tensors.items()}
-        self.student.put(self.coupling.answer())
+        self.student.put(self.coupling.answer(), folded=True)
         try:
             return self.objective.held_out_loss(self.student)
         finally:

@@ -39,7 +39,7 @@ from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.progress import Progress
 from hwsearch.recovery.coupling import METHODS
 from hwsearch.recovery.gradients import WORDS
-from hwsearch.recovery.recovery import LED, Options, Recovered, Recovery
+from hwsearch.recovery.recovery import BATCHNORM, LED, Options, Recovered, Recovery
 
 ALLOCATION = "allocation"
 
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 10], help="recoveries of so many are measured")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, help="learning rate; by default it is found")
+    parser.add_argument("--batchnorm", choices=BATCHNORM, default=BATCHNORM[0], help="of the recoveries that are measured")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of the table")
     parser.add_argument("--gradients", nargs="*", default=list(WORDS[1:]), help="pruned ones, tried on the allocation")
     parser.add_argument("--table-epochs", type=int, default=1, help="of the table of methods; 0: no table")
@@ -124,7 +125,7 @@ def measured(
     jobs, seconds = {"refitted": Job(variants, base, setup=start)}, {}
     for seed in args.seeds:
         began = time.perf_counter()
-        options = Options(epochs=epochs, rate=args.rate, seed=seed, scored=False)
+        options = Options(epochs=epochs, rate=args.rate, seed=seed, scored=False, batchnorm=args.batchnorm)
         try:
             done = case.recovered(options, folder / f"{args.share:.3f}.{epochs}.{seed}.safetensors")
         except HwsearchError as error:

@@ -101,12 +101,12 @@ def test_recovery_is_of_the_time_limit_and_planned_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(Progress, "plan", plan)
 
     def fail(self: Recovery) -> Any:
-        assert self.options == Options(time_limit_s=100.0, seed=3, scored=False, scales="learned")
+        assert self.options == Options(time_limit_s=100.0, seed=3, scored=False, scales="learned", batchnorm="unfolded")
         raise HwsearchError("enough")
 
     monkeypatch.setattr(Recovery, "run", fail)
     with pytest.warns(UserWarning, match="enough"):
-        run(tmp_path, recover_s=100.0, time_limit_s=500.0, seed=3, scales="learned")
+        run(tmp_path, recover_s=100.0, time_limit_s=500.0, seed=3, scales="learned", batchnorm="unfolded")
     assert planned[-1][RECOVERY] == 100.0
     with pytest.raises(InvalidInput, match=r"10 min 00 s of recovery are of the run's time limit, 1 min 40 s"):
         run(tmp_path, recover_s=600.0, time_limit_s=100.0)

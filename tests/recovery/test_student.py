@@ -92,8 +92,8 @@ class Everything(nn.Module):
         return self.decode(x).transpose(1, 2), self.other(x.mean(1))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_network_with_everything_recovers_and_deploys(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "batchnorm"), [("fp32", "folded"), ("int8", "folded"), ("int8", "unfolded")])
+def test_a_network_with_everything_recovers_and_deploys(precision: str, batchnorm: str) -> None:
     torch.manual_seed(0)
     model = Everything().eval()
     model.batch.running_var.uniform_(0.5, 2.0)
@@ -106,7 +106,7 @@ def test_a_network_with_everything_recovers_and_deploys(precision: str) -> None:
     bank = weight_bank(whole)
     first = refitted(whole, variants, widths, bank)
     kept: Kept = bank.kept(widths)
-    done = Recovery(whole, first, kept, variants, Options(epochs=6, rate=3e-3, scored=False)).run()
+    done = Recovery(whole, first, kept, variants, Options(epochs=6, rate=3e-3, scored=False, batchnorm=batchnorm)).run()
     assert done.better
     assert any(u.tied for u in whole.network.units)
     graph = done.lowering.traced.graph
