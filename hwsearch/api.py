@@ -351,8 +351,7 @@ def run(
         time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what is left to it.
             What an answer needs is done in any case: builds of the narrowest widths, losses on one batch, one round.
         mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
-        axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
-            which a budget on size brings with it.
+        axes: `width`, `precision` or both; `residual` beside `width`; `storage` beside `precision`, which a budget on size adds.
         keep: Patterns of names of units whose channels all stay.
         builds: As for `profile`.
         load: As for `profile`, while verifying as well.

@@ -241,9 +241,9 @@ class Recovery:
         main = self.processes.of_main(lambda: own)
         differs = changed(main, own)
         if self.processes.total(float(bool(differs)))[0]:
+            what = f": other {differs}" if differs else ""
             raise IncompatibleTables(
-                f"the processes that train together were given different things{f': other {differs}' if differs else ''}; start all "
-                "with the same task and allocation"
+                f"the processes that train together were given different things{what}; start all with the same task and allocation"
             )
         student = self._student(self.start)
         tensors = {p: t.detach().cpu() for p, t in student.tensors.items() if p in student.home}
