@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import recovering
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.lowering.refitted import refitted
+from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import uniform
 from hwsearch.recovery.coupling import Coupling
 from hwsearch.recovery.processes import launched
@@ -42,15 +42,17 @@ torch.set_num_threads(1)
 own, divergence, folder = launched(), sys.argv[1], Path(sys.argv[2])
 whole = Lowering(recovering.task(divergence=divergence) if divergence == "mse" else recovering.with_data())
 variants = uniform(whole.network, "int8")
+bank, widths = weight_bank(whole), {g: max(1, n // 4) for g, n in whole.network.channels.items()}
+first, kept = refitted(whole, variants, widths, bank), bank.kept(widths)
 followed = Coupling.gradients
 def gradients(self, samples):
-    first = folder / "first.safetensors"
-    if own.main and not first.exists():
-        save_file({p: t.grad.clone() for p, t in self.student.tensors.items() if t.grad is not None}, first)
+    path = folder / "first.safetensors"
+    if own.main and not path.exists():
+        save_file({p: t.grad.clone() for p, t in self.student.tensors.items() if t.grad is not None}, path)
     followed(self, samples)
 Coupling.gradients = gradients
-options = Options(epochs=1 if divergence == "mse" else 2, rate=2e-3, scored=False)
-Recovery(whole, refitted(whole, variants), {}, variants, options, out=folder / "t.safetensors").run()
+options = Options(epochs=4 if divergence == "mse" else 2, rate=2e-3, scored=False)
+Recovery(whole, first, kept, variants, options, out=folder / "t.safetensors").run()
 print("process", own.index, "of", own.count)
 """
 
@@ -99,7 +101,7 @@ def test_two_processes_make_the_steps_of_one(divergence: str, tmp_path: Path) ->
     curves = [json.loads(_told(folder / "t.safetensors"))["curve"] for folder in (alone, together)]
     assert [p["step"] for p in curves[0]] == [p["step"] for p in curves[1]]
     for one, two in zip(*curves, strict=True):
-        assert two["held_out"] == pytest.approx(one["held_out"], rel=0.02)
+        assert two["held_out"] == pytest.approx(one["held_out"], rel=0.05)
     assert min(p["held_out"] for p in curves[1]) < 0.9 * curves[1][0]["held_out"]
 
 
