@@ -408,6 +408,7 @@ class OnDevice(fx.Interpreter):
     def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns."""
         flat = self.run(*flat_inputs(self.traced.graph, tuple(args), dict(kwargs)), enable_io_processing=False)
+        self.env = {}
         leaves, spec = pytree.tree_flatten(self.traced.outputs)
         found = iter(pytree.tree_leaves(flat))
         return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
