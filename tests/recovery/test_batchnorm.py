@@ -38,7 +38,7 @@ def test_a_step_is_that_of_the_module_in_training_mode(name: str) -> None:
         norm.train()  # and all else stays as it was traced
         norm.register_forward_pre_hook(lambda norm, args: norms.append(norm))
     have, want = student(whole.traced, (x,), {}), module(x)
-    assert torch.allclose(have, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    assert torch.allclose(have, want, rtol=1e-3, atol=1e-3 * float(want.detach().abs().max()))
     random = torch.randn(want.shape, generator=torch.Generator().manual_seed(0))
     (have * random).sum().backward()
     (want * random).sum().backward()
@@ -70,7 +70,7 @@ def test_it_begins_as_what_is_deployed(precision: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"method": "mask"}, {"scales": "learned", "gradients": "1:2:mvue"}])
 def test_what_is_deployed_is_what_was_judged(options: dict[str, Any]) -> None:
-    done = recover(data=True, batchnorm="unfolded", **options)
+    done = recover(data=True, batchnorm="unfolded", epochs=2, scored=False, **options)
     assert done.course.least < 0.8 * done.course.start
     assert done.to_json()["batchnorm"] == "unfolded"
     first, _, variants = recovering.start(data=True)
