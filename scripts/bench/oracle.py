@@ -204,7 +204,7 @@ def correlations(found: Mapping[str, Scores], losses: Scores) -> None:
     groups = [f"{g} ({len(own)})" for g, own in losses.items() if len(own) > 2]
     print("  | | " + " | ".join(rows) + " |")
     for number, what in enumerate([*groups, "mean of groups", f"all {sum(map(len, losses.values()))} at once"]):
-        print(f"  | {what} | " + " | ".join(own[number] for own in rows.values()) + " |")
+        print(f"  | {what} | " + " | ".join(own[number] for own in rows.values()) + " |", flush=True)
 
 
 def correlated(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
