@@ -47,7 +47,9 @@ from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
 from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
-from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.gradients import DENSE
+from hwsearch.recovery.processes import launched
+from hwsearch.recovery.recovery import BATCHNORM, SCALES, Options, Recovered, Recovery
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
@@ -272,8 +274,9 @@ def recover(
     epochs: int | None = None,
     time_limit_s: float | None = None,
     method: str = "ste",
-    gradients: str = "dense",
-    scales: str = "fixed",
+    gradients: str = DENSE,
+    scales: str = SCALES[0],
+    batchnorm: str = BATCHNORM[0],
     rate: float | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
@@ -285,7 +288,8 @@ def recover(
 
     What is made small is the divergence from the dense network's outputs, with the task's `loss` on its `train` added where it has
     them. The best weights on held-out calibration data are kept: never worse there than the refitted ones. A training that was
-    killed goes on where it was a minute before, with the same result, when the same is called again.
+    killed goes on where it was a minute before, with the same result, when the same is called again. It trains on a GPU where there
+    is one, and in processes that `accelerate launch` started shares every minibatch among them.
 
     Args:
         task: What the allocation is of.
@@ -297,6 +301,7 @@ def recover(
         gradients: What the backward products of layers read: `dense`, or pruned by a rule, for hardware that skips zeros (here
             it costs time): `2:4`, `2:4:rescaled`, `2:4:mvue`, `2:4:random`, `stochastic:0.9`, `bdwp:2:8`.
         scales: Of int8 weights: `fixed`, or `learned` with the weights (LSQ).
+        batchnorm: `folded` into layers, or `unfolded`: in training mode after them, and folded again into what is deployed.
         rate: The largest learning rate; None tries a few and takes that which ends at the least held-out loss.
         seed: Of every random choice.
         weights: Folder of refitted weights to start from, as for `deploy`.
@@ -312,7 +317,7 @@ def recover(
         InvalidInput: `train` or `loss` does not give what it should; an option is out of range.
         HwsearchError: The loss diverges, or memory is too short; what was reached until then is kept.
     """
-    options = Options(epochs, time_limit_s, method, rate, seed, scored, gradients, scales)
+    options = Options(epochs, time_limit_s, method, rate, seed, scored, gradients, scales, batchnorm)
     progress = progress or Progress.silent()
     progress.start(None, "making the network ready")
     setup = of_allocation(task, allocation, backend)
@@ -329,8 +334,9 @@ def run(
     batch: int | None = None, seed: int = 0, time_limit_s: float | None = None, mode: str = "context",
     axes: Sequence[str] = AXES, keep: Sequence[str] = (), builds: int | None = None, load: int = 0,
     prior: Sequence[LatencyTable | str | Path] = (), lock_clocks: bool = False, energy: bool = False,
-    recover_s: float = 0.0, floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES,
-    ray: str | None = None, progress: Progress | None = None,
+    recover_s: float = 0.0, gradients: str = DENSE, scales: str = SCALES[0], batchnorm: str = BATCHNORM[0],
+    floor: str | float | None = None, minimize: str | None = None, samples: int = SAMPLES, ray: str | None = None,
+    progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
@@ -352,8 +358,7 @@ def run(
         time_limit_s: Seconds of the whole run; None for 600 beside those of the recovery. The profile takes what is left to it.
             What an answer needs is done in any case: builds of the narrowest widths, losses on one batch, one round.
         mode: `context`, or `sandwiched`, which keeps every width whole; see `profile`.
-        axes: What may be chosen, `width`, `precision` or both, `residual` beside `width`, and `storage` beside `precision`,
-            which a budget on size brings with it.
+        axes: `width`, `precision` or both; `residual` beside `width`; `storage` beside `precision`, which a budget on size adds.
         keep: Patterns of names of units whose channels all stay.
         builds: As for `profile`.
         load: As for `profile`, while verifying as well.
@@ -361,6 +366,9 @@ def run(
         lock_clocks: As for `profile`, while verifying as well.
         energy: As for `profile`; a budget on energy brings it with it.
         recover_s: Seconds of the time limit to train the answer in, as `recover` does; it is measured again. 0: it is not trained.
+        gradients: Of that training, as for `recover`.
+        scales: Of that training, as for `recover`.
+        batchnorm: Of that training, as for `recover`.
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`; the cheapest network that holds it is found.
         minimize: With a floor, the cost that is least: `latency` (also None), `size`, `energy` or `macs`.
         samples: With a floor, how many networks are measured at most in this call; those of earlier calls in `out` are used again.
@@ -380,11 +388,13 @@ def run(
     parsed = parse_budgets(budgets) if budgets or goal is None else ()
     time_limit_s = UNTRAINED_S + recover_s if time_limit_s is None else time_limit_s
     _require_searchable(parsed, mode, time_limit_s, recover_s)
+    _recovery(recover_s, gradients, scales, batchnorm)
     runtimes, folder, progress = backends.several(backend), Path(out), progress or Progress.silent()
     own: dict[str, Any] = {"threads": threads, "base": base, "load": load}
     options: dict[str, Any] = {
         "batch": batch, "seed": seed, "mode": mode, "axes": axes, "keep": keep, "builds": builds, "prior": prior,
-        "lock_clocks": lock_clocks, "energy": energy, "ray": ray, "progress": progress, **own,
+        "lock_clocks": lock_clocks, "energy": energy, "gradients": gradients, "scales": scales, "batchnorm": batchnorm,
+        "ray": ray, "progress": progress, **own,
     }  # fmt: skip
     if len(runtimes) > 1:
         _require_one(goal, runtimes)
@@ -395,7 +405,8 @@ def run(
 def _run_alone(
     task: Task, runtime: Backend, budgets: Sequence[Budget], goal: Goal | None, folder: Path, limits: tuple[float, float], *,
     axes: Sequence[str], builds: int | None, prior: Sequence[LatencyTable | str | Path], lock_clocks: bool, energy: bool,
-    ray: str | None, progress: Progress, mode: str, seed: int, keep: Sequence[str], **options: Any,
+    ray: str | None, progress: Progress, mode: str, seed: int, keep: Sequence[str], gradients: str, scales: str, batchnorm: str,
+    **options: Any,
 ) -> Report:  # fmt: skip
     """A run on one runtime. limits: seconds of all of it, and of recovery of that; options: of the setup."""
     columns = _columns(budgets, goal)
@@ -407,7 +418,8 @@ def _run_alone(
         )  # fmt: skip
         return _run(
             setup, budgets, folder, Effort(limits[0], builds, extend=False), limit, goal=goal, mode=mode, axes=axes, seed=seed,
-            keep=keep, prior=_tables(prior, setup), recover_s=limits[1], ray=ray, progress=progress,
+            keep=keep, prior=_tables(prior, setup), recovery=_recovery(limits[1], gradients, scales, batchnorm, seed),
+            ray=ray, progress=progress,
         )  # fmt: skip
 
 
@@ -440,6 +452,20 @@ def _require_searchable(budgets: Sequence[Budget], mode: str, time_limit_s: floa
             f"{spoken(recover_s)} of recovery are of the run's time limit, {spoken(time_limit_s)}, of which at most "
             f"{MOST_RECOVERY:.0%} may be; raise the limit, or train afterwards with `hwsearch recover`"
         )
+
+
+def _recovery(limit_s: float, gradients: str, scales: str, batchnorm: str, seed: int = 0) -> Options | None:
+    """How the answer of a run is trained; None where it is not. Raises InvalidInput."""
+    if limit_s:
+        if launched().count > 1:
+            raise InvalidInput("a run measures, which several processes would disturb; run in one, then launch `hwsearch recover`")
+        return Options(time_limit_s=limit_s, seed=seed, scored=False, gradients=gradients, scales=scales, batchnorm=batchnorm)
+    if (gradients, scales, batchnorm) != (DENSE, SCALES[0], BATCHNORM[0]):
+        raise InvalidInput(
+            f"gradients {gradients}, scales {scales} and batchnorm {batchnorm} are of a training, and the answer is not trained; "
+            "give --recover (recover_s) with them"
+        )
+    return None
 
 
 def _run_several(
@@ -478,7 +504,7 @@ def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
 def _run(
     setup: Setup, budgets: Sequence[Budget], folder: Path, effort: Effort, limit: TimeLimit, *,
     goal: Goal | None, mode: str, axes: Sequence[str], seed: int, keep: Sequence[str], prior: Sequence[LatencyTable],
-    recover_s: float, ray: str | None, progress: Progress,
+    recovery: Options | None, ray: str | None, progress: Progress,
 ) -> Report:  # fmt: skip
     """A run whose options are known to be right, stage by stage."""
     _require_sensitivities(folder, setup)  # before an hour of profiling
@@ -486,8 +512,9 @@ def _run(
     columns = _columns(budgets, goal)
     timed = not columns <= set(COMPUTED)
     with connected(ray, setup.lowering.task) as cluster:
+        recovery_s = (recovery.time_limit_s or 0.0) if recovery else 0.0
         allowance = prepared(
-            Allowance(limit, setup, axes, recovery_s=recover_s, samples=goal.samples if goal else 0), weights,
+            Allowance(limit, setup, axes, recovery_s=recovery_s, samples=goal.samples if goal else 0), weights,
             scored=holds_now(setup, path, seed), progress=progress, cluster=cluster,
         )  # fmt: skip
     if goal is not None:
@@ -524,9 +551,9 @@ def _run(
     if timed:
         table.save(table_path)
         _leave_front(front(table, sensitivities, axes=axes, keep=keep), report, folder)
-    if recover_s and report.state != State.MISSED:
+    if recovery is not None and report.state != State.MISSED:
         progress.enter(RECOVERY)
-        report = _recovered(session, allocation, report, folder, recover_s, seed, table, budgets, weights, progress)
+        report = _recovered(session, allocation, report, folder, recovery, table, budgets, weights, progress)
     if held is not None:
         report = held.judged(report)
         report.save(folder / "report.json")
@@ -537,11 +564,10 @@ def _run(
 
 
 def _recovered(
-    session: Session, allocation: Allocation, report: Report, folder: Path, limit_s: float, seed: int,
-    table: LatencyTable, budgets: Sequence[Budget], weights: Path, progress: Progress,
+    session: Session, allocation: Allocation, report: Report, folder: Path, options: Options, table: LatencyTable,
+    budgets: Sequence[Budget], weights: Path, progress: Progress,
 ) -> Report:  # fmt: skip
     """The report of the trained answer; of the refitted one where training cannot go on, which is said."""
-    options = Options(time_limit_s=limit_s, seed=seed, scored=False)
     try:
         return recovered_answer(
             session, allocation, report, folder, options, table=table if table.builds else None, budgets=budgets, weights=weights,

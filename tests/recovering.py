@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from networks import leaves
 from torch import nn
 from torch.nn import functional as F
 
 import hwsearch as hs
+from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.compress.widths import Kept
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant, uniform
+from hwsearch.recovery.processes import Processes
 from hwsearch.recovery.recovery import Options, Recovered, Recovery
 
 CLASSES = 8
@@ -108,7 +112,21 @@ def start(precision: str = "int8", share: float = 0.25, data: bool = False) -> t
     return refitted(whole, variants, widths, bank), bank.kept(widths), variants
 
 
-def recover(data: bool = False, precision: str = "int8", out: Path | None = None, **options: Any) -> Recovered:
+def recover(
+    data: bool = False, precision: str = "int8", out: Path | None = None, processes: Processes | None = None, **options: Any
+) -> Recovered:
     first, kept, variants = start(precision, data=data)
     fields = {"epochs": 4, "rate": RATE, **options}
-    return Recovery(lowering(data), first, kept, variants, Options(**fields), out=out).run()
+    return Recovery(lowering(data), first, kept, variants, Options(**fields), out=out, processes=processes).run()
+
+
+def off(low: Lowering, variants: Mapping[str, Variant], samples: Iterable[torch.Tensor] | None = None) -> float:
+    """How far the engine is from the simulation, relatively (root mean square over samples and outputs); by default over images."""
+    engine = ONNXRuntimeBackend().build(low.onnx(variants).SerializeToString(), BuildOptions(1, "fp32"))
+    distance = whole = 0.0
+    for sample in images(64, seed=3)[0].split(1) if samples is None else samples:
+        simulated = leaves(low.simulator(low.traced, (sample,), {}, quantize_outputs=False)(variants))
+        for have, want in zip(engine(sample.numpy()), simulated, strict=True):
+            distance += float((torch.from_numpy(have) - want).square().sum())
+            whole += float(want.square().sum())
+    return (distance / whole) ** 0.5

@@ -173,6 +173,25 @@ Minimize = Annotated[
     typer.Option(help="With --floor: the cost that is to be least; by default latency."),
 ]
 Samples = Annotated[int, typer.Option(min=1, metavar="N", help="With --floor: networks that are measured at most.")]
+Gradients = Annotated[
+    str,
+    typer.Option(
+        metavar="RULE",
+        help="What backward products of a training read: dense, or pruned by 2:4, 2:4:rescaled, 2:4:mvue, 2:4:random, "
+        "stochastic:0.9 or bdwp:2:8. No time is saved here; what hardware would save is estimated.",
+    ),
+]
+BatchNorm = Annotated[
+    Literal["folded", "unfolded"],
+    typer.Option(
+        "--batchnorm",
+        help="In a training: folded into layers as it is deployed, or in training mode after them, and folded again at the end.",
+    ),
+]
+Scales = Annotated[
+    Literal["fixed", "learned"],
+    typer.Option(help="Of int8 weights in a training: those of the refitted ones, or learned with them."),
+]
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
 

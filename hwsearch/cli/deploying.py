@@ -18,8 +18,10 @@ from hwsearch.cli.arguments import (
     Backends,
     Base,
     Batch,
+    BatchNorm,
     Energy,
     Floor,
+    Gradients,
     Keep,
     Load,
     LockClocks,
@@ -32,6 +34,7 @@ from hwsearch.cli.arguments import (
     Quiet,
     Ray,
     Samples,
+    Scales,
     Seed,
     TaskSpec,
     Threads,
@@ -146,17 +149,9 @@ def recover(
         Literal["ste", "mask", "lc", "srste", "shrink", "halfspace"],
         typer.Option(help="How weights are led to what the allocation allows; see the page Recovery of the documentation."),
     ] = "ste",
-    gradients: Annotated[
-        str,
-        typer.Option(
-            metavar="RULE",
-            help="What backward products read: dense, or pruned by 2:4, 2:4:rescaled, 2:4:mvue, 2:4:random, stochastic:0.9 or "
-            "bdwp:2:8. No time is saved here; what hardware would save is estimated.",
-        ),
-    ] = "dense",
-    scales: Annotated[
-        Literal["fixed", "learned"], typer.Option(help="Of int8 weights: those of the refitted ones, or learned with them.")
-    ] = "fixed",
+    gradients: Gradients = "dense",
+    scales: Scales = "fixed",
+    batchnorm: BatchNorm = "folded",
     lr: Annotated[str, typer.Option(metavar="auto|RATE", help="The largest learning rate; auto tries a few.")] = "auto",
     seed: Seed = 0,
     weights: Weights = None,
@@ -177,15 +172,19 @@ def recover(
     from hwsearch.allocate.allocation import Allocation
     from hwsearch.progress import Progress
     from hwsearch.recovery.gradients import rule
+    from hwsearch.recovery.processes import launched
 
     rule(gradients)
     chosen = Allocation.load(allocation)
     require_backend(backend or chosen.backend)
-    with Progress(quiet=quiet) as progress:
+    main = launched().main
+    with Progress(quiet=quiet or not main) as progress:
         done = hs.recover(
             hs.load(task), chosen, output, epochs=epochs, time_limit_s=limit, method=method, gradients=gradients, scales=scales,
-            rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
+            batchnorm=batchnorm, rate=rate, seed=seed, weights=weights, backend=backend, progress=progress,
         )  # fmt: skip
+    if not main:
+        return
     if plot is not None:
         hs.plot_recovery(done, plot)
     if as_json:
@@ -235,6 +234,9 @@ def run(
         str | None,
         typer.Option(metavar="DURATION", help="Of the time limit: train the answer so long, and measure it again."),
     ] = None,
+    gradients: Gradients = "dense",
+    scales: Scales = "fixed",
+    batchnorm: BatchNorm = "folded",
     mode: Annotated[
         Literal["context", "sandwiched"],
         typer.Option(help="Of the profile; sandwiched, for networks too large to build whole, keeps every width whole."),
@@ -262,7 +264,8 @@ def run(
             report = hs.run(
                 own, budget or (), out, backend=backend, threads=threads, base=base, batch=batch, seed=seed, mode=mode,
                 axes=axes_of(axes), keep=keep or (), load=load, prior=prior or (), lock_clocks=lock_clocks, energy=energy,
-                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s, ray=ray,
+                floor=floor, minimize=minimize, samples=samples, recover_s=trained_s, gradients=gradients, scales=scales,
+                batchnorm=batchnorm, ray=ray,
                 time_limit_s=max(limit - (time.monotonic() - begun), 1.0), progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:

@@ -94,7 +94,7 @@ def stored(weight: torch.Tensor, unit: Unit, variant: Variant, int8_bits: int = 
     """
     if why := ineligible(unit, variant):
         raise UnsupportedVariant(f"unit {unit.name} cannot become {variant}: {why}")
-    weight = weight.detach().float()
+    weight = weight.detach().float().cpu()
     precision = variant.precision
     if variant.kept is not None:
         weight = prune(weight, unit.in_axis, *variant.kept)
@@ -147,9 +147,9 @@ def _in_blocks(weight: torch.Tensor, unit: Unit, precision: str) -> StoredWeight
 
 
 def rounded_weight(weight: torch.Tensor, kept: StoredWeight) -> torch.Tensor:
-    """What a stored weight computes with, in fp32; `weight` gives its type."""
+    """What a stored weight computes with, in fp32; `weight` gives its type and device."""
     values = torch.from_numpy(np.ascontiguousarray(kept.dequantized()))
-    return rounded(values, kept.precision).to(weight.dtype)
+    return rounded(values, kept.precision).to(weight)
 
 
 def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
@@ -195,11 +195,11 @@ def two_level(top: float) -> float:
 
 def e2m1(x: torch.Tensor) -> torch.Tensor:
     """The nearest E2M1 numbers, at most 6 in magnitude."""
-    ties = torch.tensor(_TIES, dtype=x.dtype)
+    ties = torch.tensor(_TIES, dtype=x.dtype, device=x.device)
     magnitude = x.abs().contiguous()
     code = torch.bucketize(magnitude, ties)  # a tie stays below
     odd_tie = (code < len(_TIES)) & (code % 2 == 1) & (magnitude == ties[code.clamp_max(len(_TIES) - 1)])
-    table = torch.tensor(E2M1, dtype=x.dtype)
+    table = torch.tensor(E2M1, dtype=x.dtype, device=x.device)
     return table[code + odd_tie.long()] * torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 

@@ -38,7 +38,7 @@ def order_slots(
     return _eliminated(batches, grams or Grams(batches), seed)
 
 
-def _magnitude(traced: Traced, group: str) -> NDArray[np.float64]:
+def magnitude(traced: Traced, group: str) -> NDArray[np.float64]:
     """Of each slot the squared l2 norm of what stores it in producers and consumers, each relative to its whole."""
     slots = traced.channels.groups[group]
     scores = np.zeros(len(slots))
@@ -243,7 +243,7 @@ PANEL = 48
 """Features that are removed before what they change is taken into the matrices, in one product."""
 
 
-class _Consumer:
+class Consumer:
     """A consumer of a group, where slots are being removed: the inverse H of its Gram matrix, and Q = W^T W of its weight W.
 
     Removing the features S of a slot, with R R^T = H_SS, takes L L^T from H and L V^T + V L^T from Q, where L = H_:S R^-T,
@@ -314,22 +314,26 @@ def _eliminated(batches: Sequence[Batch], grams: Grams, seed: int) -> dict[str, 
     information = gate_gradients(batches, seed)[1]
     found = {}
     for group in traced.channels.groups:
-        consumers = [
-            made
-            for unit in traced.channels.consumers[group]
-            if unit in grams
-            and (made := _consumer(traced, grams, group, unit, information.get(unit))) is not None
-        ]
+        consumers = consumers_of(traced, grams, group, information)
         if consumers:
-            found[group] = _eliminate(consumers)
+            found[group] = _eliminate(consumers.values())
         else:
-            found[group] = np.argsort(-_magnitude(traced, group), kind="stable").astype(np.int64)
+            found[group] = np.argsort(-magnitude(traced, group), kind="stable").astype(np.int64)
     return found
+
+
+def consumers_of(
+    traced: Traced, grams: Grams, group: str, information: Mapping[str, NDArray[np.float64]]
+) -> dict[str, Consumer]:
+    """The units that read a group and can be refitted. information: of each, of the channels of its output (`gate_gradients`)."""
+    read = (unit for unit in traced.channels.consumers[group] if unit in grams)
+    made = {unit: _consumer(traced, grams, group, unit, information.get(unit)) for unit in read}
+    return {unit: consumer for unit, consumer in made.items() if consumer is not None}
 
 
 def _consumer(
     traced: Traced, grams: Grams, group: str, unit: str, information: NDArray[np.float64] | None
-) -> _Consumer | None:
+) -> Consumer | None:
     axis, slots = in_slots(traced, unit), traced.channels.groups[group]
     own = [np.flatnonzero(axis.slots == s) for s in slots.tolist()] if axis is not None else []
     if len({len(o) for o in own}) != 1 or not len(own[0]):
@@ -346,10 +350,10 @@ def _consumer(
         columns /= math.sqrt(float(torch.einsum("of,fg,og->", columns, second, columns)) or 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second, grams.ridges[unit])))
     features = [feature_columns(traced.network[unit], o) for o in own]
-    return _Consumer(columns, inverse, torch.from_numpy(np.stack(features)))
+    return Consumer(columns, inverse, torch.from_numpy(np.stack(features)))
 
 
-def _eliminate(consumers: Iterable[_Consumer]) -> NDArray[np.int64]:
+def _eliminate(consumers: Iterable[Consumer]) -> NDArray[np.int64]:
     """The order in which greedy backward elimination removes slots, last one first."""
     consumers = list(consumers)
     left = torch.arange(len(consumers[0].columns))

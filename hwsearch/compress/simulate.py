@@ -19,8 +19,10 @@ from hwsearch.graph.trace import Traced
 from hwsearch.graph.units import Site
 from hwsearch.network.variants import INT8_BITS, Variant, stored_once
 
-Replaced = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
-"""(weight, bias) to run units with instead of their own, in the dense shapes; no bias leaves the unit's own."""
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+"""(weight, bias) of a unit; no bias leaves its own."""
+Replaced = Mapping[str, Pair]
+"""What to run units with instead of their own, in the dense shapes."""
 
 
 class Rounding:
@@ -49,13 +51,7 @@ class Rounding:
         }
         self.stored = {node: unit for unit, held in traced.stored.items() for node in held}
 
-    def unit(
-        self,
-        node: fx.Node,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-        interpreter: fx.Interpreter,
-    ) -> Any:
+    def unit(self, node: fx.Node, variant: Variant, replaced: Pair | None, interpreter: fx.Interpreter) -> Any:
         """What a unit's call returns for the arguments that an interpreter holds."""
         unit, call, site = self.site[node.name]
         args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
@@ -84,14 +80,7 @@ class Rounding:
             return rounded(x, variant.precision)
         return quantized_activation(x, variant.precision, self.ranges[key], key[2], self.int8_bits)
 
-    def weight(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        call: int,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weight(self, own: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
         """(weight, bias) that a call multiplies with and adds; no bias leaves the unit's own. own: the weight that is there."""
         bias = replaced[1] if replaced is not None else None
         if variant.plain:
@@ -101,13 +90,7 @@ class Rounding:
             weight, bias = self._with_bias(weight, unit, call, bias)
         return rounded_weight(own, weight), bias
 
-    def constant(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> torch.Tensor:
+    def constant(self, own: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
         """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
         if self.traced.network[unit].tied and not stored_once(variant):
             return own
@@ -123,9 +106,7 @@ class Rounding:
         weight = self._stored(unit, variant, None)
         return self._with_bias(weight, unit, call, None)[0] if variant.precision == "int8" else weight
 
-    def _stored(
-        self, unit: str, variant: Variant, replaced: tuple[torch.Tensor, torch.Tensor | None] | None
-    ) -> StoredWeight:
+    def _stored(self, unit: str, variant: Variant, replaced: Pair | None) -> StoredWeight:
         if replaced is None:
             return self.weights[unit, variant]
         return stored(replaced[0], self.traced.network[unit], variant, self.int8_bits)

@@ -252,6 +252,12 @@ class Report:
             return []
         score, ms = own["score"], own["latency_ms"]
         took = f"{own['method']}, {own['curve'][-1]['step']} steps in {spoken(own['seconds'])}"
+        if (rule := own.get("gradients", {}).get("rule", "dense")) != "dense":
+            took += f", gradients {rule}"
+        if own.get("scales") == "learned":
+            took += ", learned scales"
+        if own.get("batchnorm") == "unfolded":
+            took += ", BatchNorm unfolded"
         if not own["kept"]:
             return [f"recover  nothing better than the refitted weights was kept ({own['why']}; {took})"]
         return [

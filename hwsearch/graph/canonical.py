@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import fx
@@ -36,6 +36,20 @@ CONVOLUTIONS: dict[Any, str] = {
 }
 MATMULS: frozenset[Any] = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
 ATTENTION = aten.scaled_dot_product_attention.default
+
+NORMS = "norms"
+"""In the `meta` of a canonical graph: the path of a weight -> the BatchNorm that was folded into it."""
+
+
+class Norm(NamedTuple):
+    """A BatchNorm as the module has it; mean: of what the layer puts out without its bias."""
+
+    gamma: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+    momentum: float
+    eps: float
+
 
 # Operators whose result shares no memory with anything else: changing it in place is as good as a new tensor.
 _FRESH = frozenset("add sub mul div batch_norm layer_norm group_norm matmul linear addmm cat mean".split())
@@ -399,6 +413,9 @@ def _fold_batch_norm(graph: fx.GraphModule) -> None:
             )
         path = str(weight_node.target)
         base = path.rpartition(".")[0]
+        scale = torch.ones_like(stats[1]) if gamma is None else stats[3]
+        mean_of = stats[0] if bias_node is None else stats[0] - tensor(bias_node)
+        graph.meta.setdefault(NORMS, {})[path] = Norm(scale, mean_of, stats[1], float(norm.args[6]), stats[2])
         set_attr(graph, path, weight)
         bias_path = _free_path(graph, f"{base}.bias" if base else f"{path}.bias")
         set_attr(graph, bias_path, bias)

@@ -37,11 +37,18 @@ def _pairs(
 
 
 def mean_divergence(
-    outputs: Any, dense: Any, kind: str, axes: Sequence[BatchAxis] | None = None
+    outputs: Any,
+    dense: Any,
+    kind: str,
+    axes: Sequence[BatchAxis] | None = None,
+    squares: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """(mean of a sample as a scalar in fp64, with a gradient where outputs have one; samples) of `divergence`."""
+    """(mean of a sample as a scalar in fp64, with a gradient where outputs have one; samples) of `divergence`.
+
+    squares: of each dense output its mean square; where outputs are a part of a batch, that of the whole. None: their own.
+    """
     means, samples = [], 1
-    for y, y0, where in _pairs(outputs, dense, axes):
+    for number, (y, y0, where) in enumerate(_pairs(outputs, dense, axes)):
         if where.axis is not None:
             samples = where.samples(y0)
         if not y0.is_floating_point():
@@ -52,7 +59,8 @@ def mean_divergence(
             log_p, log_q = torch.log_softmax(y0, axis), torch.log_softmax(y, axis)
             means.append((log_p.exp() * (log_p - log_q)).sum(axis).mean())
         else:
-            means.append((y - y0).square().mean() / (float(y0.square().mean()) or 1.0))
+            square = float(y0.square().mean()) if squares is None else squares[number]
+            means.append((y - y0).square().mean() / (square or 1.0))
     if not means:
         raise InvalidInput("the model returns no floating-point tensor to compare with the dense network's")
     return torch.stack(means).mean(), samples

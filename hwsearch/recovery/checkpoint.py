@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from hwsearch.files import changed, write_bytes
+from hwsearch.recovery.processes import Processes
 
 SCHEMA = "hwsearch.training/1"
 
@@ -33,15 +34,20 @@ class State:
 
 
 class Checkpoint:
-    """A file that a training goes on from. made_of: all that its steps depend on, by name; another one is not gone on with."""
+    """A file that a training goes on from; of several processes the main one writes and reads it.
 
-    def __init__(self, path: str | Path, made_of: Mapping[str, str]) -> None:
-        self.path, self.made_of = Path(path), dict(made_of)
+    made_of: all that its steps depend on, by name; another one is not gone on with.
+    """
+
+    def __init__(self, path: str | Path, made_of: Mapping[str, str], processes: Processes | None = None) -> None:
+        self.path, self.made_of, self.processes = Path(path), dict(made_of), processes or Processes()
         self.differs = ""
         """Why the file that is there is not gone on with; empty where it is, or there is none."""
 
     def save(self, state: State) -> None:
         """Write the file."""
+        if not self.processes.main:
+            return
         header = {
             "schema": SCHEMA,
             "made_of": json.dumps(self.made_of),
@@ -52,6 +58,10 @@ class Checkpoint:
 
     def load(self) -> State | None:
         """What an earlier process left; None where that is nothing, damaged, or of another training."""
+        state, self.differs = self.processes.of_main(lambda: (self._read(), self.differs))
+        return state
+
+    def _read(self) -> State | None:
         if not self.path.is_file():
             return None
         try:
@@ -70,4 +80,5 @@ class Checkpoint:
 
     def remove(self) -> None:
         """The training is done."""
-        self.path.unlink(missing_ok=True)
+        if self.processes.main:
+            self.path.unlink(missing_ok=True)

@@ -248,7 +248,7 @@ def _readers(student: Student, kept: Kept) -> list[tuple[str, torch.Tensor]]:
             home = student.home[path]
             shape = [-1 if d == axis else 1 for d in range(student.tensors[home].dim())]
             gone = np.unique(own.slots[~mask[own.slots]])
-            found += [(home, torch.from_numpy(own.slots == slot).reshape(shape)) for slot in gone]
+            found += [(home, torch.from_numpy(own.slots == slot).reshape(shape).to(student.device)) for slot in gone]
     return found
 
 

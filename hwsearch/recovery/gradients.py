@@ -57,7 +57,7 @@ class Rule:
             return _drawn(dy, self.share, random)
         if self.kind == "mvue":
             return _least_variance(dy, axis, self.n, self.m, random)
-        scores = torch.rand(dy.shape, generator=random) if self.kind == "random" else dy
+        scores = torch.rand(dy.shape, generator=random).to(dy.device) if self.kind == "random" else dy
         kept = dy * nm_mask(scores, axis, self.n, self.m)
         return _rescaled(kept, dy, axis) if self.kind == "rescaled" else kept
 
@@ -100,7 +100,7 @@ def _least_variance(dy: torch.Tensor, axis: int, n: int, m: int, random: torch.G
         total = rest.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
         chance = torch.where(sure, 1.0, left * (rest / total))
         sure = sure | (chance >= 1)
-    start = torch.rand(*size.shape[:-1], 1, generator=random)
+    start = torch.rand(*size.shape[:-1], 1, generator=random).to(dy.device)
     passed = (chance.cumsum(-1) + start).floor().clamp(max=n)
     taken = passed.diff(prepend=torch.zeros_like(start)) > 0
     return torch.where(taken, blocks / chance, 0.0).flatten(-2).movedim(-1, axis)
@@ -110,8 +110,15 @@ def _drawn(dy: torch.Tensor, share: float, random: torch.Generator) -> torch.Ten
     """What is below the threshold t becomes t, with its sign, with probability |dy|/t and else 0: the mean stays."""
     size = dy.abs()
     threshold = math.sqrt(math.pi / 2) * NormalDist().inv_cdf((1 + share) / 2) * size.mean()
-    risen = torch.rand(dy.shape, generator=random) * threshold < size
+    risen = torch.rand(dy.shape, generator=random).to(dy.device) * threshold < size
     return torch.where(size < threshold, dy.sign() * threshold * risen, dy)
+
+
+def _now(x: torch.Tensor) -> float:
+    """Seconds, once what was begun on the device of a tensor is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 class Pruning:
@@ -175,9 +182,9 @@ class _Product(torch.autograd.Function):
         with torch.enable_grad():
             x, weight = x.detach().requires_grad_(of_x), weight.detach().requires_grad_(of_weight)
             bias = None if bias is None else bias.detach().requires_grad_(of_bias)
-            begun = time.perf_counter()
+            begun = _now(x)
             y = layer.call(x, weight, bias)
-        pruning.counts["y_s"] += time.perf_counter() - begun
+        pruning.counts["y_s"] += _now(x) - begun
         ctx.pruning, ctx.layer, ctx.whole, ctx.operands, ctx.y = pruning, layer, whole, (x, weight, bias), y
         return y.detach()
 
@@ -188,9 +195,9 @@ class _Product(torch.autograd.Function):
         trained = [t for t in (weight, bias) if t is not None and t.requires_grad]
         exact: list[torch.Tensor] = []
         if trained:
-            begun = time.perf_counter()
+            begun = _now(x)
             exact = list(torch.autograd.grad(ctx.y, trained, dy, retain_graph=True))
-            ctx.pruning.counts["dw_s"] += time.perf_counter() - begun
+            ctx.pruning.counts["dw_s"] += _now(x) - begun
         dx = _data_gradient(ctx, dy) if x.requires_grad else None
         of_weight, of_bias = (exact.pop(0) if t is not None and t.requires_grad else None for t in (weight, bias))
         return None, None, None, dx, of_weight, of_bias
@@ -210,8 +217,8 @@ def _data_gradient(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
                 y = ctx.layer.call(x, after, bias)
     elif fits:
         gradient = after = of.gradient(dy, axis, pruning.random)
-    begun = time.perf_counter()
+    begun = _now(x)
     (dx,) = torch.autograd.grad(y, x, gradient)
-    pruning.count(before, after, time.perf_counter() - begun, fits)
+    pruning.count(before, after, _now(x) - begun, fits)
     found: torch.Tensor = dx
     return found

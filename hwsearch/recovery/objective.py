@@ -26,7 +26,8 @@ from hwsearch.graph.export import first_line, weights_digest
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.divergence import mean_divergence
 from hwsearch.lowering.lowering import Lowering, in_pieces
-from hwsearch.recovery.student import Student
+from hwsearch.recovery.processes import Processes
+from hwsearch.recovery.student import CPU, OnDevice, Student, moved
 from hwsearch.task import Inputs
 
 PIECE = 32
@@ -40,31 +41,38 @@ TRAINING = "training data"
 
 @dataclass
 class Batch:
-    """One step's data. traced: of the narrow network. dense: outputs of the dense network. target: None for calibration data."""
+    """One step's data, or the part of it that this process takes.
+
+    Attributes:
+        traced: Of the narrow network.
+        dense: Outputs of the dense network.
+        samples: Of the whole minibatch.
+        share: Of these, how much is here.
+        squares: Of each output of the dense network its mean square over the whole minibatch; None where it is all here.
+        target: None for calibration data.
+    """
 
     traced: Traced
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dense: Any
+    samples: int
+    share: float = 1.0
+    squares: list[float] | None = None
     target: Any = field(default=None, repr=False)
-
-    @property
-    def samples(self) -> int:
-        """How many the inputs are of."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()]
-        return len(tensors[0]) if tensors else 1
 
 
 class Objective:
     """What is made small. lowering: the network that is trained, narrow or not; seed: of the order of calibration batches."""
 
-    def __init__(self, lowering: Lowering, seed: int = 0) -> None:
-        self.lowering, self.seed = lowering, seed
+    def __init__(self, lowering: Lowering, seed: int = 0, processes: Processes | None = None) -> None:
+        self.lowering, self.seed, self.processes = lowering, seed, processes or Processes(device=CPU)
         self.task = lowering.task
         self.whole = lowering if lowering.whole is None else lowering.whole
         while self.whole.whole is not None:
             self.whole = self.whole.whole
         self.axes = self.whole.batch_axes
+        self._dense: dict[int, OnDevice] = {}
 
     @property
     def described(self) -> str:
@@ -128,17 +136,36 @@ class Objective:
         return found
 
     def _batch(self, inputs: Inputs, what: str, target: Any = None) -> Batch:
-        args, kwargs = as_call(inputs)
+        samples = _samples(inputs)
+        args, kwargs = moved(self.processes.share(as_call(inputs), samples, what), self.processes.device)
+        inputs = _inputs(args, kwargs)
+        target = moved(self.processes.share(target, samples, f"the target in {what}"), self.processes.device)
+        whole = self.whole.traced_for(inputs, what)
+        runner = self._dense.setdefault(id(whole), OnDevice(whole, self.processes.device))
         with torch.no_grad():
-            dense = self.whole.traced_for(inputs, what).graph(*args, **kwargs)
-        return Batch(self.lowering.traced_for(inputs, what), args, kwargs, dense, target)
+            dense = runner.outputs(args, kwargs)
+        share, squares = _samples(inputs) / samples, self._squares(dense)
+        return Batch(self.lowering.traced_for(inputs, what), args, kwargs, dense, samples, share, squares, target)
+
+    def _squares(self, dense: Any) -> list[float] | None:
+        """Of each output its mean square over the parts of all processes; None where there is one process."""
+        if self.processes.count == 1:
+            return None
+        if any(where.axis is None for where in self.axes):
+            raise InvalidInput(
+                "the model has an output without a batch dimension, which is of the whole minibatch: it cannot be shared among "
+                f"{self.processes.count} processes; start a single one"
+            )
+        outputs = [y for y in pytree.tree_leaves(dense) if isinstance(y, torch.Tensor)]
+        parts = (self.processes.total(float(y.double().square().sum()), y.numel()) for y in outputs)
+        return [square / count for square, count in parts]
 
     # ---- what is made small
 
     def loss(self, student: Student, batch: Batch) -> torch.Tensor:
-        """A scalar with a gradient. Raises InvalidInput where the task's own loss fails."""
+        """A scalar with a gradient, a mean over what of the batch is here. Raises InvalidInput where the task's own loss fails."""
         outputs = student(batch.traced, batch.args, batch.kwargs)
-        mean, _ = mean_divergence(outputs, batch.dense, self.task.divergence, self.axes)
+        mean, _ = mean_divergence(outputs, batch.dense, self.task.divergence, self.axes, batch.squares)
         if self.task.loss is None:
             return mean
         try:
@@ -159,9 +186,10 @@ class Objective:
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in self.held_out:
-                mean, samples = mean_divergence(predict(batch), batch.dense, self.task.divergence, self.axes)
+                mean, samples = mean_divergence(predict(batch), batch.dense, self.task.divergence, self.axes, batch.squares)
                 total, count = total + samples * float(mean), count + samples
-        return total / count
+        total, whole = self.processes.total(total, count)
+        return total / whole
 
     def held_out_loss(self, student: Student) -> float:
         """Of a student as it is deployed."""
@@ -176,6 +204,12 @@ class Objective:
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     return kwargs if kwargs else args
+
+
+def _samples(inputs: Inputs) -> int:
+    args, kwargs = as_call(inputs)
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()]
+    return len(tensors[0]) if tensors else 1
 
 
 def _shape(value: Any) -> str:

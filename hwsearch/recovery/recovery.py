@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hwsearch.compress.widths import Kept
-from hwsearch.errors import InvalidInput
+from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.files import changed
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
@@ -21,6 +22,7 @@ from hwsearch.recovery.checkpoint import Checkpoint
 from hwsearch.recovery.coupling import METHODS, coupling
 from hwsearch.recovery.gradients import DENSE, Pruning, rule
 from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.processes import Processes, launched
 from hwsearch.recovery.student import FLOAT, Student
 from hwsearch.recovery.trained import Trained, made_of, put
 from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
@@ -40,6 +42,9 @@ LED = ("shrink", "halfspace")
 FREE = ("mask", "lc")
 """Methods that multiply with weights that are not rounded."""
 SCALES = ("fixed", "learned")
+BATCHNORM = ("folded", "unfolded")
+UNFOLDED = ("ste", "mask", "srste")
+"""Methods that can train with BatchNorm unfolded."""
 TIMED = 0.9
 """Of a time limit, the share that steps are planned for."""
 
@@ -57,6 +62,7 @@ class Options:
         scored: Whether the task's score is taken before and after.
         gradients: What enters the backward products of layers: `dense`, or one of `gradients.WORDS`.
         scales: Of int8 weights: one of `SCALES`.
+        batchnorm: One of `BATCHNORM`: folded into layers, or in training mode after them.
     """
 
     epochs: int | None = None
@@ -67,6 +73,7 @@ class Options:
     scored: bool = True
     gradients: str = DENSE
     scales: str = "fixed"
+    batchnorm: str = "folded"
 
     def __post_init__(self) -> None:
         rule(self.gradients)
@@ -76,6 +83,10 @@ class Options:
             raise InvalidInput(f"{self.method} multiplies with weights that are not rounded, and learns no scales; take `ste`")
         if self.method not in METHODS:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.batchnorm not in BATCHNORM:
+            raise InvalidInput(f"unknown batchnorm {self.batchnorm!r}; expected one of {', '.join(BATCHNORM)}")
+        if self.batchnorm == "unfolded" and self.method not in UNFOLDED:
+            raise InvalidInput(f"{self.method} trains with BatchNorm folded; unfolded it is trained by {', '.join(UNFOLDED)}")
         if self.epochs is not None and self.epochs < 1:
             raise InvalidInput(f"epochs must be at least 1, got {self.epochs}")
         if self.time_limit_s is not None and self.time_limit_s <= 0:
@@ -123,6 +134,7 @@ class Recovered:
             "held_out": {"refitted": self.course.start, "recovered": self.course.least}, "best_step": self.course.best,
             "stopped": self.course.stopped, "curve": [vars(p) for p in self.course.points],
             "gradients": {"rule": self.options.gradients, **self.pruned}, "scales": self.options.scales,
+            "batchnorm": self.options.batchnorm,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -159,6 +171,7 @@ class Recovery:
         kept: The slots of channel groups that the allocation keeps; empty where all stay.
         variants: Unit -> variant.
         out: File for the weights, beside which the state of the training is kept; None keeps everything in memory.
+        processes: That train together; None for those that were launched so.
     """
 
     def __init__(
@@ -173,12 +186,17 @@ class Recovery:
         out: str | Path | None = None,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes | None = None,
     ) -> None:
         self.whole, self.start, self.kept, self.variants, self.options = whole, start, dict(kept), dict(variants), options
         self.quantize_outputs, self.out, self.clock = quantize_outputs, None if out is None else Path(out), clock
         self.progress = progress or Progress.silent()
-        self.begun = clock()
-        self.objective = Objective(start, options.seed)
+        self.begun, self.processes = clock(), processes or launched()
+        if self.processes.count > 1:
+            if options.batchnorm == "unfolded":
+                raise InvalidInput("BatchNorm normalises over the batch of one process; train it folded, or in a single process")
+            self._begin_alike()
+        self.objective = Objective(self.start, options.seed, self.processes)
         self.leads = options.method in LED and start.network.channels != whole.network.channels
 
     def run(self) -> Recovered:
@@ -213,7 +231,24 @@ class Recovery:
 
     def objective_of(self, student: Student) -> Objective:
         """For a student: the same data, through its own graph."""
-        return self.objective if student.lowering is self.start else Objective(student.lowering, self.options.seed)
+        if student.lowering is self.start:
+            return self.objective
+        return Objective(student.lowering, self.options.seed, self.processes)
+
+    def _begin_alike(self) -> None:
+        """Every process begins with the refitted weights of the main one: other processors may round them differently."""
+        own = made_of(self.whole, self.kept, self.variants) | {"calibration data": self.whole.calibration_digest}
+        main = self.processes.of_main(lambda: own)
+        differs = changed(main, own)
+        if self.processes.total(float(bool(differs)))[0]:
+            what = f": other {differs}" if differs else ""
+            raise IncompatibleTables(
+                f"the processes that train together were given different things{what}; start all with the same task and allocation"
+            )
+        student = self._student(self.start)
+        tensors = {p: t.detach().cpu() for p, t in student.tensors.items() if p in student.home}
+        tensors, ranges = self.processes.of_main(lambda: (tensors, student.ranges or None))
+        self.start = self.whole.narrow(self.kept, calibrate=True, tensors=student.everywhere(tensors), ranges=ranges)
 
     def _student(self, lowering: Lowering) -> Student:
         same = lowering.network.channels == self.start.network.channels
@@ -221,18 +256,20 @@ class Recovery:
         pruned = rule(self.options.gradients)
         pruning = None if pruned is None else Pruning(pruned)
         return Student(
-            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned"
-        )
+            lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned",
+            device=self.processes.device, unfolded=self.options.batchnorm == "unfolded",
+        )  # fmt: skip
 
     def _late(self) -> bool:
+        """Whether time is up, in any process."""
         limit = self.options.time_limit_s
-        return limit is not None and self.clock() - self.begun >= limit
+        return limit is not None and self.processes.total(float(self.clock() - self.begun >= limit))[0] > 0
 
     def _checkpoint(self, what: str) -> Checkpoint | None:
         """The state beside the file of weights."""
         if self.out is None:
             return None
-        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), self._made_of)
+        return Checkpoint(self.out.with_name(f"{self.out.name}.{what}"), self._made_of, self.processes)
 
     @cached_property
     def _made_of(self) -> dict[str, str]:
@@ -250,6 +287,7 @@ class Recovery:
             "seed": str(own.seed),
             **({} if own.gradients == DENSE else {"gradients": own.gradients}),  # as in files of before
             **({} if own.scales == SCALES[0] else {"scales": own.scales}),
+            **({} if own.batchnorm == BATCHNORM[0] else {"batchnorm": own.batchnorm}),
         }
 
     # ---- rate and steps
@@ -272,7 +310,8 @@ class Recovery:
         steps, step_s = self.objective.steps * epochs, 0.0
         if own.time_limit_s is not None:
             step_s = self._tried(student, RATES[0], TIMING_STEPS)[1] / TIMING_STEPS
-            fit = max(1, int((TIMED * own.time_limit_s - (self.clock() - self.begun)) / max(step_s, 1e-9)))
+            left_s = TIMED * own.time_limit_s - (self.clock() - self.begun)
+            fit = self.processes.of_main(lambda: max(1, int(left_s / max(step_s, 1e-9))))
             steps = fit if own.epochs is None else min(steps, fit)
         if own.rate is not None:
             return steps, own.rate
@@ -322,11 +361,11 @@ class Recovery:
         """The network of the allocation, cut from the whole one once nothing reads the channels that go."""
         student = self._student(self.whole)
         training = Training(
-            student, Objective(self.whole, self.options.seed), coupling(self.options.method, student, self.kept), schedule,
+            student, self.objective_of(student), coupling(self.options.method, student, self.kept), schedule,
             checkpoint=self._checkpoint("led"), progress=self.progress, late=self._late, clock=self.clock,
         )  # fmt: skip
         training.run_to_the_end()
-        done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach() for p, t in student.tensors.items()}))
+        done = self.whole.narrow({}, tensors=student.everywhere({p: t.detach().cpu() for p, t in student.tensors.items()}))
         return done.narrow(self.kept, calibrate=True)
 
     def _against_the_start(self, course: Course, training: Training) -> Course:
@@ -362,9 +401,9 @@ class Recovery:
         student, course = training.student, training.course
         ranges = student.ranges or None
         own = made_of(self.whole, self.kept, self.variants)
-        trained = Trained({path: t for path, t in training.best.items() if path in student.home}, ranges, own)
+        trained = Trained({path: t.cpu() for path, t in training.best.items() if path in student.home}, ranges, own)
         lowering = put(self.whole, self.kept, self.variants, trained, self.out or "memory")
-        student.put(training.best)
+        student.put(training.best, folded=True)
         if score:
             known = {"recovered": score["refitted"]} if not course.best else self._scored("recovered", recovered=student)
             score = {**score, **known}
@@ -374,7 +413,8 @@ class Recovery:
         )  # fmt: skip
         if self.out is not None:
             trained = replace(trained, told=found.to_json())
-            trained.save(self.out)
+            if self.processes.main:
+                trained.save(self.out)
             found = replace(found, trained=trained)
         return found
 

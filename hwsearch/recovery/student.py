@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from hwsearch.compress.formats import StoredWeight, rounded, rounded_weight, stored
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.quantize import LEVELS, UNSIGNED_LEVELS, Key, int8_scale
-from hwsearch.compress.simulate import Rounding, put_bias
+from hwsearch.compress.simulate import Pair, Rounding, put_bias
+from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import flat_inputs
-from hwsearch.graph.canonical import is_get_attr, tensor_attr
+from hwsearch.graph.canonical import NORMS, Norm, is_get_attr, tensor_attr
 from hwsearch.graph.channels import same
+from hwsearch.graph.narrow import cut
 from hwsearch.graph.trace import Traced
 from hwsearch.graph.units import Site, bias_argument
 from hwsearch.lowering.lowering import Lowering
@@ -30,8 +33,11 @@ from hwsearch.network.variants import Variant, int8_levels, stored_once
 from hwsearch.recovery.gradients import Layer, Pruning
 
 FLOAT = Variant("fp32")
+CPU = torch.device("cpu")
 SCALES = "|scales"
 """After the name of a unit, the place of the logarithms of what its scales are multiplied by."""
+GAMMA, MEAN, VARIANCE = "|gamma", "|mean", "|variance"
+"""After the name of a unit, the places of its BatchNorm's scale and running statistics."""
 HELD_STEPS = 2.0**20
 """A channel whose bias is so many steps of its product or more keeps its scale, which the bias asks for (`compress.biases`)."""
 
@@ -45,10 +51,13 @@ class Student:
         quantize_outputs: As the backend wants it (`Backend.quantize_outputs`).
         pruning: Of gradients, in training; None for dense ones.
         learned: Whether the scales of int8 weights of layers are trained.
+        device: That it is trained on.
+        unfolded: Whether layers whose BatchNorm was folded in are trained with it, on the statistics of each batch.
 
     Attributes:
         tensors: Where the graph holds it -> what is trained, in the shapes of the narrow network; a tied tensor is there once.
-            Where scales are learned, the logarithms of what they are multiplied by, too.
+            Where scales are learned, the logarithms of what they are multiplied by, too; and where BatchNorm is unfolded, its
+            scales and running statistics, weights then being those before it, and biases its shifts.
         rounds: Whether units multiply with rounded weights; off, only activations are rounded.
     """
 
@@ -60,20 +69,26 @@ class Student:
         quantize_outputs: bool = False,
         pruning: Pruning | None = None,
         learned: bool = False,
+        device: torch.device = CPU,
+        unfolded: bool = False,
     ) -> None:
         self.lowering, self.variants, self.quantize_outputs = lowering, dict(variants), quantize_outputs
-        self.pruning = pruning
+        self.pruning, self.device = pruning, device
         self.ranges = lowering.ranges if any(v.quantized for v in variants.values()) else {}
         self.home = homes(lowering)
         self.tensors = {
-            path: tensor_attr(lowering.traced.graph, path).detach().clone().requires_grad_()
+            path: tensor_attr(lowering.traced.graph, path).detach().clone().to(device).requires_grad_()
             for path in dict.fromkeys(self.home.values())
         }
         self.rounds = True
         self.grids = {u: g for u, v in self.variants.items() if (g := self._grid(u, v)) is not None}
         self.held = {u: self._held(u, g) for u, g in self.grids.items() if learned and _layer(lowering, u)}
         self.tensors |= {u + SCALES: torch.zeros_like(self.grids[u]).requires_grad_() for u in self.held}
-        self._roundings: dict[int, _Through] = {}
+        self._runs: dict[int, _Run] = {}
+        self.norms: dict[str, Norm] = {}
+        self._folded = False
+        if unfolded:
+            self._unfold()
 
     def _grid(self, unit: str, variant: Variant) -> torch.Tensor | None:
         """The scales of an int8 weight as it is deployed, to multiply it with; None for what has no grid of its own."""
@@ -84,7 +99,55 @@ class Student:
         weight: StoredWeight = rounding.stored_weight(unit, 0, variant)
         assert weight.scales is not None
         scales = weight.broadcast_scales()
-        return torch.from_numpy(np.repeat(scales, weight.block, weight.axis) if weight.block else scales)
+        whole = np.repeat(scales, weight.block, weight.axis) if weight.block else scales
+        return torch.from_numpy(whole).to(self.device)
+
+    def _unfold(self) -> None:
+        """Undo the folding of BatchNorm, so that folding it again gives the weights and biases of now."""
+        whole = self.lowering if self.lowering.whole is None else self.lowering.whole
+        norms, mask = whole.traced.graph.meta.get(NORMS, {}), whole.traced.channels.mask(self.lowering.kept)
+        for unit, (path, bias) in self.lowering.traced.paths.items():
+            if path is None or bias is None or path not in norms or path not in self.home or bias not in self.home:
+                continue
+            norm: Norm = norms[path]
+            axes = whole.traced.channels.tensors.get(bias, [])
+            gamma, mean, variance = (cut(t, axes, mask).clone().to(self.device) for t in norm[:3])
+            self.tensors |= {unit + GAMMA: gamma.requires_grad_(), unit + MEAN: mean, unit + VARIANCE: variance}
+            self.norms[unit] = norm
+            factor = self._factor(unit)
+            with torch.no_grad():
+                self.tensors[self.home[path]].div_(self._by_channel(unit, torch.where(factor == 0, 1.0, factor)))
+                self.tensors[self.home[bias]].add_(mean * factor)
+        if not self.norms:
+            raise InvalidInput("the network has no BatchNorm that was folded into a layer; train it with batchnorm folded")
+
+    def _factor(self, unit: str) -> torch.Tensor:
+        """What folding multiplies the output channels of a weight with; without a gradient."""
+        gamma, variance = (self.tensors[unit + what].detach() for what in (GAMMA, VARIANCE))
+        return gamma / (variance + self.norms[unit].eps).sqrt()
+
+    def _by_channel(self, unit: str, values: torch.Tensor) -> torch.Tensor:
+        """In a shape that multiplies a weight along its output channels."""
+        own = self.lowering.traced.network[unit]
+        return values.reshape([-1 if d == own.out_axis else 1 for d in range(len(own.weight_shape))])
+
+    def folded(self, unit: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight, bias) of a layer with its BatchNorm, on running statistics, folded in."""
+        weight, bias = (self.tensors[self.home[p]] for p in self.lowering.traced.paths[unit] if p is not None)
+        if self._folded:
+            return weight, bias
+        factor = self._factor(unit)
+        return weight * self._by_channel(unit, factor), bias - self.tensors[unit + MEAN] * factor
+
+    def normalised(self, unit: str, y: torch.Tensor) -> torch.Tensor:
+        """What a layer and its BatchNorm put out in training. y: what the layer puts out with its folded weight and no bias."""
+        norm, bias = self.norms[unit], self.lowering.traced.paths[unit][1]
+        if y.numel() == y.shape[1]:
+            raise InvalidInput(f"{unit} has one value for each channel, which BatchNorm cannot train on; give larger batches")
+        gamma, mean, variance = (self.tensors[unit + what] for what in (GAMMA, MEAN, VARIANCE))
+        factor = self._factor(unit)
+        own = y / torch.where(factor == 0, 1.0, factor).reshape([-1 if d == 1 else 1 for d in range(y.dim())])
+        return F.batch_norm(own, mean, variance, gamma, self.tensors[self.home[str(bias)]], True, norm.momentum, norm.eps)
 
     def _held(self, unit: str, grid: torch.Tensor) -> torch.Tensor:
         """Which channels keep their scale."""
@@ -102,19 +165,17 @@ class Student:
         return self.grids[unit] * torch.where(self.held[unit], 0.0, self.tensors[unit + SCALES]).exp()
 
     def __call__(self, traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the model returns. traced: of the narrow network, for inputs of these shapes."""
-        rounding = self._roundings.setdefault(id(traced), _Through(traced, self))
-        inputs = flat_inputs(traced.graph, tuple(args), dict(kwargs))
-        flat = _Run(rounding).run(*inputs, enable_io_processing=False)
-        leaves, spec = pytree.tree_flatten(traced.outputs)
-        found = iter(pytree.tree_leaves(flat))
-        return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
+        """What the model returns. traced: of the narrow network, for inputs of these shapes, on the device."""
+        if id(traced) not in self._runs:
+            self._runs[id(traced)] = _Run(_Through(traced, self))
+        return self._runs[id(traced)].outputs(args, kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Called as the model is, for `Task.evaluate`: the network as it is deployed."""
         traced = self.lowering.traced_for(_call(args, kwargs), "what evaluate gives")
+        args, kwargs = moved((args, kwargs), self.device)
         with torch.no_grad(), self.deployed():
-            return self(traced, args, kwargs)
+            return moved(self(traced, args, kwargs), CPU)
 
     @contextmanager
     def deployed(self) -> Iterator[None]:
@@ -172,6 +233,9 @@ class Student:
     def answer(self) -> dict[str, torch.Tensor]:
         """What is deployed of what is trained: weights on their grids and in their patterns, biases on their steps."""
         found = {path: t.detach().clone() for path, t in self.tensors.items()}
+        for unit in self.norms:
+            places = (self.home[p] for p in self.lowering.traced.paths[unit] if p is not None)
+            found |= {home: t.detach().clone() for home, t in zip(places, self.folded(unit), strict=True)}
         for unit, variant in self.variants.items():
             path, bias_path = self.lowering.traced.paths[unit]
             if variant.plain or path not in self.home or not _layer(self.lowering, unit):
@@ -187,8 +251,9 @@ class Student:
         """The same at every place of the graph that holds them: tied ones at several."""
         return {path: tensors[home] for path, home in self.home.items()}
 
-    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set what is trained."""
+    def put(self, tensors: Mapping[str, torch.Tensor], *, folded: bool = False) -> None:
+        """Set what is trained. folded: to an answer, in which every BatchNorm is folded."""
+        self._folded = folded
         with torch.no_grad():
             for path, value in tensors.items():
                 self.tensors[path].copy_(value)
@@ -277,23 +342,24 @@ class _Through(Rounding):
         step = int8_scale(of, key[2], self.int8_bits)
         return (0.0 if of.unsigned else -(LEVELS + 1.5) * step), ((UNSIGNED_LEVELS if of.unsigned else LEVELS) + 0.5) * step
 
-    def weight(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        call: int,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self.student.rounds:
-            return own, None
+    def weight(self, own: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
         bias_path = self.traced.paths[unit][1]
         bias = None if bias_path is None else self.student.tensor(bias_path)
+        if unit in self.student.norms:
+            own, bias = self.student.folded(unit)
+            if torch.is_grad_enabled():  # in training BatchNorm comes after the product, and its shift is the bias
+                return (self.student.learned_weight(unit, own) if self.student.rounds else own), torch.zeros_like(bias)
+        if not self.student.rounds:
+            return own, bias
         if bias is not None and variant.precision == "int8":
             bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
         return self.student.learned_weight(unit, own), bias
 
     def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        unit, result = self.site[node.name][0], self._product(node, site, args, kwargs)
+        return self.student.normalised(unit, result) if unit in self.student.norms and torch.is_grad_enabled() else result
+
+    def _product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
         pruning, unit = self.student.pruning, self.site[node.name][0]
         if pruning is None or site.weight is None or not torch.is_grad_enabled():
             return super().product(node, site, args, kwargs)
@@ -313,29 +379,57 @@ class _Through(Rounding):
 
     def _whole(self, unit: str) -> torch.Tensor | None:
         """A weight as its unit rounds it, without the pattern that the unit gives it; None where there is no such pattern."""
-        variant, master = self.student.variants.get(unit, FLOAT), self.student.weight_of(unit)
+        variant = self.student.variants.get(unit, FLOAT)
+        master = self.student.folded(unit)[0] if unit in self.student.norms else self.student.weight_of(unit)
         if variant.kept is None or master is None or not self.student.rounds:
             return None
         return self.student.rounded_weight(unit, master.detach(), Variant(variant.precision))
 
-    def constant(
-        self,
-        own: torch.Tensor,
-        unit: str,
-        variant: Variant,
-        replaced: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> torch.Tensor:
+    def constant(self, own: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
         whole = self.traced.network[unit].tied and not stored_once(variant)
         if whole or not self.student.rounds:
             return own
         return self.student.learned_weight(unit, own)
 
 
-class _Run(fx.Interpreter):
+def moved(values: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
+
+
+class OnDevice(fx.Interpreter):
+    """Runs a traced network on a device, whatever device it was traced on."""
+
+    def __init__(self, traced: Traced, device: torch.device) -> None:
+        super().__init__(traced.graph)
+        self.traced, self.device = traced, device
+        self._held: dict[str, Any] = {}
+
+    def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns."""
+        flat = self.run(*flat_inputs(self.traced.graph, tuple(args), dict(kwargs)), enable_io_processing=False)
+        self.env = {}
+        leaves, spec = pytree.tree_flatten(self.traced.outputs)
+        found = iter(pytree.tree_leaves(flat))
+        return pytree.tree_unflatten([next(found) if isinstance(y, torch.Tensor) else y for y in leaves], spec)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target not in self._held:
+            self._held[target] = moved(super().get_attr(target, args, kwargs), self.device)
+        return self._held[target]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def here(value: Any) -> Any:
+            return self.device if isinstance(value, torch.device) else value
+
+        return super().call_function(target, tuple(map(here, args)), {name: here(value) for name, value in kwargs.items()})
+
+
+class _Run(OnDevice):
     """Runs a graph on what is trained, units in their variants."""
 
     def __init__(self, rounding: _Through) -> None:
-        super().__init__(rounding.traced.graph)
+        super().__init__(rounding.traced, rounding.student.device)
         self.rounding, self.student = rounding, rounding.student
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -346,7 +440,8 @@ class _Run(fx.Interpreter):
         site = self.rounding.site.get(n.name)
         unit = site[0] if site is not None else self.rounding.stored.get(n.name, "")
         variant = self.student.variants.get(unit, FLOAT)
-        if not unit or (variant == FLOAT and (site is None or self.student.pruning is None)):
+        plain = variant == FLOAT and self.student.pruning is None and unit not in self.student.norms
+        if not unit or plain or (variant == FLOAT and site is None):
             return super().run_node(n)
         if site is not None:
             return self.rounding.unit(n, variant, None, self)

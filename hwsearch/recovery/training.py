@@ -16,7 +16,7 @@ from hwsearch.progress import Progress
 from hwsearch.recovery.checkpoint import Checkpoint, State
 from hwsearch.recovery.coupling import Coupling
 from hwsearch.recovery.objective import Batch, Objective, digest_seed
-from hwsearch.recovery.student import Student
+from hwsearch.recovery.student import Student, moved
 
 EVALUATIONS = 20
 """How often the weights are judged in a training."""
@@ -30,6 +30,7 @@ WARMUP, MOST_WARMUP = 0.05, 100
 EXPLODED = 1e3
 """Times the first losses, or 1 where these are smaller: a loss above that is not going to fall again."""
 CHECKPOINT_S = 60.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
 DRAWS = 1
 """That the random numbers of pruned gradients are seeded with, beside seed and step: they are no others'."""
 
@@ -103,7 +104,7 @@ class Training:
     ) -> None:
         self.student, self.objective, self.coupling, self.schedule = student, objective, coupling, schedule
         self.checkpoint, self.progress, self.late, self.clock = checkpoint, progress or Progress.silent(), late, clock
-        self.pruning = student.pruning
+        self.processes, self.pruning = objective.processes, student.pruning
         self.optimizer = torch.optim.Adam(student.tensors.values(), schedule.rate)
         self.course = Course()
         self.best = coupling.answer()
@@ -205,13 +206,15 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.pruning is not None:
-            self.pruning.start(digest_seed(self.schedule.seed, self.step, DRAWS))
+            others = () if self.processes.main else (self.processes.index,)
+            self.pruning.start(digest_seed(self.schedule.seed, self.step, DRAWS, *others))
         self.optimizer.zero_grad()
         try:
             loss = self.objective.loss(self.student, batch)
-            value = float(loss.detach())
+            value = self.processes.total(float(loss.detach()) * batch.share)[0]
             self._check(value)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * batch.share).backward()  # type: ignore[no-untyped-call]
+            self.processes.add_up([t.grad for t in self.student.tensors.values() if t.grad is not None])
             self.coupling.gradients(batch.samples)
             self.optimizer.step()
         except (MemoryError, RuntimeError) as error:
@@ -241,7 +244,7 @@ class Training:
 
     def _judge(self) -> float:
         own = {path: t.detach().clone() for path, t in self.student.tensors.items()}
-        self.student.put(self.coupling.answer())
+        self.student.put(self.coupling.answer(), folded=True)
         try:
             return self.objective.held_out_loss(self.student)
         finally:
@@ -298,7 +301,7 @@ class Training:
         self.student.put(parts["weight"])
         self.best = parts["best"]
         for path, tensor in self.student.tensors.items():
-            own: dict[str, Any] = {k: parts[k][path] for k in ("step", "exp_avg", "exp_avg_sq") if path in parts.get(k, {})}
+            own: dict[str, Any] = {k: moved(parts[k][path], tensor.device) for k in MOMENTS if path in parts.get(k, {})}
             if own:
-                self.optimizer.state[tensor] = own
-        self.coupling.load(parts.get("coupling", {}))
+                self.optimizer.state[tensor] = {**own, "step": parts["step"][path]}
+        self.coupling.load(moved(parts.get("coupling", {}), self.student.device))

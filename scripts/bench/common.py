@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau
 
+import hwsearch as hs
 from hwsearch.backends.base import Engine
+from hwsearch.deployment.session import Measured, Session, uniform_candidates
 from hwsearch.device import fingerprint as device
 from hwsearch.device.timing import Timing, paired
 from hwsearch.engine.setup import Setup
+from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.network.choices import Candidate
+from hwsearch.profiler.profile import Effort, profile
+from hwsearch.progress import Progress
 
 
 def parser(
@@ -33,6 +40,31 @@ def parser(
     elif threads:
         made.add_argument("--threads", type=int, nargs="+", default=list(threads))
     return made
+
+
+def searching(doc: str | None, tasks: Sequence[str], out: str) -> argparse.ArgumentParser:
+    """Of a bench that searches: with the folder for its files, and the time of each profile."""
+    made = parser(doc, tasks=tasks)
+    made.add_argument("--out", type=Path, default=Path(out))
+    made.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
+    return made
+
+
+def tables(setup: Setup, folder: Path, args: argparse.Namespace) -> tuple[hs.LatencyTable, hs.SensitivityTable]:
+    """Both tables, with refitted weights in `folder / "weights"`; those of an earlier run are used again."""
+    table = profile(setup, folder / "table.parquet", Effort(args.time_limit), progress=Progress())
+    began = time.perf_counter()
+    scores = sensitivity_for(setup, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress())
+    print(f"  order of channels, refitted weights and sensitivities: {time.perf_counter() - began:.0f} s "
+          "(0 where they were on disk)")  # fmt: skip
+    return table, scores
+
+
+def uniforms(setup: Setup, table: hs.LatencyTable) -> tuple[Session, dict[str, Measured], str]:
+    """(a session, the uniform networks as measured in it, the name of the fastest)."""
+    session = Session(setup, table)
+    _, found = session.measure_all(None, uniform_candidates(setup, table.header.unsupported))
+    return session, found, min(found, key=lambda name: session.ms(found[name]))
 
 
 def say_machine() -> None:

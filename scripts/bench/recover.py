@@ -29,19 +29,17 @@ from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.widths import Kept
 from hwsearch.deployment.deploy import as_deployed, bank_of, kept_of, parse_variants
-from hwsearch.deployment.session import DENSE, Job, Session, uniform_candidates
+from hwsearch.deployment.session import DENSE, Job, Session
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
-from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted
 from hwsearch.network.variants import Variant, legal
 from hwsearch.pipeline.closed_loop import closed_loop
-from hwsearch.profiler.profile import Effort, profile
 from hwsearch.progress import Progress
 from hwsearch.recovery.coupling import METHODS
 from hwsearch.recovery.gradients import WORDS
-from hwsearch.recovery.recovery import LED, Options, Recovered, Recovery
+from hwsearch.recovery.recovery import BATCHNORM, LED, Options, Recovered, Recovery
 
 ALLOCATION = "allocation"
 
@@ -66,13 +64,12 @@ class Case:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, tasks=["zoo:fashion_resnet"])
-    parser.add_argument("--out", type=Path, default=Path("bench-recover"))
-    parser.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
+    parser = common.searching(__doc__, ["zoo:fashion_resnet"], "bench-recover")
     parser.add_argument("--share", type=float, default=0.5, help="budget, of the fastest uniform network's time")
     parser.add_argument("--epochs", type=int, nargs="*", default=[2, 10], help="recoveries of so many are measured")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rate", type=float, help="learning rate; by default it is found")
+    parser.add_argument("--batchnorm", choices=BATCHNORM, default=BATCHNORM[0], help="of the recoveries that are measured")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="of the table")
     parser.add_argument("--gradients", nargs="*", default=list(WORDS[1:]), help="pruned ones, tried on the allocation")
     parser.add_argument("--table-epochs", type=int, default=1, help="of the table of methods; 0: no table")
@@ -106,13 +103,9 @@ def bench(spec: str, args: argparse.Namespace) -> None:
 
 def searched(setup: Setup, folder: Path, args: argparse.Namespace) -> tuple[Session, Allocation]:
     """The answer at the share, and the session that measured it."""
-    table = profile(setup, folder / "table.parquet", Effort(args.time_limit), progress=Progress())
-    sensitivity = sensitivity_for(
-        setup, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress()
-    )
-    session = Session(setup, table)
-    _, uniforms = session.measure_all(None, uniform_candidates(setup, table.header.unsupported))
-    name, quick = min(uniforms.items(), key=lambda pair: session.ms(pair[1]))
+    table, sensitivity = common.tables(setup, folder, args)
+    session, uniforms, name = common.uniforms(setup, table)
+    quick = uniforms[name]
     print(f"  fastest uniform {name}: {session.ms(quick):.4g} ms, score {session.score(quick, name):.4f}")
     share = args.share * session.ms(quick) / session.ms(uniforms[DENSE])
     budgets = parse_budgets([f"latency={share:.6%}"])
@@ -132,7 +125,7 @@ def measured(
     jobs, seconds = {"refitted": Job(variants, base, setup=start)}, {}
     for seed in args.seeds:
         began = time.perf_counter()
-        options = Options(epochs=epochs, rate=args.rate, seed=seed, scored=False)
+        options = Options(epochs=epochs, rate=args.rate, seed=seed, scored=False, batchnorm=args.batchnorm)
         try:
             done = case.recovered(options, folder / f"{args.share:.3f}.{epochs}.{seed}.safetensors")
         except HwsearchError as error:

@@ -17,7 +17,6 @@ import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import common
 import numpy as np
@@ -28,16 +27,13 @@ from hwsearch import backends
 from hwsearch.allocate.budget import parse_budgets
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
-from hwsearch.deployment.session import Job, Session, uniform_candidates
+from hwsearch.deployment.session import Job, Session
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.errors import HwsearchError
 from hwsearch.loss.divergence import divergence
-from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.lowering.refitted import refitted, weight_bank
 from hwsearch.network.variants import Variant
 from hwsearch.pipeline.closed_loop import closed_loop
-from hwsearch.profiler.profile import Effort, profile
-from hwsearch.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,7 @@ class Found:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, tasks=["zoo:fashion_resnet", "zoo:efficientnet_lite0"])
-    parser.add_argument("--out", type=Path, default=Path("bench-widths"))
-    parser.add_argument("--time-limit", type=float, default=600.0, help="of each profile, in seconds")
+    parser = common.searching(__doc__, ["zoo:fashion_resnet", "zoo:efficientnet_lite0"], "bench-widths")
     parser.add_argument("--shares", type=float, nargs="*", default=list(np.linspace(0.95, 0.5, 8)),
                         help="budgets, of the fastest uniform network's time")  # fmt: skip
     parser.add_argument("--rivals", type=int, default=8, help="networks that each rival tries")
@@ -71,25 +65,18 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     setup = set_up(task, backends.get("openvino"))
     print(f"\n{spec}: {len(setup.network.units)} units, {len(setup.network.groups)} channel groups"
           + "".join(f"\n  stays whole: {why}" for why in setup.network.blocked))  # fmt: skip
-    table = profile(setup, folder / "table.parquet", Effort(args.time_limit), progress=Progress())
-    began = time.perf_counter()
-    sensitivity = sensitivity_for(
-        setup, folder / "sens.parquet", grid=table.grid(), weights=folder / "weights", progress=Progress()
-    )
-    print(f"  order of channels, refitted weights and sensitivities: {time.perf_counter() - began:.0f} s "
-          "(0 where they were on disk)")  # fmt: skip
+    table, sensitivity = common.tables(setup, folder, args)
     bank = weight_bank(setup.lowering, folder / "weights", sensitivity.order)
     weights(setup, bank, table.grid())
     refitting(setup, bank)
-    session = Session(setup, table)
-    _, uniforms = session.measure_all(None, uniform_candidates(setup, table.header.unsupported))
+    session, uniforms, name = common.uniforms(setup, table)
     dense = session.dense_score
     print(f"  dense score {dense:.4f}")
-    for name, m in uniforms.items():
+    for what, m in uniforms.items():
         print(
-            f"  {name:11s} {session.ms(m):.4g} ms, score {session.score(m, name):.4f}, KL {session.loss(m):.3g}"
+            f"  {what:11s} {session.ms(m):.4g} ms, score {session.score(m, what):.4f}, KL {session.loss(m):.3g}"
         )
-    name, quick = min(uniforms.items(), key=lambda pair: session.ms(pair[1]))
+    quick = uniforms[name]
     fastest = session.ms(quick)
     joint = []
     for share in args.shares:

@@ -100,7 +100,8 @@ def test_run(api: Install, tmp_path: Path, met: bool, code: int) -> None:
         "task": "task zoo:x", "budgets": ["latency=40%", "size=2MB"], "out": tmp_path, "backend": "openvino",
         "threads": 1, "base": None, "batch": None, "seed": 0, "mode": "context", "axes": ["width", "precision"],
         "keep": (), "load": 0, "prior": (), "lock_clocks": False, "energy": False,
-        "recover_s": 0.0, "floor": None, "minimize": None, "samples": 10, "ray": None,
+        "recover_s": 0.0, "gradients": "dense", "scales": "fixed", "batchnorm": "folded", "floor": None, "minimize": None,
+        "samples": 10, "ray": None,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"met": met}
     invoke(*words, *"--axes width --keep classifier*".split())
@@ -163,8 +164,9 @@ def test_recovery_in_a_run_comes_on_top_of_the_default_limit(api: Install, tmp_p
     seen: dict[str, Any] = {}
     api(run=lambda task, budgets, out, **options: seen.update(options) or Report(True))
     words = ["run", "zoo:x", "--budget", "latency=40%", "--out", str(tmp_path), "--recover", "2m"]
-    assert invoke(*words).exit_code == 0
-    assert seen["recover_s"] == 120.0
+    assert invoke(*words, *"--gradients 2:4:mvue --scales learned --batchnorm unfolded".split()).exit_code == 0
+    assert (seen["recover_s"], seen["gradients"], seen["scales"]) == (120.0, "2:4:mvue", "learned")
+    assert seen["batchnorm"] == "unfolded"
     assert 660.0 < seen["time_limit_s"] <= 720.0
 
 
@@ -186,13 +188,13 @@ def test_recover(api: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     api(recover=recover)
     out = tmp_path / "t.safetensors"
-    options = "--epochs 3 --time-limit 2m --method lc --gradients 2:4:mvue --scales learned --lr 3e-4 --seed 1"
+    options = "--epochs 3 --time-limit 2m --method lc --gradients 2:4:mvue --scales learned --batchnorm unfolded --lr 3e-4 --seed 1"
     words = ["recover", "zoo:x", "a.json", "-o", str(out), *options.split()]
     assert invoke(*words).stdout == f"how it went\n{out}: 1.00 KB; give it to deploy and verify as --weights\n"
     del seen["progress"]
     assert seen == {
-        "out": out, "epochs": 3, "time_limit_s": 120.0, "method": "lc", "gradients": "2:4:mvue", "scales": "learned", "rate": 3e-4,
-        "seed": 1, "weights": None, "backend": None,
+        "out": out, "epochs": 3, "time_limit_s": 120.0, "method": "lc", "gradients": "2:4:mvue", "scales": "learned",
+        "batchnorm": "unfolded", "rate": 3e-4, "seed": 1, "weights": None, "backend": None,
     }  # fmt: skip
     assert json.loads(invoke(*words, "--json").stdout) == {"path": str(out), "method": "lc"}
     for wrong, message in (

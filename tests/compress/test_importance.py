@@ -171,7 +171,7 @@ def test_elimination_removes_what_costs_least_with_all_that_is_left_refitted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importance, "PANEL", panel)
         found = importance._eliminate(
-            importance._Consumer(
+            importance.Consumer(
                 torch.from_numpy(w), torch.from_numpy(np.linalg.inv(g)), torch.from_numpy(c)
             )
             for w, g, c in cases

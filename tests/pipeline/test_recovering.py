@@ -16,7 +16,7 @@ from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.pipeline.allowance import RECOVERY
 from hwsearch.plot import plot_recovery
 from hwsearch.progress import Progress
-from hwsearch.recovery.recovery import Recovery
+from hwsearch.recovery.recovery import Options, Recovery
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
@@ -38,13 +38,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HWSEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(Recovery, "_planned", lambda self, student: (24, 2e-3))
-        return folder, run(folder, recover_s=120.0)
+        return folder, run(folder, recover_s=120.0, gradients="1:2:mvue")
 
 
 def test_the_report_has_both_scores_the_time_and_the_curve(done: tuple[Path, Any]) -> None:
     folder, report = done
     own = report.recovery
     assert own["kept"]
+    assert own["gradients"]["rule"] == "1:2:mvue"
+    assert 0.4 < own["gradients"]["zeros"] < 1.0
+    assert ", gradients 1:2:mvue)" in str(report)
     assert own["held_out"]["recovered"] < own["held_out"]["refitted"]
     assert own["score"].keys() == {"dense", "refitted", "recovered"}
     assert report.score["deployed"] == own["score"]["recovered"]
@@ -96,12 +99,28 @@ def test_recovery_is_of_the_time_limit_and_planned_for(tmp_path: Path, monkeypat
         real(self, stages)
 
     monkeypatch.setattr(Progress, "plan", plan)
-    monkeypatch.setattr(Recovery, "run", lambda self: (_ for _ in ()).throw(HwsearchError("enough")))
+
+    def fail(self: Recovery) -> Any:
+        assert self.options == Options(time_limit_s=100.0, seed=3, scored=False, scales="learned", batchnorm="unfolded")
+        raise HwsearchError("enough")
+
+    monkeypatch.setattr(Recovery, "run", fail)
     with pytest.warns(UserWarning, match="enough"):
-        run(tmp_path, recover_s=100.0, time_limit_s=500.0)
+        run(tmp_path, recover_s=100.0, time_limit_s=500.0, seed=3, scales="learned", batchnorm="unfolded")
     assert planned[-1][RECOVERY] == 100.0
     with pytest.raises(InvalidInput, match=r"10 min 00 s of recovery are of the run's time limit, 1 min 40 s"):
         run(tmp_path, recover_s=600.0, time_limit_s=100.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gradients": "4:2", "recover_s": 60.0}, "unknown gradients '4:2'"), ({"gradients": "2:4"}, "give --recover"),
+     ({"scales": "learned"}, "the answer is not trained; give"), ({"scales": "odd", "recover_s": 60.0}, "unknown scales 'odd'")],
+)  # fmt: skip
+def test_how_to_train_is_refused_before_anything_is_measured(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        run(tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_picture_shows_what_is_kept(done: tuple[Path, Any]) -> None:

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import recovering
 import torch
-from networks import leaves
-from recovering import recover
+from recovering import off, recover
 from torch.nn import functional as F
 
 import hwsearch as hs
-from hwsearch.backends.base import BuildOptions
-from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
@@ -50,19 +47,8 @@ def test_held_out_loss_falls_below_that_of_the_refit(data: bool) -> None:
 def test_trained_engines_are_no_further_from_the_simulation_than_refitted_ones() -> None:
     done = recover()
     first, _, variants = recovering.start()
-    before, after = (_off(low, variants) for low in (first, done.lowering))
+    before, after = (off(low, variants) for low in (first, done.lowering))
     assert after <= max(2 * before, 1e-5)
-
-
-def _off(low: Lowering, variants: Any) -> float:
-    engine = ONNXRuntimeBackend().build(low.onnx(variants).SerializeToString(), BuildOptions(1, "fp32"))
-    off = whole = 0.0
-    x, _ = recovering.images(64, seed=3)
-    for sample in x.split(1):
-        (want,) = leaves(low.simulator(low.traced, (sample,), {}, quantize_outputs=False)(variants))
-        off += float((torch.from_numpy(engine(sample.numpy())[0]) - want).square().sum())
-        whole += float(want.square().sum())
-    return (off / whole) ** 0.5
 
 
 def test_the_answer_is_never_worse_on_held_out_data_than_the_start() -> None:

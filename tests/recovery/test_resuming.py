@@ -59,16 +59,17 @@ def test_a_killed_training_goes_on_to_the_same_weights_bit_by_bit(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("method", "gradients", "scales"),
-    [("mask", "dense", "fixed"), ("lc", "dense", "fixed"), ("shrink", "dense", "learned"), ("halfspace", "1:2:mvue", "fixed"),
-     ("ste", "stochastic:0.9", "fixed"), ("ste", "1:2:mvue", "learned"), ("ste", "1:2:random", "fixed")],
+    "options",
+    [{"method": "mask"}, {"method": "lc"}, {"method": "shrink", "scales": "learned"},
+     {"method": "halfspace", "gradients": "1:2:mvue"}, {"gradients": "stochastic:0.9"},
+     {"gradients": "1:2:mvue", "scales": "learned"}, {"gradients": "1:2:random"}, {"batchnorm": "unfolded"}],
 )  # fmt: skip
 def test_every_method_goes_on_where_it_was_interrupted(
-    method: str, gradients: str, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    own: dict[str, Any] = {"method": method, "gradients": gradients, "scales": scales, "epochs": 2, "scored": False}
+    own: dict[str, Any] = {**options, "epochs": 2, "scored": False}
     recover(out=whole, **own)
     done, count = training.Training._one, [0]
 

@@ -8,12 +8,10 @@ import pytest
 import recovering
 import torch
 from networks import leaves
-from recovering import recover
+from recovering import off, recover
 from torch import nn
 
 import hwsearch as hs
-from hwsearch.backends.base import BuildOptions
-from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.errors import InvalidInput
 from hwsearch.lowering.lowering import Lowering
@@ -97,19 +95,8 @@ def test_a_recovery_learns_scales_and_its_engine_is_no_further_from_the_simulati
     doublings = [(start[u] / trained[u]).log2() for u in start]  # a grid twice as fine holds the same weights
     assert max(float((d - d.round()).abs().max()) for d in doublings) > 1e-3
     assert not any(name.endswith(SCALES) for name in Trained.load(tmp_path / "t.safetensors").tensors)
-    before, after = (_off(low, variants) for low in (first, done.lowering))
+    before, after = (off(low, variants) for low in (first, done.lowering))
     assert after <= max(2 * before, 1e-5)
-
-
-def _off(low: Lowering, variants: dict[str, Variant]) -> float:
-    engine = ONNXRuntimeBackend().build(low.onnx(variants).SerializeToString(), BuildOptions(1, "fp32"))
-    off = whole = 0.0
-    x, _ = recovering.images(64, seed=3)
-    for sample in x.split(1):
-        (want,) = leaves(low.simulator(low.traced, (sample,), {}, quantize_outputs=False)(variants))
-        off += float((torch.from_numpy(engine(sample.numpy())[0]) - want).square().sum())
-        whole += float(want.square().sum())
-    return (off / whole) ** 0.5
 
 
 def test_channels_whose_scale_a_bias_asks_for_keep_it() -> None:

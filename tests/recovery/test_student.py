@@ -10,8 +10,6 @@ from networks import NETWORKS, leaves
 from torch import nn
 
 import hwsearch as hs
-from hwsearch.backends.base import BuildOptions
-from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.compress.widths import Kept
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.refitted import refitted, weight_bank
@@ -94,8 +92,8 @@ class Everything(nn.Module):
         return self.decode(x).transpose(1, 2), self.other(x.mean(1))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_network_with_everything_recovers_and_deploys(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "batchnorm"), [("fp32", "folded"), ("int8", "folded"), ("int8", "unfolded")])
+def test_a_network_with_everything_recovers_and_deploys(precision: str, batchnorm: str) -> None:
     torch.manual_seed(0)
     model = Everything().eval()
     model.batch.running_var.uniform_(0.5, 2.0)
@@ -108,7 +106,7 @@ def test_a_network_with_everything_recovers_and_deploys(precision: str) -> None:
     bank = weight_bank(whole)
     first = refitted(whole, variants, widths, bank)
     kept: Kept = bank.kept(widths)
-    done = Recovery(whole, first, kept, variants, Options(epochs=6, rate=3e-3, scored=False)).run()
+    done = Recovery(whole, first, kept, variants, Options(epochs=6, rate=3e-3, scored=False, batchnorm=batchnorm)).run()
     assert done.better
     assert any(u.tied for u in whole.network.units)
     graph = done.lowering.traced.graph
@@ -116,22 +114,9 @@ def test_a_network_with_everything_recovers_and_deploys(precision: str) -> None:
     tables = [t for p, t in graph.state_dict().items() if p in held and t.shape[0] == 12 and t.dim() == 2]
     assert all(torch.equal(t, tables[0]) for t in tables)  # tied weights stay tied, and were trained
     assert not any(torch.equal(t, model.token.weight) for t in tables)
-    before, after = (_off(low, variants) for low in (first, done.lowering))
+    samples = [sample for batch in ids for sample in batch.split(1)]
+    before, after = (recovering.off(low, variants, samples) for low in (first, done.lowering))
     assert after <= max(2 * before, 1e-5)
-
-
-def _off(low: Lowering, variants: dict[str, Variant]) -> float:
-    """How far the engine is from the simulation, relatively (root mean square over inputs and outputs)."""
-    engine = ONNXRuntimeBackend().build(low.onnx(variants).SerializeToString(), BuildOptions(1, "fp32"))
-    off = whole = 0.0
-    for ids in low.task.calibration:
-        for sample in ids.split(1):
-            have = engine(sample.numpy())
-            simulate = low.simulator(low.traced, (sample,), {}, quantize_outputs=False)
-            for h, w in zip(have, leaves(simulate(variants)), strict=True):
-                off += float((torch.from_numpy(h) - w).square().sum())
-                whole += float(w.square().sum())
-    return (off / whole) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3", "unet", "densenet", "preactivation", "squeeze_excite", "mlp_3d_batchnorm"])
