@@ -80,6 +80,19 @@ def again(done: tuple[Path, Tuned], tmp_path: Path) -> Path:
     return shutil.copytree(done[0], tmp_path / "again")
 
 
+def test_one_sample_gives_an_answer_and_is_a_folder(tmp_path: Path) -> None:
+    found = bayes(tmp_path, "80%", samples=1)
+    assert found.met
+    (sample,) = found.floor["samples"]
+    (own,) = (tmp_path / "samples").iterdir()
+    assert json.loads((own / "sample.json").read_text())["values"] == sample["values"]
+    tensors = load_file(own / "weights.safetensors")
+    assert all(torch.equal(tensors[n], t) for n, t in SCHEME(task(), **sample["values"]).task.model.state_dict().items())
+    assert json.loads((tmp_path / "report.json").read_text())["values"] == found.values
+    assert all((tmp_path / name).stat().st_size > 0 for name in ("model.onnx", "bayes.png", "run.log"))
+
+
+@pytest.mark.slow
 def test_the_floor_is_held_in_ten_samples_and_each_is_a_folder(done: tuple[Path, Tuned]) -> None:
     folder, found = done
     samples = found.floor["samples"]
