@@ -409,7 +409,7 @@ def bayes(
         out: Folder for the results.
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`.
         minimize: The cost that is least: `size` (of the packed weights, computed), `latency` (measured) or `macs`.
-        samples: How many networks are measured at most in this call, with those that fail.
+        samples: How many networks are measured at most for this floor and cost, in all calls, with those that fail.
         backend: Name of a backend, or a backend.
         threads: Inference threads.
         batch: Batch size; None for that of the example inputs.

@@ -169,6 +169,7 @@ class KnobSample(Scored):
 
     Attributes:
         number: In the order in which they were measured.
+        goal: The floor and the cost that it was measured for.
         values: Of the free numbers.
         weights: Digest of its weights: of a scheme that has changed it is another.
         bytes: `nonzero`, `packed`, and of the ONNX `file`.
@@ -176,6 +177,7 @@ class KnobSample(Scored):
     """
 
     number: int
+    goal: str
     values: Mapping[str, float]
     weights: str
     bytes: Mapping[str, int]
@@ -184,7 +186,7 @@ class KnobSample(Scored):
     def to_json(self) -> dict[str, Any]:
         """For its file, and for reports."""
         return {
-            "number": self.number, "values": dict(self.values), **super().to_json(), "bytes": dict(self.bytes),
+            "number": self.number, "goal": self.goal, "values": dict(self.values), **super().to_json(), "bytes": dict(self.bytes),
             "weights": self.weights, "reference_ns": self.reference_ns,
         }  # fmt: skip
 
@@ -197,7 +199,7 @@ class KnobSamples(Kept[KnobSample]):
 
     def _load(self, own: Mapping[str, Any], path: Path) -> KnobSample:
         return KnobSample(
-            number=int(own["number"]), values=own["values"], weights=own["weights"], bytes=own["bytes"],
+            number=int(own["number"]), goal=own["goal"], values=own["values"], weights=own["weights"], bytes=own["bytes"],
             reference_ns=float(own["reference_ns"]), **Scored.fields(own),
         )  # fmt: skip
 

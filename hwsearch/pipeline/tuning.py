@@ -252,7 +252,8 @@ class _Search:
         if same:
             session.scale_ns = same[0].reference_ns  # all times are on one scale
             progress.say(f"{len(same)} sample(s) of before are used again")
-        self.measured = 0
+        self.asked = f"least {goal.minimize} at {goal.floor.text}"
+        self.measured = sum(s.goal == self.asked for s in same)  # a search that was killed goes on with what it had left
 
     def _made_of(self) -> dict[str, Any]:
         """What has to be the same for a sample to be used again, beside its weights."""
@@ -349,7 +350,8 @@ class _Search:
         if made is not None:
             own = self._engine(made)
         fields: dict[str, Any] = {
-            "number": 1 + max((s.number for s in self.done), default=0), "values": dict(values), "weights": "", "bytes": {},
+            "number": 1 + max((s.number for s in self.done), default=0), "goal": self.asked, "values": dict(values),
+            "weights": "", "bytes": {},
             "score": None, "error": None, "costs": Costs(), "reference_ns": self.session.scale_ns,
             "seconds": self.session.limit.used_s - begun_s,
         }  # fmt: skip
