@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hwsearch.allocate.search import front as front
     from hwsearch.allocate.search import search as search
     from hwsearch.allocate.search import search_diverse as search_diverse
+    from hwsearch.api import bayes as bayes
     from hwsearch.api import profile as profile
     from hwsearch.api import recover as recover
     from hwsearch.api import run as run
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hwsearch.loading import load as load
     from hwsearch.loss.table import SensitivityTable as SensitivityTable
     from hwsearch.plot import plot_allocation as plot_allocation
+    from hwsearch.plot import plot_bayes as plot_bayes
     from hwsearch.plot import plot_diagnosis as plot_diagnosis
     from hwsearch.plot import plot_front as plot_front
     from hwsearch.plot import plot_fronts as plot_fronts
@@ -34,10 +36,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "allocate.allocation": ["Allocation"], "api": ["profile", "recover", "run", "sensitivity", "verify"],
+    "allocate.allocation": ["Allocation"], "api": ["bayes", "profile", "recover", "run", "sensitivity", "verify"],
     "deployment.recheck": ["recheck"], "deployment.deploy": ["deploy"],
     "plot": [
-        "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
+        "plot_allocation", "plot_bayes", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery",
+        "plot_staircase",
     ],
     "allocate.search": ["front", "search", "search_diverse"],
     "loss.table": ["SensitivityTable"], "table.table": ["LatencyTable"],

@@ -30,17 +30,20 @@ from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, HwsearchError, IncompatibleTables, InvalidInput
 from hwsearch.files import make_folder, remove_unfinished, write_bytes
 from hwsearch.latency.staircase import measured_widths
+from hwsearch.loading import attribute
 from hwsearch.loss.cluster import connected
 from hwsearch.loss.sensitivity import holds_now, sensitivity_for
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.choices import AXES, RESIDUAL, STORAGE, candidate_widths, check_axes
 from hwsearch.network.variants import STORAGE as IN_INT8
+from hwsearch.pipeline import surrogate
 from hwsearch.pipeline.allowance import LOOP, PREPARING, PROFILE, RECOVERY, Allowance, prepared, shared_out
 from hwsearch.pipeline.closed_loop import closed_loop
 from hwsearch.pipeline.floor import Held, hold_floor
 from hwsearch.pipeline.goal import SAMPLES, Goal
 from hwsearch.pipeline.recovering import recovered_answer
 from hwsearch.pipeline.runtimes import dense_ratios, run_each
+from hwsearch.pipeline.tuning import OBJECTIVES, Tuned, tune
 from hwsearch.plot import plot_front
 from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
@@ -50,6 +53,7 @@ from hwsearch.progress import Progress, spoken
 from hwsearch.recovery.gradients import DENSE
 from hwsearch.recovery.processes import launched
 from hwsearch.recovery.recovery import BATCHNORM, SCALES, Options, Recovered, Recovery
+from hwsearch.schemes import Allocate, Compose, Scheme
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
 from hwsearch.table.table import LatencyTable
@@ -400,6 +404,84 @@ def run(
         _require_one(goal, runtimes)
         return _run_several(partial(run, task, **options), task, runtimes, parsed, folder, (time_limit_s, recover_s), own, progress)
     return _run_alone(task, runtimes[0], parsed, goal, folder, (time_limit_s, recover_s), **options)
+
+
+def bayes(
+    task: Task, scheme: Scheme | str, out: str | Path, *,
+    floor: str | float, minimize: str = "size", samples: int = SAMPLES, backend: str | Backend = "openvino", threads: int = 1,
+    batch: int | None = None, seed: int = 0, progress: Progress | None = None,
+) -> Tuned:  # fmt: skip
+    """Find the free numbers of a scheme: the network of least cost whose measured score holds a floor, in at most ten samples.
+
+    Stage one finds where the score falls below the floor, stage two the least cost within it; the dense network is known without a
+    sample, and is the answer where nothing cheaper holds. Samples are scored by the task's `validate`, or by agreement with the
+    dense network; `evaluate` scores the answer alone. Nothing is trained.
+
+    Leaves model.onnx, report.json, bayes.png, run.log and a folder for each sample in `out`. Another call there uses the samples
+    again, with another floor as well, where the network, the data, the device and the weights that the scheme makes are the same.
+
+    Args:
+        task: What is compressed.
+        scheme: With one to three free parameters; or where it is, as `file.py:NAME`: a scheme, or a function that returns one.
+        out: Folder for the results.
+        floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`.
+        minimize: The cost that is least: `size` (of the packed weights, computed), `latency` (measured) or `macs`.
+        samples: How many networks are measured at most for this floor and cost, in all calls, with those that fail.
+        backend: Name of a backend, or a backend.
+        threads: Inference threads.
+        batch: Batch size; None for that of the example inputs.
+        seed: Of the fits.
+        progress: Shows how far it is; None shows nothing.
+
+    Returns:
+        The report: the numbers, the final score, the costs, and every sample.
+
+    Raises:
+        BudgetMissed: The final score does not hold the floor; the answer is left in `out`.
+        BackendUnavailable: scikit-optimize is not installed (`pip install 'hwsearch[bayes]'`), or the runtime is not.
+        InvalidInput: The scheme or an option is not what it must be, or the dense network does not hold the floor.
+    """
+    surrogate.require()
+    scheme = _scheme(scheme)
+    goal = Goal.of(floor, minimize, samples)
+    assert goal is not None
+    if goal.minimize not in OBJECTIVES:
+        raise InvalidInput(f"{minimize!r} cannot be minimised over a scheme; expected one of {', '.join(OBJECTIVES)}")
+    runtime, folder, progress = backends.get(backend), Path(out), progress or Progress.silent()
+    with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
+        progress.plan({})
+        setup = set_up(task, runtime, threads=threads, base="fp32", batch=batch)
+        return tune(Session(setup), scheme, goal, folder, seed=seed, progress=progress)
+
+
+def _scheme(scheme: Scheme | str) -> Scheme:
+    """A scheme as it is given, or the one that is named."""
+    if isinstance(scheme, str):
+        found = attribute(scheme, "scheme")
+        if callable(found) and not isinstance(found, Scheme):
+            try:
+                found = found()
+            except InvalidInput:
+                raise
+            except Exception as error:
+                raise InvalidInput(f"{scheme} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Scheme):
+            what = "not there" if found is None else type(found).__name__
+            raise InvalidInput(
+                f"{scheme} is {what}; expected a hwsearch scheme, e.g. scheme = hs.schemes.Prune(), or a function without "
+                "arguments that returns one"
+            )
+        scheme = found
+    if isinstance(scheme, Compose) and len(scheme.schemes) > 1 and _allocates(scheme):
+        raise InvalidInput(
+            "the scheme is Allocate and other steps: what is deployed of Allocate is its allocation, with weights refitted, in "
+            "which other steps leave nothing; search over Allocate alone, or over the other steps"
+        )
+    return scheme
+
+
+def _allocates(scheme: Scheme) -> bool:
+    return isinstance(scheme, Allocate) or (isinstance(scheme, Compose) and any(map(_allocates, scheme.schemes)))
 
 
 def _run_alone(

@@ -1,4 +1,4 @@
-"""A task by name: from a file, a package or the zoo."""
+"""A task by name: from a file, a package or the zoo; and any other value of a file or package."""
 
 from __future__ import annotations
 
@@ -26,16 +26,12 @@ def load(spec: str) -> Task:
     Raises:
         InvalidInput: the name is malformed, the file or function is absent or fails, or it returns no valid Task.
     """
-    source, separator, name = spec.rpartition(":")
-    if not separator or not source or not name:
-        raise InvalidInput(
-            f"task {spec!r} is not understood; expected file.py:function, package.module:function or zoo:NAME"
-        )
-    if source == "zoo":
+    source, _, name = spec.rpartition(":")
+    if source == "zoo" and name:
         from hwsearch import zoo
 
         return replace(zoo.load(name), spec=spec)
-    function = getattr(_module(source, spec), name, None)
+    function = attribute(spec)
     if not callable(function):
         raise InvalidInput(
             f"{source} has no function {name!r}; expected a function that returns a hwsearch.Task"
@@ -52,7 +48,18 @@ def load(spec: str) -> Task:
     return replace(task, spec=spec)
 
 
-def _module(source: str, spec: str) -> Any:
+def attribute(spec: str, what: str = "task") -> Any:
+    """What a file or package has under a name; None where it has nothing of that name. what: is named in errors."""
+    source, separator, name = spec.rpartition(":")
+    if not separator or not source or not name:
+        wanted = "file.py:NAME or package.module:NAME"
+        if what == "task":
+            wanted = "file.py:function, package.module:function or zoo:NAME"
+        raise InvalidInput(f"{what} {spec!r} is not understood; expected {wanted}")
+    return getattr(_module(source, spec, what), name, None)
+
+
+def _module(source: str, spec: str, what: str) -> Any:
     try:
         if not source.endswith(".py"):
             sys.path.insert(0, "")
@@ -62,16 +69,16 @@ def _module(source: str, spec: str) -> Any:
                 sys.path.remove("")
         path = Path(source).resolve()
         if not path.is_file():
-            raise InvalidInput(f"task file {source} does not exist")
+            raise InvalidInput(f"{what} file {source} does not exist")
         return _execute(path)
     except InvalidInput:
         raise
     except ModuleNotFoundError as error:
         if error.name and not source.endswith(".py") and f"{source}.".startswith(f"{error.name}."):
-            raise InvalidInput(f"there is no module {source!r} for task {spec!r}") from error
-        raise InvalidInput(f"task {spec!r} imports {error.name!r}, which is not installed") from error
+            raise InvalidInput(f"there is no module {source!r} for {what} {spec!r}") from error
+        raise InvalidInput(f"{what} {spec!r} imports {error.name!r}, which is not installed") from error
     except (Exception, SystemExit) as error:
-        raise InvalidInput(f"task {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise InvalidInput(f"{what} {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _execute(path: Path) -> Any:

@@ -14,9 +14,9 @@ import hwsearch as hs
 def test_exported_names() -> None:
     """A name that goes breaks somebody's script."""
     assert hs.__all__ == [
-        "Allocation", "LatencyTable", "SensitivityTable", "Task", "build", "check", "deploy", "front", "load",
-        "plot_allocation", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery", "plot_staircase",
-        "profile", "recheck", "recover", "run", "search", "search_diverse", "sensitivity", "verify",
+        "Allocation", "LatencyTable", "SensitivityTable", "Task", "bayes", "build", "check", "deploy", "front", "load",
+        "plot_allocation", "plot_bayes", "plot_diagnosis", "plot_front", "plot_fronts", "plot_predictions", "plot_recovery",
+        "plot_staircase", "profile", "recheck", "recover", "run", "search", "search_diverse", "sensitivity", "verify",
     ]  # fmt: skip
     assert all(callable(getattr(hs, name)) for name in hs.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -30,6 +30,7 @@ for command, example in (
     (measuring.sensitivity, f"hwsearch sensitivity {_TASK} -o sens.parquet --table table.parquet --weights weights"),
     (searching.search, f"hwsearch search --table table.parquet --sensitivity sens.parquet {_BUDGET} -o alloc.json"),
     (searching.front, "hwsearch front --table table.parquet --sensitivity sens.parquet -o front.parquet --plot front.png"),
+    (searching.bayes, f"hwsearch bayes {_TASK} --scheme my_scheme.py:scheme --floor 98% --minimize size --out out"),
     (deploying.recover, f"hwsearch recover {_TASK} alloc.json -o trained.safetensors --epochs 2"),
     (deploying.deploy, f"hwsearch deploy {_TASK} alloc.json -o model.onnx --weights weights"),
     (targets.build, f"hwsearch build {_TASK} alloc.json --target sm86 -o engine.plan"),

@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from hwsearch.errors import HwsearchError
 
 INTERRUPTED = 130
-RESUMED = ("profile", "sensitivity", "run")
+RESUMED = ("profile", "sensitivity", "run", "bayes")
 """Commands that leave in their output what they have finished, and go on from there."""
 MISSED = 3
 _ADVICE = re.compile(r"tlparse|TORCH_LOGS|TORCHDYNAMO_|TORCH_COMPILE_DEBUG|TORCH_SHOW_CPP_STACKTRACES")

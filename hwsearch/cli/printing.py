@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hwsearch.deployment.targets import EngineFile, Verdict
     from hwsearch.latency.diagnosis import Diagnosis
     from hwsearch.loss.table import SensitivityTable
+    from hwsearch.pipeline.tuning import Tuned
     from hwsearch.table.table import LatencyTable
 
 WORST = 10
@@ -33,6 +34,7 @@ _ARTIFACTS = {
     "plot": "front.png",
     "trained weights": "trained.safetensors",
     "plot of the recovery": "recover.png",
+    "plot of the samples": "bayes.png",
 }
 
 
@@ -280,11 +282,21 @@ def report(done: Report, machine: bool, folder: Path | None = None) -> None:
         as_json(done.to_json())
         return
     print(done)
-    files = (
-        {what: folder / name for what, name in _ARTIFACTS.items() if (folder / name).is_file()}
-        if folder
-        else {}
-    )
+    if folder:
+        _files(folder)
+
+
+def tuned(found: Tuned, machine: bool, folder: Path) -> None:
+    """The numbers of a scheme, its costs and every sample; folder: where its files are, which are listed."""
+    if machine:
+        as_json(found.to_json())
+        return
+    print(found)
+    _files(folder)
+
+
+def _files(folder: Path) -> None:
+    files = {what: folder / name for what, name in _ARTIFACTS.items() if (folder / name).is_file()}
     if files:
         print("\n" + "\n".join(f"{what}: {path}" for what, path in files.items()))
 

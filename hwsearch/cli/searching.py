@@ -1,9 +1,10 @@
-"""From the two tables to an allocation, or to all that a budget may choose from."""
+"""From the two tables to an allocation, or to all that a budget may choose from; from a scheme to its numbers."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -11,6 +12,8 @@ from hwsearch.cli import printing as show
 from hwsearch.cli.arguments import (
     AsJson,
     Axes,
+    Backend,
+    Batch,
     Budgets,
     Forbid,
     Keep,
@@ -18,13 +21,22 @@ from hwsearch.cli.arguments import (
     MaybeOutput,
     Only,
     Plot,
+    Quiet,
+    Seed,
     SensitivityFile,
     TableFile,
+    TaskSpec,
+    Threads,
     axes_of,
+    require_backend,
     require_output,
 )
 from hwsearch.cli.ending import say
 from hwsearch.cli.sections import choosing
+from hwsearch.errors import BudgetMissed
+
+if TYPE_CHECKING:
+    from hwsearch.pipeline.tuning import Tuned
 
 Objective = Literal["loss", "latency", "latency_p90", "latency_p95", "latency_p99", "size", "memory", "energy", "macs"]
 
@@ -115,3 +127,46 @@ def front(
     if plot is not None:
         hs.plot_front(found, plot)
     show.front(found, as_json)
+
+
+def bayes(
+    task: TaskSpec,
+    scheme: Annotated[
+        str, typer.Option(metavar="FILE:NAME", help="A scheme of one to three free parameters, or a function that returns one.")
+    ],
+    floor: Annotated[
+        str, typer.Option(metavar="SCORE", help="Least score of the answer: 99% (of the dense one), -0.5pt or 0.93.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for the answer and every sample.")
+    ],
+    minimize: Annotated[
+        Literal["size", "latency", "macs"],
+        typer.Option(help="The cost that is least: packed bytes (computed), latency (measured) or multiply-accumulates."),
+    ] = "size",
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Networks that are measured at most, failures included.")] = 10,
+    backend: Backend = "openvino",
+    threads: Threads = 1,
+    batch: Batch = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the numbers of a scheme. The cheapest network of it whose measured score holds a floor, in at most ten samples.
+
+    Each sample is a folder in DIR: the same command goes on with them, and another floor uses them again.
+    """
+    require_backend(backend)
+    import hwsearch as hs
+    from hwsearch.progress import Progress
+
+    try:
+        with Progress(quiet=quiet) as progress:
+            found = hs.bayes(
+                hs.load(task), scheme, out, floor=floor, minimize=minimize, samples=samples, backend=backend, threads=threads,
+                batch=batch, seed=seed, progress=progress,
+            )  # fmt: skip
+    except BudgetMissed as error:
+        show.tuned(cast("Tuned", error.nearest), as_json, out)
+        raise
+    show.tuned(found, as_json, out)

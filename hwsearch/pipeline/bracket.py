@@ -1,13 +1,14 @@
 """Where to look next for the largest bound on the loss whose answer still holds a floor: a guarded bracket on its logarithm.
 
 Score falls as loss grows. A guess by the score that was lost per loss so far is kept to where bisection can still finish: whatever
-the curve, the bracket is as narrow as bisection would make it with the samples that there are.
+the curve, the bracket is as narrow as bisection would make it with the samples that there are. So are guesses of others, on other
+lines along which a score falls (see `knobs`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TOLERANCE = 0.05
@@ -59,8 +60,9 @@ def bracket(tried: Sequence[Tried], within: Range) -> tuple[float, float]:
 
 
 def next_bound(
-    tried: Sequence[Tried], within: Range, allowed: float, left: int, tolerance: float = TOLERANCE
-) -> float | None:
+    tried: Sequence[Tried], within: Range, allowed: float, left: int, tolerance: float = TOLERANCE,
+    guess: Callable[[float, float], float] | None = None,
+) -> float | None:  # fmt: skip
     """The logarithm of the bound to ask for next; None where nothing more is worth a sample.
 
     Args:
@@ -68,6 +70,8 @@ def next_bound(
         within: Where bounds may be.
         allowed: By how much the floor lets the score fall.
         left: How many samples there are.
+        tolerance: A bracket so narrow is not searched any further.
+        guess: Where the floor is likely to be, between two ends; None goes by the score that was lost per loss.
     """
     lo, hi = bracket(tried, within)
     held, failed = any(t.holds for t in tried), any(not t.holds for t in tried)
@@ -85,8 +89,9 @@ def next_bound(
     middle, edge, reach = (lo + hi) / 2.0, EDGE * tolerance, tolerance * 2.0 ** (left - 1)
     if width > 2.0 * reach or width < 2.0 * edge or _known_before(tried):
         return middle
-    guess = min(max(_guess(tried, allowed, middle, hi), lo + edge), hi - edge if failed else hi)
-    return min(max(guess, hi - reach), lo + reach)
+    likely = _guess(tried, allowed, middle, hi) if guess is None else guess(lo, hi)
+    likely = min(max(likely, lo + edge), hi - edge if failed else hi)
+    return min(max(likely, hi - reach), lo + reach)
 
 
 def _known_before(tried: Sequence[Tried]) -> bool:

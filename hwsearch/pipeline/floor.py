@@ -33,8 +33,8 @@ from hwsearch.lowering.refitted import weight_bank
 from hwsearch.pipeline.bracket import Range, Tried, next_bound, proportional
 from hwsearch.pipeline.closed_loop import as_fast_as_now, slower_now, without_refused, without_wrong
 from hwsearch.pipeline.goal import Goal
-from hwsearch.pipeline.samples import Sample, Samples, logarithm
-from hwsearch.pipeline.scorer import Scorer, binomial, scorer_for
+from hwsearch.pipeline.samples import FOLDER, Sample, Samples, logarithm
+from hwsearch.pipeline.scorer import Scorer, scorer_for
 from hwsearch.progress import Progress
 from hwsearch.table.build import Build, Role
 from hwsearch.table.table import LatencyTable
@@ -45,9 +45,6 @@ TRIES = 3
 """Samples that hold the floor and are measured in windows, until one meets the budgets there as well."""
 STRICTER = 0.996
 """What a budget that a sample missed is multiplied with, beside what it was over."""
-FOLDER = "samples"
-DUST = 1e-9
-"""By which a score may be below the floor: the dense network's, through an engine that rounds otherwise, holds 100%."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,8 @@ class Held:
 
     def judged(self, report: Report) -> Report:
         """The report, with the floor, how the final score stands to it, and every sample."""
-        dense, score = report.score["dense"], report.score["deployed"]
-        floor, count = self.goal.floor.of(dense), self.scorer.session.setup.lowering.task.scored
-        error, held = binomial(score, count), score >= floor - DUST * max(1.0, abs(floor))
         return replace(report, floor={
-            "text": self.goal.floor.text, "least": floor, "held": held, "error": error, "scored": count,
-            "standard_errors": (score - floor) / error if error else None, "minimized": self.goal.minimize,
-            "search": {"by": self.scorer.by, "says": self.scorer.says, "dense": self.scorer.dense, "least": self.scorer.floor},
+            **self.scorer.judged(self.goal, report.score["dense"], report.score["deployed"]),
             "samples": [
                 {**s.to_json(), "holds": s.spare(self.scorer) >= 0, "reused": s.reused, "answer": s is self.answer}
                 for s in self.samples
@@ -238,7 +230,10 @@ class _Search:
                 self.builds.append(replace(own.build, role=Role.DEPLOYED))
         except BackendUnavailable as problem:
             failed = str(problem)
-        sample = Sample(allocation, self.family, bound, score, error, costs, self.session.limit.used_s - begun_s, failed)
+        sample = Sample(
+            allocation=allocation, family=self.family, bound=bound, score=score, error=error, costs=costs,
+            seconds=self.session.limit.used_s - begun_s, failed=failed,
+        )  # fmt: skip
         self.samples.add(sample)
         self._tighten(costs)
         self.progress.step(f"sample {self.measured} of at most {self.goal.samples}: {self._said(sample)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from hwsearch.deployment.evaluate import predictor, score
 from hwsearch.deployment.session import Measured, Session
 from hwsearch.graph.calls import evaluating
 from hwsearch.loss.divergence import closeness
-from hwsearch.pipeline.goal import Floor
+from hwsearch.pipeline.goal import Floor, Goal
 
 VALIDATE, AGREEMENT = "validate", "agreement"
+DUST = 1e-9
+"""By which a score may be below the floor: the dense network's, through an engine that rounds otherwise, holds 100%."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Scorer:
     def allowed(self) -> float:
         """By how much the floor lets the score fall."""
         return self.dense - self.floor
+
+    def judged(self, goal: Goal, dense: float, score: float) -> dict[str, Any]:
+        """For reports: how a final score stands to the floor, and what the search went by. dense: the dense network's score."""
+        floor, count = goal.floor.of(dense), self.session.setup.lowering.task.scored
+        error, held = binomial(score, count), score >= floor - DUST * max(1.0, abs(floor))
+        return {
+            "text": goal.floor.text, "least": floor, "held": held, "error": error, "scored": count,
+            "standard_errors": (score - floor) / error if error else None, "minimized": goal.minimize,
+            "search": {"by": self.by, "says": self.says, "dense": self.dense, "least": self.floor},
+        }  # fmt: skip
 
     def __call__(self, measured: Measured) -> tuple[float, float | None]:
         """(score, its standard error; None where that is not known)."""

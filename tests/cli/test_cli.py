@@ -49,6 +49,7 @@ def test_help_needs_no_heavy_module_and_no_patience() -> None:
         "sensitivity",
         "search",
         "front",
+        "bayes",
         "deploy",
         "verify",
         "run",

@@ -50,6 +50,7 @@ def test_errors_are_one_line_and_an_exit_code(
         (("profile", "zoo:x", "-o", "t.parquet"), True),
         (("sensitivity", "zoo:x", "--output=s.parquet"), True),
         (("run", "zoo:x", "--budget", "latency=50%", "--out", "out"), True),
+        (("bayes", "zoo:x", "--scheme", "s.py:s", "--floor", "98%", "--out", "out"), True),
         (("verify", "zoo:x", "--alloc", "a.json", "-o", "r.json"), False),
         (("search", "--table", "t", "--sensitivity", "s", "--budget", "size=50%", "-o", "a.json"), False),
     ],

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from invoking import Install, Scores, Table, invoke
+from invoking import Install, Report, Scores, Table, invoke, raising
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.front import Front, Point
 from hwsearch.allocate.search import KAPPA
+from hwsearch.errors import BudgetMissed
 
 
 def test_search(api: Install, tmp_path: Path) -> None:
@@ -150,3 +151,35 @@ def test_a_front_over_two_costs_shows_both_budgets(api: Install, tmp_path: Path)
     assert rows[1] == ["4", "ms", "2.00", "MB", "3.9", "ms", "1.00", "MB", "-", "0.5"]
     assert Front.load(tmp_path / "f.parquet").swept == ("latency", "size")
     assert json.loads(invoke(*words, str(tmp_path / "f.parquet"), "--json").stdout)["beside"] == "size"
+
+
+def test_bayes(api: Install, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def find(*words: Any, **options: Any) -> Report:
+        seen.append((words, options))
+        return Report(True)
+
+    api(bayes=find)
+    (tmp_path / "bayes.png").touch()
+    words = f"bayes zoo:x --scheme s.py:s --floor 98% -o {tmp_path}".split()
+    result = invoke(*words)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("the report, met: True\n")
+    assert f"plot of the samples: {tmp_path / 'bayes.png'}" in result.stdout
+    given, options = seen[0]
+    assert given == ("task zoo:x", "s.py:s", tmp_path)
+    options.pop("progress")
+    usual = {"floor": "98%", "minimize": "size", "samples": 10, "backend": "openvino", "threads": 1, "batch": None, "seed": 0}
+    assert options == usual
+    assert json.loads(invoke(*words, *"--json --minimize latency --samples 4 --threads 2 --seed 3".split()).stdout) == {"met": True}
+    options = seen[-1][1]
+    options.pop("progress")
+    assert options == {**usual, "minimize": "latency", "samples": 4, "threads": 2, "seed": 3}
+    assert invoke(*words, "--minimize", "energy").exit_code == 2
+
+    api(bayes=raising(BudgetMissed("the floor breaks: ...", nearest=Report(False))))
+    missed = invoke(*words)
+    assert missed.exit_code == 3
+    assert "the report, met: False" in missed.stdout
+    assert missed.stderr == "error: the floor breaks: ...\n"
