@@ -1,12 +1,11 @@
-"""What a sum of losses misses, learnt from stitched networks: how losses add up, and which of them count more.
+"""What a sum of losses misses, learnt from stitched networks: how fast the loss of all grows with it, and which count more.
 
 Of one unit or channel group changed alone the loss is l. The predicted loss of an allocation is
 
-    factor * (sum over units and groups of coefficient * l ** power) ** exponent
+    factor * (sum over units and groups of coefficient * l) ** exponent
 
-Errors of independent directions add up in their squares, which losses are: power 1. Those of one direction add up themselves:
-power 1/2. Coefficients are those of SPDY (Frantar and Alistarh, 2022), shrunk to 1, and fitted where SPDY tries them at random.
-The sum is linear in what each unit and group chooses, and the rest only grows with it: the search stays exact.
+Coefficients are those of SPDY (Frantar and Alistarh, 2022), shrunk to 1, and fitted where SPDY tries them at random. The sum is
+linear in what each unit and group chooses, and the rest only grows with it: the search stays exact.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ LEAST = 12
 FACTOR = 1.5
 """A predicted loss within this factor of the simulated one counts as right."""
 FOLDS = 5
-POWERS = (1.0, 0.75, 0.5)
 SPREADS = (0.0, 0.3, 1.0)
 """Standard deviations of the logarithms of coefficients, between which cross-validation chooses; 0: all are 1."""
-NOISE, FACTORS, GROWTHS = 0.2, 1.0, 0.5
-"""Standard deviations: of a simulated loss about its prediction and of the factor, as logarithms, and of the growth about 1."""
-_STEPS, _LONGEST = 40, 0.5
+NOISE, FACTORS, EXPONENTS = 0.2, 1.0, 0.5
+"""Standard deviations: of a simulated loss about its prediction and of the factor, as logarithms, and of the exponent about 1."""
+_STEPS, _LONGEST = 12, 0.5
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,21 @@ class Correction:
 
     Attributes:
         units, groups: Coefficient of each unit's and each channel group's loss; 1 where there is none.
-        power: To which each loss is raised before it is added.
         factor, exponent: Predicted loss = factor * total ** exponent.
     """
 
     units: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, float] = field(default_factory=dict)
-    power: float = 1.0
     factor: float = 1.0
     exponent: float = 1.0
 
     def of_unit(self, unit: str, loss: float) -> float:
         """What a unit's loss adds to the total."""
-        return self.units.get(unit, 1.0) * float(loss**self.power)
+        return self.units.get(unit, 1.0) * loss
 
     def of_group(self, group: str, loss: float) -> float:
         """What a channel group's loss adds to the total."""
-        return self.groups.get(group, 1.0) * float(loss**self.power)
+        return self.groups.get(group, 1.0) * loss
 
     def loss(self, total: float) -> float:
         """The predicted loss of a total; a bound on one may be below 0 by rounding."""
@@ -117,52 +113,39 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What cross-validation chooses between. power: 0 for the sum as it is. spread: of the coefficients."""
-
-    power: float
-    spread: float
-
-
-SUM = Setting(0.0, 0.0)
-SETTINGS = (SUM, *(Setting(p, s) for p in POWERS for s in SPREADS))
-
-
-@dataclass(frozen=True)
 class Fitted:
     """A law fitted to stitched networks: `logs` of the coefficients by column, and the rest as in `Correction`."""
 
     logs: Vector
-    power: float = 1.0
     factor: float = 1.0
     exponent: float = 1.0
 
     def predict(self, losses: Vector) -> Vector:
         """Loss of each row of losses (one a network, a column a unit or group)."""
-        totals = losses**self.power @ np.exp(self.logs)
+        totals = losses @ np.exp(self.logs)
         predicted: Vector = self.factor * totals**self.exponent
         return predicted
 
 
-def learn(losses: Vector, simulated: Vector, settings: Sequence[Setting] = SETTINGS) -> tuple[Fitted, Vector]:
+def learn(losses: Vector, simulated: Vector) -> tuple[Fitted, Vector]:
     """(the law, what each network is predicted to lose by a law learnt from others).
 
-    Cross-validation chooses the setting; the sum stays where nothing is better than it by more than a standard error. The
-    predictions are of networks that neither their law nor the choice of its setting has seen.
+    Cross-validation chooses the spread; the sum stays where nothing is better than it by more than a standard error. The
+    predictions are of networks that neither their law nor the choice of its spread has seen.
 
     Args:
         losses: [networks, units and groups], of what each network changes, each changed alone; 0 where it is not changed.
         simulated: [networks] losses; all above 0, as the sum of each row is.
-        settings: The sum first.
     """
     unseen = np.empty(len(simulated))
     for seen, held in _folds(len(simulated)):
-        unseen[held] = _chosen(losses[seen], simulated[seen], settings).predict(losses[held])
-    return _chosen(losses, simulated, settings), unseen
+        unseen[held] = _chosen(losses[seen], simulated[seen]).predict(losses[held])
+    return _chosen(losses, simulated), unseen
 
 
-def _chosen(losses: Vector, simulated: Vector, settings: Sequence[Setting]) -> Fitted:
-    """The law of the setting with the least error where it was not fitted."""
+def _chosen(losses: Vector, simulated: Vector) -> Fitted:
+    """The law of the spread with the least error where it was not fitted, or the sum."""
+    settings: tuple[float | None, ...] = (None, *SPREADS)
     errors = np.empty((len(settings), len(simulated)))
     for seen, held in _folds(len(simulated)):
         for row, setting in zip(errors, settings, strict=True):
@@ -181,29 +164,29 @@ def _folds(count: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         yield numbers[numbers % FOLDS != fold], numbers[numbers % FOLDS == fold]
 
 
-def fitted(losses: Vector, simulated: Vector, setting: Setting) -> Fitted:
-    """The law that is likeliest: Gauss-Newton on logarithms of losses, with normal priors about the sum (growth 1, factor 1).
+def fitted(losses: Vector, simulated: Vector, spread: float | None) -> Fitted:
+    """The law that is likeliest: Gauss-Newton on logarithms of losses, with normal priors about the sum; None: the sum itself.
 
     The normal equations are those of the networks, of which there are fewer than coefficients.
     """
     count = losses.shape[1]
-    if not setting.power:
+    if spread is None:
         return Fitted(np.zeros(count))
-    raised, wanted = losses**setting.power, np.log(simulated)
+    wanted = np.log(simulated)
     prior = np.concatenate([np.zeros(count), [0.0, 1.0]])
-    variance = np.square([*[setting.spread] * count, FACTORS, GROWTHS])
+    variance = np.square([*[spread] * count, FACTORS, EXPONENTS])
     own = prior.copy()
     for _ in range(_STEPS):
-        parts = raised * np.exp(own[:count])
+        parts = losses * np.exp(own[:count])
         totals = parts.sum(1)
-        level = np.log(totals) / setting.power
-        slopes = np.column_stack([own[-1] / setting.power * parts / totals[:, None], np.ones(len(wanted)), level])
+        level = np.log(totals)
+        slopes = np.column_stack([own[-1] * parts / totals[:, None], np.ones(len(wanted)), level])
         misses = wanted - own[-2] - own[-1] * level
-        spread = slopes * variance
-        weights = np.linalg.solve(spread @ slopes.T + NOISE**2 * np.eye(len(wanted)), misses + slopes @ (own - prior))
-        step = prior + spread.T @ weights - own
+        spanned = slopes * variance
+        weights = np.linalg.solve(spanned @ slopes.T + NOISE**2 * np.eye(len(wanted)), misses + slopes @ (own - prior))
+        step = prior + spanned.T @ weights - own
         own += np.clip(step, -_LONGEST, _LONGEST)
         own[-1] = max(own[-1], 0.1)
-        if np.abs(step).max() < 1e-9:
+        if np.abs(step).max() < 1e-4:
             break
-    return Fitted(own[:count], setting.power, float(np.exp(own[-2])), float(own[-1] / setting.power))
+    return Fitted(own[:count], float(np.exp(own[-2])), float(own[-1]))

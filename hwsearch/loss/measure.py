@@ -294,7 +294,7 @@ def _corrected(table: SensitivityTable, whole: Sequence[Choice], simulated: Sequ
         unseen = tuple(predicted.tolist())
         own = dict(zip(names, np.exp(law.logs).tolist(), strict=True))
         units, groups = ({n: c for (kind, n), c in own.items() if kind == what and c != 1.0} for what in (UNIT, GROUP))
-        table = replace(table, correction=Correction(units, groups, law.power, law.factor, law.exponent))
+        table = replace(table, correction=Correction(units, groups, law.factor, law.exponent))
     found = Agreement.of(unseen or [p for p, _ in pairs], [loss for _, loss in pairs])
     return replace(table, validation=pairs, corrected=unseen, rank_correlation=found.tau if found else None)
 
@@ -413,8 +413,9 @@ class _Sums:
 
     def first(self) -> Vector:
         """Mean losses of the choices on the first batch, whatever else there was time for."""
-        index = min(self.batches, key=int)
-        return np.array(self.batches[index]["units"]) / self.batches[index]["count"]
+        entry = self.batches[min(self.batches, key=int)]
+        own: Vector = np.array(entry["units"], dtype=np.float64)
+        return own / int(entry["count"])
 
     def mean(self) -> Vector:
         """Mean losses of the choices."""

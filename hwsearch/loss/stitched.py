@@ -31,7 +31,7 @@ def stitched(
     """
     units = [(u, sorted(own.items(), key=lambda pair: pair[1])) for u, own in loss.items() if len(own) > 1]
     groups = [(g, sorted(own.items(), key=lambda pair: pair[1])) for g, own in width_loss.items() if len(own) > 1]
-    losses = [np.array([x for _, x in own]) for _, own in [*units, *groups]]
+    losses = [np.array([x for _, x in own]) for _, own in units] + [np.array([x for _, x in own]) for _, own in groups]
     most = sum(float(own[-1]) for own in losses)
     if not 0.0 < most < math.inf:
         return []

@@ -349,12 +349,15 @@ def _checks(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
 
 def _checks_of_correction(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
     """As `_checks`, of what was learnt from stitched networks."""
-    own, each = table.correction, (table.network.by_name, table.network.channels)
-    checks = [
+    own = table.correction
+    checks: list[tuple[str, Any, bool, str]] = [
         (f"correction.{what}", value, number(value, above=True), "a finite number above 0")
-        for what, value in (("power", own.power), ("factor", own.factor), ("exponent", own.exponent))
+        for what, value in (("factor", own.factor), ("exponent", own.exponent))
     ]
-    for what, coefficients, known in zip(("units", "groups"), (own.units, own.groups), each, strict=True):
+    of: tuple[tuple[str, Any, set[str]], ...] = (
+        ("units", own.units, set(table.network.by_name)), ("groups", own.groups, set(table.network.channels)),
+    )  # fmt: skip
+    for what, coefficients, known in of:
         right = isinstance(coefficients, dict) and all(n in known and number(c, above=True) for n, c in coefficients.items())
         checks.append((f"correction.{what}", coefficients, right, f"a number above 0 for {what} of the network"))
     right = all(map(number, table.corrected)) and len(table.corrected) in (0, len(table.validation))

@@ -2,7 +2,7 @@
 """Predicted against simulated loss on random allocations over widths and precisions, before and after learning interactions.
 
 Allocations are drawn as `hwsearch.loss.stitched` draws those to learn from, with other random numbers, and simulated on data that
-chose nothing: the first samples of what the task's `evaluate` is called on. Beside what `hwsearch sensitivity` learns, parts of it
+chose nothing: samples of what the task's `evaluate` is called on. Beside what `hwsearch sensitivity` learns, parts of it
 alone, and with terms of pairs: neighbours (units joined by an edge, groups that share a unit, units with their groups) and
 the pairs among the ten that lose most. Widths are those of the table in `--tables`, where there is one of the task.
 
@@ -15,7 +15,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,26 @@ from typing import Any
 import common
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 import hwsearch as hs
 from hwsearch import backends
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.graph.calls import as_call
-from hwsearch.loss.interactions import SUM, Agreement, Fitted, Setting, fitted, learn
+from hwsearch.loss import measure
+from hwsearch.loss.interactions import Agreement, Fitted, fitted, learn
 from hwsearch.loss.measure import Choice, Scorer
 from hwsearch.loss.sensitivity import sensitivity_for
 from hwsearch.loss.stitched import stitched
 from hwsearch.loss.table import GROUP, UNIT, SensitivityTable
-from hwsearch.lowering.lowering import in_pieces
 from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import candidate_widths
 from hwsearch.network.network import Network
+from hwsearch.network.variants import Variant
 from hwsearch.progress import Progress
 
+SEED = 2
+"""Of the allocations; those that are learnt from have another."""
 PAIR = 0.1
 """What a pair's term is multiplied with before its coefficient, which is shrunk to 1."""
 
@@ -48,8 +51,7 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 def main() -> None:
     parser = common.parser(__doc__, tasks=["zoo:fashion_resnet", "zoo:minilm", "zoo:efficientnet_lite0"], backend=True)
     parser.add_argument("--allocations", type=int, default=40)
-    parser.add_argument("--learnt", type=int, default=48, help="stitched networks that the parts are fitted to")
-    parser.add_argument("--samples", type=int, default=256, help="on which allocations are simulated")
+    parser.add_argument("--samples", type=int, default=128, help="on which allocations are simulated")
     parser.add_argument("--tables", type=Path, default=Path("profiles"))
     parser.add_argument("--out", type=Path, default=Path("bench-interactions"))
     args = parser.parse_args()
@@ -64,19 +66,17 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     folder = args.out / task.name
     setup = set_up(task, backends.get(args.backend))
     begun = time.perf_counter()
-    scores = sensitivity_for(
-        setup, folder / "sens.parquet", grid=grid(setup, args.tables / f"{task.name}.{args.backend}.1t.parquet"),
-        weights=folder / "weights", progress=Progress(),
-    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, seen = scored(setup, grid(setup, args.tables / f"{task.name}.{args.backend}.1t.parquet"), folder)
     print(f"\n{spec}: {len(setup.network.units)} units, {len(scores.width_loss)} channel groups, losses of {scores.samples} "
           f"samples, {scores.passes} passes of stitched networks; {time.perf_counter() - begun:.0f} s")  # fmt: skip
     for what, own in zip(("the sum", "learnt"), scores.agreement, strict=True):
         print(f"  hwsearch sensitivity, {what}: {own}")
-    print(f"  power {scores.correction.power:g}, factor {scores.correction.factor:.3g}, exponent {scores.correction.exponent:.3g}, "
-          f"coefficients of units {spread(scores.correction.units)}, of groups {spread(scores.correction.groups)}")  # fmt: skip
+    print(f"  factor {scores.correction.factor:.3g}, exponent {scores.correction.exponent:.3g}, "
+          f"coefficients of units {ends(scores.correction.units)}, of groups {ends(scores.correction.groups)}")  # fmt: skip
     simulated = Simulated(setup, scores, folder)
-    seen = simulated.of("seen", stitched(scores.loss, scores.width_loss, args.learnt, 1), lambda: setup.lowering.scoring)
-    held = simulated.of("held", stitched(scores.loss, scores.width_loss, args.allocations, 2), lambda: unseen(setup, args.samples))
+    choices = stitched(scores.loss, scores.width_loss, args.allocations, SEED)
+    held = simulated.of("held", choices, lambda: unseen(setup, args.samples))
     print(f"  on {len(held)} allocations, {args.samples} samples that chose nothing, by what {len(seen)} others taught:")
     truth = np.array([loss for _, loss in held])
     said("hwsearch sensitivity", np.array([scores.total(*choice) for choice, _ in held]), truth)
@@ -84,7 +84,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
         said(name, law([choice for choice, _ in held]), truth)
 
 
-def spread(coefficients: Mapping[str, float]) -> str:
+def ends(coefficients: Mapping[str, float]) -> str:
     own = list(coefficients.values())
     return f"{min(own):.2f} to {max(own):.2f}" if own else "1"
 
@@ -98,30 +98,44 @@ def grid(setup: Setup, path: Path) -> dict[str, list[int]]:
     return {g: candidate_widths(n) for g, n in setup.network.channels.items()}
 
 
-class Enough(Exception):
-    """There are as many samples as are wanted."""
+def scored(setup: Setup, widths: Mapping[str, Sequence[int]], folder: Path) -> tuple[SensitivityTable, list[tuple[Choice, float]]]:
+    """The sensitivities, and the stitched networks that they were learnt from with their losses."""
+    path, corrected = folder / "seen.json", measure._corrected
+
+    def record(table: SensitivityTable, whole: Sequence[Choice], simulated: Sequence[float]) -> SensitivityTable:
+        told = [({u: str(v) for u, v in a.items()}, b, loss) for (a, b), loss in zip(whole, simulated, strict=False)]
+        path.write_text(json.dumps(told))
+        return corrected(table, whole, simulated)
+
+    measure._corrected = record
+    scores = sensitivity_for(setup, folder / "sens.parquet", grid=widths, weights=folder / "weights", progress=Progress())
+    measure._corrected = corrected
+    told = [(({u: Variant.parse(v) for u, v in a.items()}, b), loss) for a, b, loss in json.loads(path.read_text())]
+    return scores, [(choice, loss) for choice, loss in told if loss > 0 and scores.offers(*choice)]
 
 
 def unseen(setup: Setup, samples: int) -> list[Any]:
-    """The first samples of what the task is evaluated on, in batches as large as those of the calibration data."""
-    task, found = setup.lowering.task, list[Any]()
+    """Samples of what the task is evaluated on, evenly spread, in batches as large as those of the calibration data."""
+    task, found, outputs = setup.lowering.task, list[Any](), dict[int, Any]()
 
     def record(*args: Any, **kwargs: Any) -> Any:
+        """What it returns has only to look like outputs."""
         found.append(kwargs or (args[0] if len(args) == 1 else args))
-        if sum(count(own) for own in found) >= samples:
-            raise Enough
-        with torch.no_grad():
-            return task.model(*args, **kwargs)
+        if count(found[-1]) not in outputs:
+            with torch.no_grad():
+                outputs[count(found[-1])] = task.model(*args, **kwargs)
+        return outputs[count(found[-1])]
 
-    with suppress(Enough):
-        task.evaluate(record)
-    pieces = list(in_pieces(found, count(setup.lowering.calibration[0][1:])))
-    return [(setup.lowering.traced_for(own, "evaluated data"), *as_call(own)) for own in pieces if count(own) == count(pieces[0])]
+    task.evaluate(record)
+    whole = pytree.tree_map(lambda *parts: torch.cat(parts), *found)
+    rows = torch.from_numpy(np.linspace(0, count(whole) - 1, samples).round().astype(int))
+    size = count(setup.lowering.calibration[0][1:])
+    pieces = [pytree.tree_map(lambda x, own=own: x[own], whole) for own in torch.split(rows, size) if len(own) == size]
+    return [(setup.lowering.traced_for(own, "evaluated data"), *as_call(own)) for own in pieces]
 
 
 def count(inputs: Any) -> int:
-    leaves = torch.utils._pytree.tree_leaves(inputs)
-    return int(next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.dim()))
+    return int(next(x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.dim()))
 
 
 class Simulated:
@@ -163,21 +177,18 @@ def laws(seen: Sequence[tuple[Choice, float]], scores: SensitivityTable) -> dict
     losses, truth = columns([choice for choice, _ in seen]), np.array([loss for _, loss in seen])
     factor = float(np.median(truth / losses.sum(1)))
 
-    def of(law: Fitted, pairs: bool = False) -> Law:
-        return lambda choices: law.predict(columns.with_pairs(choices) if pairs else columns(choices))
+    def of(law: Fitted, power: float = 1.0, pairs: bool = False) -> Law:
+        return lambda choices: law.predict((columns.with_pairs(choices) if pairs else columns(choices)) ** power)
 
-    found = {"none: the sum": of(fitted(losses, truth, SUM)), "one factor": lambda choices: factor * columns(choices).sum(1)}
-    for power in (1.0, 0.75, 0.5):
-        for width in (0.0, 0.3, 1.0):
-            part = "factor and exponent" if not width else f"and coefficients, spread {width:g}"
-            found[f"power {power:g}, {part}"] = of(fitted(losses, truth, Setting(power, width)))
-    found["chosen by cross-validation"] = of(learn(losses, truth)[0])
     wider = columns.with_pairs([choice for choice, _ in seen])
-    for power in (1.0, 0.5):
-        for width in (0.3, 1.0):
-            found[f"power {power:g}, and pairs, spread {width:g}"] = of(fitted(wider, truth, Setting(power, width)), pairs=True)
-    settings = [SUM, *(Setting(p, s) for p in (1.0, 0.75, 0.5) for s in (0.3, 1.0))]
-    found["pairs, chosen by cross-validation"] = of(learn(wider, truth, settings)[0], pairs=True)
+    found = {"none: the sum": of(fitted(losses, truth, None)), "one factor": lambda choices: factor * columns(choices).sum(1)}
+    found["factor and exponent"] = of(fitted(losses, truth, 0.0))
+    for spread in (0.3, 1.0):
+        found[f"... and coefficients, spread {spread:g}"] = of(fitted(losses, truth, spread))
+        found[f"... and pairs, spread {spread:g}"] = of(fitted(wider, truth, spread), pairs=True)
+        for power in (0.75, 0.5):
+            found[f"... of losses to the power {power:g}, spread {spread:g}"] = of(fitted(losses**power, truth, spread), power)
+    found["pairs, spread chosen by cross-validation"] = of(learn(wider, truth)[0], pairs=True)
     return found
 
 

@@ -54,7 +54,7 @@ def test_the_answer_is_that_of_brute_force(share: float) -> None:
     assert found.predicted["loss"] == pytest.approx(SCORES.total(chosen(found).variants, found.widths))
 
 
-LEARNT = replace(SCORES, correction=Correction({"conv0": 3.0, "conv3": 0.4}, {"conv1": 2.0}, 0.5, 1.7, 2.5))
+LEARNT = replace(SCORES, correction=Correction({"conv0": 3.0, "conv3": 0.4}, {"conv1": 2.0}, 1.7, 1.3))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])

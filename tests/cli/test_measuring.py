@@ -59,7 +59,7 @@ def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
         network=SimpleNamespace(name="net", channels={"stem": 32}), divergence="softmax", samples=512,
         rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25, 8: 0.5}}, estimated={("stem", 8)},
         loss={"calm": {"dense.fp32": 0.0, "dense.int8": 1e-4}, "touchy": {"dense.fp32": 0.0, "dense.int8": 0.5}},
-        agreement=(Agreement(0.75, 0.4, 0.5, 48), Agreement(0.875, 0.9, 1.0, 48)), passes=96, correction=Correction(power=0.5),
+        agreement=(Agreement(0.75, 0.4, 0.5, 48), Agreement(0.875, 0.9, 1.0, 48)), passes=96, correction=Correction(factor=0.5),
         trust=lambda: {"passes": 96},
     )  # fmt: skip
     seen: dict[str, Any] = {}
