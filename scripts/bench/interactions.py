@@ -177,8 +177,8 @@ def laws(seen: Sequence[tuple[Choice, float]], scores: SensitivityTable) -> dict
     losses, truth = columns([choice for choice, _ in seen]), np.array([loss for _, loss in seen])
     factor = float(np.median(truth / losses.sum(1)))
 
-    def of(law: Fitted, power: float = 1.0, pairs: bool = False) -> Law:
-        return lambda choices: law.predict((columns.with_pairs(choices) if pairs else columns(choices)) ** power)
+    def of(law: Fitted, pairs: bool = False) -> Law:
+        return lambda choices: law.predict(columns.with_pairs(choices) if pairs else columns(choices))
 
     wider = columns.with_pairs([choice for choice, _ in seen])
     found = {"none: the sum": of(fitted(losses, truth, None)), "one factor": lambda choices: factor * columns(choices).sum(1)}
@@ -186,8 +186,6 @@ def laws(seen: Sequence[tuple[Choice, float]], scores: SensitivityTable) -> dict
     for spread in (0.3, 1.0):
         found[f"... and coefficients, spread {spread:g}"] = of(fitted(losses, truth, spread))
         found[f"... and pairs, spread {spread:g}"] = of(fitted(wider, truth, spread), pairs=True)
-        for power in (0.75, 0.5):
-            found[f"... of losses to the power {power:g}, spread {spread:g}"] = of(fitted(losses**power, truth, spread), power)
     found["pairs, spread chosen by cross-validation"] = of(learn(wider, truth)[0], pairs=True)
     return found
 
