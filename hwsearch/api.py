@@ -182,6 +182,8 @@ def sensitivity(
 ) -> SensitivityTable:
     """Loss of every (unit, variant) of a backend, and of every (channel group, width), on the task's calibration data.
 
+    What their sum misses is learnt from whole networks put together of them; see `SensitivityTable.correction`.
+
     Args:
         task: What is scored.
         out: File of the table; it is used again if it is there, and all that made it is the same.
@@ -636,9 +638,8 @@ def _run(
     if recovery is not None and report.state != State.MISSED:
         progress.enter(RECOVERY)
         report = _recovered(session, allocation, report, folder, recovery, table, budgets, weights, progress)
-    if held is not None:
-        report = held.judged(report)
-        report.save(folder / "report.json")
+    report = replace(held.judged(report) if held is not None else report, interactions=sensitivities.trust())
+    report.save(folder / "report.json")
     progress.record(str(report))
     if report.state == State.MISSED:
         raise held.missed(report, folder) if held is not None else _missed(report, budgets, folder, late=limit.late())

@@ -69,7 +69,8 @@ def _best(
         and _may_tie(problem, incumbent.relaxed.open(incumbent.value))
     ):
         incumbent = _cheapest(problem, incumbent, prefer, start + time_limit_s)
-    return as_solution(problem, incumbent)
+    predicted = problem.correction.loss
+    return as_solution(problem, replace(incumbent, value=predicted(incumbent.value), bound=predicted(incumbent.bound)))
 
 
 def minimise(

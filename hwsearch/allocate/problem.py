@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hwsearch.allocate.budget import LOSS
 from hwsearch.errors import InvalidInput
+from hwsearch.loss.interactions import Correction
 
 Choice = tuple[int, ...]
 """For each variable, the index of what was chosen."""
@@ -66,9 +67,10 @@ class Apart:
 class Problem:
     """Choose one of `choices[i]` for each variable: least total loss, every budgeted cost within its budget.
 
-    loss: for each variable, [choices], finite. costs: by column name (`latency`, `size`, `macs`). peaks: columns that are
+    loss: for each variable, [choices], finite. correction: how their total becomes the predicted loss, which budgets and solutions
+    are in, and which grows with it. costs: by column name (`latency`, `size`, `macs`). peaks: columns that are
     the largest of several costs (`memory`, of what is alive at each step).
-    budgets: column name -> greatest integer allowed; `loss` -> greatest loss. ties: choices that require others. implied:
+    budgets: column name -> greatest integer allowed; `loss` -> greatest predicted loss. ties: choices that require others. implied:
     numbers of the variables without loss that ties from others decide, so that no two choices differ in them alone. apart:
     choices to differ from.
     Raises InvalidInput where these do not fit together.
@@ -83,6 +85,7 @@ class Problem:
     peaks: Mapping[str, tuple[Cost, ...]] = field(default_factory=dict)
     implied: frozenset[int] = frozenset()
     apart: tuple[Apart, ...] = ()
+    correction: Correction = field(default_factory=Correction)
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -132,8 +135,8 @@ class Problem:
         return max(part.of(choice) for part in self.parts(column))
 
     def value(self, column: str, choice: Sequence[int]) -> float:
-        """One cost or, of the column `loss`, the loss of a choice."""
-        return self.total_loss(choice) if column == LOSS else self.cost(column, choice)
+        """One cost or, of the column `loss`, the predicted loss of a choice."""
+        return self.correction.loss(self.total_loss(choice)) if column == LOSS else self.cost(column, choice)
 
     def consistent(self, choice: Sequence[int]) -> bool:
         """Whether every tie holds."""
@@ -152,14 +155,14 @@ class Problem:
         return {v: c[a] for v, c, a in zip(self.variables, self.choices, choice, strict=True)}
 
     def solution(self, choice: Sequence[int], status: str, bound: float, gap: float) -> Solution:
-        """A choice with its loss and all of its costs, recomputed exactly."""
+        """A choice with its predicted loss and all of its costs, recomputed exactly."""
         costs = {column: self.cost(column, choice) for column in self.columns}
-        return Solution(tuple(map(int, choice)), self.total_loss(choice), costs, status, gap, bound)
+        return Solution(tuple(map(int, choice)), self.value(LOSS, choice), costs, status, gap, bound)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice, its loss and costs, and what is proven of it.
+    """A choice, its predicted loss and costs, and what is proven of it.
 
     status: `optimal`, or `time_limit` where the proof was cut short. bound: no allowed choice has less of what
     was minimised. gap: (value - bound) / max(|value|, |bound|), 0 when both are 0.

@@ -105,7 +105,7 @@ class Program:
         for other in problem.apart:
             self._differ(other)
         if LOSS in problem.budgets:
-            self.at_most(self.loss(), problem.budgets[LOSS])
+            self.at_most(self.loss(), problem.correction.total(problem.budgets[LOSS]))
 
     def loss(self) -> Linear:
         """The problem's loss as an objective."""

@@ -190,7 +190,7 @@ def make_space(
         offered = {unit: tuple(v for v in own if v == f"dense.{base}") for unit, own in offered.items()}
     cells = _cells(network, offered, sensitivity, grid, models, rules)
     groups = [g for g, steps in grid.items() if len(steps) > 1]
-    tails = {column: table.tail(TAILS[column]) for column in columns if column in TAILS}
+    tails, correction = {column: table.tail(TAILS[column]) for column in columns if column in TAILS}, sensitivity.correction
     problem = Problem(
         variables=(*(u.name for u in network.units), *groups),
         choices=(
@@ -198,13 +198,14 @@ def make_space(
             *(tuple(map(str, grid[g])) for g in groups),
         ),
         loss=(
-            *(np.array([sensitivity[u.name, str(c.variant)] for c in own])
+            *(np.array([correction.of_unit(u.name, sensitivity[u.name, str(c.variant)]) for c in own])
               for u, own in zip(network.units, cells, strict=True)),
-            *(np.array([sensitivity.of_width(g, w) for w in grid[g]]) for g in groups),
+            *(np.array([correction.of_group(g, sensitivity.of_width(g, w)) for w in grid[g]]) for g in groups),
         ),
         costs=_costs(table, models, cells, grid, groups, tails),
         budgets={},
         ties=_ties(table, cells, grid, groups),
+        correction=correction,
     )  # fmt: skip
     if "memory" in columns:
         choices = _choices(table, cells)

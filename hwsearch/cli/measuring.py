@@ -111,7 +111,10 @@ def sensitivity(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure sensitivities: the loss of each variant of each unit and each width of each channel group. On calibration data."""
+    """Measure sensitivities: the loss of each variant of each unit and each width of each channel group. On calibration data.
+
+    Learns from whole networks what the sum of these losses misses, and says how well it predicts them.
+    """
     require_output(output, as_json)
     if section and table is None:
         raise InvalidInput(f"--{next(iter(section))} chooses a table of a file; give it with --table")

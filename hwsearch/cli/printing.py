@@ -154,6 +154,7 @@ def sensitivity(scores: SensitivityTable, machine: bool) -> None:
     if machine:
         fields = ("divergence", "samples", "rank_correlation", "loss", "width_loss")
         found = {field: getattr(scores, field) for field in fields}
+        found |= {"interactions": scores.trust(), "correction": scores.correction.to_json()}
         as_json({"network": scores.network.name, **found, "estimated": sorted(map(list, scores.estimated))})
         return
     worst = sorted(scores.loss.items(), key=lambda item: -max(item[1].values()))
@@ -176,8 +177,14 @@ def sensitivity(scores: SensitivityTable, machine: bool) -> None:
     tau = "not known" if scores.rank_correlation is None else f"{scores.rank_correlation:.2f}"
     print(
         f"{len(worst)} units, {scores.divergence} divergence on {scores.samples} samples; rank correlation of "
-        f"predicted and simulated loss of whole allocations: {tau}"
+        f"predicted and simulated loss of stitched networks: {tau}"
     )
+    before, after = scores.agreement
+    if before is not None:
+        print(f"{before.networks} stitched networks, {scores.passes} forward passes; predicted by the sum of losses: {before}")
+    if after is not None:
+        learnt = "the sum stays, as nothing is better" if scores.correction.plain else "interactions learnt"
+        print(f"each predicted by what was learnt from the others: {after} ({learnt})")
 
 
 def allocation(chosen: Allocation, machine: bool) -> None:

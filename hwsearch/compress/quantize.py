@@ -82,22 +82,22 @@ def quantize_weight(weight: torch.Tensor, axis: int, levels: int = LEVELS) -> Qu
 def _own_grid(rows: torch.Tensor, top: torch.Tensor, levels: int) -> torch.Tensor:
     """Scales [rows]: the largest magnitude is `levels`, or an integer above half of that which makes all values integers."""
     code = torch.full_like(top, levels)
-    largest = rows.gather(
-        1, rows.abs().topk(min(8, rows.shape[1]), 1).indices
-    )  # these rule out nearly every grid
-    left = torch.arange(len(rows))
-    for trial in range(levels, levels // 2, -1):
-        scales = (top / trial).clamp_min(1e-30)[:, None]
-        near = left[_whole(largest[left] / scales[left])]
-        found = near[_whole(rows[near] / scales[near])]
-        code[found] = trial
-        left = left[~torch.isin(left, found)]
+    largest = rows.gather(1, rows.abs().topk(min(8, rows.shape[1]), 1).indices)
+    trials = torch.arange(levels, levels // 2, -1)
+    scales = (top / trials[:, None]).clamp_min(1e-30)
+    near = _whole(largest / scales[:, :, None])  # the largest values rule out nearly every grid
+    left = torch.ones_like(top, dtype=torch.bool)
+    for trial in near.any(1).nonzero().flatten().tolist():
+        own = (near[trial] & left).nonzero().flatten()
+        found = own[_whole(rows[own] / scales[trial, own, None])]
+        code[found] = int(trials[trial])
+        left[found] = False
     return top / code
 
 
 def _whole(steps: torch.Tensor) -> torch.Tensor:
     """For each row whether it holds integers up to rounding errors."""
-    return ((steps - steps.round()).abs() < 2e-3).all(1)
+    return ((steps - steps.round()).abs() < 2e-3).all(-1)
 
 
 class _Observer(torch.fx.Interpreter):

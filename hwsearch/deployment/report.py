@@ -13,6 +13,7 @@ from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.front import Point
 from hwsearch.deployment.confirm import Judgement, State
 from hwsearch.files import write_bytes
+from hwsearch.loss.interactions import Agreement
 from hwsearch.progress import spoken
 
 SCHEMA = 2
@@ -64,6 +65,8 @@ class Report:
             seconds and the course; None where it was not.
         floor: Of a run with one: as `text` and as the `least` score, whether it is `held`, by how many `standard_errors` of the
             final score (`error`; None where its noise is not known), what was `minimized`, the `search` and its `samples`.
+        interactions: Of a run: how well the loss of stitched networks is predicted, by the `sum` of losses and `corrected` by what
+            was learnt from others of them, and how many forward `passes` they took; None where there was no time for any.
 
     `to_json` (and so report.json) has the costs by kind: `latency_ms`, `size_bytes`, `macs`, `memory`, `energy_mj`, which are
     attributes as well.
@@ -96,6 +99,7 @@ class Report:
     runtimes: list[dict[str, Any]] = field(default_factory=list)
     recovery: dict[str, Any] | None = None
     floor: dict[str, Any] | None = None
+    interactions: dict[str, Any] | None = None
 
     @property
     def state(self) -> State:
@@ -246,6 +250,15 @@ class Report:
             *map(_of_sample, own["samples"]),
         ]
 
+    def _interactions(self) -> list[str]:
+        """How far the predicted loss can be trusted."""
+        own = self.interactions
+        if own is None:
+            return []
+        by_sum, corrected = Agreement(**own["sum"]), own["corrected"] and Agreement(**own["corrected"])
+        told = f"{corrected}; by the sum of losses alone {by_sum}" if corrected else f"by the sum of losses {by_sum}"
+        return [f"trust    loss of {by_sum.networks} stitched networks ({own['passes']} passes) as predicted: {told}"]
+
     def _recovered(self) -> list[str]:
         own = self.recovery
         if own is None:
@@ -338,6 +351,7 @@ class Report:
             f"score    {self.score['deployed']:.4f} deployed, {self.score['dense']:.4f} dense",
             *self._floor(),
             f"loss     {self.loss['measured']:.3g} measured, {self.loss['predicted']:.3g} predicted",
+            *self._interactions(),
             f"size     {size['deployed']:,.0f} bytes, dense {size['dense']:,.0f}",
             *self._recovered(),
             *self._memory(),

@@ -1,6 +1,7 @@
-"""Measuring a SensitivityTable: every variant and width simulated in torch on calibration data.
+"""Measuring a SensitivityTable: every variant and width simulated in torch on calibration data, then whole networks put together
+of them, from which is learnt what the sum of their losses misses.
 
-One pass a batch; finished batches are kept beside the table, so that a killed run resumes at the next one.
+Batch by batch; what is finished is kept beside the table, so that a killed run resumes at the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import kendalltau
 from torch.utils import _pytree as pytree
 
 from hwsearch.compress.bank import METHOD as REFIT_METHOD
@@ -25,7 +25,10 @@ from hwsearch.compress.simulate import Simulator
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.files import changed, write_bytes
 from hwsearch.loss.divergence import divergence
-from hwsearch.loss.table import NOT_FINITE, SensitivityTable
+from hwsearch.loss.interactions import LEAST, Agreement, Correction, learn
+from hwsearch.loss.interactions import METHOD as LEARNING_METHOD
+from hwsearch.loss.stitched import ROUND, stitched
+from hwsearch.loss.table import GROUP, NOT_FINITE, UNIT, SensitivityTable
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal
@@ -34,19 +37,22 @@ from hwsearch.progress import Progress
 if TYPE_CHECKING:
     from hwsearch.loss.cluster import Cluster
 
-METHOD = 1
+METHOD = 2
 """Of measuring losses, counted up whenever it computes something else."""
 SAMPLES = 256
 """Samples that losses are of, at most."""
 LEAST_SAMPLES, COMPUTED = 8, 1e13
 """... and no more than the first of a network whose units times its MACs for all samples are above the second: about what two cores
 compute in a few minutes."""
-VALIDATION_ALLOCATIONS = 12
+STITCHED = 48
+"""Stitched networks that interactions are learnt from, where there is time; each takes a forward pass on every batch."""
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
 
 REFITTING, SCORING = "refitting weights", "the sensitivities"
 """Stages of a whole run that are planned; see `Progress.plan`."""
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 Choice = tuple[Mapping[str, Variant], Mapping[str, int]]
 """What is simulated: variants by unit, widths by group; what is not named stays dense fp32 and whole."""
@@ -61,17 +67,15 @@ class Plan:
         cuts: (group, width) alone in the dense network.
         every: All (group, width) that get a loss; those beyond `cuts` follow `estimates`.
         estimates: Fisher estimate of the loss of each of `every`; empty where all are measured.
-        whole: Random whole allocations, by which the sum of losses is validated.
     """
 
     variants: Sequence[tuple[str, Variant]]
     cuts: Sequence[tuple[str, int]]
     every: Sequence[tuple[str, int]]
     estimates: Mapping[tuple[str, int], float]
-    whole: Sequence[Choice]
 
     def choices(self) -> list[Choice]:
-        """All but the whole allocations, in the order of `variants` and `cuts`."""
+        """In the order of `variants` and `cuts`."""
         return [({unit: v}, {}) for unit, v in self.variants] + [({}, {g: w}) for g, w in self.cuts]
 
 
@@ -97,9 +101,9 @@ def measure_sensitivity(
         variants: What units may become; a unit is scored in those that are legal for it.
         quantize_outputs: Whether int8 and fp8 quantize outputs, as the backend deploys them.
         bank: Refitted weights, and the order in which slots go; needed with a grid, and for int8 weights to be refitted.
-        limit: No further batch begins where it leaves no time for one; losses are then means of fewer samples, and what is missing
-            is measured by another call. One batch is measured in any case; without whole allocations where there is no time for
-            them, and the rank correlation is not known then.
+        limit: No further batch begins where it leaves no time for one and for a round of stitched networks, no further round where
+            it leaves none for that; losses are then means of fewer samples, interactions are learnt from fewer networks, or not at
+            all, and what is missing is measured by another call. One batch is measured in any case.
         cluster: Whose workers refit and score; None for this process.
     """
     kind = lowering.task.divergence
@@ -112,14 +116,16 @@ def measure_sensitivity(
         **made_of, "variants": ", ".join(map(str, variants)), "widths": str(plan.cuts),
         "refitted weights": bank.key if bank is not None else "none",
     }  # fmt: skip
-    sums = _Sums(out, begun_with, progress)
+    sums, limit = _Sums(out, begun_with, progress), limit or TimeLimit(math.inf)
     if bank is not None and len(sums.batches) < len(batches):
         progress.enter(REFITTING)
         _refit(bank, plan, variants, progress, None if cluster is None else partial(cluster.refit, lowering, bank))
     progress.enter(SCORING)
     scorer = Scorer(kind, quantize_outputs, bank, progress, cluster)
-    _score(lowering, batches, plan, sums, scorer, limit or TimeLimit(math.inf))
-    loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean("units"))
+    _score(lowering, batches, plan.choices(), sums, scorer, limit)
+    whole = stitched(*_by_name(lowering.network, plan, sums.first())[:2], STITCHED, seed)
+    _stitch(lowering, batches, whole, sums, scorer, limit)
+    loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean())
     measured = set(plan.cuts)
     table = SensitivityTable(
         network=lowering.network,
@@ -136,10 +142,11 @@ def measure_sensitivity(
         refused=refused,
         made_of=made_of,
     )
-    table = _validated(table, plan.whole, sums.mean("whole"))
+    simulated = sums.stitched(len(whole))
+    table = replace(_corrected(table, whole, simulated), passes=len(simulated) * len(sums.batches))
     if out is not None:
         table.save(out)
-    if len(sums.batches) == len(batches):
+    if len(sums.batches) == len(batches) and not sums.lacking(len(whole)):
         sums.remove()
     return table
 
@@ -171,6 +178,8 @@ def ingredients(lowering: Lowering, *, kind: str, quantize_outputs: bool, seed: 
         "method of ranges": lowering.method,
         "method of refitting": str(REFIT_METHOD),
         "method of scoring": str(METHOD),
+        "method of learning interactions": str(LEARNING_METHOD),
+        "stitched networks": str(STITCHED),
     }
 
 
@@ -206,29 +215,47 @@ class Scorer:
 
 
 def _score(
-    lowering: Lowering, batches: Sequence[Any], plan: Plan, sums: _Sums, scorer: Scorer, limit: TimeLimit
+    lowering: Lowering, batches: Sequence[Any], choices: Sequence[Choice], sums: _Sums, scorer: Scorer, limit: TimeLimit
 ) -> None:
     """Add to the sums the batches that they lack, while there is time; one at least."""
-    progress, choices = scorer.progress, plan.choices()
-    each, longest = len(choices) + len(plan.whole), 0.0
+    progress, longest = scorer.progress, 0.0
     name = lowering.network.name or "the network"
-    progress.start(each * len(batches), f"sensitivity of {name}", each * len(sums.batches))
+    progress.start(len(choices) * len(batches), f"sensitivity of {name}", len(choices) * len(sums.batches))
     try:
         for index, batch in enumerate(batches):
             if str(index) in sums.batches:
                 continue
-            if sums.batches and limit.left_s < longest:
+            # a stitched network takes about twice as long as one of which a single unit is run again
+            round_s = 2.0 * longest * ROUND / max(len(choices), 1) * (len(sums.batches) + 1)
+            if sums.batches and limit.left_s < longest + round_s:
                 progress.say(f"the time limit ends it: losses are of {sums.count} samples; the same command scores the others")
                 break
             begun = limit.used_s
-            score = scorer.of_batch(lowering, index, batch)
-            losses, count = score(choices)
-            whole = [math.nan] * len(plan.whole)  # they tell how far the sum is to be trusted: not known where time is short
-            if limit.left_s > 0.0:
-                whole, _ = score(plan.whole)
-            sums.add(index, losses, whole, count)
+            sums.add(index, *scorer.of_batch(lowering, index, batch)(choices))
             longest = max(longest, limit.used_s - begun)
-            progress.step(f"batch {index + 1} of {len(batches)}", each * len(sums.batches))
+            progress.step(f"batch {index + 1} of {len(batches)}", len(choices) * len(sums.batches))
+    finally:
+        progress.stop()
+
+
+def _stitch(
+    lowering: Lowering, batches: Sequence[Any], whole: Sequence[Choice], sums: _Sums, scorer: Scorer, limit: TimeLimit
+) -> None:
+    """Add to the sums the stitched networks that they lack, round by round on all batches that are scored, while there is time."""
+    progress, longest, lacking = scorer.progress, 0.0, sums.lacking(len(whole))
+    progress.start(len(lacking) * ROUND, f"stitched networks of {lowering.network.name or 'the network'}")
+    try:
+        for done, (number, index) in enumerate(lacking):
+            left = sum(n == number for n, _ in lacking[done:])
+            if limit.left_s <= 0.0 or limit.left_s < longest * left:
+                learnt = len(sums.stitched(len(whole)))
+                progress.say(f"the time limit ends it: {learnt} of {len(whole)} stitched networks; the same command goes on")
+                break
+            begun = limit.used_s
+            own = whole[number * ROUND : (number + 1) * ROUND]
+            sums.add_stitched(number, index, scorer.of_batch(lowering, int(index), batches[int(index)])(own)[0])
+            longest = max(longest, limit.used_s - begun)
+            progress.step(f"round {number + 1}, {left - 1} batches to go", (done + 1) * ROUND)
     finally:
         progress.stop()
 
@@ -256,7 +283,6 @@ def _plan(
         cuts=_worth_measuring(every, estimates),
         every=every,
         estimates=estimates,
-        whole=_random_allocations(network, variants, narrower, seed),
     )
 
 
@@ -275,18 +301,26 @@ def _order(network: Network, bank: WeightBank) -> dict[str, tuple[int, ...]]:
     return {g: tuple(map(int, bank.order[g])) for g in network.channels}
 
 
-def _validated(
-    table: SensitivityTable, whole: Sequence[Choice], simulated: np.ndarray[Any, np.dtype[np.float64]]
-) -> SensitivityTable:
-    """The table with predicted and simulated losses of whole allocations, and their rank correlation."""
-    known = [i for i, choice in enumerate(whole) if table.offers(*choice) and np.isfinite(simulated[i])]
-    pairs = tuple((float(table.total(*whole[i])), float(simulated[i])) for i in known)
-    tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
-    return replace(table, rank_correlation=tau if np.isfinite(tau) else None, validation=pairs)
+def _corrected(table: SensitivityTable, whole: Sequence[Choice], simulated: Sequence[float]) -> SensitivityTable:
+    """The table with what is learnt from the stitched networks that were simulated, and how well their losses are predicted."""
+    offered = [i for i, loss in enumerate(simulated) if math.isfinite(loss) and loss > 0 and table.offers(*whole[i])]
+    known = [(parts, simulated[i]) for i in offered if sum((parts := table.parts(*whole[i])).values()) > 0]
+    pairs = tuple((float(sum(parts.values())), loss) for parts, loss in known)
+    unseen: tuple[float, ...] = ()
+    if len(known) >= LEAST:
+        names = sorted({name for parts, _ in known for name in parts})
+        losses = np.array([[parts.get(name, 0.0) for name in names] for parts, _ in known])
+        law, predicted = learn(losses, np.array([loss for _, loss in pairs]))
+        unseen = tuple(predicted.tolist())
+        own = dict(zip(names, np.exp(law.logs).tolist(), strict=True))
+        units, groups = ({n: c for (kind, n), c in own.items() if kind == what and c != 1.0} for what in (UNIT, GROUP))
+        table = replace(table, correction=Correction(units, groups, law.factor, law.exponent))
+    found = Agreement.of(unseen or [p for p, _ in pairs], [loss for _, loss in pairs])
+    return replace(table, validation=pairs, corrected=unseen, rank_correlation=found.tau if found else None)
 
 
 def _by_name(
-    network: Network, plan: Plan, mean: np.ndarray[Any, np.dtype[np.float64]]
+    network: Network, plan: Plan, mean: Vector
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[int, float]], dict[str, dict[str, str]]]:
     """(losses of variants, losses of widths, what is refused) from the mean losses of the plan's choices.
 
@@ -335,33 +369,6 @@ def _worth_measuring(
     return [(g, w) for g, w in cuts if w >= least[g]]
 
 
-def _random_allocations(
-    network: Network, variants: Sequence[Variant], widths: Mapping[str, Sequence[int]], seed: int
-) -> list[tuple[dict[str, Variant], dict[str, int]]]:
-    """Whole allocations over fp32 and the coarser steps (float types only where there are none), and over widths."""
-    rng = np.random.default_rng(seed)
-    steps_of = {u.name: legal(u, [v for v in variants if not v.plain] or variants[:1]) for u in network.units}
-    count = VALIDATION_ALLOCATIONS if variants or widths else 0
-
-    def drawn(unit: str, share: float) -> Variant:
-        own = steps_of[unit]
-        if rng.random() >= share or not own:
-            return Variant("fp32")
-        return own[int(rng.integers(len(own)))] if len(own) > 1 else own[0]
-
-    return [
-        (
-            {u.name: drawn(u.name, share) for u in network.units},
-            {
-                g: int(rng.choice(list(steps)))
-                for g, steps in widths.items()
-                if steps and rng.random() < share
-            },
-        )
-        for share in np.linspace(0.15, 1.0, count)
-    ]
-
-
 def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], samples: int) -> list[Any]:
     """As many batches as hold `samples` samples, at least one."""
     kept: list[Any] = []
@@ -377,18 +384,23 @@ def _limited(batches: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]], sam
 
 
 class _Sums:
-    """Sums of losses of finished batches, in a JSON file beside the table until it is whole."""
+    """Sums of losses of finished batches, in a JSON file beside the table until it is whole.
+
+    batches: number -> losses of the choices and samples of each. rounds: of stitched networks, number -> batch -> losses.
+    """
 
     def __init__(self, out: str | Path | None, made_of: Mapping[str, str], progress: Progress) -> None:
         self.path = Path(f"{out}.partial") if out is not None else None
         self.made_of = dict(made_of)
         self.batches: dict[str, dict[str, Any]] = {}
+        self.rounds: dict[str, dict[str, list[float]]] = {}
         if self.path is None or not self.path.exists():
             return
         try:
             data = json.loads(self.path.read_bytes())
-            before, batches = dict(data.get("made_of", {})), dict(data["sums"])
-            losses = [x for own in batches.values() for what in ("units", "whole") for x in own[what]]
+            before, batches, rounds = dict(data.get("made_of", {})), dict(data["sums"]), dict(data.get("stitched", {}))
+            losses = [x for own in batches.values() for x in own["units"]]
+            losses += [x for own in rounds.values() for each in own.values() for x in each]
             if not all(isinstance(x, float) for x in losses) or any(int(own["count"]) < 1 for own in batches.values()):
                 raise ValueError("a loss is no number")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -397,24 +409,49 @@ class _Sums:
         if why := changed(before, self.made_of):
             progress.say(f"{self.path} was begun with other {why}: begun anew")
         else:
-            self.batches = batches
+            self.batches, self.rounds = batches, rounds
 
-    def add(self, index: int, units: list[float], whole: list[float], count: int) -> None:
-        self.batches[str(index)] = {"units": units, "whole": whole, "count": count}
+    def add(self, index: int, units: list[float], count: int) -> None:
+        """A batch of samples."""
+        self.batches[str(index)] = {"units": units, "count": count}
+        self._save()
+
+    def add_stitched(self, number: int, index: str, losses: list[float]) -> None:
+        """A round of stitched networks on a batch."""
+        self.rounds.setdefault(str(number), {})[index] = losses
+        self._save()
+
+    def _save(self) -> None:
         if self.path is not None:
-            write_bytes(self.path, json.dumps({"made_of": self.made_of, "sums": self.batches}).encode())
+            data = {"made_of": self.made_of, "sums": self.batches, "stitched": self.rounds}
+            write_bytes(self.path, json.dumps(data).encode())
 
     @property
     def count(self) -> int:
         """Samples of all batches."""
         return int(sum(entry["count"] for entry in self.batches.values()))
 
-    def mean(self, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Mean loss a sample, of `units` or `whole`."""
-        total: np.ndarray[Any, np.dtype[np.float64]] = np.sum(
-            [entry[what] for entry in self.batches.values()], axis=0, dtype=np.float64
-        )
+    def first(self) -> Vector:
+        """Mean losses of the choices on the first batch, whatever else there was time for."""
+        entry = self.batches[min(self.batches, key=int)]
+        own: Vector = np.array(entry["units"], dtype=np.float64)
+        return own / int(entry["count"])
+
+    def mean(self) -> Vector:
+        """Mean losses of the choices."""
+        total: Vector = np.sum([entry["units"] for entry in self.batches.values()], axis=0, dtype=np.float64)
         return total / self.count
+
+    def lacking(self, networks: int) -> list[tuple[int, str]]:
+        """(round, batch) of so many stitched networks that are not simulated yet, the first rounds first."""
+        rounds = range(-(-networks // ROUND))
+        return [(n, index) for n in rounds for index in self.batches if index not in self.rounds.get(str(n), {})]
+
+    def stitched(self, networks: int) -> list[float]:
+        """Mean losses of the first stitched networks, as many of them as have been simulated on every batch."""
+        first = min((n for n, _ in self.lacking(networks)), default=-(-networks // ROUND))
+        done = [[self.rounds[str(n)][index] for index in self.batches] for n in range(first)]
+        return [float(x) / self.count for own in done for x in np.sum(own, axis=0)]
 
     def remove(self) -> None:
         if self.path is not None:

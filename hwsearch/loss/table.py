@@ -2,6 +2,8 @@
 
 The loss is the KL divergence from the dense network's outputs (design.md), with every unit but one dense fp32, or every
 group but one whole. Weights that read a narrower group, or are rounded to int8, are refitted as those of a deployed network are.
+What an allocation loses is predicted from them: their sum, or what stitched networks taught of it (`interactions`), which the
+header holds where there was time for them.
 
 Schema history:
   1  one row a (unit, variant) with its loss; header under the Parquet key `hwsearch`.
@@ -12,14 +14,16 @@ Schema history:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
+from hwsearch.loss.interactions import Agreement, Correction
 from hwsearch.network.network import Network
 from hwsearch.network.variants import INT8_BITS, Int8, Variant
 from hwsearch.table.checking import Rows, first_wrong, is_variant, number, wrong_network
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 KIND = "sensitivity_table"
+UNIT, GROUP = "unit", "group"
 WIDTH = "width"
 """What stands before the slots kept where a row is of a width."""
 TODO = "take another copy, or move it away and run `hwsearch sensitivity` again"
@@ -46,9 +51,10 @@ class SensitivityTable:
         samples: how many samples of calibration data they are of.
         divergence: `kl`, `mse` or `auto`, see `hwsearch.loss.divergence`.
         quantize_outputs: whether int8 and fp8 were simulated with quantized outputs, as the backend deploys them.
-        rank_correlation: Kendall tau between predicted (summed) and simulated loss of random whole allocations; None for too few.
+        rank_correlation: Kendall tau between predicted and simulated loss of stitched networks (random whole allocations) that no
+            prediction has seen; None for too few.
         created: date and time, ISO 8601.
-        validation: (predicted, simulated) loss of these allocations.
+        validation: (sum of losses, simulated) loss of these networks.
         width_loss: group -> slots kept -> mean loss a sample (0 for the whole width, which is always present).
         order: group -> its slots, the most important first; a width keeps as many from the front.
         estimated: the (group, width) whose loss was not measured, but follows the Fisher estimate from the group's narrowest
@@ -57,6 +63,10 @@ class SensitivityTable:
         unsigned: whether int8 activations that were never negative are unsigned, as the backend deploys them.
         refused: unit -> variant -> why it has no loss and is not offered; group -> `width16`, of a width, likewise.
         made_of: everything that the losses depend on, by name, as numbers or digests; empty in files of versions without it.
+        correction: how losses become that of an allocation, as learnt from the stitched networks; their sum in files of versions
+            without it.
+        corrected: loss of each of `validation`, predicted by what was learnt from the others; empty where nothing was.
+        passes: forward passes that the stitched networks took.
     """
 
     network: Network
@@ -74,6 +84,9 @@ class SensitivityTable:
     unsigned: bool = False
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
     made_of: dict[str, str] = field(default_factory=dict, repr=False)
+    correction: Correction = field(default_factory=Correction, repr=False)
+    corrected: tuple[float, ...] = field(default=(), repr=False)
+    passes: int = 0
 
     def __getitem__(self, key: tuple[str, str]) -> float:
         unit, variant = key
@@ -106,7 +119,7 @@ class SensitivityTable:
             ) from error
 
     def total(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> float:
-        """Predicted loss of an allocation: the sum over units and groups.
+        """Predicted loss of an allocation.
 
         Args:
             variants: unit -> variant.
@@ -115,9 +128,53 @@ class SensitivityTable:
         Returns:
             Mean loss a sample.
         """
+        return self._predicted(self.parts(variants, widths))
+
+    def parts(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> dict[tuple[str, str], float]:
+        """The losses that the predicted loss of an allocation is made of.
+
+        Args:
+            variants: unit -> variant.
+            widths: group -> slots kept; None for whole ones.
+
+        Returns:
+            (`unit` or `group`, its name) -> its loss, with all else dense fp32 and whole.
+        """
         narrower = {g: w for g, w in (widths or {}).items() if w < self.network.channels[g]}
-        units = sum(self[unit, str(variant)] for unit, variant in variants.items())
-        return units + sum(self.of_width(g, w) for g, w in narrower.items())
+        units = {(UNIT, unit): self[unit, str(variant)] for unit, variant in variants.items()}
+        return units | {(GROUP, g): self.of_width(g, w) for g, w in narrower.items()}
+
+    def most(self) -> float:
+        """Predicted loss of what loses most, whether or not it can be chosen.
+
+        Returns:
+            Mean loss a sample.
+        """
+        units = {(UNIT, unit): max(own.values(), default=0.0) for unit, own in self.loss.items()}
+        return self._predicted(units | {(GROUP, g): max(own.values(), default=0.0) for g, own in self.width_loss.items()})
+
+    def _predicted(self, parts: Mapping[tuple[str, str], float]) -> float:
+        of = {UNIT: self.correction.of_unit, GROUP: self.correction.of_group}
+        return self.correction.loss(math.fsum(of[kind](name, loss) for (kind, name), loss in parts.items()))
+
+    def trust(self) -> dict[str, Any] | None:
+        """How far predicted losses can be trusted, for reports.
+
+        Returns:
+            Of stitched networks, how well the `sum` of losses predicts theirs, how well they are predicted `corrected` by what was
+            learnt from the others, and how many forward `passes` that took; None where there are too few.
+        """
+        before, after = self.agreement
+        if before is None:
+            return None
+        return {"sum": asdict(before), "corrected": after and asdict(after), "passes": self.passes}
+
+    @property
+    def agreement(self) -> tuple[Agreement | None, Agreement | None]:
+        """How well the loss of stitched networks is predicted: (by the sum of losses, with interactions learnt from the others)."""
+        simulated = [loss for _, loss in self.validation]
+        after = Agreement.of(self.corrected, simulated) if self.corrected else None
+        return Agreement.of([total for total, _ in self.validation], simulated), after
 
     def offers(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> bool:
         """Whether nothing in an allocation is refused.
@@ -199,6 +256,8 @@ class SensitivityTable:
             "estimated": sorted(map(list, self.estimated)),
             **({"refused": self.refused} if self.refused else {}),
             "made_of": self.made_of,
+            **({"correction": self.correction.to_json(), "corrected": list(self.corrected)} if self.corrected else {}),
+            "passes": self.passes,
         }
         rows = self._rows()
         write_parquet(pa.Table.from_pylist(rows, schema=_columns()), header, path)
@@ -255,6 +314,9 @@ def _from_header(header: Mapping[str, Any]) -> SensitivityTable:
         estimated=frozenset((str(g), int(w)) for g, w in header["estimated"]),
         refused={u: dict(own) for u, own in header.get("refused", {}).items()},
         made_of={str(k): str(v) for k, v in header.get("made_of", {}).items()},
+        correction=Correction(**header.get("correction", {})),
+        corrected=tuple(map(float, header.get("corrected", ()))),
+        passes=header.get("passes", 0),
     )
 
 
@@ -271,6 +333,8 @@ def _checks(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
             (what, value, isinstance(value, bool), "true or false")
             for what, value in (("quantize_outputs", table.quantize_outputs), ("unsigned", table.unsigned))
         ),
+        ("passes", table.passes, number(table.passes, whole=True), "a whole number from 0 on"),
+        *_checks_of_correction(table),
     ]
     for group, slots in table.order.items():
         right = sorted(slots) == list(range(channels.get(group, -1)))
@@ -281,6 +345,23 @@ def _checks(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
     known = {*table.network.by_name, *channels}
     checks += [(f"refused of {of}", own, of in known, "a unit or group of the network") for of, own in table.refused.items()]
     return checks
+
+
+def _checks_of_correction(table: SensitivityTable) -> list[tuple[str, Any, bool, str]]:
+    """As `_checks`, of what was learnt from stitched networks."""
+    own = table.correction
+    checks: list[tuple[str, Any, bool, str]] = [
+        (f"correction.{what}", value, number(value, above=True), "a finite number above 0")
+        for what, value in (("factor", own.factor), ("exponent", own.exponent))
+    ]
+    of: tuple[tuple[str, Any, set[str]], ...] = (
+        ("units", own.units, set(table.network.by_name)), ("groups", own.groups, set(table.network.channels)),
+    )  # fmt: skip
+    for what, coefficients, known in of:
+        right = isinstance(coefficients, dict) and all(n in known and number(c, above=True) for n, c in coefficients.items())
+        checks.append((f"correction.{what}", coefficients, right, f"a number above 0 for {what} of the network"))
+    right = all(map(number, table.corrected)) and len(table.corrected) in (0, len(table.validation))
+    return [*checks, ("corrected", table.corrected, right, "a finite loss from 0 on for each pair of validation")]
 
 
 def _columns() -> Any:

@@ -19,7 +19,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.cluster import Cluster
-from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, VALIDATION_ALLOCATIONS
+from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, STITCHED
 from hwsearch.loss.sensitivity import bank_for
 from hwsearch.network.choices import candidate_widths
 from hwsearch.network.variants import legal
@@ -79,10 +79,10 @@ class Allowance:
         widths = min(MOST_WIDTHS, sum(len(steps) - 1 for steps in grid.values())) if "width" in self.axes else 0
         variants = [legal(u, self.setup.variants()) for u in network.units]
         choices = sum(map(len, variants)) + widths
-        if not batches:  # the least: one batch, without whole allocations
+        if not batches:  # the least: one batch, without stitched networks
             return choices * self.pass_s / self.workers
-        refits = VALIDATION_ALLOCATIONS * len(variants) / 2 if widths else 0
-        return (batches * (choices + VALIDATION_ALLOCATIONS) * self.pass_s + refits * self.refit_s) / self.workers
+        refits = len(variants) * min(STITCHED / 2, max(map(len, grid.values()))) if widths else 0
+        return (batches * (choices + STITCHED) * self.pass_s + refits * self.refit_s) / self.workers
 
     def loop_s(self, table: LatencyTable | None) -> float:
         """Of the closed loop with one round, or of all samples: engines are built, timed and scored, the answer more than once."""

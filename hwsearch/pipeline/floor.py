@@ -151,7 +151,7 @@ class _Search:
             "network": network.fingerprint, "weights": network.weights_digest, "calibration": setup.lowering.calibration_digest,
             "backend": [setup.backend.name, setup.backend.versions()], "device": devices.fingerprint_for(setup.backend).id,
             "options": setup.described, "scored by": [self.scorer.by, self.scorer.dense, setup.lowering.task.validated],
-            "offer": self.offer,
+            "offer": self.offer, "interactions": self.sensitivity.correction.to_json(),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -190,9 +190,7 @@ class _Search:
             raise Infeasible(f"the budgets break, whatever the floor: {found}", found.least) from None
 
     def _range(self) -> Range:
-        most = sum(max(own.values(), default=0.0) for own in self.sensitivity.loss.values())
-        most += sum(max(own.values(), default=0.0) for own in self.sensitivity.width_loss.values())
-        cheapest = self._search([*self.budgets, _at_most(2.0 * most + 1.0)], self.goal.minimize)
+        cheapest = self._search([*self.budgets, _at_most(2.0 * self.sensitivity.most() + 1.0)], self.goal.minimize)
         high = logarithm(cheapest.predicted["loss"])
         return Range(high - SPAN if self.free else min(logarithm(self.lowest.predicted["loss"]), high), high, self.free)
 

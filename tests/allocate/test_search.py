@@ -20,6 +20,7 @@ from hwsearch.allocate.search import front, search, search_diverse
 from hwsearch.cli import app
 from hwsearch.errors import Infeasible, InvalidInput
 from hwsearch.latency.model import fit
+from hwsearch.loss.interactions import Correction
 from hwsearch.network.choices import Candidate, candidate_widths
 from hwsearch.network.variants import Variant, network_bytes, uniform
 from hwsearch.table.table import LatencyTable
@@ -51,6 +52,34 @@ def test_the_answer_is_that_of_brute_force(share: float) -> None:
     assert found.predicted["loss"] == pytest.approx(best, rel=1e-9)
     assert found.solver["status"] == "optimal"
     assert found.predicted["loss"] == pytest.approx(SCORES.total(chosen(found).variants, found.widths))
+
+
+LEARNT = replace(SCORES, correction=Correction({"conv0": 3.0, "conv3": 0.4}, {"conv1": 2.0}, 1.7, 1.3))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_what_was_learnt_of_losses_is_searched_with_and_shown(share: float) -> None:
+    """The least predicted loss, and the least size under a bound on it, as by brute force; the front is of predicted losses."""
+    at, every = model(), list(everything())
+    loss = {id(c): LEARNT.total(c.variants, c.widths) for c in every}
+    limit = between(share, [at.predict(c.variants, c.widths).time_ns for c in every])
+    least = min(loss[id(c)] for c in every if at.predict(c.variants, c.widths).time_ns <= limit)
+    found = search(table(), LEARNT, [f"latency={limit / 1e6:.6f}ms"], kappa=0.0, model=at)
+    assert found.predicted["loss"] == pytest.approx(least, rel=1e-9)
+    assert found.predicted["loss"] == pytest.approx(LEARNT.total(chosen(found).variants, found.widths))
+    assert (found.solver["status"], found.solver["gap"]) == ("optimal", 0.0)
+    assert found.solver["bound"] == pytest.approx(found.predicted["loss"])
+    most = float(f"{between(share, list(loss.values())):.6f}")
+    small = search(table(), LEARNT, [f"loss={most}"], minimize="size", model=at)
+    assert small.predicted["loss"] <= most
+    best = min(network_bytes(narrow(c), c.variants) for c in every if loss[id(c)] <= most)
+    assert network_bytes(narrow(chosen(small)), chosen(small).variants) == best
+    for point in front(table(), LEARNT, points=4, model=at).best():
+        variants = {u: Variant.parse(v) for u, v in zip(NETWORK.by_name, point.variants, strict=True)}
+        assert point.loss == pytest.approx(LEARNT.total(variants, dict(zip(NETWORK.channels, point.widths, strict=True))))
+    with pytest.raises(Infeasible, match=r"the least loss within latency=") as caught:
+        search(table(), LEARNT, [f"latency={limit / 1e6:.6f}ms", f"loss={least / 2:.6f}"], kappa=0.0, model=at)
+    assert caught.value.least["loss"] == pytest.approx(least, rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.9])

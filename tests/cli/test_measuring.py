@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from invoking import Install, Table, invoke
 
+from hwsearch.loss.interactions import Agreement, Correction
 from hwsearch.progress import Progress
 
 
@@ -58,6 +59,8 @@ def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
         network=SimpleNamespace(name="net", channels={"stem": 32}), divergence="softmax", samples=512,
         rank_correlation=0.875, width_loss={"stem": {32: 0.0, 16: 0.25, 8: 0.5}}, estimated={("stem", 8)},
         loss={"calm": {"dense.fp32": 0.0, "dense.int8": 1e-4}, "touchy": {"dense.fp32": 0.0, "dense.int8": 0.5}},
+        agreement=(Agreement(0.75, 0.4, 0.5, 48), Agreement(0.875, 0.9, 1.0, 48)), passes=96, correction=Correction(factor=0.5),
+        trust=lambda: {"passes": 96},
     )  # fmt: skip
     seen: dict[str, Any] = {}
     api(sensitivity=lambda task, **options: seen.update(options) or scores)
@@ -68,6 +71,9 @@ def test_sensitivity(api: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "16: 2.5e-01, 8: 5.0e-01~" in result.stdout
     assert "~: 1 estimated" in result.stdout
     assert "0.88" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "48 stitched networks, 96 forward passes; predicted by the sum of losses: rank correlation 0.75, 40% within" in said
+    assert "what was learnt from the others: rank correlation 0.88, 90% within" in said
     del seen["progress"]
     assert seen == {
         "out": Path("s.parquet"), "backend": "openvino", "base": None, "batch": None, "axes": ["width", "precision"],

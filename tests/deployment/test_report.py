@@ -151,3 +151,14 @@ def test_a_missed_floor_is_a_missed_budget() -> None:
     assert "budget   met after" in str(report), "the budgets hold"
     unbounded = replace(report, judged=replace(JUDGED, bound=Costs()))
     assert "budget   none after" in str(unbounded)
+
+
+def test_how_far_predicted_losses_can_be_trusted_is_told() -> None:
+    before = {"tau": 0.8, "within": 0.4, "ratio": 0.5, "networks": 48}
+    after = {"tau": None, "within": 0.9, "ratio": 1.0, "networks": 48}
+    told = str(replace(REPORT, interactions={"sum": before, "corrected": after, "passes": 96}))
+    assert "trust    loss of 48 stitched networks (96 passes) as predicted: rank correlation not known, 90% within" in told
+    assert "by the sum of losses alone rank correlation 0.80, 40% within a factor of 1.5" in told
+    told = str(replace(REPORT, interactions={"sum": before, "corrected": None, "passes": 9}))
+    assert "(9 passes) as predicted: by the sum of losses rank correlation 0.80" in told
+    assert "trust" not in str(REPORT)

@@ -100,7 +100,9 @@ def test_what_changed_is_named_measured_anew_and_replaced(
     assert told(task(), path, **options)[1] == ""
 
 
-@pytest.mark.parametrize(("module", "what"), [(scoring, "METHOD"), (scoring, "REFIT_METHOD")])
+@pytest.mark.parametrize(
+    ("module", "what"), [(scoring, "METHOD"), (scoring, "REFIT_METHOD"), (scoring, "LEARNING_METHOD")]
+)
 def test_another_method_is_another_file(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, what: str
 ) -> None:
@@ -137,7 +139,7 @@ def test_what_was_begun_otherwise_is_begun_anew(
     path = tmp_path / "sens.parquet"
     partial = tmp_path / "sens.parquet.partial"
     with monkeypatch.context() as patch:
-        patch.setattr(scoring._Sums, "mean", lambda self, what: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(scoring._Sums, "mean", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             told(tiny.task("cnn"), path)
     if lie == "damage":
