@@ -182,7 +182,7 @@ def _substituted(block: Block, words: list[str]) -> list[str]:
 
 
 def _command(block: Block, words: list[str], *, run: bool) -> None:
-    while words[0] in ("sudo", "env", "-E") or re.match(r"^[A-Z]+=", words[0]):
+    while words[0] in ("sudo", "env", "-E") or re.match(r"^[A-Z_]+=", words[0]):
         words = words[1:]
     if words[0] in ("accelerate", "torchrun"):  # which start a module in several processes
         words = words[words.index("-m") + 1 :]
