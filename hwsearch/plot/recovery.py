@@ -32,9 +32,11 @@ def plot_recovery(source: Recovered | Mapping[str, Any], path: str | Path | None
     points, held_out = told["curve"], told["held_out"]
     figure, axes = single_axes(7.0, 4.2)
     trained = [p for p in points if p["loss"] is not None]
-    axes.plot([p["step"] for p in trained], [p["loss"] for p in trained], color=FAINT, label="in training")
+    what = "in training, with the task's loss" if told["objective"].startswith("the task's loss") else "in training"
+    axes.plot([p["step"] for p in trained], [p["loss"] for p in trained], color=FAINT, label=what)
     axes.plot(
-        [p["step"] for p in points], [p["held_out"] for p in points], color=HELD_OUT, marker="o", markersize=3.5, label="held out"
+        [p["step"] for p in points], [p["held_out"] for p in points], color=HELD_OUT, marker="o", markersize=3.5,
+        label="held out, divergence alone",
     )
     axes.axhline(held_out["refitted"], color=INK, linewidth=0.8, linestyle="--", label="held out, refitted")
     axes.plot(
