@@ -71,7 +71,7 @@ def test_it_begins_as_what_is_deployed(precision: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"method": "mask"}, {"scales": "learned", "gradients": "1:2:mvue"}])
 def test_what_is_deployed_is_what_was_judged(options: dict[str, Any]) -> None:
     done = recover(data=True, batchnorm="unfolded", epochs=2, scored=False, **options)
-    assert done.course.least < 0.8 * done.course.start
+    assert done.course.least < 0.95 * done.course.start
     assert done.to_json()["batchnorm"] == "unfolded"
     first, _, variants = recovering.start(data=True)
     assert Objective(done.lowering).held_out_loss(Student(done.lowering, variants)) == pytest.approx(done.course.least, rel=0.01)
