@@ -347,16 +347,14 @@ def run(
     """Find and deploy the allocation of least loss that meets the budgets, or of least cost above a floor, as measured here.
 
     Leaves table.parquet, sens.parquet, alloc.json, model.onnx, report.json, front.png, run.log and refitted weights in `out`.
-    Another run there uses them again, but makes anew, and says so, what was made of something else (other calibration data, weights
-    of the model, ...). Where only size, memory or MACs are bounded, there is neither table nor front.
+    Another run there uses what still holds, and says what does not. Without budgets on times there is neither table nor front.
 
     Args:
         task: What is deployed.
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost; with a floor there need be none.
         out: Folder for the results.
-        backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all` that can be used here) the one that
-            meets the budgets at the least measured loss. Each then runs in a folder of its own in `out`, in an equal part of the
-            time; shares of times are of the fastest dense network, and front.png shows the fronts of all.
+        backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all`) the one that meets the budgets at the
+            least measured loss. Each runs in a folder of its own, in an equal part of the time; shares are of the fastest dense one.
         threads: As for `profile`.
         base: As for `profile`.
         batch: As for `profile`.
