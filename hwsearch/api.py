@@ -354,7 +354,7 @@ def run(
         budgets: Such as `latency=4ms` or `size=25%`, at most one for each cost; with a floor there need be none.
         out: Folder for the results.
         backend: As for `profile`; of several (`openvino,onnxruntime`, a sequence, or `all`) the one that meets the budgets at the
-            least measured loss. Each runs in a folder of its own, in an equal part of the time; shares are of the fastest dense one.
+            least measured loss. Each runs in its own folder, in an equal part of the time; shares are of the fastest dense one.
         threads: As for `profile`.
         base: As for `profile`.
         batch: As for `profile`.
