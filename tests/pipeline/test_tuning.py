@@ -179,8 +179,10 @@ def test_a_killed_search_goes_on_with_its_samples(
 @pytest.mark.slow
 def test_a_scheme_that_makes_other_weights_uses_no_sample_of_before(again: Path) -> None:
     other = Compose(Prune(skip="head"), Quantize("int8"))
-    found = bayes(again, scheme=other, samples=2)
-    assert not any(s["reused"] for s in found.floor["samples"])
+    found = bayes(again, scheme=other, samples=3)
+    pruned = [s for s in found.floor["samples"] if s["values"]["density"] < 1.0]  # at 1 both make the same weights
+    assert pruned
+    assert not any(s["reused"] for s in pruned)
 
 
 @pytest.mark.slow
