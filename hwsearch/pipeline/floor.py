@@ -23,7 +23,6 @@ from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, metadata_of
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Job, Session
 from hwsearch.deployment.verify import measure_allocation
-from hwsearch.device import fingerprint as devices
 from hwsearch.engine.record import wrong_variants
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, BudgetMissed, Infeasible
@@ -146,13 +145,7 @@ class _Search:
 
     def _made_of(self) -> dict[str, Any]:
         """What has to be the same for a sample to be used again."""
-        setup, network = self.setup, self.setup.network
-        return {
-            "network": network.fingerprint, "weights": network.weights_digest, "calibration": setup.lowering.calibration_digest,
-            "backend": [setup.backend.name, setup.backend.versions()], "device": devices.fingerprint_for(setup.backend).id,
-            "options": setup.described, "scored by": [self.scorer.by, self.scorer.dense, setup.lowering.task.validated],
-            "offer": self.offer, "interactions": self.sensitivity.correction.to_json(),
-        }  # fmt: skip
+        return {**self.scorer.made_of(), "offer": self.offer, "interactions": self.sensitivity.correction.to_json()}
 
     def run(self) -> None:
         """Measure samples until the bracket is narrow, or none is left."""

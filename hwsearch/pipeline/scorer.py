@@ -11,6 +11,7 @@ import torch
 
 from hwsearch.deployment.evaluate import predictor, score
 from hwsearch.deployment.session import Measured, Session
+from hwsearch.device import fingerprint as devices
 from hwsearch.graph.calls import evaluating
 from hwsearch.loss.divergence import closeness
 from hwsearch.pipeline.goal import Floor, Goal
@@ -41,6 +42,15 @@ class Scorer:
     def allowed(self) -> float:
         """By how much the floor lets the score fall."""
         return self.dense - self.floor
+
+    def made_of(self) -> dict[str, Any]:
+        """What a score and a cost depend on beside the network that is measured."""
+        setup, network = self.session.setup, self.session.setup.network
+        return {
+            "network": network.fingerprint, "weights": network.weights_digest, "calibration": setup.lowering.calibration_digest,
+            "backend": [setup.backend.name, setup.backend.versions()], "device": devices.fingerprint_for(setup.backend).id,
+            "options": setup.described, "scored by": [self.by, self.dense, setup.lowering.task.validated],
+        }  # fmt: skip
 
     def judged(self, goal: Goal, dense: float, score: float) -> dict[str, Any]:
         """For reports: how a final score stands to the floor, and what the search went by. dense: the dense network's score."""

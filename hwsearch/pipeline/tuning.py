@@ -257,13 +257,7 @@ class _Search:
 
     def _made_of(self) -> dict[str, Any]:
         """What has to be the same for a sample to be used again, beside its weights."""
-        setup, network = self.setup, self.setup.network
-        return {
-            "network": network.fingerprint, "weights": network.weights_digest, "calibration": setup.lowering.calibration_digest,
-            "backend": [setup.backend.name, setup.backend.versions()], "device": devices.fingerprint_for(setup.backend).id,
-            "options": setup.described, "scored by": [self.scorer.by, self.scorer.dense, setup.lowering.task.validated],
-            "knobs": [[k.name, k.low, k.high, k.whole] for k in self.knobs],
-        }  # fmt: skip
+        return {**self.scorer.made_of(), "knobs": [[k.name, k.low, k.high, k.whole] for k in self.knobs]}
 
     # ---- what needs no engine
 
