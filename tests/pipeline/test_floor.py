@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import falling
 import pytest
 import recovering
 import tiny
@@ -21,7 +23,7 @@ from hwsearch.deployment.session import Session
 from hwsearch.engine.setup import set_up
 from hwsearch.errors import BackendUnavailable, BudgetMissed, Infeasible, InvalidInput
 from hwsearch.graph.batching import BatchAxis
-from hwsearch.loss.divergence import closeness, divergence
+from hwsearch.loss.divergence import closeness
 from hwsearch.pipeline.goal import Floor, Goal
 from hwsearch.pipeline.scorer import binomial
 from hwsearch.profiler.profile import without_times
@@ -30,35 +32,12 @@ from hwsearch.table.table import LatencyTable
 from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
-DENSE, STEEP = 0.9, 2e4
-
-
-def law_of(seed: int, lowered: float = 0.0) -> Any:
-    """A score that falls with the divergence from the dense network, on inputs of this seed."""
-    x = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    model = tiny.task("cnn").model
-    with torch.no_grad():
-        dense = model(x)
-
-    def score(predict: hs.task.Predict) -> float:
-        total, samples = divergence(predict(x), dense, "kl")
-        return DENSE * math.exp(-STEEP * total / samples) - (lowered if predict is not model else 0.0)
-
-    return score
-
-
-def task(**changes: Any) -> hs.Task:
-    old = tiny.task("cnn")
-    fields: dict[str, Any] = {"evaluate": law_of(1), "validate": law_of(2), "scored": 5000, "validated": 5000, **changes}
-    return hs.Task(model=old.model, example_inputs=old.example_inputs, calibration=old.calibration, **fields)
-
-
-def backend() -> SimulatedBackend:
-    return SimulatedBackend(LatencyLaw.random(tiny.lowering("cnn").network), noise=0.003)
+STEEP = 2e4
+law_of, task = partial(falling.law_of, STEEP), partial(falling.task, STEEP, 5000)
 
 
 def run(folder: Path, floor: str, budgets: tuple[str, ...] = (), of: hs.Task | None = None, **options: Any) -> Any:
-    fields = {"backend": backend(), "minimize": "size", **options}
+    fields = {"backend": falling.backend(), "minimize": "size", **options}
     return hs.run(of or task(), budgets, folder, floor=floor, **fields)
 
 
@@ -106,7 +85,7 @@ def test_nothing_that_a_hundred_points_find_is_much_smaller(done: tuple[Path, An
     """Of the answers under a hundred bounds, none that is 3 % smaller holds the floor."""
     folder, report = done
     of, sens = task(), hs.SensitivityTable.load(folder / "sens.parquet")
-    setup = set_up(of, backend(), axes=["width", "precision", "storage"])
+    setup = set_up(of, falling.backend(), axes=["width", "precision", "storage"])
     table, found = without_times(setup), {}
     losses = [s["loss"] for s in report.floor["samples"]]
     low, high = math.log(min(losses)) - 1.0, math.log(max(losses)) + 1.0
@@ -291,18 +270,18 @@ def test_floors_that_a_score_cannot_have(text: str, dense: float) -> None:
 
 
 def test_what_goes_with_a_floor_alone(tmp_path: Path) -> None:
-    another = backend()
+    another = falling.backend()
     another.name = "another"
     assert Goal.of(None, None, 10) is None
     for options in ({"minimize": "size"}, {"samples": 3}, {"floor": "99%", "minimize": "memory"}, {"floor": "99%", "samples": 0}):
         with pytest.raises(InvalidInput, match="floor"):
-            hs.run(task(), ["size=50%"], tmp_path, backend=backend(), **options)
+            hs.run(task(), ["size=50%"], tmp_path, backend=falling.backend(), **options)
     with pytest.raises(InvalidInput, match="one runtime"):
-        hs.run(task(), [], tmp_path, backend=[backend(), another], floor="99%")
+        hs.run(task(), [], tmp_path, backend=[falling.backend(), another], floor="99%")
     with pytest.raises(InvalidInput, match="scored=0"):
         task(scored=0)
     with pytest.raises(InvalidInput, match="no budget was given"):
-        hs.run(task(), [], tmp_path, backend=backend())
+        hs.run(task(), [], tmp_path, backend=falling.backend())
 
 
 def test_agreement_counts_classes_and_measures_numbers() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import falling
 import pytest
 import tiny
 import torch
@@ -17,44 +18,19 @@ from safetensors.torch import load_file
 import hwsearch as hs
 from hwsearch.deployment.session import Session
 from hwsearch.errors import BackendUnavailable, BudgetMissed, InvalidInput
-from hwsearch.loss.divergence import divergence
 from hwsearch.pipeline.knobs import TOLERANCE
 from hwsearch.pipeline.scorer import binomial
 from hwsearch.pipeline.tuning import Tuned
 from hwsearch.schemes import Allocate, Compose, FilterPrune, Free, Prune, Quantize
-from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
-DENSE, STEEP = 0.9, 2e3
+STEEP = 2e3
+law_of, task = partial(falling.law_of, STEEP), partial(falling.task, STEEP, 50_000)
 SCHEME = Compose(Prune(), Quantize("int8"))
 
 
-def law_of(seed: int, lowered: float = 0.0) -> Any:
-    """A score that falls with the divergence from the dense network, on inputs of this seed."""
-    x = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    model = tiny.task("cnn").model
-    with torch.no_grad():
-        dense = model(x)
-
-    def score(predict: hs.task.Predict) -> float:
-        total, samples = divergence(predict(x), dense, "kl")
-        return DENSE * math.exp(-STEEP * total / samples) - (lowered if predict is not model else 0.0)
-
-    return score
-
-
-def task(**changes: Any) -> hs.Task:
-    old = tiny.task("cnn")
-    fields: dict[str, Any] = {"evaluate": law_of(1), "validate": law_of(2), "scored": 50_000, "validated": 50_000, **changes}
-    return hs.Task(model=old.model, example_inputs=old.example_inputs, calibration=old.calibration, **fields)
-
-
-def backend() -> SimulatedBackend:
-    return SimulatedBackend(LatencyLaw.random(tiny.lowering("cnn").network), noise=0.003)
-
-
 def bayes(folder: Path, floor: str = "95%", scheme: Any = SCHEME, of: hs.Task | None = None, **options: Any) -> Tuned:
-    return hs.bayes(of or task(), scheme, folder, floor=floor, **{"backend": backend(), **options})
+    return hs.bayes(of or task(), scheme, folder, floor=floor, **{"backend": falling.backend(), **options})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +78,7 @@ def test_the_floor_is_held_in_ten_samples_and_each_is_a_folder(done: tuple[Path,
     (answer,) = (s for s in samples if s["answer"])
     assert answer["values"] == found.values
     assert answer["costs"]["size"] == min(s["costs"]["size"] for s in samples if s["holds"]) == found.measured.size
-    assert answer["score"] - answer["error"] >= found.floor["search"]["least"] == pytest.approx(0.95 * DENSE)
+    assert answer["score"] - answer["error"] >= found.floor["search"]["least"] == pytest.approx(0.95 * falling.DENSE)
     assert answer["error"] == pytest.approx(binomial(answer["score"], 50_000))
     assert found.score["deployed"] >= found.floor["least"]
     told = str(found)
@@ -130,7 +106,7 @@ def test_the_floor_is_held_in_ten_samples_and_each_is_a_folder(done: tuple[Path,
 def test_nothing_that_a_hundred_densities_find_is_smaller_by_more_than_the_tolerance(done: tuple[Path, Tuned]) -> None:
     found, of = done[1], task()
     assert found.values is not None
-    least = 0.95 * DENSE
+    least = 0.95 * falling.DENSE
     for n in range(100):
         density = n / 100.0
         if density < found.values["density"] - TOLERANCE - 1e-6:
