@@ -78,7 +78,7 @@ def measure_allocation(
         loss=loss,
         widths={g: [w, setup.network.channels[g]] for g, w in deployed.network.channels.items()},
         solver={"status": allocation.solver["status"], "gap": allocation.solver["gap"]},
-        uniform=_best_uniform(session, uniforms, bound),
+        uniform=best_uniform(session, uniforms, bound),
         uniforms=[_as_row(session, n, m, met=_meets(session, m, bound)) for n, m in uniforms.items()],
         variants=dict(allocation.variants),
         not_as_asked=_not_as_asked(setup, own.build),
@@ -126,7 +126,7 @@ def _timed(session: Session, measured: Measured, judged: Judgement, allocation: 
     )
 
 
-def _best_uniform(session: Session, uniforms: Mapping[str, Measured], bound: Costs) -> dict[str, Any] | None:
+def best_uniform(session: Session, uniforms: Mapping[str, Measured], bound: Costs) -> dict[str, Any] | None:
     """The uniform allocation of the best score that meets the same budgets, the faster of two as good; None without one."""
     scores = {name: session.score(m, name) for name, m in uniforms.items() if _meets(session, m, bound)}
     best = max(scores, key=lambda n: (scores[n], -session.ms(uniforms[n])), default=None)

@@ -36,8 +36,8 @@ WINDOWS = 2
 """Windows in which an answer is likely to be measured again, beside the dense network."""
 TRIES = 0.5
 """Of the longest that an engine is timed for, what it usually takes."""
-SCORED = 2
-"""Engines of a loop with one round whose score is taken: the answer's, and that of the best uniform allocation."""
+ROUNDS = 2
+"""Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
 
 
 @dataclass(frozen=True)
@@ -84,38 +84,40 @@ class Allowance:
         refits = len(variants) * min(STITCHED / 2, max(map(len, grid.values()))) if widths else 0
         return (batches * (choices + STITCHED) * self.pass_s + refits * self.refit_s) / self.workers
 
-    def loop_s(self, table: LatencyTable | None) -> float:
-        """Of the closed loop with one round, or of all samples: engines are built, timed and scored, the answer more than once."""
+    def loop_s(self, table: LatencyTable | None, rounds: int = 1) -> float:
+        """Of the closed loop with so many rounds, or of all samples: engines are built, timed and scored, answers more than once."""
         uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
         build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
-        engines = uniforms + 1 + 2 * WINDOWS + self.samples
+        answers = 1 if self.samples else rounds
+        engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
+        scores = 1 + answers + self.samples  # one of them that of the best uniform allocation
         refits = (uniforms + self.samples) * len(self.setup.network.units)
         each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, TRIES * VERIFY.limit_s))
-        return engines * (each_s + build_s) + (SCORED + self.samples) * self.score_s + refits * self.refit_s
+        return engines * (each_s + build_s) + scores * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
         batches = len(self.setup.lowering.scoring)
         most, least = self.scoring_s(table, batches), self.scoring_s(table, 0)
         scoring = min(most, max(least, MOST_SCORING * self.begun_s))
-        return min(scoring + self.loop_s(table), MOST_RESERVED * self.begun_s)
+        return min(scoring + self.loop_s(table, ROUNDS), MOST_RESERVED * self.begun_s)
 
     def plan(self, table: LatencyTable | None) -> dict[str, float]:
         """The stages to come with their seconds, for `Progress.plan`; table: None before the profile."""
         left, loop = max(self.limit.left_s, 0.0), self.loop_s(table)
         if table is None:
             reserved = self.reserve(None)
-            scoring = max(reserved - loop, self.scoring_s(None, 0))
+            scoring = max(reserved - self.loop_s(None, ROUNDS), self.scoring_s(None, 0))
             loop = min(loop, max(reserved - scoring, 0.0)) if self.samples else loop  # as many samples as there is time for
             return {PROFILE: max(left - reserved, 0.0), SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
-        scoring = min(most, max(least, left - loop))
+        scoring = min(most, max(least, left - self.loop_s(table, ROUNDS)))
         loop = min(loop, max(left - scoring, 0.0)) if self.samples else loop
         return {REFITTING: 0.0, SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""
-        return TimeLimit(self.limit.left_s - self.loop_s(table), self.setup.clock)
+        return TimeLimit(self.limit.left_s - self.loop_s(table, ROUNDS), self.setup.clock)
 
 
 def prepared(

@@ -15,8 +15,8 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.confirm import State
 from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_variants
 from hwsearch.deployment.report import Report
-from hwsearch.deployment.session import Session
-from hwsearch.deployment.verify import measure_allocation
+from hwsearch.deployment.session import Session, uniform_candidates
+from hwsearch.deployment.verify import best_uniform, measure_allocation
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.latency.regression import USUAL_SLOWDOWN
@@ -83,6 +83,8 @@ def closed_loop(
     limits = as_fast_as_now(as_limits(bound), budgets, session)
     if dense.within(Costs(**limits)):
         limits = {}
+    _, uniforms = session.measure_all(None, uniform_candidates(session.setup, table.header.unsupported))
+    best_uniform(session, uniforms, bound)  # its score is taken once, before the rounds are timed
     trial = _Trial(session, budgets, folder, weights, sensitivity.order)
     best = last = None
     spending = False

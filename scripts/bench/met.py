@@ -6,18 +6,24 @@ random budget. The truth is the device's law. Printed for each kind of device: h
 infeasible; of those met the share that is truly over its budget by more than 1 %; and how often the 95 % interval of
 the latency holds the truth. Devices at half speed have absolute budgets: what is met there falsely is counted.
 
-    python scripts/bench/met.py --runs 400
+    python scripts/bench/met.py --runs 400 --jobs 2
+
+What each run came to is kept in `--out`, a line each: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
+import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -100,22 +106,29 @@ class Net(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
+        out: torch.Tensor = self.body(x)
+        return out
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=400, help="of each kind")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
+    parser.add_argument("--out", type=Path, default=Path("/tmp/met"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     data = [torch.randn(1, 24) for _ in range(16)]
     task = hs.Task(Net().eval(), data[0], data, lambda predict: 1.0, "simulated")
     law = LatencyLaw.random(set_up(task, SimulatedBackend(LatencyLaw({}))).network, unit_ns=200_000.0)
     plain = set_up(task, SimulatedBackend(law))
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS:
-            tell(kind, run_kind(kind, plain, law, Path(folder) / kind.name.replace(" ", "_"), args.runs))
+    outcomes: list[Outcome] = []
+    for kind in KINDS:
+        found = run_kind(kind, plain, law, args.out / f"{kind.name.replace(' ', '_')}.jsonl", args.runs, args.jobs)
+        tell(kind.name, found)
+        outcomes += found
+    tell("all kinds", outcomes)
 
 
 @dataclass(frozen=True)
@@ -128,25 +141,49 @@ class Outcome:
     half: float = 0.0
 
 
-def run_kind(kind: Kind, plain: Setup, law: LatencyLaw, folder: Path, runs: int) -> list[Outcome]:
-    setups = [replace(plain, backend=kind.backend(law, 1_000_000 + i)) for i in range(TABLES)]
-    tables = [measure_table(s, None, Effort(builds=16)) for s in setups]
-    scored = [sensitivity_for(plain, None, seed=0, grid=t.grid()) for t in tables]
-    found = []
-    for number in range(runs):
-        of, rng = number % TABLES, np.random.default_rng(number)
-        backend = kind.backend(law, number, slower=kind.slower)
-        backend.advance(900e9)
-        found.append(one(replace(plain, backend=backend), law, tables[of], scored[of], rng, folder, kind.slower))
-        print(f"  {kind.name}: {number + 1} of {runs}, {found[-1]}", end="\r", flush=True)
-    return found
+def run_kind(kind: Kind, plain: Setup, law: LatencyLaw, kept: Path, runs: int, jobs: int) -> list[Outcome]:
+    """The outcomes of all runs of a kind; those that are in `kept` are not run again."""
+    found = {n: Outcome(**o) for n, o in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    missing = [n for n in range(runs) if n not in found]
+    if missing:
+        setups = [replace(plain, backend=kind.backend(law, 1_000_000 + i)) for i in range(TABLES)]
+        tables = [measure_table(s, None, Effort(builds=16)) for s in setups]
+        scored = [sensitivity_for(plain, None, seed=0, grid=t.grid()) for t in tables]
+        work.update(kind=kind, plain=plain, law=law, tables=tables, scored=scored)
+        # forked, as simulated devices do not pickle
+        with multiprocessing.get_context("fork").Pool(jobs, alone) as pool, kept.open("a") as file:
+            for number, outcome in pool.imap_unordered(one, missing):
+                found[number] = outcome
+                file.write(json.dumps([number, asdict(outcome)]) + "\n")
+                file.flush()
+                print(f"  {kind.name}: {len(found)} of {runs}, {outcome}", end="\r", flush=True)
+    return [found[n] for n in range(runs)]
 
 
-def one(
+work: dict[str, Any] = {}
+"""What the processes of a kind's runs share."""
+
+
+def alone() -> None:
+    """A cache of its own for this process: under the lock of the machine, whose time nobody measures here, one run would wait."""
+    os.environ["HWSEARCH_CACHE"] = tempfile.mkdtemp()
+
+
+def one(number: int) -> tuple[int, Outcome]:
+    """(number, what the run of that number came to)."""
+    kind, law, of = work["kind"], work["law"], number % TABLES
+    backend = kind.backend(law, number, slower=kind.slower)
+    backend.advance(900e9)
+    with tempfile.TemporaryDirectory() as folder:
+        setup = replace(work["plain"], backend=backend)
+        rng = np.random.default_rng(number)
+        return number, run(setup, law, work["tables"][of], work["scored"][of], rng, Path(folder), kind.slower)
+
+
+def run(
     setup: Setup, law: LatencyLaw, table: LatencyTable, scored: SensitivityTable, rng: np.random.Generator, folder: Path,
     slower: float,
 ) -> Outcome:  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     dense_ns = law.time_ns(dict.fromkeys(law.units, "fp32"))
     share = float(rng.uniform(0.35, 0.95))
     absolute = slower > 1.0 or rng.random() < 0.5
@@ -172,13 +209,13 @@ def truth(law: LatencyLaw, setup: Setup, chosen: Allocation) -> float:
     )
 
 
-def tell(kind: Kind, found: list[Outcome]) -> None:
+def tell(name: str, found: Sequence[Outcome]) -> None:
     count = Counter(o.state for o in found)
     met = [o for o in found if o.state == State.MET]
     measured = [o for o in found if o.state != INFEASIBLE]
     over = sum(o.over > 0.01 for o in met)
     print(
-        f"{kind.name:20s} {', '.join(f'{count[s]} {s}' for s in (*State, INFEASIBLE))}; of met {over} truly over by more than "
+        f"{name:20s} {', '.join(f'{count[s]} {s}' for s in (*State, INFEASIBLE))}; of met {over} truly over by more than "
         f"1 % ({over / max(len(met), 1):.1%}); the interval (median ± {np.median([o.half for o in measured]):.1%}) holds the truth "
         f"in {np.mean([o.holds for o in measured]):.1%}",
         flush=True,

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import hwsearch as hs
+from hwsearch import api
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.simulate import Simulator
 from hwsearch.errors import BudgetMissed, Infeasible
@@ -71,3 +72,31 @@ def test_a_run_keeps_its_limit(
     assert any("time limit" in line and "for the profile" in line for line in log)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*  ", line) for line in log)
     assert "verify" in " ".join(log)
+
+
+def test_an_answer_that_misses_is_followed_by_another_within_the_limit(
+    device: Callable[..., SimulatedBackend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that the profile did not build take 12 % longer than it tells, which the first answer shows."""
+    backend = device("cnn", 2.0, 0.1, 0.1)
+    known, begun, loop = set[str](), [False], api.closed_loop
+
+    def wander(second: float, network: str) -> float:
+        if not begun[0]:
+            known.add(network)
+        return 1.0 if network in known else 1.12
+
+    def begin(*args: Any, **options: Any) -> Any:
+        begun[0] = True
+        return loop(*args, **options)
+
+    def evaluate(predict: Any) -> float:
+        backend.advance(8e9)
+        return 0.5
+
+    backend.wander = wander
+    monkeypatch.setattr(api, "closed_loop", begin)
+    task = hs.Task(**{**vars(tiny.task("cnn")), "evaluate": evaluate})
+    assert hs.run(task, ["latency=70%"], tmp_path, backend=backend, time_limit_s=180.0).met
+    assert "no time is left for another round" not in (tmp_path / "run.log").read_text()
+    assert backend.clock() / 1e9 <= 1.1 * 180.0
