@@ -91,6 +91,7 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "PERF_COUNT": counters,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         try:
             return self._core.compile_model(self._core.read_model(self._onnx), "CPU", config)

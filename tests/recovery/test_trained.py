@@ -60,8 +60,8 @@ def test_the_deployed_file_has_exactly_the_trained_weights(file: Path, tmp_path:
         assert np.allclose(values, tensors[path].numpy(), rtol=0, atol=1e-6 * float(tensors[path].abs().max()))
     engine = ONNXRuntimeBackend().build(deployed.path.read_bytes(), BuildOptions(1, "fp32"))
     x, _ = recovering.images(1, seed=5)
-    (want,) = leaves(low.simulator(low.traced, (x,), {}, quantize_outputs=False)(parse_variants(chosen)))
-    assert np.allclose(engine(x.numpy())[0], want.numpy(), atol=0.05 * float(want.abs().max()))
+    (want,) = leaves(low.simulator(low.traced, (x,), {}, quantize_outputs=True)(parse_variants(chosen)))
+    assert np.allclose(engine(x.numpy())[0], want.numpy(), atol=1e-3 * float(want.abs().max()))
     refitted = hs.deploy(task, chosen, tmp_path / "r.onnx")
     assert refitted.path.read_bytes() != deployed.path.read_bytes()
     assert abs(refitted.size_bytes - deployed.size_bytes) < 200
