@@ -7,7 +7,7 @@ comparing engines of random graphs with ONNX's reference evaluator (`scripts/ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx
 from onnx import TensorProto
@@ -26,6 +26,7 @@ TWICE = "one quantizer straight after another, behind a Concat: OpenVINO crashes
 SPLIT = "a part of a dequantized tensor read by a convolution, and the rest by others: OpenVINO loses its scale"
 CLIPPED = "a Clip behind Q/DQ: OpenVINO rounds its bounds to whole steps"
 REPEATED = "one quantizer behind another, read by a layer through a move and by others: OpenVINO loses a scale"
+SECOND_SOFTMAX = "an int8 product whose second operand comes from a Softmax: OpenVINO takes it for attention and computes another"
 DYNAMIC = "an int8 weight whose layer reads floats: ONNX Runtime quantizes these as the network runs"
 
 
@@ -41,6 +42,7 @@ def faults(model: onnx.ModelProto, runtime: str) -> list[str]:
             CLIPPED: _clipped,
             REPEATED: _repeated,
             SPLIT: _split,
+            SECOND_SOFTMAX: _second,
         },
         "onnxruntime": {DYNAMIC: _dynamic},
     }
@@ -185,6 +187,25 @@ def _from_dequantizer(graph: _Graph, node: onnx.NodeProto) -> bool:
     """Whether a node reads what a dequantizer of activations made, with nothing but moves between."""
     *between, first = [*graph.before(node)] or [node]
     return first.op_type == "DequantizeLinear" and all(n.op_type in _ONWARDS for n in between)
+
+
+def from_softmax(name: str, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a tensor was quantized and comes from a Softmax, with no product and no change of axes between."""
+    maker = makers.get(name)
+    if maker is None or maker.op_type != "DequantizeLinear":
+        return False
+    todo = [maker.input[0]]
+    while todo:
+        maker = makers.get(todo.pop())
+        if maker is not None and maker.op_type == "Softmax":
+            return True
+        if maker is not None and maker.op_type not in (*_PRODUCTS, "Transpose"):
+            todo += maker.input
+    return False
+
+
+def _second(graph: _Graph) -> bool:
+    return any(n.op_type == "MatMul" and from_softmax(n.input[1], graph.makers) for n in graph.nodes)
 
 
 def _twice(graph: _Graph) -> bool:

@@ -30,6 +30,7 @@ class OpenVINOBackend:
     weight_storage = True
     unsigned_activations = True
     unsigned_concat = True
+    softmax_first = True
 
     def __init__(self) -> None:
         self._core: Any = None

@@ -39,7 +39,7 @@ from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.lowering.marked import DOMAIN, MARK, tag_of
-from hwsearch.lowering.rewrites import fold_pads, keep_float
+from hwsearch.lowering.rewrites import fold_pads, keep_float, turn_products
 from hwsearch.network.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
@@ -73,6 +73,7 @@ def assemble(
     *,
     quantize_outputs: bool = False,
     unsigned_concat: bool = False,
+    softmax_first: bool = False,
     metadata: Mapping[str, str] | None = None,
     shared: bool = True,
     int8_bits: int = INT8_BITS,
@@ -84,6 +85,7 @@ def assemble(
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     shared: units that read one tensor on one scale share its Q/DQ.
     unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
+    softmax_first: an int8 product whose second operand comes from a Softmax has its operands turned, see `turn_products`: likewise.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset, shared)
@@ -124,6 +126,8 @@ def assemble(
     told = {unit for role, unit in marks if role == "weight"}
     units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
+    if softmax_first:
+        builder.nodes = turn_products(builder.nodes, builder.rank, builder.names)
     return builder.finish({**float_units(untold), **(metadata or {})})
 
 
@@ -255,7 +259,7 @@ class _Builder:
             added
             and product in self.fed
             and self.opset >= _TYPED_Q
-            and max(map(self._rank, (product, node.output[0]))) > 2
+            and max(map(self.rank, (product, node.output[0]))) > 2
         )
         for i in range(0 if added else 2, len(node.input)):
             tensor = self.initializers.get(node.input[i])
@@ -268,7 +272,7 @@ class _Builder:
                 continue
             node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
 
-    def _rank(self, name: str) -> int:
+    def rank(self, name: str) -> int:
         value = self.known.get(name)
         return len(value.type.tensor_type.shape.dim) if value is not None else 0
 
@@ -340,7 +344,7 @@ class _Builder:
         source, perm = self.turned.get(inputs[0], (inputs[0], [0, 1]))
         unit, stored = self.pending[source]
         turned, by_channel = perm != [0, 1], stored.scales is not None and not stored.block
-        rank, axis, base = self._rank(node.output[0]) - 1, perm.index(0) if axis == 0 else -1, f"{unit}|0"
+        rank, axis, base = self.rank(node.output[0]) - 1, perm.index(0) if axis == 0 else -1, f"{unit}|0"
         if axis < 0 or stored.values.ndim != 2 or rank < 0 or (by_channel and stored.axis != axis):
             return False
 

@@ -305,6 +305,7 @@ class Lowering:
         *,
         quantize_outputs: bool = False,
         unsigned_concat: bool = False,
+        softmax_first: bool = False,
         metadata: Mapping[str, str] | None = None,
         shared: bool = True,
     ) -> onnx.ModelProto:
@@ -314,6 +315,7 @@ class Lowering:
             variants,
             quantize_outputs=quantize_outputs,
             unsigned_concat=unsigned_concat,
+            softmax_first=softmax_first,
             metadata=metadata,
             shared=shared,
         )

@@ -7,16 +7,22 @@ and the quantizer after it is not fused into the layer before.
 `keep_float`: ONNX Runtime 1.32 quantizes the float weight of a layer between Q/DQ by itself, with one scale for all channels
 (its optimizer WeightBiasQuantization), and multiplies two dequantized activations in int8 (MatMulIntegerToFloat), of 8 bits, whose
 sums not every CPU has exactly. A Max of one input, which it leaves alone, before the layer keeps that float.
+
+`turn_products`: on CPUs with AVX-512 OpenVINO 2026.4 fuses an int8 product of two activations whose second operand comes from a
+Softmax, and the product before that, as attention (MHATokenization), and then multiplies in attention's order, in which the Softmax
+comes first: results are off by more than their own size. The transposed operands are multiplied in the other order instead,
+which no such pass knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from hwsearch.backends.faults import from_softmax
 from hwsearch.backends.nodenames import unique, unit_of
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -159,6 +165,44 @@ def _quantized(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodePro
             if reader.op_type not in _LAYERS:
                 todo += reader.output
     return False
+
+
+def turn_products(
+    nodes: Sequence[onnx.NodeProto], rank: Callable[[str], int], names: set[str]
+) -> list[onnx.NodeProto]:
+    """The nodes, with (b^T a^T)^T for each int8 product a b of two activations where b comes from a Softmax.
+
+    rank: of a tensor, 0 where it is not known. names: of nodes, which those of new ones join.
+    """
+    makers = {output: node for node in nodes for output in node.output}
+    new = []
+    for node in nodes:
+        ranks = [rank(_unquantized(name, makers)) for name in node.input]
+        if node.op_type != "MatMul" or min(ranks) < 2 or not from_softmax(node.input[1], makers):
+            new.append(node)
+            continue
+        first, second = node.input
+        turned = [f"{node.output[0]}/turned{i}" for i in range(3)]
+        for source, target, size in ((first, turned[0], ranks[0]), (second, turned[1], ranks[1])):
+            new.append(_transpose(source, target, size, node, names))
+        product = onnx.NodeProto()
+        product.CopyFrom(node)
+        product.input[:], product.output[:] = [turned[1], turned[0]], [turned[2]]
+        new += [product, _transpose(turned[2], node.output[0], max(ranks), node, names)]
+    return new
+
+
+def _transpose(source: str, target: str, rank: int, of: onnx.NodeProto, names: set[str]) -> onnx.NodeProto:
+    perm = [*range(rank - 2), rank - 1, rank - 2]
+    base = _base(of) if _base(of).startswith("~") else f"~{_base(of)}"
+    return helper.make_node("Transpose", [source], [target], name=unique(f"{base}|Transpose.turned", names), perm=perm)
+
+
+def _unquantized(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor that a dequantized one was quantized from."""
+    while (maker := makers.get(name)) is not None and maker.op_type in _QDQ:
+        name = maker.input[0]
+    return name
 
 
 def _base(node: onnx.NodeProto) -> str:

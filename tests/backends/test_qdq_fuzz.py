@@ -131,6 +131,59 @@ def test_only_convolutions_behind_a_concat_read_unsigned_numbers() -> None:
     }
 
 
+class SecondSoftmax(nn.Module):
+    """A product whose second operand comes from a Softmax, of what `before` makes of a product, changed by `after`."""
+
+    def __init__(
+        self,
+        heads: int,
+        before: Callable[[torch.Tensor], torch.Tensor],
+        after: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.heads, self.before, self.after = heads, before, after
+        self.layer = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.layer(x).chunk(3, -1)
+        if self.heads > 1:
+            q, k, v = (t.reshape(1, -1, self.heads, 16 // self.heads).transpose(1, 2) for t in (q, k, v))
+        weights = self.after(self.before(q @ k.transpose(-1, -2)).softmax(-1))
+        return v.transpose(-1, -2) @ weights
+
+
+AROUND: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "plain": (lambda t: t, lambda t: t),
+    "scaled": (lambda t: t * 0.1, lambda t: t),
+    "masked": (lambda t: t * 0.1 + torch.arange(32.0) * 0.01, lambda t: t),
+    "after": (lambda t: t * 0.1, lambda t: (t - 0.02).relu()),
+    "turned": (lambda t: t * 0.1, lambda t: t.transpose(-1, -2)),
+}
+
+
+@pytest.mark.parametrize("chosen", [("layer", "matmul", "matmul_1"), ("matmul_1",)])
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_product_that_reads_a_softmax_second_is_right(
+    heads: int, around: str, chosen: tuple[str, ...]
+) -> None:
+    """OpenVINO takes it for attention on CPUs with AVX-512."""
+    torch.manual_seed(0)
+    model, inputs = SecondSoftmax(heads, *AROUND[around]).eval(), torch.randn(1, 32, 16)
+    made = Lowering(Task(model, inputs, [inputs], lambda predict: 0.0, around), method="minmax")
+    variants = {u.name: Variant("int8" if u.name in chosen else "fp32") for u in made.network.units}
+    form = qdq_form(backends.get("openvino"))
+    onnx_file = judging.with_levels(made.onnx(variants, **form), LEVELS)
+    assert not faults.faults(onnx_file, "openvino")
+    unturned = made.onnx(variants, **{**form, "softmax_first": False})
+    assert (faults.SECOND_SOFTMAX in faults.faults(unturned, "openvino")) == (around != "turned")
+    feed = dict(zip((v.name for v in onnx_file.graph.input), made.arrays(), strict=True))
+    for runtime in RUNTIMES:
+        engine = backends.get(runtime).build(onnx_file.SerializeToString(), BuildOptions(1, "fp32"))
+        off = judging.Meaning(onnx_file, feed).off(engine(*feed.values()))
+        assert not off.wrong, f"{runtime}: {off}"
+
+
 def test_both_forms_are_the_same_numbers() -> None:
     made = _joined("channels", "conv")
     variants = uniform(made.network, "int8")
