@@ -85,7 +85,7 @@ class Allowance:
         return (batches * (choices + STITCHED) * self.pass_s + refits * self.refit_s) / self.workers
 
     def loop_s(self, table: LatencyTable | None, rounds: int = 1) -> float:
-        """Of the closed loop with so many rounds, or of all samples: engines are built, timed (answers more than once) and scored."""
+        """Of the closed loop with so many rounds, or of all samples: engines are built, timed and scored, answers several times."""
         uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
         build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
         answers = 1 if self.samples else rounds
