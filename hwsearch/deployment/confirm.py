@@ -77,7 +77,7 @@ class Judgement:
 
 
 def judge(
-    windows: Sequence[Window], earlier: Sequence[Sequence[Costs]], budgets: Sequence[Budget]
+    windows: Sequence[Window], earlier: Sequence[Sequence[Costs] | None], budgets: Sequence[Budget]
 ) -> Judgement:
     """Whether budgets hold, by the means of windows and how far measurements of one network differ.
 
@@ -88,7 +88,7 @@ def judge(
     Args:
         windows: At least one.
         earlier: What networks cost when they were measured before on the scale of the table, a sequence for each network; the
-            first is the dense one's.
+            first is the dense one's. None: how far it differs tells nothing of others.
     """
     dense, measured, now = (_mean([getattr(w, name) for w in windows]) for name in ("dense", "own", "own_now"))
     bound = bounds(budgets, dense)
@@ -98,7 +98,8 @@ def judge(
     halves, halves_now = {}, {}
     for column in (c for c in MEASURED if getattr(measured, c) is not None):
         first, *others = earlier or [()]
-        own = [[w.own for w in windows], [*first, *(w.dense for w in windows)], *others]
+        dense_costs = [] if first is None else [*first, *(w.dense for w in windows)]
+        own = [[w.own for w in windows], dense_costs, *(group for group in others if group is not None)]
         halves[column] = half_width([[c[column] for c in group if getattr(c, column)] for group in own], len(windows))
         if getattr(now, column) is not None:
             of_now = [[w.own_now[column] for w in windows], [w.dense_now[column] for w in windows]]

@@ -130,17 +130,25 @@ class Session:
         """What was measured together, as a window."""
         return Window(self.costs(own), self.costs(dense), self.costs_now(own), self.costs_now(dense), own.build.wrong)
 
-    def earlier(self) -> list[list[Costs]]:
-        """What the dense network cost in the table, then what each other uniform one cost in this session and in the table."""
+    def earlier(self) -> list[list[Costs] | None]:
+        """What the dense network cost in the table, then what each other uniform one cost in this session and in the table.
+
+        None for the network of the reference: it is slow when its reference is, and its ratio differs less than those of others.
+        """
         of_table = {b.key: b for b in self.table.builds if b.role != Role.DEPLOYED} if self.table is not None else {}
-        found = {}
+        base = self.setup.options.base
+        reference = base, uniform(self.setup.network, base)
+        found: dict[str, list[Costs] | None] = {}
         for name, measured in self._uniforms.items():
+            if (measured.build.base, measured.variants) == reference:
+                found[name] = None
+                continue
             group = [self.costs(measured)] if name != DENSE else []
             if (build := of_table.get(measured.build.key)) is not None and self.table is not None:
                 time = self._model.on_quiet_machine(build.ratio, self.table.nodes(build), self.table.slowdown(build))
                 group.append(Costs(latency=time.time_ns))
             found[name] = group
-        return [found.pop(DENSE, []), *found.values()]
+        return [found.pop(DENSE, []), *(group for group in found.values() if group is not None)]
 
     @contextmanager
     def _as_profiled(self) -> Iterator[None]:

@@ -106,7 +106,8 @@ def _judged(session: Session, job: Job, first: Window, budgets: Sequence[Budget]
     far = judged.state == State.MISSED and decided(judged)
     if first.wrong or far or first.own == first.dense or not any(c in MEASURED for c in judged.bound.known()):
         return judged
-    earlier[0] = [*earlier[0], first.dense]
+    if earlier[0] is not None:
+        earlier[0] = [*earlier[0], first.dense]
     windows: list[Window] = []
     while len(windows) < MOST_WINDOWS:
         left_s = session.limit.left_s

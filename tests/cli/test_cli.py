@@ -137,7 +137,7 @@ def test_every_step_on_a_real_runtime(tmp_path: Path, monkeypatch: pytest.Monkey
         assert result.exit_code == 0, result.stderr
         return json.loads(result.stdout)
 
-    made = ok("profile", spec, "-o", table, "--backend", "onnxruntime", "--time-limit", "60s")
+    made = ok("profile", spec, "-o", table, "--backend", "onnxruntime", "--time-limit", "20s")
     assert set(made["grid"]) == {"stem", "conv1", "conv3"}
     steps = ok("table", "staircase", table)
     lost = ok(

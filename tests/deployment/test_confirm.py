@@ -6,10 +6,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import tiny
 
 from hwsearch.allocate.budget import Budget, parse_budgets
 from hwsearch.allocate.costs import Costs
 from hwsearch.deployment.confirm import MOST_WINDOWS, State, Window, decided, half_width, judge
+from hwsearch.deployment.session import Session
+from hwsearch.engine.setup import set_up
+from hwsearch.profiler.profile import without_times
+from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 DENSE, SHARE = 4e6, 0.5
 
@@ -110,3 +115,24 @@ def test_more_repeats_and_windows_narrow_the_interval() -> None:
     assert half_width(quiet * 3, 1) < half_width(quiet, 1) < half_width([], 1)
     assert half_width(quiet, 3) < half_width(quiet, 1)
     assert half_width([[1.0, 1.05]], 1) > half_width([[1.0, 1.001]], 1)
+
+
+def test_a_network_that_is_the_reference_narrows_nothing() -> None:
+    """Its ratio to itself hardly differs, whatever those of others do."""
+    own, dense = Costs(latency=1e6), Costs(latency=2e6)
+    window = Window(own, dense, own, dense)
+    upper = [judge([window], [group], parse_budgets(["latency=2ms"])).high["latency"] for group in (None, [dense] * 5)]
+    assert upper[0] > upper[1]
+
+
+@pytest.mark.usefixtures("own_locks")
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_only_what_is_not_the_reference_tells_how_far_measurements_differ(base: str) -> None:
+    law = LatencyLaw.random(tiny.lowering("cnn").network, precisions=("fp32", "bf16", "int8"))
+    backend = SimulatedBackend(law, noise=0.01, bases=("fp32", "bf16"))
+    setup = set_up(tiny.task("cnn"), backend, base=base)
+    session = Session(setup)
+    session.bounds(parse_budgets(["latency=50%"]), without_times(setup))
+    dense, *others = session.earlier()
+    assert (dense is None) == (base == "fp32")
+    assert len(others) == 1, "all int8: the other one is the dense network, or the reference"
