@@ -36,6 +36,8 @@ WINDOWS = 2
 """Windows in which an answer is likely to be measured again, beside the dense network."""
 TRIES = 0.5
 """Of the longest that an engine is timed for, what it usually takes."""
+RESTLESS = 2.0
+"""It takes all of that where the intervals of the profile's builds are so many times as wide as asked."""
 ROUNDS = 2
 """Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
 
@@ -87,12 +89,14 @@ class Allowance:
     def loop_s(self, table: LatencyTable | None, rounds: int = 1) -> float:
         """Of the closed loop with so many rounds, or of all samples: engines are built, timed and scored, answers several times."""
         uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
-        build_s = float(np.median([b.build_s for b in table.builds])) if table and table.builds else 0.0
+        builds = table.builds if table else ()
+        build_s = float(np.median([b.build_s for b in builds])) if builds else 0.0
+        restless = bool(builds) and float(np.median([b.width for b in builds])) > RESTLESS * VERIFY.width
         answers = 1 if self.samples else rounds
         engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
         scores = 1 + answers + self.samples  # one of them that of the best uniform allocation
         refits = (uniforms + self.samples) * len(self.setup.network.units)
-        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, TRIES * VERIFY.limit_s))
+        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, (1.0 if restless else TRIES) * VERIFY.limit_s))
         return engines * (each_s + build_s) + scores * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:

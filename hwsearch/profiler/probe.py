@@ -15,6 +15,16 @@ from hwsearch.table.build import Role
 PROBE_SHARE, NARROWEST_SHARE = 0.4, 0.8
 """Of the time limit, what finding the widths worth knowing may take, and after which not even narrowest ones are probed."""
 
+DESIGNED = 20
+"""Builds of a design, before its first proposal tells more."""
+
+
+def expected(recorder: Recorder) -> int:
+    """How many builds finding the widths and the design after it are likely to take together."""
+    network = recorder.setup.network
+    several = 1 + any(v.quantized for own in recorder.offered().values() for v in own)
+    return several * sum(max(len(candidate_widths(network.channels[g])) for g in c) - 1 for c in apart(network)) + DESIGNED
+
 
 def find_grid(recorder: Recorder, limit: TimeLimit, share: float = PROBE_SHARE) -> None:
     """Probe widths of every group, and keep those that are faster than every wider one kept.
@@ -33,9 +43,7 @@ def find_grid(recorder: Recorder, limit: TimeLimit, share: float = PROBE_SHARE) 
     lowest = {u: max(v, key=lambda x: x.quantized) for u, v in recorder.offered().items()}
     uniforms = [uniform(network, base), lowest]
     uniforms = uniforms if uniforms[0] != uniforms[1] else uniforms[:1]
-    recorder.progress.expect(
-        len(uniforms) * sum(max(len(tried[g]) for g in c) - 1 for c in apart(network)) + 20
-    )
+    recorder.progress.expect(expected(recorder))
     header = recorder.table.header
     told = {} if header.grid else known_grid(recorder.table, tried, uniforms)
     classes = [[g for g in c if g not in told] for c in apart(network)]

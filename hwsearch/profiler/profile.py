@@ -25,7 +25,7 @@ from hwsearch.latency.staircase import unprobed
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
 from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
-from hwsearch.profiler.probe import find_grid, measure_variants
+from hwsearch.profiler.probe import expected, find_grid, measure_variants
 from hwsearch.profiler.recorder import SHORT, Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
@@ -128,10 +128,12 @@ def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
     limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say, reserve=lambda: reserve(recorder.table))
     recorder.longest_s = float(np.clip(limit.left_s / BUILDS, SHORT.limit_s, Protocol().limit_s))
     title = f"profile {setup.network.name} on {setup.backend.name}"
-    progress.start(3 + (effort.builds or most_builds(recorder)), title, until=lambda: limit.left_s)
+    probing = widths and bool(setup.network.groups)
+    builds = effort.builds or (expected(recorder) if probing and not recorder.table.header.grid else most_builds(recorder))
+    progress.start(3 + builds, title, until=lambda: limit.left_s)
     try:
         _anchors(recorder)
-        if widths and setup.network.groups:
+        if probing:
             find_grid(recorder, limit)
         else:
             measure_variants(recorder, setup.network.channels)
