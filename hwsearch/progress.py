@@ -89,6 +89,11 @@ class Progress:
             self._stage, self._entered = stage, self._clock()
             self._total, self._times, self._what = None, [], ""
 
+    def more(self, seconds: float) -> None:
+        """The planned stage that is under way takes so long from now on, however long it has taken. Does nothing without one."""
+        if self._stage in self._plan:
+            self._plan[self._stage] = self._clock() - self._entered + seconds
+
     def start(
         self, total: int | None, what: str, done: int = 0, until: Callable[[], float] | None = None
     ) -> None:

@@ -193,6 +193,12 @@ def test_stages_that_were_skipped_are_over() -> None:
     assert progress.seconds_left == 20
     clock.now += 100
     assert progress.seconds_left == 0
+    progress.more(40.0)  # another round
+    assert progress.seconds_left == 40
+    clock.now += 15
+    assert progress.seconds_left == 25
+    progress.more(0.0)  # it was the last one
+    assert progress.seconds_left == 0
 
 
 def test_where_nobody_knows_yet_nothing_is_said() -> None:

@@ -112,12 +112,14 @@ def closed_loop(
                 limits = {c: int(limit * 0.98) for c, limit in (limits or as_limits(bound)).items()}
                 continue
             last, table = trial.measure(number, allocation, table)
-            progress.step(_said(last.report))
             longest_s = max(longest_s, clock.used_s - begun_s)
             if best is None or last.report.rank < best.report.rank:
                 best = last
                 trial.keep(number, best)
-            if spending or (last.report.met and not (limits and _left_over(last.report) > 1.0 + SPARE)):
+            enough = spending or (last.report.met and not (limits and _left_over(last.report) > 1.0 + SPARE))
+            progress.more(longest_s if not enough and number < MAX_ROUNDS and clock.left_s >= longest_s else 0.0)
+            progress.step(_said(last.report))
+            if enough:
                 break
             spending = last.report.met
     finally:

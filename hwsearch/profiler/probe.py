@@ -15,8 +15,8 @@ from hwsearch.table.build import Role
 PROBE_SHARE, NARROWEST_SHARE = 0.4, 0.8
 """Of the time limit, what finding the widths worth knowing may take, and after which not even narrowest ones are probed."""
 
-DESIGNED = 20
-"""Builds of a design, before its first proposal tells more."""
+DESIGNED = 40
+"""Builds that a design is likely to take, before its first proposal tells more."""
 
 
 def expected(recorder: Recorder) -> int:
