@@ -176,7 +176,7 @@ class _Builder:
         self.names = {n.name for n in marked.graph.node}
         self.first: dict[Any, str] = {}
         self.dequantized: dict[tuple[str, str, float, int | None], str] = {}
-        self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input)}
+        self.known = {v.name: v for v in (*marked.graph.value_info, *marked.graph.input, *marked.graph.output)}
         self.shapes: list[onnx.ValueInfoProto] = []
         self.grids: dict[str, tuple[str, str]] = {}
         self.steps: dict[str, NDArray[np.float32]] = {}

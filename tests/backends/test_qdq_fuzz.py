@@ -144,12 +144,12 @@ class SecondSoftmax(nn.Module):
         self.heads, self.before, self.after = heads, before, after
         self.layer = nn.Linear(16, 48)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = self.layer(x).chunk(3, -1)
         if self.heads > 1:
             q, k, v = (t.reshape(1, -1, self.heads, 16 // self.heads).transpose(1, 2) for t in (q, k, v))
         weights = self.after(self.before(q @ k.transpose(-1, -2)).softmax(-1))
-        return v.transpose(-1, -2) @ weights
+        return v.transpose(-1, -2) @ weights, weights
 
 
 AROUND: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
