@@ -72,7 +72,10 @@ class TensorSpec:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A compiled network."""
+    """A compiled network.
+
+    An engine may have `properties` as well, name -> value: what the runtime had to be told beside the options to compile it.
+    """
 
     @property
     def inputs(self) -> Sequence[TensorSpec]:

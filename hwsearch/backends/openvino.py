@@ -20,6 +20,8 @@ _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8":
 _WARM_UP = 5
 _ROUNDING_NS = 3e3
 """By how much a part of the runs may be off because counters are whole microseconds."""
+_WITHOUT_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
+"""Parts of a network that OpenVINO fuses itself run node by node: where its code for one needs more registers than there are."""
 _CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 
 
@@ -79,6 +81,7 @@ class OpenVINOBackend:
 class OpenVINOEngine:
     def __init__(self, core: Any, onnx: bytes, options: BuildOptions) -> None:
         self._core, self._onnx, self._options = core, onnx, options
+        self.properties: dict[str, str] = {}
         self._compiled = self._compile(counters=False)
         self._request = self._compiled.create_infer_request()
         self.inputs = [_spec(port) for port in self._compiled.inputs]
@@ -93,10 +96,14 @@ class OpenVINOEngine:
             "NUM_STREAMS": 1,
             "PERF_COUNT": counters,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            **self.properties,
         }
         try:
             return self._core.compile_model(self._core.read_model(self._onnx), "CPU", config)
         except Exception as error:
+            if "snippet" in str(error) and not self.properties:
+                self.properties = dict(_WITHOUT_SNIPPETS)
+                return self._compile(counters=counters)
             raise BackendUnavailable(f"OpenVINO failed to compile the network: {_reason(error)}") from error
 
     @property

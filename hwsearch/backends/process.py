@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -79,9 +79,9 @@ class ApartEngine:
     """An engine that lives in another process, which ends with this object."""
 
     def __init__(
-        self, process: _Process, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+        self, process: _Process, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], properties: Mapping[str, str]
     ) -> None:
-        self._process, self.inputs, self.outputs = process, inputs, outputs
+        self._process, self.inputs, self.outputs, self.properties = process, inputs, outputs, properties
         self.run = ApartRun(process)
 
     @property
@@ -239,9 +239,9 @@ class _Served:
     def ready(self) -> None:
         """That it answers says it."""
 
-    def build(self, onnx: bytes, options: BuildOptions) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    def build(self, onnx: bytes, options: BuildOptions) -> tuple[list[TensorSpec], list[TensorSpec], dict[str, str]]:
         self._engine = self._backend.build(onnx, options)
-        return list(self._engine.inputs), list(self._engine.outputs)
+        return list(self._engine.inputs), list(self._engine.outputs), dict(getattr(self._engine, "properties", {}))
 
     def size_bytes(self) -> int:
         return self._engine.size_bytes

@@ -59,6 +59,7 @@ class Report:
         table_check: Builds of the table measured again, where prediction and measurement part by more than three sigma.
         slowdown: By how much slower than when the table was made the machine was; 0 where it is too little to count.
         float_only: Units that stay float on this task's data, and why.
+        properties: What the runtime had to be told beside its options to compile the network, name -> value.
         runtimes: Where several were tried, what came of each: `backend`, `dense_over_fastest`, and `state`, `latency_ms`,
             `dense_ms`, `loss`, `score` and `size_bytes` of its answer, or the `error`.
         recovery: How the answer was trained: its `score` (dense, refitted, recovered), `latency_ms` (refitted, recovered),
@@ -96,6 +97,7 @@ class Report:
     table_check: dict[str, Any] | None = None
     slowdown: float = 0.0
     float_only: dict[str, str] = field(default_factory=dict)
+    properties: dict[str, str] = field(default_factory=dict)
     runtimes: list[dict[str, Any]] = field(default_factory=list)
     recovery: dict[str, Any] | None = None
     floor: dict[str, Any] | None = None
@@ -376,6 +378,9 @@ class Report:
         for why in dict.fromkeys(self.float_only.values()):
             units = [unit for unit, own in self.float_only.items() if own == why]
             lines.append(f"float    {', '.join(units)}: {why}")
+        if self.properties:
+            told = ", ".join(f"{name}={value}" for name, value in self.properties.items())
+            lines.append(f"compiled with {told}, as {self.backend} does not compile the network without; deploy it with that, too")
         if self.uniform is None:
             lines.append("uniform  no uniform allocation meets the budget")
         else:

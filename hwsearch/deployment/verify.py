@@ -90,6 +90,7 @@ def measure_allocation(
         table_check=drift,
         slowdown=session.slowdown,
         float_only=_float_only(setup, unsupported),
+        properties=dict(getattr(own.engine, "properties", {})),
     )
     return report, own.build
 

@@ -43,6 +43,7 @@ class FrailEngine:
     inputs = (TensorSpec("x", (2, 3), "float32"),)
     outputs = (TensorSpec("y", (2, 3), "float32"),)
     size_bytes = 7
+    properties = {"FRAIL": "1"}  # noqa: RUF012
 
     def __init__(self, what: str) -> None:
         self.what, self.runs = what, 0

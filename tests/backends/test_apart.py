@@ -52,6 +52,7 @@ def test_an_engine_elsewhere_is_an_engine() -> None:
     assert isinstance(engine, ApartEngine)
     assert [s.name for s in (*engine.inputs, *engine.outputs)] == ["x", "y"]
     assert engine.size_bytes == 7
+    assert engine.properties == {"FRAIL": "1"}
     np.testing.assert_array_equal(engine(ZEROS + 1.5)[0], ZEROS + 3.0)
     assert engine.nodes(5)[0].time_ns == 5.0
     with pytest.raises(InvalidInput, match="built for"):

@@ -93,6 +93,7 @@ def test_a_person_reads_what_is_narrower() -> None:
             {"slowdown": -0.1},
             "10% faster than when the table was made: the table does not tell what that does",
         ),
+        ({"properties": {"SNIPPETS_MODE": "DISABLE"}}, "compiled with SNIPPETS_MODE=DISABLE"),
         ({"not_as_asked": {"a": "asked dense.int8, executed in fp32"}}, "1 unit(s) did not execute as asked"),
     ],
 )
