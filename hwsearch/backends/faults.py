@@ -194,13 +194,15 @@ def from_softmax(name: str, makers: Mapping[str, onnx.NodeProto]) -> bool:
     maker = makers.get(name)
     if maker is None or maker.op_type != "DequantizeLinear":
         return False
-    todo = [maker.input[0]]
+    todo, seen = [maker.input[0]], set[str]()
     while todo:
-        maker = makers.get(todo.pop())
+        name = todo.pop()
+        maker = makers.get(name)
         if maker is not None and maker.op_type == "Softmax":
             return True
-        if maker is not None and maker.op_type not in (*_PRODUCTS, "Transpose"):
+        if maker is not None and name not in seen and maker.op_type not in (*_PRODUCTS, "Transpose"):
             todo += maker.input
+        seen.add(name)
     return False
 
 
