@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from statistics import mean, median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -166,12 +167,13 @@ class Progress:
     def _steps_left(self) -> float | None:
         """Time that the steps to come will take if they are like those before; None before the first.
 
-        Steps far shorter than the longest do not count: they found their work done by an earlier run.
+        Steps far shorter than the longest do not count: they found their work done by an earlier run. Between their mean and their
+        median: the first ones may have been longer than all others will be.
         """
         if self._total is None or not self._times:
             return None
         real = [t for t in self._times if t >= max(self._times) / 10]
-        steps = sum(real) / len(real) * max(0, self._total - self._done)
+        steps = (mean(real) + median(real)) / 2 * max(0, self._total - self._done)
         return min(steps, max(0.0, self._until()))
 
     def __enter__(self) -> Self:

@@ -89,6 +89,17 @@ def test_a_time_limit_bounds_the_time_left() -> None:
     assert progress.seconds_left == 0
 
 
+def test_a_long_first_step_counts_for_little() -> None:
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock)
+    progress.start(10, "profiling")
+    for seconds in (10.0, 1.0, 1.0, 1.0, 1.0):
+        clock.now += seconds
+        progress.step("one")
+    assert progress.seconds_left is not None
+    assert 5 <= progress.seconds_left <= 10
+
+
 def test_without_a_total() -> None:
     stream = io.StringIO()
     progress = Progress(stream, clock=Clock())

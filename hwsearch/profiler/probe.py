@@ -15,7 +15,7 @@ from hwsearch.table.build import Role
 PROBE_SHARE, NARROWEST_SHARE = 0.4, 0.8
 """Of the time limit, what finding the widths worth knowing may take, and after which not even narrowest ones are probed."""
 
-DESIGNED = 40
+DESIGNED = 50
 """Builds that a design is likely to take, before its first proposal tells more."""
 
 

@@ -31,8 +31,8 @@ the second, or where it is near the first and three of four held-out builds are 
 one in four of those is further off than the fourth."""
 
 
-LATER = 3.0
-"""So many times the builds of which each would gain what the next one does are needed: as the designs of two profiles of
+LATER = 5.0
+"""So many times the builds of which each would gain what the next one does are needed: as the designs of three profiles of
 `fashion_resnet` went on."""
 
 
