@@ -78,13 +78,7 @@ def closed_loop(
     progress = progress or Progress.silent()
     progress.start(None, "search, deploy and verify")
     table = table.with_header(unsupported=without_refused(table, sensitivity))
-    # relative budgets are of the dense network as it is now, not as it was when the table was made
-    bound, dense = session.bounds(budgets, table)
-    limits = as_fast_as_now(as_limits(bound), budgets, session)
-    if dense.within(Costs(**limits)):
-        limits = {}
-    _, uniforms = session.measure_all(None, uniform_candidates(session.setup, table.header.unsupported))
-    best_uniform(session, uniforms, bound)  # its score is taken once, before the rounds are timed
+    bound, limits = _begun(session, budgets, table)
     trial = _Trial(session, budgets, folder, weights, sensitivity.order)
     best = last = None
     spending = False
@@ -130,6 +124,19 @@ def closed_loop(
     report = replace(best.report, rounds=last.report.rounds)  # all that it took, the best may not have been the last
     report.save(folder / "report.json")
     return report, best.allocation, table
+
+
+def _begun(session: Session, budgets: Sequence[Budget], table: LatencyTable) -> tuple[Costs, Limits]:
+    """(what the budgets allow, what the search is to keep below), with the uniform allocations measured and the best one scored.
+
+    Relative budgets are of the dense network as it is now, not as it was when the table was made. What is done once is done before
+    the rounds are timed.
+    """
+    bound, dense = session.bounds(budgets, table)
+    _, uniforms = session.measure_all(None, uniform_candidates(session.setup, table.header.unsupported))
+    best_uniform(session, uniforms, bound)
+    limits = as_fast_as_now(as_limits(bound), budgets, session)
+    return bound, {} if dense.within(Costs(**limits)) else limits
 
 
 class _Trial:
