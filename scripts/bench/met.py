@@ -8,7 +8,8 @@ the latency holds the truth. Devices at half speed have absolute budgets: what i
 
     python scripts/bench/met.py --runs 400 --jobs 2
 
-What each run came to is kept in `--out`, a line each: the same command goes on where it was stopped.
+What each run came to is kept in `--out`, a line each: the same command goes on where it was stopped. After a change of
+the code give another folder.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=400, help="of each kind")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=Path("/tmp/met"))
+    parser.add_argument("--out", type=Path, default=Path("bench-met"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
