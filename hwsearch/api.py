@@ -606,7 +606,12 @@ def _run(
         progress.plan(stages)
         progress.enter(PROFILE)
         progress.say(shared_out(limit, stages))
-        effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=allowance.reserve)
+
+        def reserve(table: LatencyTable) -> float:
+            progress.revise(allowance.after_profile(table))
+            return allowance.reserve(table)
+
+        effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=reserve)
         table = measure_table(
             setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
         )

@@ -82,6 +82,10 @@ class Progress:
         """
         self._plan = dict(stages)
 
+    def revise(self, stages: Mapping[str, float]) -> None:
+        """What planned stages that have not begun are expected to take, as is known by now."""
+        self._plan |= {stage: s for stage, s in stages.items() if stage in self._plan and stage != self._stage}
+
     def enter(self, stage: str) -> None:
         """A planned stage begins: those planned before it are over. Does nothing where none of that name is planned."""
         if stage in self._plan:

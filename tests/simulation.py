@@ -180,7 +180,8 @@ def probed() -> LatencyTable:
     for group, channels in network.channels.items():
         for width in candidate_widths(channels)[1:]:
             builds += [simulated_build(network, law, v, "probe", widths={group: width}) for v in plain]
-    table = LatencyTable(header(network, law), tuple(builds))
+    grid = {g: candidate_widths(n) for g, n in network.channels.items()}
+    table = LatencyTable(header(network, law, grid=grid), tuple(builds))
     return table.with_header(grid={g: worth(times) for g, times in group_times(table).items()})
 
 

@@ -212,6 +212,19 @@ def test_stages_that_were_skipped_are_over() -> None:
     assert progress.seconds_left == 0
 
 
+def test_what_is_to_come_is_revised_and_what_goes_on_is_not() -> None:
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock)
+    progress.plan({"profile": 100.0, "sensitivities": 20.0, "loop": 30.0})
+    progress.enter("profile")
+    clock.now += 10
+    progress.revise({"profile": 1.0, "loop": 70.0, "recovery": 5.0})
+    assert progress.seconds_left == 90 + 20 + 70
+    progress.enter("loop")
+    progress.revise({"sensitivities": 9.0})
+    assert progress.seconds_left == 70
+
+
 def test_where_nobody_knows_yet_nothing_is_said() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(stream, clock=clock)

@@ -12,7 +12,7 @@ from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.milp import minimise
 from hwsearch.allocate.space import Space
 from hwsearch.errors import Infeasible
-from hwsearch.latency.staircase import measured_widths, unprobed
+from hwsearch.latency.staircase import measured_widths, unbuilt
 from hwsearch.network.choices import RESIDUAL, candidate_widths
 from hwsearch.network.choices import STORAGE as STORED
 from hwsearch.network.variants import STORAGE, weight_bytes
@@ -114,17 +114,11 @@ def _sizes(least: Mapping[str, float], space: Space, limits: Mapping[str, float]
 def _so_far(space: Space) -> list[str]:
     """What the table does not hold of what the device and the network offer, and how to go on with it."""
     table = space.table
-    left, groups = unprobed(table), table.network.groups
-    if not (left or table.header.cut_short):
+    if not table.header.cut_short:
         return []
-    ends = [g for g, widths in left.items() if len(widths) >= len(candidate_widths(table.network.channels[g])) - 2]
-    unknown = []
-    if ends:
-        unknown.append(f"{len(ends)} of {len(groups)} channel groups were timed at their whole and narrowest width only")
-    if len(left) > len(ends):
-        unknown.append(f"{len(left) - len(ends)} of {len(groups)} lack some widths between")
-    if table.header.cut_short:
-        unknown.append("too few networks were built to know the rest well")
+    unknown = ["too few networks were built to know it well"]
+    if left := unbuilt(table):
+        unknown.append(f"{len(left)} of {len(table.network.groups)} channel groups have widths that none of them holds")
     return [
         f"This is the least known so far, as the profile ended at its time limit: {', '.join(unknown)}; "
         f"`{going_on(table)}` with a longer --time-limit goes on with the table"

@@ -382,17 +382,14 @@ def _times(
         np.array([model.unit_ns(u.name, v, w) for v, w in own])
         for u, own in zip(network.units, choices, strict=True)
     ]
+    quantized = [np.array([v.quantized for v, _ in own], np.intp) for own in choices]
     pairwise: dict[tuple[int, int], Any] = {}
     for src, dst in dict.fromkeys((e.src, e.dst) for e in network.edges):
         i, j = position[src], position[dst]
-        shares = [network.share(src, w) for _, w in choices[i]]
-        terms = {share: model.edge_ns(src, dst, share) for share in set(shares)}
-        matrix = np.array(
-            [
-                [terms[s][a.quantized, b.quantized] for b, _ in choices[j]]
-                for s, (a, _) in zip(shares, choices[i], strict=True)
-            ]
-        )
+        shares, which = np.unique([network.share(src, w) for _, w in choices[i]], return_inverse=True)
+        terms = [model.edge_ns(src, dst, float(share)) for share in shares]
+        table = np.array([[[own[a, b] for b in (False, True)] for a in (False, True)] for own in terms])
+        matrix = table[which[:, None], quantized[i][:, None], quantized[j]]
         pair, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
         pairwise[pair] = pairwise.get(pair, 0) + matrix
     return unary, pairwise

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from hwsearch.backends.base import Array, BuildOptions, NodeTime, TensorSpec, check_arrays, example_arrays
 from hwsearch.errors import BackendUnavailable
 from hwsearch.network.variants import Variant
@@ -36,6 +38,7 @@ class OpenVINOBackend:
 
     def __init__(self) -> None:
         self._core: Any = None
+        self._bases: tuple[str, ...] | None = None
 
     @property
     def core(self) -> Any:
@@ -63,8 +66,11 @@ class OpenVINOBackend:
         }
 
     def bases(self) -> tuple[str, ...]:
-        capable = set(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        return tuple(base for base, name in _CAPABILITIES.items() if name in capable)
+        if self._bases is None:
+            capable = set(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+            offered = [base for base, name in _CAPABILITIES.items() if name in capable]
+            self._bases = tuple(base for base in offered if base == "fp32" or _compiles(self.core, base))
+        return self._bases
 
     def variants(self, base: str) -> tuple[Variant, ...]:
         int8 = "INT8" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -76,6 +82,21 @@ class OpenVINOBackend:
                 f"OpenVINO does not execute {options.base} on this CPU; it offers {', '.join(self.bases())}"
             )
         return OpenVINOEngine(self.core, onnx, options)
+
+
+def _compiles(core: Any, base: str) -> bool:
+    """Whether a convolution compiles: capabilities are of the CPU, whatever ONEDNN_MAX_CPU_ISA leaves of it."""
+    import openvino
+    from openvino import opset13 as operators
+
+    given = operators.parameter([1, 16, 8, 8], np.float32)
+    weight = operators.constant(np.ones((16, 16, 3, 3), np.float32))
+    model = openvino.Model([operators.convolution(given, weight, [1, 1], [1, 1], [1, 1], [1, 1])], [given])
+    try:
+        core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[base], "INFERENCE_NUM_THREADS": 1})
+    except RuntimeError:
+        return False
+    return True
 
 
 class OpenVINOEngine:

@@ -164,7 +164,7 @@ def summary(table: LatencyTable) -> str:
     if h.grid:
         stairs = [len(steps) for steps in h.grid.values()]
         lines.append(
-            f"widths     {sum(n > 1 for n in stairs)} of {len(stairs)} channel groups have more than one worth knowing, "
+            f"widths     {sum(n > 1 for n in stairs)} of {len(stairs)} channel groups have more than one to choose from, "
             f"{max(stairs)} at most (see `hwsearch table staircase`)"
         )
     for name in dict.fromkeys(e.table for e in h.prior):

@@ -84,10 +84,11 @@ def staircase(measured: LatencyTable, machine: bool) -> None:
     rows, last = [], ""
     for s in steps:
         times = [f"{s.times_ns[p] / 1e3:.1f}" if p in s.times_ns else "" for p in precisions]
-        rows.append((s.group if s.group != last else "", str(s.width), *times, "kept" if s.kept else ""))
+        marks = "" if s.built else "not built", "kept" if s.kept else ""
+        rows.append((s.group if s.group != last else "", str(s.width), *times, *marks))
         last = s.group
     if rows:
-        columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), ""), rows)
+        columns(("channel group", "width", *(f"{p} (µs)" for p in precisions), "", ""), rows)
     else:
         print(
             "the table holds no widths: it was made with `--axes precision` or layer by layer, or the network has no channel groups"

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsearch.latency.pooling import Cell
+from hwsearch.network.choices import Grid, Offered
 from hwsearch.network.network import Edge, Network
-from hwsearch.network.variants import Variant
+from hwsearch.network.variants import Variant, legal
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.intp]
@@ -72,7 +73,7 @@ class Features:
         """Of each unit what takes the widths of its groups."""
         self._met: list[dict[tuple[Any, ...], tuple[int, float]]] = [{} for _ in network.units]
         """Of each unit (variant, widths of its groups) -> (number, share of its output that is left)."""
-        self._narrow: list[dict[Any, tuple[str, tuple[int | None, ...], float]]] = [{} for _ in network.units]
+        self._narrow: list[dict[Any, tuple[str, tuple[float, ...], float]]] = [{} for _ in network.units]
         self._quantized: dict[str, bool] = {}
         edges = network.edges
         self._ends = np.array([(self.position[e.src], self.position[e.dst]) for e in edges], np.intp).reshape(-1, 2)
@@ -119,9 +120,21 @@ class Features:
         network = self.network
         return self.of([str(variants[u.name]) for u in network.units], [widths.get(g, n) for g, n in network.channels.items()])
 
-    def cell(self, place: int, variant: str, widths: Sequence[int]) -> int:
-        """The number of the time of the unit at a place in network order, in a variant at some widths."""
-        return self._cell(place, variant, widths)[0]
+    def grid(self, offered: Offered, grid: Grid) -> list[Numbers]:
+        """Of each unit [widths of each of its groups ..., variants]: the number of its time; -1 where that is not legal."""
+        network, widths = self.network, list(self.network.channels.values())
+        found = []
+        for place, (unit, groups) in enumerate(zip(network.units, self._groups, strict=True)):
+            steps, own = [grid[g] for g in unit.groups], offered[unit.name]
+            numbers = np.full((*map(len, steps), len(own)), -1)
+            for at in np.ndindex(*map(len, steps)):
+                chosen = {g: s[j] for g, s, j in zip(unit.groups, steps, at, strict=True)}
+                for group, width in zip(groups, chosen.values(), strict=True):
+                    widths[group] = width
+                can = legal(network.unit_at(unit.name, chosen), own)
+                numbers[at] = [self._cell(place, str(v), widths)[0] if v in can else -1 for v in own]
+            found.append(numbers)
+        return found
 
     def _cell(self, place: int, variant: str, widths: Sequence[int]) -> tuple[int, float]:
         """(number, share of the unit's output that is left)."""
@@ -130,21 +143,21 @@ class Features:
         if found is None:
             if at not in self._narrow[place]:
                 self._narrow[place][at] = self._narrowed(place, widths)
-            signature, levels, share = self._narrow[place][at]
+            signature, shares_left, share = self._narrow[place][at]
             number = self.number(("unit", signature, variant))
             if number not in self.cells:
                 unit = self.network.units[place]
                 whole = tuple([self.network.channels[g] for g in unit.groups])
-                self.cells[number] = Cell((unit.signature, whole, variant), levels)
+                self.cells[number] = Cell((unit.signature, whole), variant, shares_left)
             if variant not in self._quantized:
                 self._quantized[variant] = Variant.parse(variant).quantized
             found = met[variant, at] = number, share
         return found
 
-    def _narrowed(self, place: int, widths: Sequence[int]) -> tuple[str, tuple[int | None, ...], float]:
-        """(signature, widths of its groups that are not whole, share of its output that is left) of a unit."""
+    def _narrowed(self, place: int, widths: Sequence[int]) -> tuple[str, tuple[float, ...], float]:
+        """(signature, shares of its groups' channels that are left, share of its output that is left) of a unit."""
         network, unit = self.network, self.network.units[place]
         own = {g: widths[i] for g, i in zip(unit.groups, self._groups[place], strict=True)}
         narrow = network.unit_at(unit.name, own)
-        levels = tuple([None if w == network.channels[g] else w for g, w in own.items()])
-        return narrow.signature, levels, math.prod(narrow.output_shape) / (math.prod(unit.output_shape) or 1)
+        shares = tuple([w / network.channels[g] for g, w in own.items()])
+        return narrow.signature, shares, math.prod(narrow.output_shape) / (math.prod(unit.output_shape) or 1)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.features import Feature, edge_features
-from hwsearch.latency.overhead import dispatch_ns
+from hwsearch.latency.overhead import beside, worked_ns
 from hwsearch.network.sandwich import Context, contexts, filling
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build, Role
@@ -123,22 +123,24 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
     The rest is what an inference takes beside its nodes, and nodes of no unit at the network's input.
     """
     builds = [b for b in builds if sum(n.time_ns for n in b.nodes) > 0]
-    node_ns = np.array([sum(n.time_ns for n in b.nodes) for b in builds])
-    dispatch = dispatch_ns(np.array([table.time_ns(b) for b in builds]), node_ns)
+    times, counted = (np.array([f(b) for b in builds]) for f in (table.time_ns, lambda b: sum(n.time_ns for n in b.nodes)))
+    besides = beside(times, counted, np.array([float(len(b.nodes)) for b in builds]))
+    dispatch = besides.dispatch_ns
     network, context = table.network, contexts(table.network)
     found: dict[tuple[Context, str], list[float]] = {}
     first: list[float] = []
-    for build, counted in zip(builds, node_ns, strict=True):
-        scale = max(table.time_ns(build) - dispatch, 0.0) / float(counted)
+    for build in builds:
+        work = [worked_ns(n.time_ns, besides.counter_ns) for n in build.nodes]
+        scale = max(table.time_ns(build) - dispatch, 0.0) / sum(work)
         asked = dict(zip(context, zip(build.variants, build.executed, strict=True), strict=True))
         held = filling(network, [u for u, (v, _) in asked.items() if v])
         for unit in held:
             variant, executed = asked[unit]
             if not executed or Variant.parse(variant).runs_as(executed):
-                own = sum(n.time_ns / len(n.units) for n in build.nodes if unit in n.units)
+                own = sum(t / len(n.units) for n, t in zip(build.nodes, work, strict=True) if unit in n.units)
                 found.setdefault((context[unit], variant), []).append(scale * own)
         if network.units[0].name in held:
-            first.append(scale * sum(n.time_ns for n in build.nodes if not n.units))
+            first.append(scale * sum(t for n, t in zip(build.nodes, work, strict=True) if not n.units))
     cells: dict[tuple[str, str], list[float]] = {}
     for one in network.units:
         for variant in dict.fromkeys(v for c, v in found if c == context[one.name]):

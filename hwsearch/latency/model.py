@@ -21,9 +21,10 @@ from scipy.stats import kendalltau
 from hwsearch.errors import InvalidInput
 from hwsearch.latency.features import PAIRS, SIDES, Feature, Features, Floats, edge_features
 from hwsearch.latency.layer_sum import layer_terms
-from hwsearch.latency.posterior import Covariance, Posterior, Sparse
-from hwsearch.latency.regression import PER_NODE, Equations, error_ns, slowed
+from hwsearch.latency.posterior import Covariance, Posterior
+from hwsearch.latency.regression import PER_NODE, Equations, Unbuilt, error_ns, slowed
 from hwsearch.latency.uncertainty import KNOWN, ErrorScale, calibrated, rescaled
+from hwsearch.network.choices import Grid
 from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build, Role
@@ -53,29 +54,32 @@ class LatencyModel:
         self.error_scale = error_scale
         self.left_out = tuple(left_out)
         """Builds of the fit with what a fit without them says, where the others tell all that they hold."""
+        self.unbuilt: dict[Feature, Unbuilt] = {}
+        """Times of units at widths of the grid that no build holds: other widths of theirs tell them."""
         self.network: Network = table.network
         self._features = Features(self.network)
 
     def predict(self, variants: Mapping[str, Variant], widths: Mapping[str, int] | None = None) -> Prediction:
-        """Time of an allocation under the table's base. Raises InvalidInput on a variant that was not measured.
+        """Time of an allocation under the table's base. Raises InvalidInput on a variant that nothing measured tells.
 
         widths: slots kept, of the channel groups that are not whole.
         """
-        row = self.row(variants, widths or {})
-        time_ns = float((row @ self.mean)[0])
-        return Prediction(time_ns, float(self.error_scale.sigma(float(self.covariance.variances(row)[0]), time_ns)))
-
-    def row(self, variants: Mapping[str, Variant], widths: Mapping[str, int]) -> Sparse:
-        """[1, parameters]: what an allocation holds of each term. Raises InvalidInput on a variant that was not measured."""
-        terms, names = self._features.of_candidate(variants, widths), self._features.names
+        terms, names = self._features.of_candidate(variants, widths or {}), self._features.names
         place = np.array([self.index.get(names[n], -1) for n in terms.number.tolist()], np.intp)
-        for number in terms.number[place < 0].tolist():
-            if names[number][0] == "unit":
-                raise InvalidInput(
-                    f"the table has no measurement of {names[number][2]} for unit signature {names[number][1]}"
-                )
         own = place >= 0
-        return csr_array((terms.value[own], (np.zeros(own.sum(), np.intp), place[own])), shape=(1, len(self.index)))
+        columns, values = place[own].tolist(), terms.value[own].tolist()
+        time_ns, variance = float(self.mean[columns] @ values), 0.0
+        for feature in (names[n] for n in terms.number[~own].tolist()):
+            if (told := self.unbuilt.get(feature)) is not None:
+                time_ns, variance = time_ns + told.time_ns, variance + told.error_ns**2
+                if told.like is not None and self.mean[told.like] > 0:
+                    columns.append(told.like)
+                    values.append(told.time_ns / self.mean[told.like])
+            elif feature[0] == "unit":
+                raise InvalidInput(f"the table has no measurement of {feature[2]} for unit signature {feature[1]}")
+        row = csr_array((values, (np.zeros(len(columns), np.intp), columns)), shape=(1, len(self.mean)))
+        variance += float(self.covariance.variances(row)[0])
+        return Prediction(time_ns, float(self.error_scale.sigma(variance, time_ns)))
 
     def predict_build(self, build: Build) -> Prediction:
         """What a build of the table should have been measured to take, on the machine as it was just then.
@@ -123,9 +127,11 @@ class LatencyModel:
         return float(self.mean[self.index["rest",]])
 
     def value(self, feature: Feature) -> float | None:
-        """A term of the model, in ns; None where no build of the fit has it."""
+        """A term of the model, in ns; None where no build of the fit has it, and none tells it."""
         place = self.index.get(feature)
-        return None if place is None else float(self.mean[place])
+        if place is None:
+            return self.unbuilt[feature].time_ns if feature in self.unbuilt else None
+        return float(self.mean[place])
 
     def unit_ns(self, unit: str, variant: Variant, widths: Mapping[str, int] | None = None) -> float:
         """t[u, v] without any boundary, at some widths. Raises InvalidInput on what was not measured."""
@@ -137,16 +143,17 @@ class LatencyModel:
         return found
 
     def terms(self) -> dict[Feature, tuple[float, float]]:
-        """Every term of the model with its value and its standard error, in ns."""
+        """Every term that builds hold, with its value and its standard error, in ns."""
         deviation = self.covariance.deviations()
         return {f: (float(self.mean[i]), float(deviation[i])) for f, i in self.index.items()}
 
     def knows(self, unit: str, variant: Variant, widths: Mapping[str, int]) -> bool:
-        """Whether a unit was measured in a variant at some widths."""
-        return ("unit", self.network.unit_at(unit, widths).signature, str(variant)) in self.index
+        """Whether the time of a unit in a variant at some widths was measured, or others at its other widths tell it."""
+        feature = ("unit", self.network.unit_at(unit, widths).signature, str(variant))
+        return feature in self.index or feature in self.unbuilt
 
     def predicts(self, build: Build) -> bool:
-        """Whether every unit of a build was measured as it was built."""
+        """Whether the model knows every unit as it was built."""
         candidate = self.table.candidate(build)
         return all(self.knows(u, v, candidate.widths) for u, v in candidate.variants.items())
 
@@ -166,12 +173,13 @@ class LatencyModel:
 
 
 def fit(
-    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True
+    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True, grid: Grid | None = None
 ) -> LatencyModel:
     """Fit on a table's builds, held-out and test ones excepted, or on the given ones.
 
     The held-out ones only say how large sigma has to be (`uncertainty`), the test ones nothing.
-    boundaries: False leaves the boundary terms out (a baseline).
+    boundaries: False leaves the boundary terms out (a baseline). grid: widths to predict where no build holds them; None for the
+    table's grid.
     Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """
     if table.header.mode in LAYERED:
@@ -192,6 +200,7 @@ def fit(
     each = zip(builds, guess, error_scale.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
     model = solved(table, equations, posterior, error_scale, left_out)
+    model.unbuilt = _unbuilt(table, equations, posterior, model.mean, grid or table.grid())
     if heldout := [b for b in heldout if model.predicts(b)]:
         times, measured, sigma = _against(model, heldout)
         model.error_scale = rescaled(error_scale, (measured - times) / sigma)
@@ -207,6 +216,20 @@ def solved(
     return LatencyModel(
         table, equations.features, mean, posterior.covariance, error_scale=error_scale, left_out=left_out
     )
+
+
+def _unbuilt(
+    table: LatencyTable, equations: Equations, posterior: Posterior, mean: Floats, grid: Grid
+) -> dict[Feature, Unbuilt]:
+    """What the cells of a grid and of held-out builds that no other build holds are likely to take, of those that others tell."""
+    if not table.header.grid:
+        return {}
+    known = equations.known
+    offered = {u: tuple(map(Variant.parse, own)) for u, own in table.offered().items()}
+    kept_out = [known.of(b.variants, b.widths, boundaries=False).number for b in usable(table) if b.kept_out and b.widths]
+    every = np.unique(np.concatenate([*(n.ravel() for n in known.grid(offered, grid)), *kept_out]))
+    numbers = np.array([n for n in every.tolist() if n in known.cells and known.names[n] not in equations.index], np.intp)
+    return {known.names[n]: told for n, told in equations.unbuilt(posterior, mean, numbers).items()}
 
 
 def _against(model: LatencyModel, builds: Sequence[Build]) -> tuple[Floats, Floats, Floats]:

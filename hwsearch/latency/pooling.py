@@ -1,18 +1,21 @@
-"""What a unit at some widths is likely to take, from what it takes at others: the prior of cells that were seldom built.
+"""What a unit at some widths is likely to take, from what it takes at others: the prior of cells that were seldom or never built.
 
 Times over widths are a staircase, and not monotone, so that no formula in channels or FLOPs predicts them. But the stairs of
-the input's channels and those of the output's nearly multiply: with one level for each width of each channel group,
+the input's channels and those of the output's nearly multiply, and those of two precisions are alike:
 
-    log t[u, w_in, w_out, p] = a[u, p] + b[u, p, w_in] + c[u, p, w_out] + e,   e ~ N(0, tau^2)
+    log t[u, p, w_in, w_out] = a[u, p] + s_in[u, p, w_in] + s_out[u, p, w_out] + e,   e ~ N(0, tau^2)
 
-fitted on the cells that builds have measured, predicts one cell from its row and its column. How far off that is, tau, is
-estimated from cells predicted without themselves (an empirical Bayes prior: Gelman et al., Bayesian Data Analysis, ch. 5).
+A stair s is 0 at the whole width, falls on the average with a power of the share of channels that is left, and strays from that
+as a random walk with steps of its own at every width. It has a part that precisions share and one of each. With these
+priors (a Gaussian process: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, ch. 2) the cells that builds have
+measured predict the others. How far off that is, tau, the power and how far stairs stray are
+those that make cells most likely, each predicted without itself (the same, section 5.4.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,22 +24,41 @@ from hwsearch.latency.student_t import NORMAL, log_density
 
 Floats = NDArray[np.float64]
 
-TAUS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4)
-TYPICAL = 0.08
-"""What tau is likely to be, to within a factor of two, before any cell."""
-LEVEL = 1.0
-"""Prior standard deviation of a level, in log time."""
+@dataclass(frozen=True)
+class Law:
+    """How stairs are. fall: by what power of the channels left a time falls on the average; stray: standard deviation of a stair's
+    steps, where the channels left are divided by e; tau: of what a product of stairs misses."""
+
+    fall: float
+    stray: float
+    tau: float
+
+
+TRIED = {"fall": (0.5, 0.7, 0.9, 1.1), "stray": (0.03, 0.05, 0.1, 0.2, 0.4), "tau": (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4)}
+USUAL = Law(0.8, 0.1, 0.08)
+"""What is likely before any cell, to within a factor of two."""
+FALLS = 0.25
+"""Standard deviation, over works and axes, of the power by which a time falls."""
+OWN = 0.3
+"""Standard deviations of what is one precision's own in a stair, relative to those of what all share."""
+LEVEL, PRECISION = 10.0, 1.0
+"""Prior standard deviations, in log time: of a unit's time at whole widths, and of that of one precision to another."""
 UNSURE = 0.6
 """Relative standard error above which a predicted time is no better than none."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One work at some widths. family: what it is at whole widths, and its variant; levels: its width on each axis, None
-    where it is whole."""
+    """One work at some widths. work: what it is at whole widths; variant: what it became; shares: of each axis the share of its
+    channels that is left, 1 where it is whole."""
 
-    family: Hashable
-    levels: tuple[Hashable, ...]
+    work: Hashable
+    variant: Hashable
+    shares: tuple[float, ...]
+
+    @property
+    def whole(self) -> bool:
+        return all(share == 1 for share in self.shares)
 
 
 @dataclass(frozen=True)
@@ -49,65 +71,102 @@ class Pooled:
 
 
 def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
-    """Each cell from the others of its family, never from its own time.
+    """Each cell from the others of its work, never from its own time.
 
     time [cells]: measured, in any unit; NaN or at most 0 where a cell was not. error [cells]: relative standard errors.
     """
-    measured = np.isfinite(time) & (time > 0) & np.isfinite(error) & (error < UNSURE)
-    families: dict[Hashable, list[int]] = {}
+    measured = np.isfinite(time) & (time > 0) & np.isfinite(error)
+    works: dict[Hashable, list[int]] = {}
     for i, cell in enumerate(cells):
-        families.setdefault(cell.family, []).append(i)
-    shared = {
-        family: np.array(own) for family, own in families.items() if len(own) > 1 and measured[own].any()
-    }
-    log = np.log(np.where(measured, time, 1.0))
-    variance = np.where(measured, np.square(np.where(measured, error, 0.0)), np.inf)
-    designs = {family: _levels([cells[i] for i in own]) for family, own in shared.items()}
-    best: tuple[float, float, Floats, Floats] | None = None
-    for tau in TAUS:
-        mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
-        for family, own in shared.items():
-            mean[own], spread[own] = _without(designs[family], log[own], variance[own] + tau**2)
-        known = measured & (spread < (UNSURE / 2) ** 2)
-        total = spread[known] + variance[known] + tau**2
+        works.setdefault(cell.work, []).append(i)
+    every = [np.array(own) for own in works.values() if len(own) > 1 and measured[own].any()]
+    told = [own[measured[own]] for own in every]
+    log, variance = np.log(np.where(measured, time, 1.0)), np.log1p(np.square(np.where(measured, error, 0.0)))
+    places = [Places.of([cells[i] for i in own]) for own in told]
+    stairs = [Stairs.between(own, own) for own in places]
+    mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
+
+    def likelihood(law: Law) -> float:
+        """How likely the cells that were measured are, each without itself."""
+        for own, stair in zip(told, stairs, strict=True):
+            mean[own], spread[own] = stair.left_out(law, log[own], variance[own])
+        known = measured & (spread < UNSURE**2)
+        total = spread[known] + variance[known] + law.tau**2
         # a cell that went wrong does not widen all others
-        likelihood = float(np.sum(log_density(log[known] - mean[known], NORMAL * total)))
-        likelihood -= 0.5 * float(np.log(tau / TYPICAL) / np.log(2.0)) ** 2
-        if best is None or likelihood > best[0]:
-            best = likelihood, tau, mean, np.sqrt(spread + tau**2)
-    assert best is not None
-    _, tau, mean, spread = best
+        likely = float(np.sum(log_density(log[known] - mean[known], NORMAL * total)))
+        return likely - 0.5 * sum(float(np.log2(getattr(law, n) / getattr(USUAL, n))) ** 2 for n in TRIED)
+
+    law, best = USUAL, likelihood(USUAL)
+    for name, values in TRIED.items():
+        for other in (replace(law, **{name: value}) for value in values):
+            if (found := likelihood(other)) > best:
+                law, best = other, found
+    for own, seen, place, stair in zip(every, told, places, stairs, strict=True):
+        others = Places.of([cells[i] for i in own])
+        mean[own], spread[own] = stair.predicted(law, log[seen], variance[seen], others, Stairs.between(others, place))
+        mean[seen], spread[seen] = stair.left_out(law, log[seen], variance[seen])
+    spread = np.sqrt(spread + law.tau**2)
     known = np.isfinite(mean) & (spread < UNSURE)
-    return Pooled(
-        np.where(known, np.exp(np.where(known, mean, 0.0)), np.nan), np.where(known, spread, np.inf), tau
-    )
+    return Pooled(np.where(known, np.exp(np.where(known, mean, 0.0)), np.nan), np.where(known, spread, np.inf), law.tau)
 
 
-def _levels(cells: Sequence[Cell]) -> Floats:
-    """[cells, parameters]: one for the family, and one for each level of each axis that is not whole."""
-    columns: Mapping[tuple[int, Hashable], int] = {
-        key: 1 + n
-        for n, key in enumerate(
-            dict.fromkeys((axis, w) for c in cells for axis, w in enumerate(c.levels) if w is not None)
-        )
-    }
-    x = np.zeros((len(cells), 1 + len(columns)))
-    x[:, 0] = 1.0
-    for row, cell in enumerate(cells):
-        for axis, width in enumerate(cell.levels):
-            if width is not None:
-                x[row, columns[axis, width]] = 1.0
-    return x
+@dataclass(frozen=True)
+class Places:
+    """Some cells of one work. x [cells, axes]: minus the logarithms of the shares that are left. variant [cells]."""
+
+    x: Floats
+    variant: NDArray[np.object_]
+
+    @staticmethod
+    def of(cells: Sequence[Cell]) -> Places:
+        x = -np.log(np.array([c.shares for c in cells], np.float64).reshape(len(cells), -1))
+        variant = np.empty(len(cells), object)
+        variant[:] = [c.variant for c in cells]
+        return Places(x, variant)
 
 
-def _without(x: Floats, y: Floats, variance: Floats) -> tuple[Floats, Floats]:
-    """Mean and variance of each row's x . parameters, fitted on the other rows (infinite variance: a row that says nothing)."""
-    weight = 1.0 / variance
-    prior = np.full(x.shape[1], LEVEL**-2.0)
-    prior[0] = 1e-6
-    inverse = np.linalg.inv((x.T * weight) @ x + np.diag(prior))
-    spread = np.einsum("ij,jk,ik->i", x, inverse, x)
-    mean = x @ (inverse @ (x.T @ (weight * y)))
-    left = np.maximum(1.0 - weight * spread, 1e-9)
-    # leaving a row out, by the matrix inversion lemma
-    return (mean - weight * spread * y) / left, spread / left
+@dataclass(frozen=True)
+class Stairs:
+    """Covariances of the log times of some cells [cells] of one work and others [others].
+
+    x [cells]: minus the logarithms of the shares that are left, over all axes. level [cells, others]: of what does not depend on
+    widths; alike: factor of what does; slope: of log channels; steps: of a random walk over them, and of what is one width's own.
+    """
+
+    x: Floats
+    level: Floats
+    alike: Floats
+    slope: Floats
+    steps: Floats
+
+    @staticmethod
+    def between(cells: Places, others: Places) -> Stairs:
+        alike = (cells.variant[:, None] == others.variant).astype(np.float64)
+        a, b = cells.x[:, None, :], others.x[None, :, :]
+        return Stairs(
+            cells.x.sum(axis=1), level=LEVEL**2 + PRECISION**2 * alike, alike=1.0 + OWN**2 * alike,
+            slope=FALLS**2 * (a * b).sum(axis=2), steps=(np.minimum(a, b) + (a == b) * np.minimum(a, 1.0)).sum(axis=2),
+        )  # fmt: skip
+
+    def kernel(self, law: Law) -> Floats:
+        """[cells, others], but for tau."""
+        return self.level + self.alike * (self.slope + law.stray**2 * self.steps)
+
+    def left_out(self, law: Law, y: Floats, variance: Floats) -> tuple[Floats, Floats]:
+        """Mean and variance of the log time y of each cell, but for tau, from the others (Rasmussen and Williams, 2006, 5.12).
+
+        variance: of the measurement of y.
+        """
+        noise = variance + law.tau**2
+        inverse = np.linalg.inv(self.kernel(law) + np.diag(noise))
+        left = np.diag(inverse)
+        return y - inverse @ (y + law.fall * self.x) / left, np.maximum(1.0 / left - noise, 0.0)
+
+    def predicted(self, law: Law, y: Floats, variance: Floats, other: Places, between: Stairs) -> tuple[Floats, Floats]:
+        """Mean and variance of the log times of others, but for tau. between: of those [others, cells]."""
+        inverse = np.linalg.inv(self.kernel(law) + np.diag(variance + law.tau**2))
+        kernel = between.kernel(law)
+        strays = FALLS**2 * other.x**2 + law.stray**2 * (other.x + np.minimum(other.x, 1.0))
+        own = LEVEL**2 + PRECISION**2 + (1.0 + OWN**2) * strays.sum(axis=1)
+        mean = kernel @ (inverse @ (y + law.fall * self.x)) - law.fall * between.x
+        return mean, np.maximum(own - np.einsum("ij,jk,ik->i", kernel, inverse, kernel), 0.0)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
 
 from hwsearch.latency.features import Feature, Features, Floats, Numbers
-from hwsearch.latency.overhead import dispatch_ns
+from hwsearch.latency.overhead import Beside, beside, worked_ns
 from hwsearch.latency.pooling import pooled
 from hwsearch.latency.posterior import Directions, Normal, Posterior, Prior, Sparse
 from hwsearch.table.build import Build, Role
@@ -102,19 +102,19 @@ def error_ns(table: LatencyTable, build: Build) -> float:
     return error_share(table, build) * build.ratio * table.header.reference_ns
 
 
-def beside_nodes(table: LatencyTable, builds: Sequence[Build]) -> float:
-    """What an inference takes beside its executed nodes, in ns on the table's scale."""
+def beside_nodes(table: LatencyTable, builds: Sequence[Build]) -> Beside:
+    """What an inference takes beside its executed nodes, and each of these only while it is counted, in ns on the table's scale."""
     scale = table.header.reference_ns
-    pairs = [
-        (table.time_ns(b), counted * scale / float(np.median(b.reference_ns)))
+    rows = [
+        (table.time_ns(b), counted * scale / float(np.median(b.reference_ns)), float(len(b.nodes)))
         for b in builds
         if (counted := sum(n.time_ns for n in b.nodes)) > 0
     ]
-    return dispatch_ns(*np.array(pairs).T) if pairs else 0.0
+    return beside(*np.array(rows).T) if rows else Beside()
 
 
-def rows_of(table: LatencyTable, build: Build, features: Features, boundaries: bool, beside_ns: float) -> Rows:
-    """One equation for the whole build, then one for each unit (fused ones together) and the rest, which has `beside_ns`."""
+def rows_of(table: LatencyTable, build: Build, features: Features, boundaries: bool, besides: Beside) -> Rows:
+    """One equation for the whole build, then one for each unit (fused ones together) and the rest, which has the dispatch."""
     reference = table.header.reference_ns
     total = build.ratio * reference
     widths = build.widths or tuple(table.network.channels.values())
@@ -122,12 +122,12 @@ def rows_of(table: LatencyTable, build: Build, features: Features, boundaries: b
     row, number, factor = np.zeros(len(terms.unit), np.intp), terms.number, terms.value
     value, error, share = [np.array([v]) for v in (total, error_ns(table, build), 0.0)]
     nodes, wide = np.array([table.nodes(build)]), np.ones(1, bool)
-    counted = sum(n.time_ns for n in build.nodes)
-    if counted > 0:
-        beside_ns = min(beside_ns, total)
-        group, time, count = _by_unit(build, features)
-        time = time * (total - beside_ns) / counted
-        time[0] += beside_ns
+    counter_ns = besides.counter_ns * float(np.median(build.reference_ns)) / reference
+    group, time, count = _by_unit(build, features, counter_ns)
+    if (counted := float(time.sum())) > 0:
+        dispatch_ns = min(besides.dispatch_ns, total)
+        time = time * (total - dispatch_ns) / counted
+        time[0] += dispatch_ns
         keys, own, members = np.unique(group, return_inverse=True, return_counts=True)
         row = np.concatenate([row, 1 + own[terms.unit]])
         number, factor = np.tile(number, 2), np.tile(factor, 2)
@@ -143,9 +143,9 @@ def rows_of(table: LatencyTable, build: Build, features: Features, boundaries: b
     return rows.with_term(features.number(PER_NODE), np.broadcast_to(off, value.shape))
 
 
-def _by_unit(build: Build, features: Features) -> tuple[Numbers, Floats, Floats]:
+def _by_unit(build: Build, features: Features, counter_ns: float) -> tuple[Numbers, Floats, Floats]:
     """By number of the unit, 0 for the rest: the first of those that the runtime fused it with, directly or through others; and of
-    those the time of their nodes, and how many there are."""
+    those the time of their nodes, without what it takes to count them, and how many there are."""
     position = features.position
     parent = list(range(len(position) + 1))
 
@@ -160,7 +160,7 @@ def _by_unit(build: Build, features: Features) -> tuple[Numbers, Floats, Floats]
                 parent[root(position[other])] = root(position[node.units[0]])
     group = np.array([root(i) for i in range(len(parent))], np.intp)
     of: Numbers = group[[position[n.units[0]] if n.units else 0 for n in build.nodes]]
-    time = np.bincount(of, [n.time_ns for n in build.nodes], len(parent)).astype(np.float64)
+    time = np.bincount(of, [worked_ns(n.time_ns, counter_ns) for n in build.nodes], len(parent)).astype(np.float64)
     return group, time, np.bincount(of, minlength=len(parent)).astype(np.float64)
 
 
@@ -172,6 +172,20 @@ POOL, OWN = 0.1, 0.03
 """Prior standard deviations relative to a typical time: of pooled boundary terms, and of one edge's own."""
 
 
+UNKNOWN = 0.6
+"""Relative standard error of a cell of which nothing but its time at whole widths is known, if that."""
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """Time of a cell that no build holds, in ns. error_ns: its standard error, given the time of its variant at whole widths, which
+    is parameter `like` where builds hold it."""
+
+    time_ns: float
+    error_ns: float
+    like: int | None
+
+
 class Equations:
     """All equations of some builds as one matrix, and their solutions.
 
@@ -180,9 +194,9 @@ class Equations:
 
     def __init__(self, table: LatencyTable, builds: Sequence[Build], boundaries: bool = True) -> None:
         self.network = table.network
-        beside = beside_nodes(table, builds)
+        besides = beside_nodes(table, builds)
         self.known = known = Features(self.network)
-        parts = [rows_of(table, build, known, boundaries, beside) for build in builds]
+        parts = [rows_of(table, build, known, boundaries, besides) for build in builds]
         self.builds = len(builds)
         self.in_prior = {e.feature for e in table.header.prior}
         kinds = ("unit", "pool", "pool bytes") if boundaries else ("unit",)
@@ -240,7 +254,7 @@ class Equations:
     def prior(self) -> Prior:
         """What is known of each parameter but for its own equations: of a cell, what others predict (`pooling`)."""
         weak_prior = self.weak_prior()
-        if not any(any(w is not None for w in c.levels) for c in self.cells.values()):
+        if all(cell.whole for cell in self.cells.values()):
             return weak_prior
         found = self.posterior(weak_prior)
         place = np.array(list(self.cells))
@@ -250,6 +264,32 @@ class Equations:
         weak_prior.mean[place[known]] = others.time[known]
         weak_prior.deviation[place[known]] = (others.time * others.error)[known]
         return weak_prior
+
+    def unbuilt(self, posterior: Posterior, mean: Floats, numbers: Numbers) -> dict[int, Unbuilt]:
+        """Times of cells that no build holds, by their numbers, as others of the same work tell them at other widths; else, roughly
+        as what their variant takes at whole widths. Without those where neither is known. mean: of every parameter, in ns.
+
+        What is uncertain of all cells of a variant alike (what of its time is its own, and what its boundaries') says nothing of
+        how times fall with widths: each is given what all others are.
+        """
+        built, cells = list(self.cells.values()), [self.known.cells[n] for n in numbers.tolist()]
+        place = np.array(list(self.cells), np.intp)
+        covariance, times = posterior.covariance, mean[place]
+        errors = np.minimum(covariance.deviations(place), np.sqrt(covariance.inner.diagonal()[place]))
+        absent = np.full(len(cells), np.nan)
+        found = pooled(
+            [*built, *cells], np.concatenate([times, absent]), np.concatenate([errors / np.maximum(times, 1e-9), absent])
+        )
+        whole = {(c.work, c.variant): i for i, c in enumerate(built) if c.whole}
+        told = {}
+        for i, (number, cell) in enumerate(zip(numbers.tolist(), cells, strict=True), len(built)):
+            at = whole.get((cell.work, cell.variant))
+            like = None if at is None else int(place[at])
+            if np.isfinite(found.error[i]):
+                told[number] = Unbuilt(float(found.time[i]), float(found.time[i] * found.error[i]), like)
+            elif at is not None:
+                told[number] = Unbuilt(float(times[at]), float(np.hypot(UNKNOWN * times[at], errors[at])), like)
+        return told
 
     def posterior(self, prior: Prior) -> Posterior:
         """Of every parameter, in ns."""
@@ -290,7 +330,7 @@ class Equations:
         return guess, np.maximum(variance, 0.0)
 
 
-DRIFT = 0.1
+DRIFT = 0.02
 """Prior standard deviation of the share by which times change against the reference's from a profile's beginning to its end."""
 
 

@@ -1,12 +1,13 @@
-"""What each channel group costs at each width that a profile tried: the staircase, which is real and not monotone."""
+"""What each channel group costs at each of its widths: the staircase, which is real and not monotone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from hwsearch.latency.model import fit
 from hwsearch.network.choices import candidate_widths
-from hwsearch.table.build import Build, Role
+from hwsearch.network.variants import Variant, everywhere, settled
 from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
@@ -15,26 +16,19 @@ from hwsearch.table.table import LatencyTable
 class Step:
     """One width of one channel group.
 
-    times_ns: by precision (or variant, where it is not dense), the time of all units that the group runs through (their
-    other channels whole), on the scale of the table. kept: whether it is on the grid that searches choose from.
+    times_ns: by variant, the time of all units that the group runs through (their other channels whole), on the scale of the table,
+    as the model tells it. kept: whether it is on the grid that searches choose from. built: whether a build of the table holds it.
     """
 
     group: str
     width: int
     times_ns: dict[str, float]
     kept: bool
-
-
-def group_ns(table: LatencyTable, build: Build, group: str) -> float:
-    """Time of the units that a group runs through in one build, with conversions on their way in."""
-    touched = {u.name for u in table.network.units if group in u.groups}
-    counted = sum(n.time_ns for n in build.nodes)
-    own = sum(n.time_ns for n in build.nodes if touched & set(n.units))
-    return own / counted * table.time_ns(build) if counted else table.time_ns(build)
+    built: bool
 
 
 def group_times(table: LatencyTable) -> dict[str, dict[int, list[float]]]:
-    """For each group its time at each width, one for each precision; only widths that were probed in all of them."""
+    """For each group its time at each candidate width, one for each precision; only widths at which it is known in all of them."""
     times = _times(table)
     most = max((len(own) for own in times.values()), default=0)
     found: dict[str, dict[int, list[float]]] = {}
@@ -45,67 +39,60 @@ def group_times(table: LatencyTable) -> dict[str, dict[int, list[float]]]:
 
 
 def staircase(table: LatencyTable) -> list[Step]:
-    """Every width that was probed, group by group, the whole width first."""
-    grid = table.grid()
-    order = {g: i for i, g in enumerate(table.network.channels)}
+    """Every candidate width, group by group, the whole width first; nothing where the table holds no widths."""
+    grid, built = table.grid(), measured_widths(table)
     return [
-        Step(group, width, own, width in grid[group])
-        for (group, width), own in sorted(
-            _times(table).items(), key=lambda item: (order[item[0][0]], -item[0][1])
-        )
+        Step(group, width, own, width in grid[group], width in built[group]) for (group, width), own in _times(table).items()
     ]
 
 
-def unprobed(table: LatencyTable) -> dict[str, list[int]]:
-    """The widths that a profile would try and had no time for, of each group that lacks some; what other tables told is known."""
-    probed = group_times(table)
-    if table.header.mode != Mode.CONTEXT or not (probed or table.header.design):
+def unbuilt(table: LatencyTable) -> dict[str, list[int]]:
+    """The candidate widths that no build of a profile over widths holds, of each group that has some."""
+    if table.header.mode != Mode.CONTEXT or not table.header.grid:
         return {}
-    found = {}
-    for group, whole in table.network.channels.items():
-        if table.header.prior and group not in probed:
-            continue
-        left = [w for w in candidate_widths(whole)[1:] if w not in probed.get(group, ())]
-        if left:
-            found[group] = left
-    return found
+    built = _built(table)
+    left = {g: [w for w in candidate_widths(n) if w not in built[g]] for g, n in table.network.channels.items()}
+    return {g: widths for g, widths in left.items() if widths}
 
 
 def measured_widths(table: LatencyTable) -> dict[str, list[int]]:
-    """Every width of each group that whole networks were built at under the table's base, the whole one first."""
+    """Every width of each group that is on the grid or in a whole network built under the table's base, the whole one first."""
+    built = _built(table)
+    return {g: sorted({n, *table.grid()[g], *built[g]}, reverse=True) for g, n in table.network.channels.items()}
+
+
+def _built(table: LatencyTable) -> dict[str, set[int]]:
+    """Widths of each group in the whole networks that were built under the table's base."""
     base = table.header.options["base"]
     built = [table.candidate(b).widths for b in table.builds if b.base == base and not b.partial]
-    return {
-        g: sorted({n, *table.grid()[g], *(own[g] for own in built)}, reverse=True)
-        for g, n in table.network.channels.items()
-    }
+    return {g: {own[g] for own in built} for g in table.network.channels}
 
 
 def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
-    """(group, width) -> precision -> time, in ns."""
-    unpruned = ((), tuple(table.network.channels.values()))
-    whole_networks = [
-        b for b in reversed(table.builds) if b.role in (Role.REFERENCE, Role.UNIFORM) and b.widths in unpruned
-    ]
-    anchors = {b.variants: b for b in whole_networks}
-    alike = {b.leading: b for b in whole_networks}
-    times: dict[tuple[str, int], dict[str, float]] = {}
-    for build in table.builds:
-        precision = build.leading
-        # a unit that cannot become the variant at the width probed is in the base precision there
-        anchor = anchors.get(build.variants) or alike.get(precision)
-        if build.role != Role.PROBE or anchor is None:
-            continue
-        widths = table.candidate(build).widths
-        for group, whole in table.network.channels.items():
-            if widths[group] < whole:
-                times.setdefault((group, whole), {})[precision] = group_ns(table, anchor, group)
-                times.setdefault((group, widths[group]), {})[precision] = group_ns(table, build, group)
-    return times
+    """(group, width) -> precision -> time, in ns, in the base precision and in the lowest: those that are known at every width."""
+    network, base = table.network, str(table.header.options["base"])
+    if table.header.mode != Mode.CONTEXT or not table.header.grid:
+        return {}
+    tried = {g: candidate_widths(n) for g, n in network.channels.items()}
+    model = fit(table, grid=tried)
+    variants = {Variant.parse(v) for own in table.offered().values() for v in own}
+    lowest = max(variants, key=lambda v: (v.quantized, str(v)))
+    times: dict[tuple[str, int], dict[str, float]] = {(g, w): {} for g, steps in tried.items() for w in steps}
+    for variant in dict.fromkeys((Variant(base), lowest)):
+        # units that cannot become it, whole or narrower, are in the base precision
+        chosen = everywhere(network, variant, base, table.header.unsupported)
+        for group, steps in tried.items():
+            units = [u.name for u in network.units if group in u.groups]
+            for width in steps:
+                own = settled(network, {u: chosen[u] for u in units}, {group: width}, base)
+                if all(model.knows(u, v, {group: width}) for u, v in own.items()):
+                    time_ns = sum(model.unit_ns(u, v, {group: width}) for u, v in own.items())
+                    times[group, width][str(variant).removeprefix("dense.")] = time_ns
+    return {at: own for at, own in times.items() if own}
 
 
 def as_json(table: LatencyTable) -> list[dict[str, Any]]:
     """The steps for programs."""
     return [
-        {"group": s.group, "width": s.width, "times_ns": s.times_ns, "kept": s.kept} for s in staircase(table)
+        {"group": s.group, "width": s.width, "times_ns": s.times_ns, "kept": s.kept, "built": s.built} for s in staircase(table)
     ]

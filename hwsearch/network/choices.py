@@ -223,31 +223,6 @@ def candidate_widths(channels: int) -> list[int]:
     return list(dict.fromkeys([channels, *widths]))
 
 
-def halving(last: int) -> list[int]:
-    """1 .. last, the last one first, then each time the one furthest from those before."""
-    found: list[int] = []
-    while len(found) < last:
-        rest = [n for n in range(1, last + 1) if n not in found]
-        found.append(max(rest, key=lambda n: (min(abs(n - own) for own in [0, *found]), n)))
-    return found
-
-
-def apart(network: Network) -> list[list[str]]:
-    """Channel groups in classes of which no two meet in a unit: those of one class can be varied at once."""
-    meet: dict[str, set[str]] = {g: set() for g in network.channels}
-    for unit in network.units:
-        for group in unit.groups:
-            meet[group].update(set(unit.groups) - {group})
-    classes: list[list[str]] = []
-    for group in sorted(meet, key=lambda g: -len(meet[g])):
-        free = next((c for c in classes if not meet[group] & set(c)), None)
-        if free is None:
-            classes.append([group])
-        else:
-            free.append(group)
-    return classes
-
-
 def worth(times: Mapping[int, Iterable[float]], faster: float = FASTER) -> list[int]:
     """Of the widths tried those that are faster than every wider one kept, at most six, the whole width first.
 

@@ -101,23 +101,32 @@ class Allowance:
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
-        batches = len(self.setup.lowering.scoring)
-        most, least = self.scoring_s(table, batches), self.scoring_s(table, 0)
-        scoring = min(most, max(least, MOST_SCORING * self.begun_s))
-        return min(scoring + self.loop_s(table, ROUNDS), MOST_RESERVED * self.begun_s)
+        return min(self._scoring_s(table) + self.loop_s(table, ROUNDS), MOST_RESERVED * self.begun_s)
+
+    def _scoring_s(self, table: LatencyTable | None) -> float:
+        """Seconds that are kept for the sensitivities while a profile goes on."""
+        most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
+        return min(most, max(least, MOST_SCORING * self.begun_s))
+
+    def after_profile(self, table: LatencyTable | None) -> dict[str, float]:
+        """Seconds of the stages after a profile that goes on, as they are expected by now."""
+        scoring = self._scoring_s(table)
+        return {SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
 
     def plan(self, table: LatencyTable | None) -> dict[str, float]:
         """The stages to come with their seconds, for `Progress.plan`; table: None before the profile."""
-        left, loop = max(self.limit.left_s, 0.0), self.loop_s(table)
+        left = max(self.limit.left_s, 0.0)
         if table is None:
-            reserved = self.reserve(None)
-            scoring = max(reserved - self.loop_s(None, ROUNDS), self.scoring_s(None, 0))
-            loop = min(loop, max(reserved - scoring, 0.0)) if self.samples else loop  # as many samples as there is time for
-            return {PROFILE: max(left - reserved, 0.0), SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
+            return {PROFILE: max(left - self.reserve(None), 0.0), **self.after_profile(None)}
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         scoring = min(most, max(least, left - self.loop_s(table, ROUNDS)))
-        loop = min(loop, max(left - scoring, 0.0)) if self.samples else loop
-        return {REFITTING: 0.0, SCORING: scoring, LOOP: loop, RECOVERY: self.recovery_s}
+        return {REFITTING: 0.0, SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
+
+    def _planned_loop_s(self, table: LatencyTable | None, scoring_s: float) -> float:
+        """Seconds that the closed loop is expected to take: the second round often spends what the first left over, or mends it."""
+        left = max(self.limit.left_s - scoring_s, 0.0)
+        least = 0.0 if self.samples else self.loop_s(table)  # as many samples as there is time for
+        return min(self.loop_s(table, ROUNDS), max(left, least))
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""

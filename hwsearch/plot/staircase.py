@@ -17,8 +17,9 @@ MOST_PANELS = 30
 
 
 def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figure:
-    """Plot the time of the units on each channel group, in µs, against its width, by precision; widths on the grid are filled.
+    """Plot the time of the units on each channel group, in µs, against its width, by precision, as the latency model tells it.
 
+    Widths on the grid are filled, those that no build holds are diamonds.
     Groups of one shape and curve are drawn each by itself, at most thirty.
 
     Args:
@@ -29,7 +30,7 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
         The figure.
 
     Raises:
-        InvalidInput: the table holds no probes of widths.
+        InvalidInput: the table holds no widths.
     """
     steps = staircase(table)
     groups = list(dict.fromkeys(s.group for s in steps))
@@ -44,15 +45,14 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
     for axes, group in zip(panels, shown, strict=False):
         own = [s for s in steps if s.group == group]
         for precision in own[0].times_ns:
-            points = [(s.width, s.times_ns[precision] / 1e3, s.kept) for s in own if precision in s.times_ns]
+            points = [(s.width, s.times_ns[precision] / 1e3, s) for s in own if precision in s.times_ns]
             color = PRECISION_COLORS.get(precision.rpartition(".")[2], INK)
             axes.plot(
                 [p[0] for p in points], [p[1] for p in points], color=color, linewidth=1, label=precision
             )
-            for width, time, kept in points:
-                axes.plot(
-                    width, time, "o", markersize=4, color=color, markerfacecolor=color if kept else "white"
-                )
+            for width, time, step in points:
+                shape, fill = "o" if step.built else "D", color if step.kept else "white"
+                axes.plot(width, time, shape, markersize=4, color=color, markerfacecolor=fill)
         axes.set_title(shorten(group, 34), fontsize=8, loc="left")
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
@@ -68,7 +68,7 @@ def plot_staircase(table: LatencyTable, path: str | Path | None = None) -> Figur
     }
     figure.suptitle(
         f"{table.network.name}: time of a channel group's units (µs) against its width{more}\n{where(header)}; "
-        "filled: on the grid",
+        "filled: on the grid; diamonds: in no build, told by other widths",
         fontsize=10, x=0.01, ha="left",
     )  # fmt: skip
     handles, labels = panels[0].get_legend_handles_labels()

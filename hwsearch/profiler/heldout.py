@@ -14,6 +14,7 @@ from hwsearch.device.spent import FITTING
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.latency.model import fit
 from hwsearch.network.choices import Candidate, random_candidate
+from hwsearch.network.variants import Variant
 from hwsearch.profiler.recorder import Recorder
 from hwsearch.table.build import Role
 from hwsearch.table.table import usable
@@ -28,7 +29,7 @@ LEAST_TESTED = 2
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out and test builds of a profile: allocations of cells that were all built, none of which was."""
+    """The held-out and test builds of a profile: random allocations of variants that units were built in, at any widths."""
 
     recorder: Recorder
     limit: TimeLimit
@@ -67,23 +68,11 @@ class HeldOut:
         return float(np.percentile(errors, 75)) if len(errors) >= LEAST else None
 
     def _drawn(self, rng: np.random.Generator) -> Candidate | None:
-        recorder = self.recorder
+        recorder, done = self.recorder, self.recorder.candidates()
         network, grid = recorder.setup.network, recorder.table.grid()
-        done, built = recorder.candidates(), recorder.known_cells()
+        measured = {u: tuple(map(Variant.parse, own)) for u, own in recorder.table.offered().items()}
         for _ in range(50):
-            drawn = random_candidate(network, recorder.offered(), grid, rng)
-            candidate = self._known(drawn, built)
-            if candidate not in done and built.issuperset(candidate.cells(network)):
-                return candidate
+            drawn = random_candidate(network, measured, grid, rng)
+            if drawn not in done:
+                return drawn
         return None
-
-    def _known(self, candidate: Candidate, built: set[tuple[str, str]]) -> Candidate:
-        """The candidate with another variant where that of a unit was not built at these widths."""
-        offered = self.recorder.offered()
-        variants = {
-            unit: next((v for v in (variant, *offered[unit]) if (signature, str(v)) in built), variant)
-            for (unit, variant), (signature, _) in zip(
-                candidate.variants.items(), candidate.cells(self.recorder.setup.network), strict=True
-            )
-        }
-        return Candidate(variants, candidate.widths)

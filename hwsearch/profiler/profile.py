@@ -21,23 +21,21 @@ from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
-from hwsearch.latency.staircase import unprobed
 from hwsearch.network.choices import AXES, Candidate, check_axes
 from hwsearch.network.variants import STORAGE, legal, uniform
 from hwsearch.profiler.layerwise import METADATA_BYTES, Layers
-from hwsearch.profiler.probe import expected, find_grid, measure_variants
 from hwsearch.profiler.recorder import SHORT, Recorder
 from hwsearch.profiler.sequential import build_by_design, most_builds
 from hwsearch.profiler.transfer import evidence, of_sections, signatures
+from hwsearch.profiler.widths import keep_worth, learn_widths, measure_variants
 from hwsearch.progress import Progress
 from hwsearch.table.build import Role
 from hwsearch.table.header import LAYERED, Header, Mode
 from hwsearch.table.table import LatencyTable
 
 MODES = tuple(Mode)
-LATER_SHARE = 0.75
-"""Of the time limit, until which widths that it left out are probed once the design is content."""
-
+DESIGNED = 50
+"""Builds that a design is likely to take, before its first proposal tells more."""
 BUILDS = 60
 """Of the time limit, one over so many is what a build is timed for at most, but no less than those of the design."""
 
@@ -122,25 +120,24 @@ def profile(
 
 
 def _context(recorder: Recorder, effort: Effort, widths: bool) -> None:
-    """Whole networks: the anchors, the widths worth knowing, and what the design asks for."""
+    """Whole networks: the anchors, the narrowest widths, and what the design asks for."""
     setup, progress = recorder.setup, recorder.progress
     reserve = effort.reserve or (lambda table: 0.0)
     limit = TimeLimit(effort.time_limit_s, setup.clock, progress.say, reserve=lambda: reserve(recorder.table))
     recorder.longest_s = float(np.clip(limit.left_s / BUILDS, SHORT.limit_s, Protocol().limit_s))
     title = f"profile {setup.network.name} on {setup.backend.name}"
-    probing = widths and bool(setup.network.groups)
-    builds = effort.builds or (expected(recorder) if probing and not recorder.table.header.grid else most_builds(recorder))
-    progress.start(3 + builds, title, until=lambda: limit.left_s)
+    narrower = widths and bool(setup.network.groups)
+    progress.start(3 + (effort.builds or DESIGNED), title, until=lambda: limit.left_s)
     try:
         _anchors(recorder)
-        if probing:
-            find_grid(recorder, limit)
+        if narrower:
+            learn_widths(recorder)
         else:
             measure_variants(recorder, setup.network.channels)
+        progress.expect(effort.builds or min(DESIGNED, most_builds(recorder)))
         build_by_design(recorder, limit, effort.builds)
-        if widths and not effort.builds and unprobed(recorder.table) and not limit.late(LATER_SHARE):
-            find_grid(recorder, limit, LATER_SHARE)
-            build_by_design(recorder, limit)
+        if narrower:
+            keep_worth(recorder)
         recorder.keep(recorder.table.with_header(ended=True))
     finally:
         progress.stop()

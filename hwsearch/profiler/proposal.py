@@ -16,14 +16,13 @@ import numpy as np
 from scipy.sparse import csr_array, diags_array, vstack
 
 from hwsearch.device.spent import FITTING, Spent
-from hwsearch.latency.features import Feature, Floats, Numbers, Terms
+from hwsearch.latency.features import Feature, Floats, Terms
 from hwsearch.latency.model import solved
-from hwsearch.latency.pooling import pooled
 from hwsearch.latency.posterior import Directions, Normal, Posterior, Prior, Sparse
-from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, OWN_KINDS, Equations
+from hwsearch.latency.regression import NODE_SHARE, NODE_SPREAD, OWN_KINDS, UNKNOWN, Equations
 from hwsearch.latency.uncertainty import ErrorScale
 from hwsearch.network.choices import Candidate, Coverage, Grid, Offered, random_candidate
-from hwsearch.network.variants import Variant, legal
+from hwsearch.network.variants import Variant
 from hwsearch.table.table import LatencyTable, usable
 
 TARGETS = 48
@@ -31,8 +30,6 @@ POOL = 24
 SWEEPS = 2
 LEAST = 0.01
 """Share of the fastest build that a network is at least believed to take: a model of few noisy builds may say less than nothing."""
-UNKNOWN = 0.6
-"""Relative standard error of a cell of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Belief:
         self.build_error = float(np.median(equations.errors / equations.measured))
         self.least_ns = LEAST * min(map(table.time_ns, builds))
         self._place = {u.name: i for i, u in enumerate(self.network.units)}
-        self._numbers = self._cells()
+        self._numbers = equations.known.grid(offered, grid)
         self.unbuilt = self._unbuilt()
         """Mean and standard error, in ns, of the cells of the grid that no build holds."""
         known = {f: t for f, (t, _) in self.unbuilt.items()}
@@ -108,25 +105,6 @@ class Belief:
         self._times = [np.where(n < 0, np.inf, time[n]) for n in self._numbers]
         """Of each unit [widths of each of its groups ..., variants]: ns, infinite where it cannot become the variant."""
         self._edges = {(e.src, e.dst): self.model.edge_ns(e.src, e.dst) for e in self.network.edges}
-
-    def _cells(self) -> list[Numbers]:
-        """Of each unit [widths of its groups ..., variants]: the number of the feature; -1 where it cannot become the variant."""
-        network, widths = self.network, list(self.network.channels.values())
-        group_place = {g: i for i, g in enumerate(network.channels)}
-        found = []
-        for i, unit in enumerate(network.units):
-            steps, offered = [self.grid[g] for g in unit.groups], self.offered[unit.name]
-            numbers = np.full((*map(len, steps), len(offered)), -1)
-            for at in np.ndindex(*map(len, steps)):
-                own = dict(zip(unit.groups, (s[j] for s, j in zip(steps, at, strict=True)), strict=True))
-                for group, width in own.items():
-                    widths[group_place[group]] = width
-                can = legal(network.unit_at(unit.name, own), offered)
-                for j, variant in enumerate(offered):
-                    if variant in can:
-                        numbers[at][j] = self.equations.known.cell(i, str(variant), widths)
-            found.append(numbers)
-        return found
 
     def _unbuilt(self) -> dict[Feature, tuple[float, float]]:
         model, known = self.model, self.equations.known
@@ -137,21 +115,16 @@ class Belief:
                 for number in numbers[..., j].ravel().tolist():
                     if number >= 0 and known.names[number] not in model.index:
                         fallback.setdefault(number, whole_ns)
-        built = self.equations.cells
-        place = np.array(list(built), dtype=np.intp)
-        time = model.mean[place]
-        error = self.posterior.covariance.deviations(place) / np.maximum(time, 1e-9)
-        absent = np.full(len(fallback), np.nan)
-        found = pooled(
-            [*built.values(), *(known.cells[n] for n in fallback)],
-            np.concatenate([time, absent]),
-            np.concatenate([error, absent]),
-        )
-        others = zip(fallback.items(), found.time[len(built) :], found.error[len(built) :], strict=True)
-        return {
-            known.names[n]: (float(t), float(t * e)) if np.isfinite(t) else (whole_ns, UNKNOWN * whole_ns)
-            for (n, whole_ns), t, e in others
-        }
+        told = self.equations.unbuilt(self.posterior, model.mean, np.array(list(fallback), np.intp))
+        deviation = self.posterior.covariance.deviations()
+        found = {}
+        for number, whole_ns in fallback.items():
+            time_ns, error_ns = whole_ns, UNKNOWN * whole_ns
+            if (own := told.get(number)) is not None:
+                share = 0.0 if own.like is None else own.time_ns / max(model.mean[own.like], 1e-9) * deviation[own.like]
+                time_ns, error_ns = own.time_ns, float(np.hypot(own.error_ns, min(share, UNKNOWN * own.time_ns)))
+            found[known.names[number]] = time_ns, error_ns
+        return found
 
     def _whole_ns(self, unit: str, variant: Variant) -> float:
         """Time of a unit at whole widths in this variant or in any other, else a typical one."""

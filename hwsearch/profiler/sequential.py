@@ -31,8 +31,8 @@ the second, or where it is near the first and three of four held-out builds are 
 one in four of those is further off than the fourth."""
 
 
-LATER = 5.0
-"""So many times the builds of which each would gain what the next one does are needed: as the designs of three profiles of
+LATER = 3.0
+"""So many times the builds of which each would gain what the next one does are needed: as the designs of two profiles of
 `fashion_resnet` went on."""
 
 
@@ -67,15 +67,15 @@ def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = No
 
 
 def most_builds(recorder: Recorder) -> int:
-    """Builds of a design: with those before it a third of the (unit, widths, variant), if those are many.
+    """Builds of a design: with those before it as many as units have variants and narrower widths, if those are many.
 
     Fewer where other tables of the device tell the same layers: boundaries and the whole are then left to learn.
     """
     network, grid, offered = recorder.setup.network, recorder.table.grid(), recorder.offered()
-    cells = sum(len(offered[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)
+    levels = sum(len(offered[u.name]) * (1 + sum(len(grid[g]) - 1 for g in u.groups)) for u in network.units)
     others = len(recorder.table.builds) - recorder.count(Role.DESIGN, Role.HELDOUT, Role.TEST)
     least = 24 if any(len(steps) > 1 for steps in grid.values()) else 6
-    most = int(np.clip(cells // 3 - others, least, MOST_BUILDS))
+    most = int(np.clip(levels - others, least, MOST_BUILDS))
     return max(4, round(most * (1.0 - 0.4 * _known_share(recorder))))
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.latency.model import fit
-from hwsearch.network.choices import FASTER, candidate_widths, worth
+from hwsearch.network.choices import candidate_widths
 from hwsearch.network.network import Network
-from hwsearch.network.variants import Variant
 from hwsearch.table.header import Evidence, Mode
 from hwsearch.table.table import LatencyTable
 
@@ -60,40 +57,6 @@ def evidence(prior: LatencyTable, table: LatencyTable, wanted: Collection[str]) 
             continue
         if feature[0] in ("unit", "pool", "pool bytes"):
             found.append(Evidence(feature, ns, error_ns, name))
-    return found
-
-
-def known_grid(
-    table: LatencyTable, tried: Mapping[str, Sequence[int]], uniforms: Sequence[Mapping[str, Variant]]
-) -> dict[str, list[int]]:
-    """Widths worth knowing of the channel groups whose stairs other tables tell, so that no probe is needed.
-
-    tried: widths of each group. uniforms: allocations that each of them would be probed in. A group is told where every unit
-    that it runs through is, at the whole width and at two or more of the narrower ones tried, the others whole. A step has to
-    stand out of the standard error of what is told.
-    """
-    network = table.network
-    units_told = [e for e in table.header.prior if e.feature[0] == "unit"]
-    told = {(e.feature[1], e.feature[2]): e.ns for e in units_told}
-    errors = {(e.feature[1], e.feature[2]): e.error_ns for e in units_told}
-    found = {}
-    for group, whole in network.channels.items():
-        units = [u.name for u in network.units if group in u.groups]
-        times, spread = {}, [FASTER]
-        for width in tried[group]:
-            cells = [
-                [(network.unit_at(u, {group: width}).signature, str(variants[u])) for u in units]
-                for variants in uniforms
-            ]
-            if all(cell in told for own in cells for cell in own):
-                times[width] = [sum(told[cell] for cell in own) for own in cells]
-                spread += [
-                    math.hypot(*(errors[cell] for cell in own)) / time
-                    for own, time in zip(cells, times[width], strict=True)
-                    if time > 0
-                ]
-        if whole in times and (len(times) > 2 or len(tried[group]) == len(times) > 1):
-            found[group] = worth(times, faster=min(max(2.0 * statistics.median(spread), FASTER), 0.2))
     return found
 
 

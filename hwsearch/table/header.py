@@ -66,7 +66,7 @@ class Header:
     its nodes and their constants add}; where it is empty, as in earlier versions, graph_bytes is the most for all together.
     dense_file_bytes: size of the dense fp32 ONNX file.
     unsupported: unit -> {variant: reason}; these are never offered.
-    grid: for each channel group the widths worth knowing, the whole one first; empty where none were looked for.
+    grid: for each channel group the widths to choose from, the whole one first; empty where all stay whole.
     ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
     of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
     design: why the design ended (`stopped`), its builds and seconds, the relative standard error of likely allocations that was

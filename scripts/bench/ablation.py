@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from common import Errors
 from hwsearch.latency import model as latency_model
 from hwsearch.latency import regression
 from hwsearch.latency.model import LatencyModel, fit
+from hwsearch.latency.overhead import beside
 from hwsearch.network.variants import Variant
 from hwsearch.table.build import Build
 from hwsearch.table.header import LAYERED
@@ -37,7 +38,8 @@ Patch = tuple[Any, str, Any]
 TERMS: dict[str, list[Patch]] = {
     "drift": [(regression, "_session_times", lambda builds: [0.0] * len(builds))],
     "pooling": [(regression.Equations, "prior", regression.Equations.weak_prior)],
-    "dispatch": [(regression, "dispatch_ns", lambda times, counted: 0.0)],
+    "dispatch": [(regression, "beside", lambda *given: replace(beside(*given), dispatch_ns=0.0))],
+    "counters": [(regression, "beside", lambda *given: replace(beside(*given), counter_ns=0.0))],
     "per-node": [(m, "slowed", lambda slowdown, nodes, ratio: 0.0) for m in (regression, latency_model)],
     "boundaries": [],
 }

@@ -84,3 +84,13 @@ def waited() -> int:
     """How often this thread waited to be woken so far (proc(5))."""
     lines = Path("/proc/thread-self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+
+
+def test_a_base_that_does_not_compile_is_not_offered() -> None:
+    """Capabilities are of the CPU; ONEDNN_MAX_CPU_ISA may leave less of it."""
+    backend = OpenVINOBackend()
+    real = backend.core
+    backend._core = Core(real, lambda properties: "not initialized" if properties["INFERENCE_PRECISION_HINT"] != "f32" else "")
+    assert backend.bases() == ("fp32",)
+    assert backend.bases() == ("fp32",), "and is tried once"
+    assert len(backend._core.tried) == len({"BF16", "FP16"} & set(real.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))

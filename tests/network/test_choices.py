@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulation import OFFERED, chain, grouped
 
@@ -16,17 +16,14 @@ from hwsearch.network.choices import (
     MOST_STEPS,
     Candidate,
     all_cells,
-    apart,
     candidate_widths,
     check_axes,
     cover,
-    halving,
     random_allocation,
     random_candidate,
     whole,
     worth,
 )
-from hwsearch.network.network import ChannelGroup, Network, Unit, Way
 from hwsearch.network.variants import Variant
 
 
@@ -46,15 +43,6 @@ def test_the_design_covers_every_variant_and_every_pair_on_an_edge(seed: int) ->
         }
         seen = {(c.variants[edge.src].quantized, c.variants[edge.dst].quantized) for c in done}
         assert seen == wanted
-
-
-@pytest.mark.parametrize("last", range(12))
-def test_halving_visits_every_step_once_the_last_first_and_the_middle_next(last: int) -> None:
-    found = halving(last)
-    assert sorted(found) == list(range(1, last + 1))
-    assert found[:1] == ([last] if last else [])
-    if last > 2:
-        assert abs(found[1] - last / 2) <= 0.5
 
 
 def test_the_residual_width_is_a_width() -> None:
@@ -140,25 +128,3 @@ def test_a_width_left_out_is_no_faster_than_a_wider_one_kept(measured: dict[int,
         for width in set(measured) - set(kept):
             assert measured[width] >= (1 - FASTER) * min(measured[k] for k in kept if k > width)
     assert min(measured[k] for k in kept) <= min(measured.values()) / (1 - FASTER)
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> Network:
-    """Units that any of a few groups run through."""
-    names = [f"g{i}" for i in range(draw(st.integers(1, 6)))]
-    units = []
-    for i in range(draw(st.integers(1, 8))):
-        own = draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
-        ways = tuple(Way(g, "weight", 0, 1) for g in own)
-        units.append(Unit(f"u{i}", "linear", ((1, 64),), (1, 64), (64, 64), ways=ways))
-    return Network(tuple(units), groups=tuple(ChannelGroup(n, 8) for n in names))
-
-
-@settings(max_examples=50)
-@given(networks())
-def test_groups_that_are_varied_at_once_never_meet_in_a_unit(network: Network) -> None:
-    classes = apart(network)
-    assert sorted(g for c in classes for g in c) == sorted(network.channels)
-    for own in classes:
-        for unit in network.units:
-            assert len(set(own) & set(unit.groups)) <= 1

@@ -1,8 +1,9 @@
-"""Which widths are worth knowing, on a device whose time goes in steps."""
+"""Which widths a profile learns, on a device whose time goes in steps."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from profiling import narrow_law, narrow_setup, run_widths
 from hwsearch.allocate.search import search
 from hwsearch.errors import Infeasible
 from hwsearch.latency.model import fit
-from hwsearch.latency.staircase import staircase, unprobed
+from hwsearch.latency.staircase import staircase, unbuilt
 from hwsearch.loss.table import SensitivityTable
 from hwsearch.network.variants import Variant, uniform
 from hwsearch.table.table import LatencyTable
-from hwsearch.testing import SimulatedBackend
+from hwsearch.testing import SimulatedBackend, sizes_of
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 
@@ -24,18 +25,21 @@ def test_the_grid_holds_the_edges_of_the_steps(widths_table: tuple[Path, Latency
     """20 channels take as long as 24 would: 16 and 8 are the next steps down, 12 costs what 16 does."""
     _, table = widths_table
     assert table.network.channels == {"stem": 24, "conv1": 20, "conv3": 16}
-    assert table.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
-    assert [b.role for b in table.builds].count("probe") == 2 * (4 + 3 + 3) - 2 * 3
+    grid = table.grid()
+    assert {g: (steps[0], steps[-1]) for g, steps in grid.items()} == {"stem": (24, 8), "conv1": (20, 8), "conv3": (16, 8)}
+    assert 16 in grid["stem"]
+    assert 16 in grid["conv1"]
     assert {s.width for s in staircase(table) if s.group == "conv1"} == {20, 16, 12, 8}
+    assert unbuilt(table) == {}
 
 
 def test_a_backend_without_int8_has_widths_to_choose() -> None:
     table = run_widths(narrow_setup(int8=False), None)
-    assert len(table.grid()["stem"]) == 3
+    assert len(table.grid()["stem"]) >= 3
     assert {b.variants for b in table.builds} == {("dense.fp32",) * 5}
 
 
-def test_the_time_limit_ends_the_search_for_a_grid() -> None:
+def test_the_time_limit_ends_a_profile_over_widths() -> None:
     backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
     table = run_widths(narrow_setup(backend), None, time_limit_s=20.0)
     assert backend.clock() < 30e9
@@ -60,16 +64,18 @@ def test_every_group_has_its_narrowest_width_however_early_the_time_limit_ends()
     )
     with pytest.raises(Infeasible, match=r"least known so far, as .* ended at its time limit: ") as of_time:
         search(table, zero, ["latency=1ns"])
-    assert "3 of 3 channel groups were timed at their whole and narrowest width only" in str(of_time.value)
+    assert "3 of 3 channel groups have widths that none of them holds" in str(of_time.value)
     assert "`hwsearch profile TASK -o TABLE --backend simulated --threads 1 --base fp32" in str(of_time.value)
+    ends = {w for steps in table.grid().values() for w in (steps[0], steps[-1])}
+    few = {g: {w: loss for w, loss in own.items() if w in ends} for g, own in zero.width_loss.items()}
     with pytest.raises(Infeasible) as of_size:
-        search(table, zero, ["size=1B"])
+        search(table, replace(zero, width_loss=few), ["size=1B"])
     assert "time limit" not in str(of_size.value), "sizes are known without a profile"
     assert re.search(r"the sensitivities lack \d+ of \d+ widths: `hwsearch sensitivity", str(of_size.value))
 
 
 def test_the_least_is_known_of_however_short_a_profile() -> None:
-    """Every unit in every variant where all groups are at their narrowest, which no probe of one class of groups tells."""
+    """Every unit in every variant where all groups are at their narrowest, which nothing else tells as surely."""
     backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
     table = run_widths(narrow_setup(backend), None, time_limit_s=0.1)
     widths = {g: steps[-1] for g, steps in table.grid().items()}
@@ -79,28 +85,31 @@ def test_the_least_is_known_of_however_short_a_profile() -> None:
             assert model.knows(unit.name, Variant(variant), widths)
 
 
-def test_a_design_that_is_content_leaves_its_time_to_the_widths_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hwsearch.profiler.sequential.GOAL", 0.2)  # content early
-    monkeypatch.setattr("hwsearch.profiler.sequential.DOUBT", 1.0)
+def test_every_width_is_offered_however_early_the_time_limit_ends() -> None:
+    """What no build holds is told by the whole and the narrowest width, with an error that says so."""
+    backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
+    table = run_widths(narrow_setup(backend), None, time_limit_s=0.1)
+    assert table.header.cut_short
+    assert {g: len(steps) for g, steps in table.grid().items()} == {"stem": 5, "conv1": 4, "conv3": 4}
+    model, exact, network = fit(table), narrow_law(), table.network
+    middle = {g: steps[len(steps) // 2] for g, steps in table.grid().items()}
+    for precision in ("fp32", "int8"):
+        found = model.predict(uniform(network, precision), middle)
+        want = exact.time_ns(dict.fromkeys(exact.units, precision), sizes_of(network, middle))
+        assert abs(found.time_ns - want) < 3 * found.sigma_ns
+        assert found.sigma_ns > 1.5 * model.predict(uniform(network, precision)).sigma_ns
 
-    def left(later: float) -> int:
-        monkeypatch.setattr("hwsearch.profiler.profile.LATER_SHARE", later)
-        backend = SimulatedBackend(narrow_law(), build_ns=1_000_000_000)
-        return sum(map(len, unprobed(run_widths(narrow_setup(backend), None, time_limit_s=50.0)).values()))
 
-    assert left(0.0) > left(0.75)
-
-
-def test_a_search_for_a_grid_that_the_time_limit_ended_is_completed(tmp_path: Path) -> None:
+def test_a_profile_that_the_time_limit_ended_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     first = run_widths(
         narrow_setup(SimulatedBackend(narrow_law(), noise=0.0005, build_ns=1_000_000_000)),
         out,
-        time_limit_s=38.0,
+        time_limit_s=12.0,
     )
-    probed = [b.key for b in first.builds if b.role == "probe"]
-    assert 3 <= len(probed) < 14
-    assert all(len(steps) > 1 for steps in first.grid().values()), "every group has a step before any has all"
+    assert first.header.cut_short
     whole = run_widths(narrow_setup(noise=0.0005), out)
-    assert [b.key for b in whole.builds if b.role == "probe"][: len(probed)] == probed
-    assert whole.grid() == {"stem": [24, 16, 8], "conv1": [20, 16, 8], "conv3": [16, 8]}
+    assert [b.key for b in whole.builds][: len(first.builds)] == [b.key for b in first.builds]
+    assert len(whole.builds) > len(first.builds)
+    assert not whole.header.cut_short
+    assert unbuilt(whole) == {}
