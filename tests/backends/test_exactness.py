@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import hwsearch as hs
 from hwsearch.allocate.search import search
-from hwsearch.backends.base import Array, Backend, BuildOptions
+from hwsearch.backends.base import Array, Backend, BuildOptions, qdq_form
 from hwsearch.backends.exactness import OFF, int8_bits, probe, sum_error
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
@@ -214,7 +214,7 @@ def test_an_engine_computes_what_is_simulated(backend: Any, seed: int, positive:
     made = network(seed, int8_bits(backend, BuildOptions()), positive)
     rng = np.random.default_rng(seed)
     variants = {u.name: Variant("int8" if rng.random() < share else "fp32") for u in made.network.units}
-    model = made.onnx(variants, quantize_outputs=backend.quantize_outputs)
+    model = made.onnx(variants, **qdq_form(backend))
     have = backend.build(model.SerializeToString(), BuildOptions())(*made.arrays())
     traced = made.traced
     simulate = made.simulator(traced, traced.args, traced.kwargs, quantize_outputs=backend.quantize_outputs)
