@@ -77,6 +77,14 @@ def _gathered(x: Tensor) -> Tensor:
     return torch.gather(x, 3, where)
 
 
+def _or_nan(x: Tensor) -> Tensor:
+    return torch.where(x > 0.5, x, float("nan"))
+
+
+def _zeros_of_both_signs(x: Tensor) -> Tensor:
+    return torch.round(0.5 * (x - 0.6))
+
+
 def _positions(*values: int) -> Tensor:
     return torch.tensor(values)
 
@@ -108,7 +116,16 @@ FOLLOWED: dict[str, Operator] = {
     "narrow": lambda x: torch.cat([x.narrow(1, 4, 4), x.narrow(1, 0, 4)], 1), "select": lambda x: x.select(2, 1).unsqueeze(2),
     "slice": lambda x: x[:, 2:7], "glu": lambda x: F.glu(x, 1), "channel_shuffle": lambda x: F.channel_shuffle(x, 2),
     "two branches": lambda x: torch.cat(_halves(x * 1)[::-1], 1),
+    # numbers that another way of computing the same would get wrong
+    "fmax of NaN": lambda x: torch.fmax(_or_nan(x), x.flip(3)), "fmin of NaN": lambda x: torch.fmin(x.flip(3), _or_nan(x)),
+    "hypot of large": lambda x: torch.hypot(x * 1e25, x.flip(3) * 1e25) * 1e-25,
+    "hypot of zeros": lambda x: torch.hypot(F.relu(x - 0.6), F.relu(x.flip(3) - 0.6)),
+    "copysign of -0": lambda x: torch.copysign(x, _zeros_of_both_signs(x)),
+    "copysign of a number": lambda x: torch.copysign(x, -0.0),
+    "signbit of -0": lambda x: torch.signbit(_zeros_of_both_signs(x)) * 1.0,
     # moves
+    "squeeze of nothing": lambda x: x.squeeze(1).squeeze((1, 2)).squeeze(),
+    "squeeze of some": lambda x: x[:, :, :1].squeeze((1, 2, 3)).unsqueeze(2),
     "moveaxis": lambda x: x.moveaxis(1, 3).contiguous().moveaxis(3, 1), "movedim": lambda x: x.movedim(1, 2).movedim(2, 1),
     "swapaxes": lambda x: x.swapaxes(1, 3).swapaxes(1, 3), "swapdims": lambda x: x.swapdims(2, 3),
     "permute": lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2), "mT": lambda x: x.mT,

@@ -2,11 +2,14 @@
 
 What torch defines by other operators (CompositeImplicitAutograd: `concat`, `hsplit`, `multiply`, `special_expit`, ...) is
 replaced by what its own definition runs, unless it is among `WHOLE`. Writing into a part of a tensor, which is what operators
-in place become, is a concatenation of parts; what does nothing in evaluation mode is left out.
+in place become, is a concatenation of parts; what does nothing in evaluation mode is left out. So is what torch's exporter has no
+ONNX form of, though what it is made of has one (`fmax`, `hypot`, `bilinear`, ...), or a wrong one (`squeeze` of an axis that is
+not 1 long, `signbit` of -0).
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,17 +85,17 @@ def spelling(*names: str) -> dict[Any, Callable[..., Any]]:
     return dict(get_decompositions([getattr(p, o) for p in packets for o in p.overloads()]))
 
 
-def inline(
-    graph: fx.GraphModule, node: fx.Node, table: Mapping[Any, Callable[..., Any]] | None = None
-) -> bool:
-    """Replace a call by the operators that it is made of; False, and nothing done, where that takes its values.
+def definition(
+    node: fx.Node, table: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule | None:
+    """What a call runs, on its tensors in the order of its arguments; None where that takes their values.
 
     table: how to compute operators that torch does not define by others.
     """
     flat, spec = pytree.tree_flatten((node.args, node.kwargs))
     sources = [v for v in flat if isinstance(v, fx.Node)]
     if not all(isinstance(v.meta.get("val"), torch.Tensor) for v in sources):
-        return False
+        return None
 
     def call(*tensors: torch.Tensor) -> Any:
         rest = iter(tensors)
@@ -104,9 +107,19 @@ def inline(
     examples = [torch.zeros(v.meta["val"].shape, dtype=v.meta["val"].dtype) for v in sources]
     try:
         with torch.no_grad():
-            body = make_fx(call, decomposition_table=dict(table or {}))(*examples)
+            return make_fx(call, decomposition_table=dict(table or {}))(*examples)
     except Exception:
-        return False  # it asks for a value
+        return None  # it asks for a value
+
+
+def inline(
+    graph: fx.GraphModule, node: fx.Node, table: Mapping[Any, Callable[..., Any]] | None = None
+) -> bool:
+    """Replace a call by the operators of its `definition`; False, and nothing done, where it has none."""
+    sources = [v for v in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, fx.Node)]
+    body = definition(node, table)
+    if body is None:
+        return False
     inner = list(body.graph.nodes)
     calls = [n for n in inner if n.op == "call_function"]
     if any(n.op == "get_attr" for n in inner) or any(
@@ -120,6 +133,9 @@ def inline(
             values[n] = graph.graph.node_copy(n, values.__getitem__)
             values[n].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
     _take_over(graph, node, fx.map_arg(inner[-1].args[0], values.__getitem__))
+    for new in (values[n] for n in calls):
+        if op_name(new) in REWRITTEN:
+            _replace(graph, new, REWRITTEN[op_name(new)])
     return True
 
 
@@ -183,12 +199,13 @@ def given(node: fx.Node) -> dict[str, Any]:
 
 def _like(value: fx.Node, of: fx.Node, call: Call) -> fx.Node:
     """A tensor in the shape and type of another."""
-    want = of.meta["val"]
-    if value.meta["val"].dtype != want.dtype:
-        value = call(aten._to_copy.default, value, dtype=want.dtype)
-    if value.meta["val"].shape != want.shape:
-        value = call(aten.expand.default, value, list(want.shape))
-    return value
+    value, want = _of_type(value, of, call), of.meta["val"].shape
+    return value if value.meta["val"].shape == want else call(aten.expand.default, value, list(want))
+
+
+def _of_type(value: fx.Node, of: fx.Node, call: Call) -> fx.Node:
+    want = of.meta["val"].dtype
+    return value if value.meta["val"].dtype == want else call(aten._to_copy.default, value, dtype=want)
 
 
 def _copy(node: fx.Node, call: Call) -> Any:
@@ -270,6 +287,87 @@ def _only_in_training(node: fx.Node, call: Call) -> Any:
     return None if own["train"] else own["input"]
 
 
+def _squeeze(node: fx.Node, call: Call) -> Any:
+    """One `squeeze` for each axis that is 1 long: of others the exporter makes a Squeeze that no runtime takes, or nothing.
+
+    An axis of channels that becomes 1 long as they go stays as well.
+    """
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    shape = x.meta["val"].shape
+    asked = given(node).get("dim", range(len(shape)))
+    for axis in sorted({d % len(shape) for d in ([asked] if isinstance(asked, int) else asked) if shape}, reverse=True):
+        if shape[axis] == 1:
+            x = call(aten.squeeze.dim, x, axis)
+    return x
+
+
+def _but_nan(target: Any) -> Callable[[fx.Node, Call], Any]:
+    """The larger or the smaller of two numbers, or the one that is a number."""
+
+    def rewritten(node: fx.Node, call: Call) -> Any:
+        a, b = (_of_type(given(node)[k], node, call) for k in ("self", "other"))
+        chosen = call(target, a, b)
+        if not node.meta["val"].is_floating_point():
+            return chosen
+        chosen = call(aten.where.self, call(aten.isnan.default, b), a, chosen)
+        return call(aten.where.self, call(aten.isnan.default, a), b, chosen)
+
+    return rewritten
+
+
+def _hypot(node: fx.Node, call: Call) -> Any:
+    """The larger times a root that is from 1 to 1.5: squares of the numbers themselves may be too large or small for fp16."""
+    a, b = (call(aten.abs.default, _of_type(x, node, call)) for x in (given(node)["self"], given(node)["other"]))
+    larger = call(aten.maximum.default, a, b)
+    some = call(aten.where.ScalarSelf, call(aten.eq.Scalar, larger, 0.0), 1.0, larger)
+    ratio = call(aten.div.Tensor, call(aten.minimum.default, a, b), some)
+    root = call(aten.sqrt.default, call(aten.add.Scalar, call(aten.mul.Tensor, ratio, ratio), 1.0))
+    return call(aten.mul.Tensor, larger, root)
+
+
+def _negative(x: fx.Node, call: Call) -> fx.Node:
+    """Where a number has a sign, which zero may have."""
+    below = call(aten.lt.Scalar, x, 0)
+    if not x.meta["val"].is_floating_point():
+        return below
+    return call(aten.logical_or.default, below, call(aten.lt.Scalar, call(aten.reciprocal.default, x), 0))
+
+
+def _signbit(node: fx.Node, call: Call) -> Any:
+    x = given(node)["self"]
+    return None if x.meta["val"].dtype == torch.bool else _negative(x, call)
+
+
+def _copysign(node: fx.Node, call: Call) -> Any:
+    own = given(node)
+    size, other = call(aten.abs.default, _of_type(own["self"], node, call)), own["other"]
+    if not isinstance(other, fx.Node):
+        return call(aten.neg.default, size) if math.copysign(1.0, other) < 0 else size
+    other = _of_type(other, node, call)
+    return call(aten.where.self, _negative(other, call), call(aten.neg.default, size), size)
+
+
+def _bilinear(node: fx.Node, call: Call) -> Any:
+    """A linear layer, and so a unit, on the products of each number of one input with each of the other."""
+    own = given(node)
+    return _on_pairs(own["input1"], own["input2"], own["weight"], own["bias"], call)
+
+
+def _trilinear(node: fx.Node, call: Call) -> Any:
+    """What decompositions make of `bilinear`."""
+    x1, weight, x2, *axes = (given(node)[k] for k in ("i1", "i2", "i3", "expand1", "expand2", "expand3", "sumdim"))
+    return _on_pairs(x1, x2, weight, None, call) if axes == [[1, 3], [0], [1, 2], [2, 3]] else None
+
+
+def _on_pairs(x1: fx.Node, x2: fx.Node, weight: fx.Node, bias: fx.Node | None, call: Call) -> fx.Node:
+    """x1: [..., i]. x2: [..., j]. weight: [o, i, j]. Returns [..., o]."""
+    pairs = call(aten.mul.Tensor, call(aten.unsqueeze.default, x1, -1), call(aten.unsqueeze.default, x2, -2))
+    out, first, second = weight.meta["val"].shape
+    rows = call(aten.reshape.default, weight, [out, first * second])
+    return call(aten.linear.default, call(aten.flatten.using_ints, pairs, -2, -1), rows, bias)
+
+
 def _native_layer_norm(node: fx.Node, call: Call) -> Any:
     x, shape, weight, bias, eps = node.args
     return _without_statistics(node, lambda: call(aten.layer_norm.default, x, shape, weight, bias, eps))
@@ -314,6 +412,14 @@ REWRITTEN: Mapping[str, Callable[[fx.Node, Call], Any]] = {
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     "roll": _roll,
+    "squeeze": _squeeze,
+    "fmax": _but_nan(aten.maximum.default),
+    "fmin": _but_nan(aten.minimum.default),
+    "hypot": _hypot,
+    "signbit": _signbit,
+    "copysign": _copysign,
+    "bilinear": _bilinear,
+    "_trilinear": _trilinear,
     "native_layer_norm": _native_layer_norm,
     "_native_batch_norm_legit_no_training": _native_batch_norm,
     "convolution": _convolution,
@@ -321,4 +427,6 @@ REWRITTEN: Mapping[str, Callable[[fx.Node, Call], Any]] = {
     **dict.fromkeys(("rrelu", "rrelu_with_noise_functional"), _rrelu),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "dropout", "feature_dropout"), _only_in_training),
 }  # fmt: skip
-"""Operators that writing in place, and evaluation mode, make others of; nothing writes into a constant any more."""
+"""Operators that writing in place, and evaluation mode, make others of, and those that torch's exporter has no right ONNX form of;
+nothing writes into a constant any more.
+"""

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwsearch.backends.nodenames import call_of, unique, unit_of
 from hwsearch.errors import UntraceableModel
+from hwsearch.graph.aliases import definition
 from hwsearch.graph.canonical import module_path, op_name, tensor_attr
 from hwsearch.graph.export import first_line
 from hwsearch.graph.narrow import share_graph
@@ -177,16 +178,43 @@ def _explain(error: BaseException, traced: Traced) -> str:
         chain = chain.__cause__
     why = first_line(RuntimeError(texts[-1]))
     operators = [n for n in traced.graph.graph.nodes if n.op == "call_function"]
-    named = {m.rpartition(".")[2] for text in texts for m in re.findall(r"op='([\w.]+)'", text)}
-    found = [n for n in operators if any(f"%{n.name} " in text for text in texts)]
-    # What the exporter names may be a part of the model's own operator: linalg_eig of linalg_eigvals.
-    found = found or [n for n in operators if any(op_name(n).startswith(name) for name in named)]
+    named = {m for text in texts for m in re.findall(r"op='([\w.]+)'", text)}
+    found = [n for n in operators if str(getattr(n.target, "overloadpacket", "")) in named]
+    # What the exporter names may be a part of the model's own operator: linalg_eig of linalg_eigvals, prims.prod of cumprod.
+    found = found or _made_of(named, operators)
+    found = found or [n for n in operators if any(f"%{n.name} " in text for text in texts)]
+    parts = {name.rpartition(".")[2] for name in named}
+    found = found or [n for n in operators if any(op_name(n).startswith(name) for name in parts)]
     if found:
         return (
             f"module {module_path(found[0]) or '(the model itself)'} uses operator {found[0].target}, "
             f"which has no ONNX form: {why}. Replace that operator in the model."
         )
     return f"the traced model has no ONNX form: {why}"
+
+
+def _made_of(named: Collection[str], operators: Sequence[torch.fx.Node]) -> list[torch.fx.Node]:
+    """The calls of which the exporter makes one of these operators, `prims.prod` for instance."""
+    table = _decompositions()
+    found = []
+    for node in operators:
+        body = definition(node, table) if node.target in table else None
+        parts = body.graph.nodes if body is not None else ()
+        if any(str(getattr(n.target, "overloadpacket", "")) in named for n in parts):
+            found.append(node)
+    return found
+
+
+def _decompositions() -> dict[Any, Any]:
+    """How the exporter computes operators that it has no ONNX form of by others."""
+    registry: Any = next(iter(_REGISTRIES.values()), None)
+    try:
+        from torch.onnx._internal.exporter import _decomp
+
+        known = set(_decomp.get_onnx_implemented_overloads(registry))
+        return dict(_decomp.create_onnx_friendly_decomposition_table(known))
+    except (ImportError, AttributeError):  # a version that keeps them elsewhere
+        return dict(torch._decomp.decomposition_table)
 
 
 def tag_of(node: onnx.NodeProto) -> tuple[str, str, int, int]:

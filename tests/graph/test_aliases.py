@@ -84,3 +84,30 @@ def test_a_product_with_a_sum_is_a_unit() -> None:
     model = Apply(run, b=nn.Linear(4, 3))
     network = trace(model, torch.randn(2, 4, 4)).network
     assert [u.op for u in network.units] == ["matmul", "matmul", "linear"]
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_bilinear_layer_is_a_linear_one_on_pairs(written: bool) -> None:
+    """Whether torch leaves it whole or, as in a graph that writes in place, makes `_trilinear` of it."""
+
+    def run(self: Any, x: torch.Tensor) -> Any:
+        y = x * 1
+        if written:
+            y[:, 0] = 1.0
+        return self.b(self.pairs(x, y))
+
+    found = operators(run, torch.randn(3, 2, 4), pairs=nn.Bilinear(4, 4, 4))
+    assert not {"bilinear", "_trilinear"} & set(found)
+    assert "mul" in found
+    model = Apply(run, b=nn.Linear(4, 3), pairs=nn.Bilinear(4, 4, 4))
+    units = trace(model, torch.randn(3, 2, 4)).network.units
+    assert [(u.op, u.weight_shape) for u in units] == [("linear", (4, 16)), ("linear", (3, 4))]
+
+
+def test_only_axes_of_one_are_squeezed() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        x = x.squeeze(1).squeeze((0, -1)).squeeze()  # nothing, as none of them is 1 long
+        return self.b(x.unsqueeze(1).unsqueeze(0).squeeze((0, 1, 2)).squeeze() + x[:1].squeeze(0))
+
+    found = operators(run, torch.randn(3, 2, 4))
+    assert found.count("squeeze") == 3

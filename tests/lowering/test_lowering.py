@@ -11,13 +11,16 @@ from exact import bits
 from networks import NETWORKS, leaves
 from torch import nn
 
-from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.base import BuildOptions, qdq_form
+from hwsearch.backends.faults import faults
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.backends.openvino import OpenVINOBackend
+from hwsearch.engine.outputs import Expected
 from hwsearch.errors import InvalidInput, UntraceableModel
 from hwsearch.graph.calls import as_call
 from hwsearch.lowering.lowering import Lowering, check_calibration, with_batch
 from hwsearch.lowering.marked import isolate, unit_of
+from hwsearch.network.network import Network
 from hwsearch.network.variants import Variant, legal, uniform
 from hwsearch.task import Task
 
@@ -27,7 +30,8 @@ QUICK = set(
     "in_place one_dimensional constant_inputs".split()
 )
 # OpenVINO 2026.4 computes some int8 linear layers without a (nonzero) bias wrongly on one thread where one follows
-# another, and BatchNorm over the second axis of a linear layer's output; ONNX Runtime computes the same files right.
+# another, and BatchNorm over the second axis of a linear layer's output; ONNX Runtime computes the same files right. What is
+# wrong differs between CPUs; that it is has to be seen.
 OPENVINO_WRONG = set(
     "einsum_weight tied_transposed functional sliced_weight mlp_3d_batchnorm hf_distilbert hf_bert_eager".split()
 )
@@ -49,13 +53,15 @@ def error(have: Any, want: Any) -> float:
     return worst
 
 
-def check_names(model: onnx.ModelProto, units: set[str]) -> None:
+def check_names(model: onnx.ModelProto, network: Network, variants: dict[str, Variant]) -> None:
+    """Every layer has nodes of its own, and so has a stored tensor that is made floating; no node has another owner."""
+    own = {u.name for u in network.units if not u.stored or variants[u.name] != Variant("fp32")}
     names = [node.name for node in model.graph.node]
     assert all(names)
     assert len(set(names)) == len(names)
     owners = [unit_of(name) for name in names]
-    assert {unit for unit, own in owners if own} == units
-    assert {unit for unit, _ in owners} <= {*units, ""}
+    assert {unit for unit, inside in owners if inside} == own
+    assert {unit for unit, _ in owners} <= {*own, ""}
 
 
 @pytest.mark.parametrize(
@@ -77,20 +83,22 @@ def test_every_allocation_computes_what_torch_computes(name: str) -> None:
         (uniform(made.network, "int8"), True),
         (mixed, bool(rng.integers(2))),
     ]:
-        model_proto = made.onnx(variants, quantize_outputs=quantize_outputs, metadata={"key": "value"})
-        onnx.checker.check_model(model_proto, full_check=True)
-        check_names(model_proto, set(made.network.by_name))
         exact = all(v.precision == "fp32" for v in variants.values())
         simulate = made.simulator(made.traced, args, made.traced.kwargs, quantize_outputs=quantize_outputs)
         want = dense if exact else [t.numpy() for t in leaves(simulate(variants))]
         for backend in BACKENDS.values():
-            if backend.name == "openvino" and name in OPENVINO_WRONG and not exact:
-                continue
+            own = qdq_form(backend)
+            form = {**own, "quantize_outputs": quantize_outputs}
+            model_proto = made.onnx(variants, **form, metadata={"key": "value"})
+            onnx.checker.check_model(model_proto, full_check=True)
+            check_names(model_proto, made.network, variants)
+            assert form != own or not faults(model_proto, backend.name)
             engine = backend.build(model_proto.SerializeToString(), BuildOptions())
-            assert error(engine(*made.arrays()), want) < (1e-4 if exact else 0.1), (
-                backend.name,
-                quantize_outputs,
-            )
+            off = error(engine(*made.arrays()), want)
+            if backend.name == "openvino" and name in OPENVINO_WRONG and not exact and off >= 0.1:
+                assert Expected(made, quantize_outputs).deviation(engine, variants, "fp32").wrong
+            else:
+                assert off < (1e-4 if exact else 0.1), (backend.name, quantize_outputs)
 
 
 def test_the_calls_of_a_tied_unit_store_its_weight_once() -> None:
@@ -126,13 +134,22 @@ def test_assembling_150_layers_is_quick() -> None:
     assert time.process_time() - start < 1.0
 
 
-def test_an_operator_without_onnx_form_is_named_with_its_module() -> None:
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvals(x @ x.mT).abs()
+class Odd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x @ x.mT).abs()
 
-    made = lowering(nn.Sequential(nn.Linear(4, 4), Odd()), torch.randn(2, 4, 4))
-    with pytest.raises(UntraceableModel, match=r"module 1 .*linalg_eig"):
+
+class Products(nn.Module):
+    """The exporter makes prims.prod of cumprod; the product before it has an ONNX form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.prod(1, keepdim=True) * x.cumprod(1)
+
+
+@pytest.mark.parametrize(("module", "operator"), [(Odd, "linalg_eig"), (Products, "cumprod")])
+def test_an_operator_without_onnx_form_is_named_with_its_module(module: type[nn.Module], operator: str) -> None:
+    made = lowering(nn.Sequential(nn.Linear(4, 4), module()), torch.randn(2, 4, 4))
+    with pytest.raises(UntraceableModel, match=rf"module 1 uses operator aten\.{operator}"):
         _ = made.marked
 
 

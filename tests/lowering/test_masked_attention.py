@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwsearch import backends
-from hwsearch.backends.base import BuildOptions
+from hwsearch.backends.base import BuildOptions, qdq_form
 from hwsearch.compress.simulate import Simulator
 from hwsearch.graph.canonical import op_name
 from hwsearch.graph.trace import trace
@@ -85,7 +85,7 @@ def test_the_graph_is_the_module(mask: str) -> None:
 def test_both_runtimes_give_zeros(mask: str, backend: str, precision: str) -> None:
     lowering, runtime = _lowering(mask), backends.get(backend)
     variants = uniform(lowering.network, precision)
-    model = lowering.onnx(variants, quantize_outputs=runtime.quantize_outputs)
+    model = lowering.onnx(variants, **qdq_form(runtime))
     engine = runtime.build(model.SerializeToString(), BuildOptions(1, "fp32"))
     (have,) = engine(*lowering.arrays())
     with torch.no_grad():

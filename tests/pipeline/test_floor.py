@@ -140,12 +140,24 @@ def test_a_killed_search_goes_on_with_its_samples(
 
 
 @pytest.mark.slow
-def test_a_sample_that_cannot_be_read_is_measured_again(again: Path, done: tuple[Path, Any]) -> None:
-    damaged = next(p for p in (again / "samples").glob("*.json") if "alloc" not in p.name)
+@pytest.mark.parametrize("which", ["the answer", "the next that does not hold", "another"])
+def test_a_sample_that_cannot_be_read_is_measured_again(again: Path, done: tuple[Path, Any], which: str) -> None:
+    """Where the answer rests on it; the others are used again, and the answer is as good."""
+    before = sorted(done[1].floor["samples"], key=lambda s: s["loss"])
+    answer = next(i for i, s in enumerate(before) if s["answer"])
+    assert not before[answer + 1]["holds"], "an end of the bracket"
+    lost = before[{"the answer": answer, "the next that does not hold": answer + 1, "another": answer - 1}[which]]
+    own = [p for p in (again / "samples").glob("*.json") if "alloc" not in p.name]
+    (damaged,) = (p for p in own if json.loads(p.read_text())["loss_bound"] == lost["loss_bound"])
     damaged.write_text("{")
     report = run(again, "95%")
-    assert [s["reused"] for s in report.floor["samples"]].count(False) <= 1
     assert f"the sample {damaged} cannot be read" in (again / "run.log").read_text()
+    found = report.floor["samples"]
+    reused = [s["loss_bound"] for s in found if s["reused"]]
+    assert sorted(reused) == sorted(s["loss_bound"] for s in before if s is not lost)
+    new = len(found) - len(reused)
+    assert new == 0 if which == "another" else 1 <= new < len(before)
+    assert report.measured.size == pytest.approx(done[1].measured.size, rel=0.03)
 
 
 @pytest.mark.slow
