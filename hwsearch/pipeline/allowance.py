@@ -123,10 +123,10 @@ class Allowance:
         return {REFITTING: 0.0, SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
 
     def _planned_loop_s(self, table: LatencyTable | None, scoring_s: float) -> float:
-        """Seconds that the closed loop is expected to take: the second round often spends what the first left over, or mends it."""
+        """Seconds that the closed loop is expected to take: a second round is as likely as not."""
         left = max(self.limit.left_s - scoring_s, 0.0)
         least = 0.0 if self.samples else self.loop_s(table)  # as many samples as there is time for
-        return min(self.loop_s(table, ROUNDS), max(left, least))
+        return min((self.loop_s(table) + self.loop_s(table, ROUNDS)) / 2, max(left, least))
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""
