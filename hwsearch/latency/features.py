@@ -120,14 +120,19 @@ class Features:
         network = self.network
         return self.of([str(variants[u.name]) for u in network.units], [widths.get(g, n) for g, n in network.channels.items()])
 
-    def grid(self, offered: Offered, grid: Grid) -> list[Numbers]:
-        """Of each unit [widths of each of its groups ..., variants]: the number of its time; -1 where that is not legal."""
+    def grid(self, offered: Offered, grid: Grid, *, stairs: bool = False) -> list[Numbers]:
+        """Of each unit [widths of each of its groups ..., variants]: the number of its time; -1 where that is not legal.
+
+        stairs: only where one of its groups at most is narrower; -1 elsewhere.
+        """
         network, widths = self.network, list(self.network.channels.values())
         found = []
         for place, (unit, groups) in enumerate(zip(network.units, self._groups, strict=True)):
             steps, own = [grid[g] for g in unit.groups], offered[unit.name]
             numbers = np.full((*map(len, steps), len(own)), -1)
             for at in np.ndindex(*map(len, steps)):
+                if stairs and np.count_nonzero(at) > 1:
+                    continue
                 chosen = {g: s[j] for g, s, j in zip(unit.groups, steps, at, strict=True)}
                 for group, width in zip(groups, chosen.values(), strict=True):
                     widths[group] = width

@@ -173,13 +173,13 @@ class LatencyModel:
 
 
 def fit(
-    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True, grid: Grid | None = None
+    table: LatencyTable, *, builds: Sequence[Build] | None = None, boundaries: bool = True, stairs: Grid | None = None
 ) -> LatencyModel:
     """Fit on a table's builds, held-out and test ones excepted, or on the given ones.
 
     The held-out ones only say how large sigma has to be (`uncertainty`), the test ones nothing.
-    boundaries: False leaves the boundary terms out (a baseline). grid: widths to predict where no build holds them; None for the
-    table's grid.
+    boundaries: False leaves the boundary terms out (a baseline). stairs: widths of each group that are predicted where no build
+    holds them, with the other groups whole; None for every pair of widths of the table's grid.
     Raises InvalidInput where there are too few. A table made layer by layer gives the sum over layers instead.
     """
     if table.header.mode in LAYERED:
@@ -200,7 +200,7 @@ def fit(
     each = zip(builds, guess, error_scale.sigma(variances, guess), known, strict=True)
     left_out = [(b, Prediction(float(t), float(s))) for b, t, s, told in each if told]
     model = solved(table, equations, posterior, error_scale, left_out)
-    model.unbuilt = _unbuilt(table, equations, posterior, model.mean, grid or table.grid())
+    model.unbuilt = _unbuilt(table, equations, posterior, model.mean, stairs)
     if heldout := [b for b in heldout if model.predicts(b)]:
         times, measured, sigma = _against(model, heldout)
         model.error_scale = rescaled(error_scale, (measured - times) / sigma)
@@ -219,15 +219,16 @@ def solved(
 
 
 def _unbuilt(
-    table: LatencyTable, equations: Equations, posterior: Posterior, mean: Floats, grid: Grid
+    table: LatencyTable, equations: Equations, posterior: Posterior, mean: Floats, stairs: Grid | None
 ) -> dict[Feature, Unbuilt]:
-    """What the cells of a grid and of held-out builds that no other build holds are likely to take, of those that others tell."""
+    """What the cells of `fit` and of held-out builds that no other build holds are likely to take, of those that others tell."""
     if not table.header.grid:
         return {}
     known = equations.known
     offered = {u: tuple(map(Variant.parse, own)) for u, own in table.offered().items()}
+    grid = known.grid(offered, stairs or table.grid(), stairs=stairs is not None)
     kept_out = [known.of(b.variants, b.widths, boundaries=False).number for b in usable(table) if b.kept_out and b.widths]
-    every = np.unique(np.concatenate([*(n.ravel() for n in known.grid(offered, grid)), *kept_out]))
+    every = np.unique(np.concatenate([*(n.ravel() for n in grid), *kept_out]))
     numbers = np.array([n for n in every.tolist() if n in known.cells and known.names[n] not in equations.index], np.intp)
     return {known.names[n]: told for n, told in equations.unbuilt(posterior, mean, numbers).items()}
 

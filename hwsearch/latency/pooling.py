@@ -14,7 +14,7 @@ those that make cells most likely, each predicted without itself (the same, sect
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,7 +84,8 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
     every = [np.array(own) for own in works.values() if len(own) > 1 and measured[own].any()]
     told = [own[measured[own]] for own in every]
     log, variance = np.log(np.where(measured, time, 1.0)), np.log1p(np.square(np.where(measured, error, 0.0)))
-    places = [Places.of([cells[i] for i in own]) for own in told]
+    variants = {v: i for i, v in enumerate(dict.fromkeys(c.variant for c in cells))}
+    places = [Places.of([cells[i] for i in own], variants) for own in told]
     stairs = [Stairs.between(own, own) for own in places]
     mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
 
@@ -106,7 +107,7 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
             if (found := likelihood(other)) > best:
                 law, best = other, found
     for own, seen, place, stair in zip(every, told, places, stairs, strict=True):
-        others = Places.of([cells[i] for i in own])
+        others = Places.of([cells[i] for i in own], variants)
         mean[own], spread[own] = stair.predicted(law, log[seen], variance[seen], others, Stairs.between(others, place))
         mean[seen], spread[seen] = stair.left_out(law, log[seen], variance[seen])
     spread = np.sqrt(spread + law.tau**2)
@@ -116,17 +117,15 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
 
 @dataclass(frozen=True)
 class Places:
-    """Some cells of one work. x [cells, axes]: minus the logarithms of the shares that are left. variant [cells]."""
+    """Some cells of one work. x [cells, axes]: minus the logarithms of the shares that are left. variant [cells]: its number."""
 
     x: Floats
-    variant: NDArray[np.object_]
+    variant: NDArray[np.intp]
 
     @staticmethod
-    def of(cells: Sequence[Cell]) -> Places:
+    def of(cells: Sequence[Cell], variants: Mapping[Hashable, int]) -> Places:
         x = -np.log(np.array([c.shares for c in cells], np.float64).reshape(len(cells), -1))
-        variant = np.empty(len(cells), object)
-        variant[:] = [c.variant for c in cells]
-        return Places(x, variant)
+        return Places(x, np.array([variants[c.variant] for c in cells], np.intp))
 
 
 @dataclass(frozen=True)

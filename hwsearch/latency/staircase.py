@@ -74,7 +74,7 @@ def _times(table: LatencyTable) -> dict[tuple[str, int], dict[str, float]]:
     if table.header.mode != Mode.CONTEXT or not table.header.grid:
         return {}
     tried = {g: candidate_widths(n) for g, n in network.channels.items()}
-    model = fit(table, grid=tried)
+    model = fit(table, stairs=tried)
     variants = {Variant.parse(v) for own in table.offered().values() for v in own}
     lowest = max(variants, key=lambda v: (v.quantized, str(v)))
     times: dict[tuple[str, int], dict[str, float]] = {(g, w): {} for g, steps in tried.items() for w in steps}

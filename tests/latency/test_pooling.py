@@ -22,6 +22,7 @@ from hwsearch.latency.pooling import (
 )
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
+VARIANTS = {"fp32": 0, "int8": 1}
 
 
 def staircase(rng: np.random.Generator, off: float, families: int = 12) -> tuple[list[Cell], np.ndarray]:
@@ -98,9 +99,9 @@ def test_covariances_are_those_of_the_written_law(seed: int) -> None:
 
     full = np.array([[covariance(i, j) for j in range(len(cells))] for i in range(len(cells))])
     mean = law.fall * np.array([np.log(c.shares).sum() for c in cells])
-    places = Places.of([cells[i] for i in seen])
+    places = Places.of([cells[i] for i in seen], VARIANTS)
     stairs = Stairs.between(places, places)
-    every = Places.of(cells)
+    every = Places.of(cells, VARIANTS)
 
     def by_hand(i: int, told: np.ndarray) -> tuple[float, float]:
         k = full[np.ix_(told, told)] + np.diag(variance[told] + law.tau**2)
