@@ -624,7 +624,7 @@ def _run(
             bank=allowance.bank, limit=allowance.scoring_limit(table), cluster=cluster, progress=progress,
         )  # fmt: skip
     progress.enter(LOOP)
-    session = Session(setup, table if table.builds else None, limit)
+    session = Session(setup, table if table.builds else None, limit, progress)
     session.dense_score = allowance.dense_score
     held: Held | None = None
     if goal is None:

@@ -34,11 +34,12 @@ from hwsearch.lowering.refitted import refitted
 from hwsearch.network.memory import peak_bytes
 from hwsearch.network.variants import Variant, everywhere, uniform
 from hwsearch.profiler.layerwise import sandwich_engine
+from hwsearch.progress import Progress, spoken
 from hwsearch.table.build import Build, Role
 from hwsearch.table.header import Mode
 from hwsearch.table.table import LatencyTable
 
-VERIFY = Protocol(width=0.01, limit_s=6.0, min_rounds=9)
+VERIFY = Protocol(width=0.01, limit_s=3.0, min_rounds=9)
 SHARE, SHORTEST_S = 20, 1.5
 """Of the time left to the session, one over that share is what an engine is timed for, but no less than so many seconds."""
 LOSS_SAMPLES = 256
@@ -73,13 +74,14 @@ class Session:
 
     table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
     slower than the table's was, times are those of the quiet machine, by what the table knows of slowdowns (see
-    `LatencyModel.on_quiet_machine`). limit: when it is to end; None for never.
+    `LatencyModel.on_quiet_machine`). limit: when it is to end; None for never. progress: is told what was measured.
     """
 
     def __init__(
-        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None
+        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None, progress: Progress | None = None
     ) -> None:
         self.setup, self.table = setup, table
+        self.progress = progress or Progress.silent()
         self.limit = limit or TimeLimit(math.inf, setup.clock)
         if table is not None and table.header.mode == Mode.SANDWICHED:
             self.reference = sandwich_engine(setup)
@@ -160,6 +162,7 @@ class Session:
             yield
 
     def _measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
+        begun = self.setup.clock()
         setups = {n: job.setup or self.setup for n, job in wanted.items()}
         built = {n: setups[n].build(job.variants, job.base, job.metadata) for n, job in wanted.items()}
         timings = paired(
@@ -175,6 +178,7 @@ class Session:
         self.slowdown = self._slowdown(next(iter(timings.values())))
         if not self.scale_ns:
             self.scale_ns = self.reference_now_ns
+        self.progress.say(f"measured {', '.join(wanted)} in {spoken((self.setup.clock() - begun) / 1e9)}")
         return {
             name: Measured(
                 variants=job.variants,

@@ -34,12 +34,10 @@ MOST_SCORING = 0.3
 """Of it, the share for sensitivities, where that is enough for a batch of samples."""
 WINDOWS = 2
 """Windows in which an answer is likely to be measured again, beside the dense network."""
-TRIES = 0.5
-"""Of the longest that an engine is timed for, what it usually takes."""
-RESTLESS = 2.0
-"""It takes all of that where the intervals of the profile's builds are so many times as wide as asked."""
 ROUNDS = 2
 """Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
+AGAIN = 0.25
+"""Of a second round, how much is expected: neither with it nor without it is the time left then off by a quarter."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,12 @@ class Allowance:
         uniforms = len(uniform_candidates(self.setup, table.header.unsupported if table else {}))
         builds = table.builds if table else ()
         build_s = float(np.median([b.build_s for b in builds])) if builds else 0.0
-        restless = bool(builds) and float(np.median([b.width for b in builds])) > RESTLESS * VERIFY.width
         answers = 1 if self.samples else rounds
         engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
-        scores = 1 + answers + self.samples  # one of them that of the best uniform allocation
-        refits = (uniforms + self.samples) * len(self.setup.network.units)
-        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, (1.0 if restless else TRIES) * VERIFY.limit_s))
-        return engines * (each_s + build_s) + scores * self.score_s + refits * self.refit_s
+        networks = answers + self.samples
+        refits = (uniforms + networks) * len(self.setup.network.units)
+        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))
+        return engines * (each_s + build_s) + networks * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
@@ -123,10 +120,11 @@ class Allowance:
         return {REFITTING: 0.0, SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
 
     def _planned_loop_s(self, table: LatencyTable | None, scoring_s: float) -> float:
-        """Seconds that the closed loop is expected to take: a second round is as likely as not."""
+        """Seconds that the closed loop is expected to take."""
         left = max(self.limit.left_s - scoring_s, 0.0)
         least = 0.0 if self.samples else self.loop_s(table)  # as many samples as there is time for
-        return min((self.loop_s(table) + self.loop_s(table, ROUNDS)) / 2, max(left, least))
+        one_s, more_s = self.loop_s(table), self.loop_s(table, ROUNDS)
+        return min(one_s + AGAIN * (more_s - one_s), max(left, least))
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""

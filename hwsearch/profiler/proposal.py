@@ -44,11 +44,6 @@ class Proposal:
     error: float
     after: float
 
-    @property
-    def gain(self) -> float:
-        """By how much each proposed build is expected to lower the error, relatively."""
-        return 1.0 - (self.after / self.error) ** (1.0 / max(len(self.candidates), 1)) if self.error else 0.0
-
 
 def propose(
     table: LatencyTable, offered: Offered, grid: Grid, rng: np.random.Generator, count: int = 4, spent: Spent | None = None

@@ -69,8 +69,8 @@ class Header:
     grid: for each channel group the widths to choose from, the whole one first; empty where all stay whole.
     ended: whether a profile came to its end, be it by its time limit. task: what named the task, as `hwsearch.load` takes it;
     of a file that was given by its absolute path the name alone. prior: what other tables of the device contributed.
-    design: why the design ended (`stopped`), its builds and seconds, the relative standard error of likely allocations that was
-    left (`error`) and how much of it another build would have taken away (`gain`). spent: seconds of the profile by what was done
+    design: why the design ended (`stopped`), its builds and seconds, and the relative standard error of likely allocations that was
+    left (`error`). spent: seconds of the profile by what was done
     (`device.spent`); empty in tables of before.
     """
 

@@ -11,6 +11,7 @@ from hwsearch.cli.overview import summary
 from hwsearch.latency.model import fit, validate
 from hwsearch.network.choices import all_cells
 from hwsearch.network.variants import Variant
+from hwsearch.profiler.sequential import FALL, GOAL, LEAST_GAIN, enough_builds
 from hwsearch.table.table import LatencyTable
 from hwsearch.testing import SimulatedBackend
 
@@ -56,7 +57,18 @@ def test_the_design_over_widths_knows_all_cells_and_says_why_it_ended(
     assert not {b.key for b in heldout} & {b.key for b in table.builds if not b.kept_out}
     assert validate(fit(table), heldout).median_error < 0.03
     said = table.header.design
-    assert said["stopped"].startswith("likely allocations are known to")
+    assert said["stopped"] == f"another build would lower the error of likely allocations, {said['error']:.1%}, by less than 0.03%"
     assert said["builds"] == sum(b.role == "design" or b.kept_out for b in table.builds)
-    assert 0 < said["error"] <= 0.01
+    assert 0.01 < said["error"] < 0.03
     assert f"ended by: {said['stopped']}" in summary(table)
+
+
+@pytest.mark.parametrize("error", [0.3, 0.05, 0.02, 0.012])
+def test_a_design_needs_as_many_builds_as_tell_enough(error: float) -> None:
+    """By counting on, build by build, as the error falls."""
+    builds = 20
+    needed = enough_builds(error, builds)
+    n = builds
+    while (now := error * (builds / n) ** FALL) > GOAL and FALL * now / n > LEAST_GAIN:
+        n += 1
+    assert n - 1 <= needed <= n or needed <= builds == n
