@@ -49,7 +49,7 @@ STITCHED = 48
 MOST_WIDTHS = 150
 """Of more (group, width) the costliest by their Fisher estimate are not measured."""
 
-REFITTING, SCORING = "refitting weights", "the sensitivities"
+REFITTING, SCORING, STITCHING = "refitting weights", "the sensitivities", "stitched networks"
 """Stages of a whole run that are planned; see `Progress.plan`."""
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -123,6 +123,7 @@ def measure_sensitivity(
     progress.enter(SCORING)
     scorer = Scorer(kind, quantize_outputs, bank, progress, cluster)
     _score(lowering, batches, plan.choices(), sums, scorer, limit)
+    progress.enter(STITCHING)
     whole = stitched(*_by_name(lowering.network, plan, sums.first())[:2], STITCHED, seed)
     _stitch(lowering, batches, whole, sums, scorer, limit)
     loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean())

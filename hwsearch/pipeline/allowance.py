@@ -19,7 +19,7 @@ from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import Traced
 from hwsearch.loss.cluster import Cluster
-from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, STITCHED
+from hwsearch.loss.measure import MOST_WIDTHS, REFITTING, SCORING, STITCHED, STITCHING
 from hwsearch.loss.sensitivity import bank_for
 from hwsearch.network.choices import candidate_widths
 from hwsearch.network.variants import legal
@@ -36,8 +36,8 @@ WINDOWS = 2
 """Windows in which an answer is likely to be measured again, beside the dense network."""
 ROUNDS = 2
 """Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
-AGAIN = 0.25
-"""Of a second round, how much is expected: neither with it nor without it is the time left then off by a quarter."""
+AGAIN = 0.5
+"""Of a second round, how much is expected: it is as likely as not."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,22 @@ class Allowance:
 
     def scoring_s(self, table: LatencyTable | None, batches: int) -> float:
         """Of so many batches of samples, or (0) of the least that is measured; none where the sensitivities are there already."""
+        return sum(self._scoring_parts_s(table, batches))
+
+    def _scoring_parts_s(self, table: LatencyTable | None, batches: int) -> tuple[float, float]:
+        """(of the choices one by one, of stitched networks)."""
         if not self.pass_s:
-            return 0.0
+            return 0.0, 0.0
         network = self.setup.network
         grid = table.grid() if table and table.header.grid else {g: candidate_widths(n) for g, n in network.channels.items()}
         widths = min(MOST_WIDTHS, sum(len(steps) - 1 for steps in grid.values())) if "width" in self.axes else 0
         variants = [legal(u, self.setup.variants()) for u in network.units]
         choices = sum(map(len, variants)) + widths
         if not batches:  # the least: one batch, without stitched networks
-            return choices * self.pass_s / self.workers
+            return choices * self.pass_s / self.workers, 0.0
         refits = len(variants) * min(STITCHED / 2, max(map(len, grid.values()))) if widths else 0
-        return (batches * (choices + STITCHED) * self.pass_s + refits * self.refit_s) / self.workers
+        stitching_s = batches * STITCHED * self.pass_s + refits * self.refit_s
+        return batches * choices * self.pass_s / self.workers, stitching_s / self.workers
 
     def loop_s(self, table: LatencyTable | None, rounds: int = 1) -> float:
         """Of the closed loop with so many rounds, or of all samples: engines are built, timed and scored, answers several times."""
@@ -105,10 +110,12 @@ class Allowance:
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         return min(most, max(least, MOST_SCORING * self.begun_s))
 
-    def after_profile(self, table: LatencyTable | None) -> dict[str, float]:
-        """Seconds of the stages after a profile that goes on, as they are expected by now."""
-        scoring = self._scoring_s(table)
-        return {SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
+    def after_profile(self, table: LatencyTable | None, scoring: float | None = None) -> dict[str, float]:
+        """Seconds of the stages after a profile, as expected by now; scoring: of the sensitivities, None while it goes on."""
+        scoring = self._scoring_s(table) if scoring is None else scoring
+        alone = min(self._scoring_parts_s(table, len(self.setup.lowering.scoring))[0], scoring)
+        loop = self._planned_loop_s(table, scoring)
+        return {SCORING: alone, STITCHING: scoring - alone, LOOP: loop, RECOVERY: self.recovery_s}
 
     def plan(self, table: LatencyTable | None) -> dict[str, float]:
         """The stages to come with their seconds, for `Progress.plan`; table: None before the profile."""
@@ -117,7 +124,7 @@ class Allowance:
             return {PROFILE: max(left - self.reserve(None), 0.0), **self.after_profile(None)}
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         scoring = min(most, max(least, left - self.loop_s(table, ROUNDS)))
-        return {REFITTING: 0.0, SCORING: scoring, LOOP: self._planned_loop_s(table, scoring), RECOVERY: self.recovery_s}
+        return {REFITTING: 0.0, **self.after_profile(table, scoring)}
 
     def _planned_loop_s(self, table: LatencyTable | None, scoring_s: float) -> float:
         """Seconds that the closed loop is expected to take."""

@@ -28,9 +28,9 @@ HELDOUT_EVERY = 5
 GOAL, LEAST_GAIN, DOUBT = 0.01, 0.0003, 0.05
 """A design ends where the standard error of likely allocations is below the first, or another build would lower it by less than the
 second; but not while one in four held-out builds is predicted with an error above the third."""
-FALL = 0.7
-"""The standard error after n builds falls about as n to the minus this: from 20 builds on it did in profiles of four networks. A
-proposal tells less well how much the next builds lower it: from one to the next that goes up and down by half."""
+FALL, SETTLED = 0.7, 20
+"""The standard error after n builds falls about as n to the minus the first, from so many builds on: it did in profiles of four
+networks. A proposal tells less well how much the next builds lower it: from one to the next that goes up and down by half."""
 
 
 def build_by_design(recorder: Recorder, limit: TimeLimit, count: int | None = None) -> None:
@@ -109,8 +109,9 @@ def _until_enough(
                 queue = list(proposal.candidates)
                 if count is None:
                     builds = len(recorder.table.builds)
-                    enough = math.ceil(enough_builds(proposal.error, builds)) - builds
-                    recorder.progress.expect(int(np.clip(enough, min(BATCH, most - designed), most - designed)))
+                    if builds >= SETTLED:
+                        needed = math.ceil(enough_builds(proposal.error, builds)) - builds
+                        recorder.progress.expect(int(np.clip(needed, min(BATCH, most - designed), most - designed)))
                     if why := _why_enough(proposal.error, builds):
                         held.complete()
                         if not _doubted(held):

@@ -3,8 +3,9 @@
 
 Each run has a device of its own (its drift, its noise), the table and the sensitivities of one profile of such a device, and a
 random budget. The truth is the device's law. Printed for each kind of device: how many runs were met, met within noise, missed or
-infeasible; of those met the share that is truly over its budget by more than 1 %; and how often the 95 % interval of
-the latency holds the truth. Devices at half speed have absolute budgets: what is met there falsely is counted.
+infeasible; of those met the share that is truly over its budget by more than 1 %; how often the 95 % interval of
+the latency holds the truth; how many rounds it took, and what was left of the budget. Devices at half speed have absolute
+budgets: what is met there falsely is counted.
 
     python scripts/bench/met.py --runs 400 --jobs 2
 
@@ -140,6 +141,7 @@ class Outcome:
     holds: bool = True
     """Whether the interval of the latency holds the truth."""
     half: float = 0.0
+    rounds: int = 0
 
 
 def run_kind(kind: Kind, plain: Setup, law: LatencyLaw, kept: Path, runs: int, jobs: int) -> list[Outcome]:
@@ -200,6 +202,7 @@ def run(
     return Outcome(
         str(report.state), true_ns * slower / (share * dense_ns) - 1.0,
         judged.low["latency"] <= true_ns <= judged.high["latency"], judged.high["latency"] / judged.measured["latency"] - 1.0,
+        report.rounds,
     )  # fmt: skip
 
 
@@ -215,10 +218,12 @@ def tell(name: str, found: Sequence[Outcome]) -> None:
     met = [o for o in found if o.state == State.MET]
     measured = [o for o in found if o.state != INFEASIBLE]
     over = sum(o.over > 0.01 for o in met)
+    rounds = [o.rounds for o in measured]
     print(
         f"{name:20s} {', '.join(f'{count[s]} {s}' for s in (*State, INFEASIBLE))}; of met {over} truly over by more than "
         f"1 % ({over / max(len(met), 1):.1%}); the interval (median ± {np.median([o.half for o in measured]):.1%}) holds the truth "
-        f"in {np.mean([o.holds for o in measured]):.1%}",
+        f"in {np.mean([o.holds for o in measured]):.1%}; {np.mean(rounds):.2f} rounds, at most two in "
+        f"{np.mean(np.array(rounds) <= 2):.1%}; met with {-np.median([o.over for o in met] or [0.0]):.1%} of the budget to spare",
         flush=True,
     )
 
