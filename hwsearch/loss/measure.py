@@ -123,7 +123,6 @@ def measure_sensitivity(
     progress.enter(SCORING)
     scorer = Scorer(kind, quantize_outputs, bank, progress, cluster)
     _score(lowering, batches, plan.choices(), sums, scorer, limit)
-    progress.enter(STITCHING)
     whole = stitched(*_by_name(lowering.network, plan, sums.first())[:2], STITCHED, seed)
     _stitch(lowering, batches, whole, sums, scorer, limit)
     loss, width_loss, refused = _by_name(lowering.network, plan, sums.mean())
@@ -244,6 +243,7 @@ def _stitch(
 ) -> None:
     """Add to the sums the stitched networks that they lack, round by round on all batches that are scored, while there is time."""
     progress, longest, lacking = scorer.progress, 0.0, sums.lacking(len(whole))
+    progress.enter(STITCHING)
     progress.start(len(lacking) * ROUND, f"stitched networks of {lowering.network.name or 'the network'}")
     try:
         for done, (number, index) in enumerate(lacking):
