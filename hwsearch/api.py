@@ -564,9 +564,9 @@ def _run_several(
         ratios = dense_ratios([replace(setup, backend=r) for r in runtimes], progress.say)
         named = {r.name: r for r in runtimes}
 
-        def run_one(name: str, own: Sequence[Budget], into: Path, limit_s: float) -> Report:
+        def run_one(name: str, of_runtime: Sequence[Budget], into: Path, limit_s: float) -> Report:
             recover_s = min(limits[1] / len(runtimes), MOST_RECOVERY * limit_s)
-            return one(own, into, backend=named[name], time_limit_s=limit_s, recover_s=recover_s)
+            return one(of_runtime, into, backend=named[name], time_limit_s=limit_s, recover_s=recover_s)
 
         return run_each(run_one, ratios, budgets, folder, lambda: limit.left_s, progress)
 
@@ -602,13 +602,13 @@ def _run(
     if goal is not None:
         goal.floor.of(allowance.dense_score)
     if timed:
-        stages = allowance.plan(None)
-        progress.plan(stages)
+        stages, again_s = allowance.plan(None)
+        progress.plan(stages, again_s)
         progress.enter(PROFILE)
         progress.say(shared_out(limit, stages))
 
         def reserve(table: LatencyTable) -> float:
-            progress.revise(allowance.after_profile(table))
+            progress.revise(*allowance.after_profile(table))
             return allowance.reserve(table)
 
         effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=reserve)
@@ -617,7 +617,7 @@ def _run(
         )
     else:
         table = without_times(setup)
-    progress.plan(allowance.plan(table))
+    progress.plan(*allowance.plan(table))
     with connected(ray, setup.lowering.task) as cluster:
         sensitivities = sensitivity_for(
             setup, path, seed=seed, grid=widths_to_score(table, columns) if "width" in axes else {}, weights=weights,

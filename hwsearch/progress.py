@@ -46,6 +46,7 @@ class Progress:
         self._until: Callable[[], float] = lambda: math.inf
         self._times: list[float] = []
         self._plan: dict[str, float] = {}
+        self._again = 0.0
         self._stage = ""
         self._entered = 0.0
 
@@ -71,19 +72,20 @@ class Progress:
             finally:
                 if log in self._logs:
                     self._logs.remove(log)
-                self._plan = {}
+                self._plan, self._again = {}, 0.0
                 self._close()
 
-    def plan(self, stages: Mapping[str, float]) -> None:
+    def plan(self, stages: Mapping[str, float], again_s: float = 0.0) -> None:
         """The stages of a whole run that are to come, in order, with the seconds that each is expected to take.
 
         The time left is then that of all of them; none is shown while one of them may take for ever. What was planned before is
-        replaced.
+        replaced. again_s: Of another round, where nobody knows yet whether one is needed: the time left with it is shown as well.
         """
-        self._plan = dict(stages)
+        self._plan, self._again = dict(stages), again_s
 
-    def revise(self, stages: Mapping[str, float]) -> None:
-        """What planned stages that have not begun are expected to take, as is known by now."""
+    def revise(self, stages: Mapping[str, float], again_s: float) -> None:
+        """What planned stages that have not begun are expected to take, and another round, as is known by now."""
+        self._again = again_s
         self._plan |= {stage: s for stage, s in stages.items() if stage in self._plan and stage != self._stage}
 
     def enter(self, stage: str) -> None:
@@ -94,9 +96,11 @@ class Progress:
             self._stage, self._entered = stage, self._clock()
             self._total, self._times, self._what = None, [], ""
 
-    def more(self, seconds: float) -> None:
-        """The planned stage that is under way takes so long from now on, however long it has taken. Does nothing without one."""
+    def more(self, seconds: float, again_s: float = 0.0) -> None:
+        """The planned stage that is under way takes so long from now on, however long it has taken, or `again_s` longer, as in
+        `plan`. Does nothing without one."""
         if self._stage in self._plan:
+            self._again = again_s
             self._plan[self._stage] = self._clock() - self._entered + seconds
 
     def start(
@@ -235,7 +239,10 @@ class Progress:
 
     def _left(self) -> str:
         seconds = self.seconds_left
-        return "" if seconds is None or math.isinf(seconds) else f"{spoken(seconds)} left"
+        if seconds is None or math.isinf(seconds):
+            return ""
+        longer = f", {spoken(seconds + self._again)} with another round" if self._plan and self._again >= 0.5 else ""
+        return f"{spoken(seconds)} left{longer}"
 
     def _tell(self, line: str, note: str) -> None:
         """A line in the log; the note in the bar on a terminal, the line elsewhere."""

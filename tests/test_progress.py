@@ -218,11 +218,27 @@ def test_what_is_to_come_is_revised_and_what_goes_on_is_not() -> None:
     progress.plan({"profile": 100.0, "sensitivities": 20.0, "loop": 30.0})
     progress.enter("profile")
     clock.now += 10
-    progress.revise({"profile": 1.0, "loop": 70.0, "recovery": 5.0})
+    progress.revise({"profile": 1.0, "loop": 70.0, "recovery": 5.0}, 0.0)
     assert progress.seconds_left == 90 + 20 + 70
     progress.enter("loop")
-    progress.revise({"sensitivities": 9.0})
+    progress.revise({"sensitivities": 9.0}, 0.0)
     assert progress.seconds_left == 70
+
+
+def test_another_round_that_may_be_needed_is_told_beside() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock=clock)
+    progress.plan({"profile": 100.0, "loop": 30.0}, 20.0)
+    progress.enter("profile")
+    progress.start(None, "profile")
+    assert stream.getvalue().endswith("profile, 2 min 10 s left, 2 min 30 s with another round\n")
+    progress.revise({"loop": 40.0}, 30.0)
+    progress.enter("loop")
+    progress.start(None, "loop")
+    assert stream.getvalue().endswith("loop, 40 s left, 1 min 10 s with another round\n")
+    progress.more(30.0)
+    progress.step("round 1")
+    assert stream.getvalue().endswith("round 1, 30 s left\n")
 
 
 def test_where_nobody_knows_yet_nothing_is_said() -> None:

@@ -134,9 +134,9 @@ def infeasible(problem: Problem, time_limit_s: float = TIME_LIMIT_S) -> Infeasib
     return Infeasible(f"no allocation meets {_text(budgets)}{how}: {'; '.join(parts)}; loosen a budget", least)
 
 
-def _told(column: str, where: str, found: Solution) -> str:
-    known = "" if found.status == "optimal" else "at most "
-    return f"the least {column}{where} is {known}{attainable(column, found.value(column))}"
+def _told(column: str, where: str, solution: Solution) -> str:
+    known = "" if solution.status == "optimal" else "at most "
+    return f"the least {column}{where} is {known}{attainable(column, solution.value(column))}"
 
 
 def _untied() -> Infeasible:
@@ -219,20 +219,20 @@ def _least_peak(problem: Problem, column: str, time_limit_s: float) -> Solution 
     return problem.solution(best, "optimal", float(low), 0.0)
 
 
-def _cheapest(problem: Problem, found: Incumbent, prefer: str, deadline: float) -> Incumbent:
+def _cheapest(problem: Problem, incumbent: Incumbent, prefer: str, deadline: float) -> Incumbent:
     """Of the choices with the same loss (within 8 ulp) one of least cost, or the best that TIE_NODES find."""
     program = Program(problem, deadline, [prefer], nodes=TIE_NODES)
-    program.strike(found.relaxed.open(found.value))
-    program.at_most(program.loss(), found.value)
-    most = found.value + 8 * math.ulp(found.value)
+    program.strike(incumbent.relaxed.open(incumbent.value))
+    program.at_most(program.loss(), incumbent.value)
+    most = incumbent.value + 8 * math.ulp(incumbent.value)
     cheaper = program.minimise(
         program.cost(prefer),
         lambda choice: problem.cost(prefer, choice),
-        found.choice,
+        incumbent.choice,
         lambda choice: problem.feasible(choice) and problem.total_loss(choice) <= most,
     )
     return (
-        replace(found, choice=cheaper.choice, value=problem.total_loss(cheaper.choice)) if cheaper else found
+        replace(incumbent, choice=cheaper.choice, value=problem.total_loss(cheaper.choice)) if cheaper else incumbent
     )
 
 
@@ -260,8 +260,8 @@ def _may_tie(problem: Problem, allowed: NDArray[np.bool_]) -> bool:
     return False
 
 
-def as_solution(problem: Problem, found: Incumbent) -> Solution:
+def as_solution(problem: Problem, incumbent: Incumbent) -> Solution:
     """What a program found, with exact costs."""
-    status = "optimal" if found.proven else "time_limit"
-    bound = min(found.bound, found.value)
-    return problem.solution(found.choice, status, float(bound), relative_gap(found.value, bound))
+    status = "optimal" if incumbent.proven else "time_limit"
+    bound = min(incumbent.bound, incumbent.value)
+    return problem.solution(incumbent.choice, status, float(bound), relative_gap(incumbent.value, bound))

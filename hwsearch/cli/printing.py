@@ -211,17 +211,17 @@ def allocation(chosen: Allocation, machine: bool) -> None:
     columns(("", "predicted", "dense"), rows)
 
 
-def allocations(found: Sequence[Allocation], paths: Sequence[Path | None], machine: bool) -> None:
+def allocations(answers: Sequence[Allocation], paths: Sequence[Path | None], machine: bool) -> None:
     """Several answers, the best first, and in how many units each differs from the best."""
     if machine:
-        as_json([chosen.to_json() for chosen in found])
+        as_json([chosen.to_json() for chosen in answers])
         return
-    best = found[0]
-    for number, (chosen, path) in enumerate(zip(found, paths, strict=True), 1):
+    best = answers[0]
+    for number, (chosen, path) in enumerate(zip(answers, paths, strict=True), 1):
         other = sum(chosen.variants[unit] != variant for unit, variant in best.variants.items())
         groups = sum(chosen.widths[group] != width for group, width in best.widths.items())
         apart = f": {other} units and {groups} channel groups other than in answer 1" if number > 1 else ""
-        print(f"answer {number} of {len(found)}{apart}" + (f" ({path})" if path else ""))
+        print(f"answer {number} of {len(answers)}{apart}" + (f" ({path})" if path else ""))
         allocation(chosen, machine)
 
 
@@ -294,12 +294,12 @@ def report(done: Report, machine: bool, folder: Path | None = None) -> None:
         _files(folder)
 
 
-def tuned(found: Tuned, machine: bool, folder: Path) -> None:
+def tuned(result: Tuned, machine: bool, folder: Path) -> None:
     """The numbers of a scheme, its costs and every sample; folder: where its files are, which are listed."""
     if machine:
-        as_json(found.to_json())
+        as_json(result.to_json())
         return
-    print(found)
+    print(result)
     _files(folder)
 
 

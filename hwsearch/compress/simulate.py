@@ -80,26 +80,26 @@ class Rounding:
             return rounded(x, variant.precision)
         return quantized_activation(x, variant.precision, self.ranges[key], key[2], self.int8_bits)
 
-    def weight(self, own: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
-        """(weight, bias) that a call multiplies with and adds; no bias leaves the unit's own. own: the weight that is there."""
+    def weight(self, stored: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
+        """(weight, bias) that a call multiplies with and adds; no bias leaves the unit's own. stored: the weight that is there."""
         bias = replaced[1] if replaced is not None else None
         if variant.plain:
-            return rounded(own if replaced is None else replaced[0], variant.precision), bias
+            return rounded(stored if replaced is None else replaced[0], variant.precision), bias
         weight = self._stored(unit, variant, replaced)
         if variant.precision == "int8":
             weight, bias = self._with_bias(weight, unit, call, bias)
-        return rounded_weight(own, weight), bias
+        return rounded_weight(stored, weight), bias
 
-    def constant(self, own: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
+    def constant(self, stored: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
         """A stored tensor as others than layers read it; a tied weight stays whole for them where they cannot."""
         if self.traced.network[unit].tied and not stored_once(variant):
-            return own
+            return stored
         if variant.plain:
-            return rounded(own, variant.precision)
+            return rounded(stored, variant.precision)
         weight = self._stored(unit, variant, replaced)
         if variant.precision == "int8":  # tied: with the scales that the layer's bias asks for
             weight, _ = self._with_bias(weight, unit, 0, None if replaced is None else replaced[1])
-        return rounded_weight(own, weight)
+        return rounded_weight(stored, weight)
 
     def stored_weight(self, unit: str, call: int, variant: Variant) -> StoredWeight:
         """A unit's own weight as a variant that is not plain stores it, with the scales that its bias asks for."""

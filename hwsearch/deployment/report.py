@@ -402,17 +402,18 @@ def _of_runtime(line: dict[str, Any]) -> str:
     )
 
 
-def _of_sample(own: dict[str, Any]) -> str:
+def _of_sample(sample: dict[str, Any]) -> str:
     """A sample of a search for a floor, to read."""
-    about = f"sample   loss {own['loss']:.3g} predicted, at most {own['loss_bound']:.3g}: "
-    if own["failed"]:
-        return f"{about}failed: {own['failed']}"
-    error = "" if own["error"] is None else f" ± {own['error']:.4f}"
+    about = f"sample   loss {sample['loss']:.3g} predicted, at most {sample['loss_bound']:.3g}: "
+    if sample["failed"]:
+        return f"{about}failed: {sample['failed']}"
+    error = "" if sample["error"] is None else f" ± {sample['error']:.4f}"
     said = [
-        f"score {own['score']:.4f}{error}", "holds" if own["holds"] else "does not hold", f"{own['costs']['latency'] / 1e6:.4g} ms",
-        f"{own['costs']['size']:,.0f} bytes", "measured before" if own["reused"] else spoken(own["seconds"]),
+        f"score {sample['score']:.4f}{error}", "holds" if sample["holds"] else "does not hold",
+        f"{sample['costs']['latency'] / 1e6:.4g} ms", f"{sample['costs']['size']:,.0f} bytes",
+        "measured before" if sample["reused"] else spoken(sample["seconds"]),
     ]  # fmt: skip
-    return about + ", ".join([*said, *["the answer"] * own["answer"]])
+    return about + ", ".join([*said, *["the answer"] * sample["answer"]])
 
 
 def measured_points(report: Report) -> list[Point]:

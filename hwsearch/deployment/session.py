@@ -128,9 +128,10 @@ class Session:
         found = self.measure({"deployed": job, DENSE: self._as_deployed(uniform_candidates(self.setup, {})[DENSE])})
         return self.as_window(found["deployed"], found[DENSE])
 
-    def as_window(self, own: Measured, dense: Measured) -> Window:
+    def as_window(self, deployed: Measured, dense: Measured) -> Window:
         """What was measured together, as a window."""
-        return Window(self.costs(own), self.costs(dense), self.costs_now(own), self.costs_now(dense), own.build.wrong)
+        costs, now = (self.costs(deployed), self.costs(dense)), (self.costs_now(deployed), self.costs_now(dense))
+        return Window(*costs, *now, deployed.build.wrong)
 
     def earlier(self) -> list[list[Costs] | None]:
         """What the dense network cost in the table, then what each other uniform one cost in this session and in the table.

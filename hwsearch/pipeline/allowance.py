@@ -15,6 +15,7 @@ from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.evaluate import score
 from hwsearch.deployment.session import SHARE, SHORTEST_S, VERIFY, uniform_candidates
 from hwsearch.device.timelimit import TimeLimit
+from hwsearch.engine.reference import INSTANCES
 from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import Traced
@@ -32,12 +33,10 @@ MOST_RESERVED = 0.75
 """Of what is left when the profile begins, the share that is kept for later stages at most."""
 MOST_SCORING = 0.3
 """Of it, the share for sensitivities, where that is enough for a batch of samples."""
-WINDOWS = 2
-"""Windows in which an answer is likely to be measured again, beside the dense network."""
+WINDOWS = 2.5
+"""Windows in which an answer is likely to be measured again, beside the dense network: two or three."""
 ROUNDS = 2
 """Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
-AGAIN = 0.5
-"""Of a second round, how much is expected: it is as likely as not."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,9 @@ class Allowance:
         engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
         networks = answers + self.samples
         refits = (uniforms + networks) * len(self.setup.network.units)
+        reference_s = INSTANCES * build_s
         each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))
-        return engines * (each_s + build_s) + networks * self.score_s + refits * self.refit_s
+        return reference_s + engines * (each_s + build_s) + networks * self.score_s + refits * self.refit_s
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
@@ -110,28 +110,30 @@ class Allowance:
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         return min(most, max(least, MOST_SCORING * self.begun_s))
 
-    def after_profile(self, table: LatencyTable | None, scoring: float | None = None) -> dict[str, float]:
-        """Seconds of the stages after a profile, as expected by now; scoring: of the sensitivities, None while it goes on."""
+    def after_profile(self, table: LatencyTable | None, scoring: float | None = None) -> tuple[dict[str, float], float]:
+        """(seconds of the stages after a profile, with one round of the closed loop; seconds of another round), as expected by now.
+
+        scoring: Of the sensitivities, None while the profile goes on.
+        """
         scoring = self._scoring_s(table) if scoring is None else scoring
         alone = min(self._scoring_parts_s(table, len(self.setup.lowering.scoring))[0], scoring)
-        loop = self._planned_loop_s(table, scoring)
-        return {SCORING: alone, STITCHING: scoring - alone, LOOP: loop, RECOVERY: self.recovery_s}
+        left = max(self.limit.left_s - scoring, 0.0)
+        loop = self.loop_s(table)
+        again = max(0.0, min(self.loop_s(table, ROUNDS), left) - loop)
+        if self.samples:
+            loop = min(loop, left)  # as many samples as there is time for
+        return {SCORING: alone, STITCHING: scoring - alone, LOOP: loop, RECOVERY: self.recovery_s}, again
 
-    def plan(self, table: LatencyTable | None) -> dict[str, float]:
-        """The stages to come with their seconds, for `Progress.plan`; table: None before the profile."""
+    def plan(self, table: LatencyTable | None) -> tuple[dict[str, float], float]:
+        """(seconds of the stages to come, seconds of another round), for `Progress.plan`; table: None before the profile."""
         left = max(self.limit.left_s, 0.0)
         if table is None:
-            return {PROFILE: max(left - self.reserve(None), 0.0), **self.after_profile(None)}
+            later, again = self.after_profile(None)
+            return {PROFILE: max(left - self.reserve(None), 0.0), **later}, again
         most, least = self.scoring_s(table, len(self.setup.lowering.scoring)), self.scoring_s(table, 0)
         scoring = min(most, max(least, left - self.loop_s(table, ROUNDS)))
-        return {REFITTING: 0.0, **self.after_profile(table, scoring)}
-
-    def _planned_loop_s(self, table: LatencyTable | None, scoring_s: float) -> float:
-        """Seconds that the closed loop is expected to take."""
-        left = max(self.limit.left_s - scoring_s, 0.0)
-        least = 0.0 if self.samples else self.loop_s(table)  # as many samples as there is time for
-        one_s, more_s = self.loop_s(table), self.loop_s(table, ROUNDS)
-        return min(one_s + AGAIN * (more_s - one_s), max(left, least))
+        later, again = self.after_profile(table, scoring)
+        return {REFITTING: 0.0, **later}, again
 
     def scoring_limit(self, table: LatencyTable) -> TimeLimit:
         """Of the sensitivities."""
@@ -139,25 +141,25 @@ class Allowance:
 
 
 def prepared(
-    found: Allowance, weights: str | Path | None, *, scored: bool, progress: Progress, cluster: Cluster | None = None
+    allowance: Allowance, weights: str | Path | None, *, scored: bool, progress: Progress, cluster: Cluster | None = None
 ) -> Allowance:
     """What does not depend on the profile, done before it and timed: the score of the module, the order of channels, int8 weights.
 
     scored: The sensitivities are there already.
     """
-    setup = found.setup
+    setup = allowance.setup
     network, clock = setup.network, setup.clock
     progress.start(None, "scoring the dense network")
     begun = clock()
     with evaluating(setup.lowering.task.model) as model:
         dense = score(setup.lowering.task, model, "the dense model")
-    found = replace(found, dense_score=dense, score_s=(clock() - begun) / 1e9)
+    allowance = replace(allowance, dense_score=dense, score_s=(clock() - begun) / 1e9)
     if not scored:
         batch = setup.lowering.scoring[0]
         begun = clock()
         run_once(*batch)
-        found = replace(found, pass_s=(clock() - begun) / 1e9)
-        grid = {g: candidate_widths(n) for g, n in network.channels.items()} if "width" in found.axes else {}
+        allowance = replace(allowance, pass_s=(clock() - begun) / 1e9)
+        grid = {g: candidate_widths(n) for g, n in network.channels.items()} if "width" in allowance.axes else {}
         bank = bank_for(setup, weights, grid, progress)
         begun = clock()
         if bank is not None and any(v.precision == "int8" for v in setup.variants()):
@@ -165,8 +167,8 @@ def prepared(
             bank.build({}, ["int8"], progress=progress, elsewhere=elsewhere)
         refits_s = (clock() - begun) / 1e9 if cluster is None else cluster.refits_s
         workers = 1 if cluster is None else cluster.cpus
-        found = replace(found, bank=bank, refit_s=refits_s / len(network.units), workers=workers)
-    return replace(found, begun_s=max(found.limit.left_s, 0.0))
+        allowance = replace(allowance, bank=bank, refit_s=refits_s / len(network.units), workers=workers)
+    return replace(allowance, begun_s=max(allowance.limit.left_s, 0.0))
 
 
 def run_once(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

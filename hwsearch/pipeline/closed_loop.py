@@ -111,11 +111,13 @@ def closed_loop(
                 best = last
                 trial.keep(number, best)
             enough = spending or (last.report.met and not (limits and _left_over(last.report) > 1.0 + SPARE))
-            progress.more(longest_s if not enough and number < MAX_ROUNDS and clock.left_s >= longest_s else 0.0)
+            spending = last.report.met
+            further = 0 if enough else min(1 if spending else 2, MAX_ROUNDS - number)
+            further = sum(clock.left_s >= rounds * longest_s for rounds in range(1, further + 1))
+            progress.more(longest_s * min(further, 1), longest_s * max(further - 1, 0))
             progress.step(_said(last.report))
             if enough:
                 break
-            spending = last.report.met
     finally:
         progress.stop()
         trial.clean()

@@ -125,14 +125,14 @@ class Prior:
         return Prior(lambda x: np.asarray(grid(x)), lambda x: np.log(np.maximum(of_cost(x), 1e-9)))
 
     @staticmethod
-    def of(knobs: Sequence[Knob], at: Callable[[Sequence[float]], tuple[float, float]]) -> Prior:
-        """Computed at a few places: eleven of one knob, a grid of more. at: (margin, share of the dense cost) at a place."""
+    def of(knobs: Sequence[Knob], evaluate: Callable[[Sequence[float]], tuple[float, float]]) -> Prior:
+        """Computed at a few places: eleven of one knob, a grid of more. evaluate: (margin, share of the dense cost) at a place."""
         places = [
             sorted({place_of(k, value_of(k, float(x))) for x in np.linspace(0.0, 1.0, GRID[len(knobs)])}) for k in knobs
         ]
         if len(knobs) == 1:
-            places = [_halved(places[0], lambda x: at([x])[0], knobs[0])]
-        found = np.array([at(x) for x in product(*places)]).reshape(*map(len, places), 2)
+            places = [_halved(places[0], lambda x: evaluate([x])[0], knobs[0])]
+        found = np.array([evaluate(x) for x in product(*places)]).reshape(*map(len, places), 2)
         return Prior.through(places, found[..., 0], found[..., 1])
 
     @staticmethod

@@ -56,11 +56,11 @@ class Scored:
         }  # fmt: skip
 
     @staticmethod
-    def fields(own: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(content: Mapping[str, Any]) -> dict[str, Any]:
         """What its file holds, as the fields of one that is used again."""
         return {
-            "score": own["score"], "error": own["error"], "costs": Costs(**own["costs"]), "seconds": float(own["seconds"]),
-            "failed": own["failed"], "reused": True,
+            "score": content["score"], "error": content["error"], "costs": Costs(**content["costs"]),
+            "seconds": float(content["seconds"]), "failed": content["failed"], "reused": True,
         }  # fmt: skip
 
 
@@ -124,7 +124,7 @@ class Kept(ABC, Generic[S]):
         """Key and file of each sample that is there."""
 
     @abstractmethod
-    def _load(self, own: Mapping[str, Any], path: Path) -> S:
+    def _load(self, content: Mapping[str, Any], path: Path) -> S:
         """A sample, from what its file holds."""
 
     def _key(self, *own: Any) -> str:
@@ -144,9 +144,9 @@ class Samples(Kept[Sample]):
     def _files(self) -> Iterator[tuple[str, Path]]:
         return ((p.stem, p) for p in sorted(self.folder.glob("*.json")) if not p.name.endswith(".alloc.json"))
 
-    def _load(self, own: Mapping[str, Any], path: Path) -> Sample:
+    def _load(self, content: Mapping[str, Any], path: Path) -> Sample:
         allocation = Allocation.load(path.with_suffix(".alloc.json"))
-        return Sample(allocation=allocation, family=own["family"], bound=float(own["loss_bound"]), **Scored.fields(own))
+        return Sample(allocation=allocation, family=content["family"], bound=float(content["loss_bound"]), **Scored.fields(content))
 
     def key(self, allocation: Allocation) -> str:
         """16 hex digits of what is measured and what it is made of."""
@@ -197,10 +197,10 @@ class KnobSamples(Kept[KnobSample]):
     def _files(self) -> Iterator[tuple[str, Path]]:
         return ((p.parent.name, p) for p in sorted(self.folder.glob("*/sample.json")))
 
-    def _load(self, own: Mapping[str, Any], path: Path) -> KnobSample:
+    def _load(self, content: Mapping[str, Any], path: Path) -> KnobSample:
         return KnobSample(
-            number=int(own["number"]), goal=own["goal"], values=own["values"], weights=own["weights"], bytes=own["bytes"],
-            reference_ns=float(own["reference_ns"]), **Scored.fields(own),
+            number=int(content["number"]), goal=content["goal"], values=content["values"], weights=content["weights"],
+            bytes=content["bytes"], reference_ns=float(content["reference_ns"]), **Scored.fields(content),
         )  # fmt: skip
 
     def add(self, sample: KnobSample, model: torch.nn.Module | None) -> None:

@@ -342,18 +342,18 @@ class _Through(Rounding):
         step = int8_scale(of, key[2], self.int8_bits)
         return (0.0 if of.unsigned else -(LEVELS + 1.5) * step), ((UNSIGNED_LEVELS if of.unsigned else LEVELS) + 0.5) * step
 
-    def weight(self, own: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
+    def weight(self, stored: torch.Tensor, unit: str, call: int, variant: Variant, replaced: Pair | None) -> Pair:
         bias_path = self.traced.paths[unit][1]
         bias = None if bias_path is None else self.student.tensor(bias_path)
         if unit in self.student.norms:
-            own, bias = self.student.folded(unit)
+            stored, bias = self.student.folded(unit)
             if torch.is_grad_enabled():  # in training BatchNorm comes after the product, and its shift is the bias
-                return (self.student.learned_weight(unit, own) if self.student.rounds else own), torch.zeros_like(bias)
+                return (self.student.learned_weight(unit, stored) if self.student.rounds else stored), torch.zeros_like(bias)
         if not self.student.rounds:
-            return own, bias
+            return stored, bias
         if bias is not None and variant.precision == "int8":
             bias = straight(bias, lambda b: self.student.rounded_bias(unit, call, b))
-        return self.student.learned_weight(unit, own), bias
+        return self.student.learned_weight(unit, stored), bias
 
     def product(self, node: fx.Node, site: Site, args: list[Any], kwargs: dict[str, Any]) -> Any:
         unit, result = self.site[node.name][0], self._product(node, site, args, kwargs)
@@ -385,11 +385,11 @@ class _Through(Rounding):
             return None
         return self.student.rounded_weight(unit, master.detach(), Variant(variant.precision))
 
-    def constant(self, own: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
+    def constant(self, stored: torch.Tensor, unit: str, variant: Variant, replaced: Pair | None) -> torch.Tensor:
         whole = self.traced.network[unit].tied and not stored_once(variant)
         if whole or not self.student.rounds:
-            return own
-        return self.student.learned_weight(unit, own)
+            return stored
+        return self.student.learned_weight(unit, stored)
 
 
 def moved(values: Any, device: torch.device) -> Any:

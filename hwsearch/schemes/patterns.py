@@ -181,7 +181,7 @@ def _layers(subject: Subject, step: Step) -> list[tuple[Unit, torch.Tensor]]:
     return layers
 
 
-def _require(found: Sequence[object], step: Step) -> None:
+def _require(layers: Sequence[object], step: Step) -> None:
     """Raises InvalidInput where there is nothing that a step is for."""
-    if not found:
+    if not layers:
         raise InvalidInput(f"the network has no layer for {step}; leave the step out, or change its sizes or what it skips")

@@ -94,9 +94,9 @@ def test_recovery_is_of_the_time_limit_and_planned_for(tmp_path: Path, monkeypat
     planned: list[dict[str, float]] = []
     real = Progress.plan
 
-    def plan(self: Progress, stages: Any) -> None:
+    def plan(self: Progress, stages: Any, again_s: float = 0.0) -> None:
         planned.append(dict(stages))
-        real(self, stages)
+        real(self, stages, again_s)
 
     monkeypatch.setattr(Progress, "plan", plan)
 
