@@ -79,12 +79,12 @@ class Progress:
         """The stages of a whole run that are to come, in order, with the seconds that each is expected to take.
 
         The time left is then that of all of them; none is shown while one of them may take for ever. What was planned before is
-        replaced. again_s: Of another round, where nobody knows yet whether one is needed: the time left with it is shown as well.
+        replaced. again_s: Of each further round, of which nobody knows before whether they are needed: it is shown beside.
         """
         self._plan, self._again = dict(stages), again_s
 
     def revise(self, stages: Mapping[str, float], again_s: float) -> None:
-        """What planned stages that have not begun are expected to take, and another round, as is known by now."""
+        """What planned stages that have not begun are expected to take, and each further round, as is known by now."""
         self._again = again_s
         self._plan |= {stage: s for stage, s in stages.items() if stage in self._plan and stage != self._stage}
 
@@ -97,8 +97,10 @@ class Progress:
             self._total, self._times, self._what = None, [], ""
 
     def more(self, seconds: float, again_s: float = 0.0) -> None:
-        """The planned stage that is under way takes so long from now on, however long it has taken, or `again_s` longer, as in
-        `plan`. Does nothing without one."""
+        """The planned stage that is under way takes so long from now on, however long it has taken; `again_s` as in `plan`.
+
+        Does nothing without one.
+        """
         if self._stage in self._plan:
             self._again = again_s
             self._plan[self._stage] = self._clock() - self._entered + seconds
@@ -241,8 +243,8 @@ class Progress:
         seconds = self.seconds_left
         if seconds is None or math.isinf(seconds):
             return ""
-        longer = f", {spoken(seconds + self._again)} with another round" if self._plan and self._again >= 0.5 else ""
-        return f"{spoken(seconds)} left{longer}"
+        further = f", {spoken(self._again)} more for each further round" if self._plan and self._again >= 0.5 else ""
+        return f"{spoken(seconds)} left{further}"
 
     def _tell(self, line: str, note: str) -> None:
         """A line in the log; the note in the bar on a terminal, the line elsewhere."""

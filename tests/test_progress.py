@@ -225,17 +225,17 @@ def test_what_is_to_come_is_revised_and_what_goes_on_is_not() -> None:
     assert progress.seconds_left == 70
 
 
-def test_another_round_that_may_be_needed_is_told_beside() -> None:
+def test_rounds_that_may_be_needed_are_told_beside() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(stream, clock=clock)
     progress.plan({"profile": 100.0, "loop": 30.0}, 20.0)
     progress.enter("profile")
     progress.start(None, "profile")
-    assert stream.getvalue().endswith("profile, 2 min 10 s left, 2 min 30 s with another round\n")
+    assert stream.getvalue().endswith("profile, 2 min 10 s left, 20 s more for each further round\n")
     progress.revise({"loop": 40.0}, 30.0)
     progress.enter("loop")
     progress.start(None, "loop")
-    assert stream.getvalue().endswith("loop, 40 s left, 1 min 10 s with another round\n")
+    assert stream.getvalue().endswith("loop, 40 s left, 30 s more for each further round\n")
     progress.more(30.0)
     progress.step("round 1")
     assert stream.getvalue().endswith("round 1, 30 s left\n")

@@ -5,8 +5,8 @@
     python scripts/bench/time_left.py out/run.log
 
 Every line of the log has the time, and most end with what is left. Of a file that several runs wrote the last one is judged. The
-last seconds, where a second or two are a quarter, are left out: what is shown is rounded, and `least` seconds are forgiven. Where a
-line tells what is left with another round of the loop as well, which nobody knows before, one of the two has to be right.
+last seconds, where a second or two are a quarter, are left out: what is shown is rounded, and `least` seconds are forgiven. What a
+line tells of each further round of the loop is counted as often as there were further ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*)  (.*)$")
 SPOKEN = r"(?:(\d+) h )?(?:(\d+) min ?)?(?:(\d+) s )?"
-LEFT = re.compile(rf"{SPOKEN}left(?:, {SPOKEN}with another round)?$")
+LEFT = re.compile(rf"{SPOKEN}left(?:, {SPOKEN}more for each further round)?$")
+ROUND = re.compile(r"round \d+: .* ms measured")
 FIRST, OFF = 0.1, 0.25
 
 
@@ -43,8 +44,9 @@ def told(text: str, least: float) -> str:
         used, match = (at - begun).total_seconds(), LEFT.search(said)
         if match and FIRST * whole <= used < whole:
             parts, left = [int(part or 0) for part in match.groups()], whole - used
-            both = [3600 * hours + 60 * minutes + seconds for hours, minutes, seconds in (parts[:3], parts[3:])]
-            shown = min(both if any(parts[3:]) else both[:1], key=lambda s: abs(s - left))
+            one, further = (3600 * hours + 60 * minutes + seconds for hours, minutes, seconds in (parts[:3], parts[3:]))
+            rounds = sum(later > at and bool(ROUND.search(said)) for later, (_, said) in zip(times, lines, strict=True))
+            shown = one + further * max(rounds - 1, 0)
             rows.append((max(0.0, abs(shown - left) - least) / left, used, shown, left))
     if not rows:
         return "no line says what is left"
