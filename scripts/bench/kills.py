@@ -4,9 +4,9 @@
     python scripts/bench/kills.py zoo:fashion_resnet --kills 20
     python scripts/bench/kills.py tests/tiny.py:cnn --run --kills 50 --backend onnxruntime
 
-With --run it is `hwsearch run` that is killed, at moments spread evenly over all of its stages: after each kill every file in
-the folder is read, builds that were on disk are there unchanged, and in the end the same command meets its budget or says that it
-cannot.
+With --run it is `hwsearch run` that is killed, at moments spread evenly over all of its stages (a run that ended before is not counted):
+after each kill every file in the folder is read, builds that were on disk are there unchanged, and in the end the same command meets
+its budget or says that it cannot.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ def kill_runs(args: argparse.Namespace, rng: np.random.Generator) -> None:
         whole_s = time.monotonic() - begun
         print(f"undisturbed: exit code {code} after {whole_s:.0f} s", flush=True)
         kept: list[object] = []
-        for number in range(args.kills):
-            if number % 5 == 0:  # as a run goes on where it was killed, later stages are only seen by runs that begin anew
+        number = since = 0
+        while number < args.kills:
+            if since % 5 == 0:  # as a run goes on where it was killed, later stages are only seen by runs that begin anew
                 shutil.rmtree(folder, ignore_errors=True)
                 kept = []
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,10 +110,13 @@ def kill_runs(args: argparse.Namespace, rng: np.random.Generator) -> None:
             keys = whole(folder)
             if keys[: len(kept)] != kept:
                 sys.exit(f"kill {number + 1}: builds that were on disk are gone or changed")
-            ended = "ended before" if process.returncode >= 0 else "killed"
-            files = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-            print(f"{number + 1}: {ended}, {len(keys)} builds, {files}", flush=True)
             kept = keys
+            if process.returncode >= 0:  # it ended before, which is no kill
+                since = 0
+                continue
+            number, since = number + 1, since + 1
+            files = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
+            print(f"{number}: killed, {len(keys)} builds, {files}", flush=True)
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         whole(folder)
         print(f"the same command in the end: exit code {done.returncode}\n{done.stdout}{done.stderr}")
