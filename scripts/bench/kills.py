@@ -4,9 +4,9 @@
     python scripts/bench/kills.py zoo:fashion_resnet --kills 20
     python scripts/bench/kills.py tests/tiny.py:cnn --run --kills 50 --backend onnxruntime
 
-With --run it is `hwsearch run` that is killed, at moments spread evenly over all of its stages (a run that ended before is not counted):
-after each kill every file in the folder is read, builds that were on disk are there unchanged, and in the end the same command meets
-its budget or says that it cannot.
+With --run it is `hwsearch run` that is killed, at moments spread evenly over all of its stages; a run that ended before is not
+counted. After each kill every file in the folder is read, builds that were on disk are there unchanged, and in the end the same
+command meets its budget or says that it cannot.
 """
 
 from __future__ import annotations
