@@ -605,7 +605,7 @@ def _run(
         stages, again_s = allowance.plan(None)
         progress.plan(stages, again_s)
         progress.enter(PROFILE)
-        progress.say(shared_out(limit, stages))
+        progress.say(shared_out(limit, stages, again_s))
 
         def reserve(table: LatencyTable) -> float:
             progress.revise(*allowance.after_profile(table))

@@ -177,8 +177,9 @@ def run_once(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         traced.graph(*args, **kwargs)
 
 
-def shared_out(limit: TimeLimit, stages: Mapping[str, float]) -> str:
-    """What each stage of a run may take, to read."""
-    parts = [f"{spoken(seconds)} for {stage}" for stage, seconds in stages.items() if seconds >= 0.5]
+def shared_out(limit: TimeLimit, stages: Mapping[str, float], again_s: float) -> str:
+    """What each stage of a run may take, and what is kept for a second round of the loop, to read."""
+    shares = {**stages, "a second round, if one is needed": again_s}
+    parts = [f"{spoken(seconds)} for {stage}" for stage, seconds in shares.items() if seconds >= 0.5]
     whole = limit.used_s + limit.left_s + stages.get(RECOVERY, 0.0)
     return f"time limit {spoken(whole)}: {spoken(limit.used_s)} used, {', '.join(parts)}"

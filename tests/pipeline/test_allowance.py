@@ -69,7 +69,7 @@ def test_a_run_keeps_its_limit(
     taken = backend.clock() / 1e9
     assert taken <= 1.1 * limit_s
     log = (tmp_path / "run.log").read_text().splitlines()
-    assert any("time limit" in line and "for the profile" in line for line in log)
+    assert any("time limit" in line and "for the profile" in line and "for a second round, if" in line for line in log)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*  ", line) for line in log)
     assert "verify" in " ".join(log)
     assert any(re.search(r"sensitivity of .* s left, \d+ s more for each further round$", line) for line in log)
