@@ -26,6 +26,7 @@ from hwsearch.deployment.verify import measure_allocation
 from hwsearch.device.fingerprint import clocks_to_lock, fingerprint_for
 from hwsearch.device.lock import lock, lock_path
 from hwsearch.device.timelimit import TimeLimit
+from hwsearch.engine.reference import Reference
 from hwsearch.engine.setup import Setup, clock_of, set_up
 from hwsearch.errors import BudgetMissed, HwsearchError, IncompatibleTables, InvalidInput
 from hwsearch.files import make_folder, remove_unfinished, write_bytes
@@ -593,10 +594,11 @@ def _run(
     table_path, path, weights = folder / "table.parquet", folder / "sens.parquet", folder / "weights"
     columns = _columns(budgets, goal)
     timed = not columns <= set(COMPUTED)
+    reference = Reference(setup)
     with connected(ray, setup.lowering.task) as cluster:
         recovery_s = (recovery.time_limit_s or 0.0) if recovery else 0.0
         allowance = prepared(
-            Allowance(limit, setup, axes, recovery_s=recovery_s, samples=goal.samples if goal else 0), weights,
+            Allowance(limit, setup, axes, reference, recovery_s=recovery_s, samples=goal.samples if goal else 0), weights,
             scored=holds_now(setup, path, seed), progress=progress, cluster=cluster,
         )  # fmt: skip
     if goal is not None:
@@ -613,7 +615,7 @@ def _run(
 
         effort = replace(effort, time_limit_s=max(limit.left_s, 1e-3), reserve=reserve)
         table = measure_table(
-            setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, progress=progress
+            setup, table_path, effort, mode=mode, axes=axes, seed=seed, prior=prior, reference=reference, progress=progress
         )
     else:
         table = without_times(setup)
@@ -624,7 +626,7 @@ def _run(
             bank=allowance.bank, limit=allowance.scoring_limit(table), cluster=cluster, progress=progress,
         )  # fmt: skip
     progress.enter(LOOP)
-    session = Session(setup, table if table.builds else None, limit, progress)
+    session = Session(setup, table if table.builds else None, limit, progress, reference)
     session.dense_score = allowance.dense_score
     held: Held | None = None
     if goal is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 KAPPA = 1.0
 """How many standard errors of the prediction a latency budget keeps in reserve."""
+RESERVES = (1.0, 0.5, 0.25, 0.125)
+"""The parts of that reserve that are tried in turn: after few builds no allocation may be within a budget by all of it."""
 
 
 def as_limits(bound: Costs) -> dict[str, int]:
@@ -172,13 +175,23 @@ def _dense_is_best(space: Space, wanted: Mapping[str, float], minimize: str) -> 
 def _solve_with_reserve(space: Space, limits: Mapping[str, float], kappa: float, minimize: str) -> Solution:
     """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
-    Where only the reserve makes it infeasible, the answer that is nearest to having one is returned: whether it
-    meets the budget is for the measurement to say.
+    Where only the reserve makes it infeasible, half of it is kept, or a quarter or an eighth, else the answer that is nearest to
+    having one is returned: whether it meets the budget is for the measurement to say.
     """
     best = solve(space.with_budgets(limits), minimize=minimize)
     ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **space.tails}.items() if c in limits}
     if not ratios or kappa == 0:
         return best
+    for part in RESERVES:
+        with suppress(Infeasible):
+            return _with_reserve(space, limits, ratios, part * kappa, minimize, best)
+    return solve(space.with_budgets(limits), minimize="energy" if set(ratios) == {"energy"} else "latency")
+
+
+def _with_reserve(
+    space: Space, limits: Mapping[str, float], ratios: Mapping[str, float], kappa: float, minimize: str, best: Solution
+) -> Solution:
+    """The same with the whole reserve. ratios: of the costs that have one. best: without. Raises Infeasible."""
     shrunk = {c: limits[c] for c in ratios}
     for _ in range(8):
         found = {
@@ -191,10 +204,7 @@ def _solve_with_reserve(space: Space, limits: Mapping[str, float], kappa: float,
         for c, excess in over.items():
             reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
             shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(limits[c] - reserve))
-        try:
-            best = solve(space.with_budgets({**limits, **shrunk}), minimize=minimize)
-        except Infeasible:
-            return solve(space.with_budgets(limits), minimize="energy" if set(ratios) == {"energy"} else "latency")
+        best = solve(space.with_budgets({**limits, **shrunk}), minimize=minimize)
     return best
 
 

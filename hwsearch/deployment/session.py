@@ -23,7 +23,7 @@ from hwsearch.device.lock import lock
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol, Timing, paired, too_wide
 from hwsearch.engine.record import record
-from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.reference import Reference
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.calls import evaluating
@@ -75,18 +75,20 @@ class Session:
     table: gives the scale (its reference time); without one the session's own reference time is the scale. On a machine that is
     slower than the table's was, times are those of the quiet machine, by what the table knows of slowdowns (see
     `LatencyModel.on_quiet_machine`). limit: when it is to end; None for never. progress: is told what was measured.
+    reference: of the profile, where that was made in this process; else another one is compiled.
     """
 
     def __init__(
-        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None, progress: Progress | None = None
-    ) -> None:
+        self, setup: Setup, table: LatencyTable | None = None, limit: TimeLimit | None = None, progress: Progress | None = None,
+        reference: Reference | None = None,
+    ) -> None:  # fmt: skip
         self.setup, self.table = setup, table
         self.progress = progress or Progress.silent()
         self.limit = limit or TimeLimit(math.inf, setup.clock)
         if table is not None and table.header.mode == Mode.SANDWICHED:
             self.reference = sandwich_engine(setup)
         else:
-            self.reference = reference_engine(setup)
+            self.reference = (reference or Reference(setup)).engine
         self.scale_ns = table.header.reference_ns if table is not None else 0.0
         self.reference_now_ns = 0.0
         self.slowdown = 0.0
@@ -105,18 +107,13 @@ class Session:
     def measure_all(
         self, deployed: Job | None, uniforms: Mapping[str, Job]
     ) -> tuple[Measured | None, dict[str, Measured]]:
-        """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once."""
-        missing = {n: self._as_deployed(job) for n, job in uniforms.items() if n not in self._uniforms}
+        """(the allocation if one is given, the uniform ones beside it); uniform ones are timed once, with rounded weights."""
+        missing = {n: job for n, job in uniforms.items() if n not in self._uniforms}
         jobs = {**({"deployed": deployed} if deployed else {}), **missing}
         measured = self.measure(jobs) if jobs else {}
         own = measured.pop("deployed", None)
         self._uniforms.update(measured)
         return own, dict(self._uniforms)
-
-    def _as_deployed(self, job: Job) -> Job:
-        """A uniform job with its weights refitted, as those of an allocation are."""
-        setup = job.setup or self.setup
-        return replace(job, setup=replace(setup, lowering=refitted(setup.lowering, job.variants)))
 
     def measure(self, wanted: Mapping[str, Job]) -> dict[str, Measured]:
         """Each job measured, all interleaved with the reference and each other."""
@@ -125,7 +122,7 @@ class Session:
 
     def window(self, job: Job) -> Window:
         """An allocation and the dense network beside it, both built anew."""
-        found = self.measure({"deployed": job, DENSE: self._as_deployed(uniform_candidates(self.setup, {})[DENSE])})
+        found = self.measure({"deployed": job, DENSE: uniform_candidates(self.setup, {})[DENSE]})
         return self.as_window(found["deployed"], found[DENSE])
 
     def as_window(self, deployed: Measured, dense: Measured) -> Window:
@@ -263,14 +260,23 @@ class Session:
         return build.energy_ratio * reference_j * 1e9
 
     def score(self, measured: Measured, what: str) -> float:
-        """The task's score through the engine; of each uniform allocation it is taken once."""
+        """The task's score through the engine; of each uniform allocation it is taken once, of refitted weights."""
         if what not in self._uniforms:
-            return score(self.setup.lowering.task, predictor(measured.setup.lowering, measured.engine), what)
+            return self._score(measured, what)
         if what not in self._scores:
-            self._scores[what] = score(
-                self.setup.lowering.task, predictor(measured.setup.lowering, measured.engine), what
-            )
+            self._scores[what] = self._score(self.refitted(measured), what)
         return self._scores[what]
+
+    def _score(self, measured: Measured, what: str) -> float:
+        return score(self.setup.lowering.task, predictor(measured.setup.lowering, measured.engine), what)
+
+    def refitted(self, uniform: Measured) -> Measured:
+        """A uniform allocation with its weights refitted, as those of an allocation are. Times do not depend on weights."""
+        lowering = refitted(uniform.setup.lowering, uniform.variants)
+        if lowering is uniform.setup.lowering:
+            return uniform
+        setup = replace(uniform.setup, lowering=lowering)
+        return replace(uniform, setup=setup, engine=setup.build(uniform.variants, uniform.build.base)[0])
 
     @cached_property
     def dense_score(self) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 
 from hwsearch.backends.base import Engine
@@ -27,3 +30,20 @@ def reference_engine(setup: Setup) -> Engine:
         timed = paired(first.run, {str(i): e.run for i, e in enumerate(others)}, COMPARED, clock=setup.clock)
     ratios = [1.0, *(timing.ratio for timing in timed.values())]
     return engines[int(np.argsort(ratios)[INSTANCES // 2])]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference engine of a setup, compiled where it is first asked for: one for all stages of a command."""
+
+    setup: Setup
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What everything is timed against."""
+        return reference_engine(self.setup)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the engine is there."""
+        return "engine" in self.__dict__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.evaluate import score
 from hwsearch.deployment.session import SHARE, SHORTEST_S, VERIFY, uniform_candidates
 from hwsearch.device.timelimit import TimeLimit
-from hwsearch.engine.reference import INSTANCES
+from hwsearch.engine.reference import INSTANCES, Reference
 from hwsearch.engine.setup import Setup
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.trace import Traced
@@ -47,9 +49,11 @@ class Allowance:
         limit: Of the whole run.
         setup: What is profiled.
         axes: What may be chosen.
+        reference: Of the profile and the closed loop.
         bank: Refitted weights with the order of the channels; None where none is needed, or the sensitivities are there already.
         dense_score: The task's score of the module.
-        score_s, pass_s, refit_s: Seconds to score a network, to run a batch of calibration data once, and to refit a unit in int8.
+        score_s, scored, rest_s: Seconds to score the module, samples that it ran on for that, and what the task itself took of it.
+        pass_s, refit_s: Seconds to run a batch of calibration data once, and to refit a unit in int8.
         begun_s: Seconds of the limit that were left when the profile began.
         recovery_s: Seconds for recovery, which are not of the limit.
         samples: That a search for a floor may measure.
@@ -59,9 +63,12 @@ class Allowance:
     limit: TimeLimit
     setup: Setup
     axes: Collection[str]
+    reference: Reference
     bank: WeightBank | None = None
     dense_score: float = 0.0
     score_s: float = 0.0
+    scored: int = 0
+    rest_s: float = 0.0
     pass_s: float = 0.0
     refit_s: float = 0.0
     begun_s: float = 0.0
@@ -96,10 +103,17 @@ class Allowance:
         answers = 1 if self.samples else rounds
         engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
         networks = answers + self.samples
-        refits = (uniforms + networks) * len(self.setup.network.units)
-        reference_s = INSTANCES * build_s
+        refits = networks * len(self.setup.network.units)
+        reference_s = 0.0 if self.reference.compiled else INSTANCES * build_s
         each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))
-        return reference_s + engines * (each_s + build_s) + networks * self.score_s + refits * self.refit_s
+        return reference_s + engines * (each_s + build_s) + networks * self._score_s(table) + refits * self.refit_s
+
+    def _score_s(self, table: LatencyTable | None) -> float:
+        """To score an engine: no slower than the reference, nor than the module."""
+        if table is None or not table.builds:
+            return self.score_s
+        each_s = table.header.reference_ns / 1e9 / self.setup.lowering.batch
+        return min(self.score_s, self.rest_s + self.scored * each_s)
 
     def reserve(self, table: LatencyTable | None) -> float:
         """Seconds that the profile leaves to the stages after it: sensitivities of one batch of samples at least, and the loop."""
@@ -150,10 +164,13 @@ def prepared(
     setup = allowance.setup
     network, clock = setup.network, setup.clock
     progress.start(None, "scoring the dense network")
-    begun = clock()
-    with evaluating(setup.lowering.task.model) as model:
+    with evaluating(setup.lowering.task.model) as model, _timed_calls(model, clock) as (asked, ran_ns):
+        begun = clock()
         dense = score(setup.lowering.task, model, "the dense model")
-    allowance = replace(allowance, dense_score=dense, score_s=(clock() - begun) / 1e9)
+        score_ns = clock() - begun
+    allowance = replace(
+        allowance, dense_score=dense, score_s=score_ns / 1e9, scored=sum(asked), rest_s=(score_ns - sum(ran_ns)) / 1e9
+    )
     if not scored:
         batch = setup.lowering.scoring[0]
         begun = clock()
@@ -169,6 +186,27 @@ def prepared(
         workers = 1 if cluster is None else cluster.cpus
         allowance = replace(allowance, bank=bank, refit_s=refits_s / len(network.units), workers=workers)
     return replace(allowance, begun_s=max(allowance.limit.left_s, 0.0))
+
+
+@contextmanager
+def _timed_calls(model: torch.nn.Module, clock: Callable[[], int]) -> Iterator[tuple[list[int], list[int]]]:
+    """(samples, nanoseconds) of each call of the module while the block runs."""
+    samples, begun, ran_ns = list[int](), list[int](), list[int]()
+
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
+        samples.append(next((len(t) for t in leaves if isinstance(t, torch.Tensor) and t.dim()), 1))
+        begun.append(clock())
+
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(lambda *_: ran_ns.append(clock() - begun[-1])),
+    ]
+    try:
+        yield samples, ran_ns
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_once(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

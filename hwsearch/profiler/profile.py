@@ -19,6 +19,7 @@ from hwsearch.device.spent import QUIET, in_words
 from hwsearch.device.timelimit import TimeLimit
 from hwsearch.device.timing import Protocol
 from hwsearch.engine.record import graph_bytes
+from hwsearch.engine.reference import Reference
 from hwsearch.engine.setup import Setup
 from hwsearch.errors import IncompatibleTables, InvalidInput
 from hwsearch.network.choices import AXES, Candidate, check_axes
@@ -68,6 +69,7 @@ def profile(
     axes: Sequence[str] = AXES,
     seed: int = 0,
     prior: Sequence[LatencyTable] = (),
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a table, or go on with the one at `out`: every finished build is on disk before the next begins.
@@ -80,6 +82,7 @@ def profile(
         axes: What allocations may differ in; without `width` every channel stays.
         prior: Other tables of this device, backend and setup; what they tell of the same layers is taken into the table (once,
             at its beginning), and fewer builds do.
+        reference: The command's, where later stages time against it too.
 
     Raises:
         DeviceBusy: Another command measures on this device, or writes `out`, and does not end.
@@ -108,7 +111,7 @@ def profile(
         held.enter_context(setup.locked())
         table = _with_prior(_of_these_weights(_opened(setup, path, fingerprint, mode), setup, progress), prior)
         table = _storage_refused(setup, table)
-        recorder = Recorder(setup, table, path, effort.protocol, progress, seed)
+        recorder = Recorder(setup, table, path, effort.protocol, progress, seed, given=reference)
         if mode == Mode.SANDWICHED:
             _layers(recorder).sandwiched(effort.time_limit_s)
         elif mode in LAYERED:

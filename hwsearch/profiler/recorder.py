@@ -15,7 +15,7 @@ from hwsearch.device.spent import QUIET as WAITING
 from hwsearch.device.spent import SAVING, TIMING, WARMING
 from hwsearch.device.timing import QUIET, Protocol, paired, too_wide
 from hwsearch.engine.record import record, refusals, wrong_variants
-from hwsearch.engine.reference import reference_engine
+from hwsearch.engine.reference import Reference
 from hwsearch.engine.setup import Setup
 from hwsearch.network.choices import Candidate
 from hwsearch.network.variants import Variant, legal
@@ -35,7 +35,7 @@ class Recorder:
     """Measures allocations beside one reference engine. table: what is known so far, replaced as it grows.
 
     out: where the table is saved after every build; None keeps it in memory. protocol: of every build, where one is given.
-    longest_s: what one that is not `short` is timed for at most, where none is.
+    longest_s: what one that is not `short` is timed for at most, where none is. given: the command's reference, if it has one.
     """
 
     setup: Setup
@@ -45,6 +45,7 @@ class Recorder:
     progress: Progress
     seed: int = 0
     longest_s: float = Protocol().limit_s
+    given: Reference | None = None
 
     def __post_init__(self) -> None:
         self._before = self.table.header.spent
@@ -52,7 +53,7 @@ class Recorder:
     @cached_property
     def reference(self) -> Engine:
         """What everything is timed against: the whole network in the base precision."""
-        return reference_engine(self.setup)
+        return (self.given or Reference(self.setup)).engine
 
     @cached_property
     def _meter(self) -> Meter | None:

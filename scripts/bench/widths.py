@@ -74,7 +74,7 @@ def bench(spec: str, args: argparse.Namespace) -> None:
     print(f"  dense score {dense:.4f}")
     for what, m in uniforms.items():
         print(
-            f"  {what:11s} {session.ms(m):.4g} ms, score {session.score(m, what):.4f}, KL {session.loss(m):.3g}"
+            f"  {what:11s} {session.ms(m):.4g} ms, score {session.score(m, what):.4f}, KL {session.loss(session.refitted(m)):.3g}"
         )
     quick = uniforms[name]
     fastest = session.ms(quick)

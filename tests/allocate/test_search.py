@@ -375,3 +375,16 @@ def test_a_front_over_two_costs_is_the_search_under_each_pair() -> None:
     for over in ([], ["energy"], ["latency", "size", "memory"]):
         with pytest.raises(InvalidInput, match="one or two of latency, size, memory"):
             front(table(), SCORES, over=over, model=model())
+
+
+def test_what_cannot_keep_the_whole_reserve_keeps_as_much_as_can_be() -> None:
+    """Not the fastest of all, whose loss is far higher."""
+    at, limit = model(), 0.7 * table().dense_ns
+    fastest = search(table(), SCORES, ["latency=70%"], minimize="latency", kappa=0.0, model=at).predicted
+    free = search(table(), SCORES, ["latency=70%"], kappa=0.0, model=at).predicted
+    kappa = 1.2 * (limit - fastest["latency_ns"]) / fastest["sigma_ns"]  # more than even the fastest can keep
+    found = search(table(), SCORES, ["latency=70%"], kappa=kappa, model=at).predicted
+    assert found["latency_ns"] + kappa * found["sigma_ns"] > limit
+    assert found["latency_ns"] + kappa / 4 * found["sigma_ns"] <= limit + 1
+    assert fastest["latency_ns"] < found["latency_ns"] <= free["latency_ns"]
+    assert free["loss"] <= found["loss"] < fastest["loss"]

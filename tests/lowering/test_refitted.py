@@ -123,15 +123,21 @@ def test_the_loss_of_a_unit_is_that_of_its_refitted_weight(axes: str) -> None:
         assert table[unit, "dense.int8"] == pytest.approx(total / samples, rel=1e-3, abs=1e-9)
 
 
-def test_uniform_allocations_are_refitted_as_well(own_locks: None) -> None:
+def test_uniform_allocations_are_refitted_where_they_are_scored(own_locks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = set_up_simulated("cnn")
     session = Session(setup)
     _, measured = session.measure_all(None, uniform_candidates(setup, {}))
-    coarse = measured["dense.int8"]
+    assert not any(m.setup.lowering.replaced for m in measured.values())
+    coarse = session.refitted(measured["dense.int8"])
     assert coarse.setup.lowering.replaced
-    assert not measured["dense.fp32"].setup.lowering.replaced
+    assert session.refitted(measured["dense.fp32"]) is measured["dense.fp32"]
     variants = uniform(setup.network, "int8")
     assert loss(coarse.setup.lowering, variants, setup.lowering) < loss(setup.lowering, variants, setup.lowering)
+    scored = list[bool]()
+    monkeypatch.setattr(Session, "_score", lambda self, m, what: float(scored.append(bool(m.setup.lowering.replaced)) or 1.0))
+    for name in ("dense.int8", "dense.int8", "dense.fp32"):
+        session.score(measured[name], name)
+    assert scored == [True, False], "once each, with the weights that an allocation would have"
 
 
 def test_an_allocation_of_floats_is_left_alone() -> None:

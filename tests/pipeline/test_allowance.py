@@ -72,7 +72,7 @@ def test_a_run_keeps_its_limit(
     assert any("time limit" in line and "for the profile" in line and "for a second round, if" in line for line in log)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*  ", line) for line in log)
     assert "verify" in " ".join(log)
-    assert any(re.search(r"sensitivity of .* s left, \d+ s more for each further round$", line) for line in log)
+    assert any(re.search(r"sensitivity of .* s left, (\d+ min )?\d+ s more for each further round$", line) for line in log)
 
 
 def test_an_answer_that_misses_is_followed_by_another_within_the_limit(
@@ -101,3 +101,33 @@ def test_an_answer_that_misses_is_followed_by_another_within_the_limit(
     assert hs.run(task, ["latency=70%"], tmp_path, backend=backend, time_limit_s=180.0).met
     assert "no time is left for another round" not in (tmp_path / "run.log").read_text()
     assert backend.clock() / 1e9 <= 1.1 * 180.0
+
+
+def test_the_time_to_score_an_engine_is_what_the_task_takes_beside_its_model_and_the_reference_s_inferences(
+    device: Callable[..., SimulatedBackend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module takes 5 s for each of 3 samples, the task 4 s besides: engines are expected to take those, and 3 inferences."""
+    backend = device("cnn", 0.5, 0.1, 0.1)
+    own = tiny.task("cnn")
+    own.model.register_forward_hook(lambda *_: backend.advance(15e9))
+    found: list[tuple[allowance.Allowance, Any]] = []
+
+    def evaluate(predict: Any) -> float:
+        backend.advance(4e9)
+        predict(own.example_inputs.repeat(3, 1, 1, 1))
+        return 0.5
+
+    real = allowance.Allowance.scoring_limit
+
+    def limit(self: allowance.Allowance, table: Any) -> Any:
+        found.append((self, table))
+        return real(self, table)
+
+    monkeypatch.setattr(allowance.Allowance, "scoring_limit", limit)
+    task = hs.Task(**{**vars(own), "evaluate": evaluate})
+    with suppress(Infeasible, BudgetMissed):
+        hs.run(task, ["latency=70%"], tmp_path, backend=backend, time_limit_s=120.0)
+    ((shared, table),) = found
+    assert (shared.score_s, shared.scored) == (pytest.approx(19.0), 3)
+    assert shared._score_s(None) == pytest.approx(19.0)
+    assert shared._score_s(table) == pytest.approx(4.0 + 3 * table.header.reference_ns / 1e9)
