@@ -14,7 +14,7 @@ those that make cells most likely, each predicted without itself (the same, sect
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from hwsearch.latency.student_t import NORMAL, log_density
 
 Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Law:
@@ -45,6 +46,8 @@ LEVEL, PRECISION = 10.0, 1.0
 """Prior standard deviations, in log time: of a unit's time at whole widths, and of that of one precision to another."""
 MOST_WORKS = 64
 """Works that tell how stairs are, at most, evenly spread: of more the time would grow, and what they tell no more."""
+STACKED = 1_000_000
+"""Covariances that are computed at a time: works of one size are computed together."""
 UNSURE = 0.6
 """Relative standard error above which a predicted time is no better than none."""
 
@@ -85,16 +88,15 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
     told = [own[measured[own]] for own in every]
     log, variance = np.log(np.where(measured, time, 1.0)), np.log1p(np.square(np.where(measured, error, 0.0)))
     variants = {v: i for i, v in enumerate(dict.fromkeys(c.variant for c in cells))}
-    places = [Places.of([cells[i] for i in own], variants) for own in told]
-    stairs = [Stairs.between(own, own) for own in places]
     mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
 
     some = np.unique(np.linspace(0, len(told) - 1, min(len(told), MOST_WORKS)).round().astype(int)).tolist()
+    few = [(own, Stairs.among(Places.of(cells, own, variants))) for (own,) in _stacked(cells, [told[i] for i in some])]
 
     def likelihood(law: Law) -> float:
         """How likely the cells that were measured are, each without itself."""
-        for own, stair in ((told[i], stairs[i]) for i in some):
-            mean[own], spread[own] = stair.left_out(law, log[own], variance[own])
+        for own, stairs in few:
+            mean[own], spread[own] = stairs.left_out(law, log[own], variance[own])
         known = measured & (spread < UNSURE**2)
         total = spread[known] + variance[known] + law.tau**2
         # a cell that went wrong does not widen all others
@@ -106,34 +108,53 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
         for other in (replace(law, **{name: value}) for value in values):
             if (found := likelihood(other)) > best:
                 law, best = other, found
-    for own, seen, place, stair in zip(every, told, places, stairs, strict=True):
-        others = Places.of([cells[i] for i in own], variants)
-        mean[own], spread[own] = stair.predicted(law, log[seen], variance[seen], others, Stairs.between(others, place))
-        mean[seen], spread[seen] = stair.left_out(law, log[seen], variance[seen])
+    for own, seen in _stacked(cells, every, told):
+        places, others = Places.of(cells, seen, variants), Places.of(cells, own, variants)
+        stairs = Stairs.among(places)
+        mean[own], spread[own] = stairs.predicted(law, log[seen], variance[seen], others, Stairs.between(others, places))
+        mean[seen], spread[seen] = stairs.left_out(law, log[seen], variance[seen])
     spread = np.sqrt(spread + law.tau**2)
     known = np.isfinite(mean) & (spread < UNSURE)
     return Pooled(np.where(known, np.exp(np.where(known, mean, 0.0)), np.nan), np.where(known, spread, np.inf), law.tau)
 
 
+def _stacked(cells: Sequence[Cell], *lists: Sequence[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], ...]]:
+    """Works of equally many cells and axes together: of each list [works, cells], of at most `STACKED` covariances.
+
+    lists: each with the places of cells of each work.
+    """
+    alike: dict[tuple[int, ...], list[tuple[NDArray[np.intp], ...]]] = {}
+    for own in zip(*lists, strict=True):
+        alike.setdefault((len(cells[own[0][0]].shares), *map(len, own)), []).append(own)
+    for (_, *counts), found in alike.items():
+        step = max(STACKED // max(counts) ** 2, 1)
+        for i in range(0, len(found), step):
+            yield tuple(np.stack(part) for part in zip(*found[i : i + step], strict=True))
+
+
 @dataclass(frozen=True)
 class Places:
-    """Some cells of one work. x [cells, axes]: minus the logarithms of the shares that are left. variant [cells]: its number."""
+    """Some cells of one work, or of each of several. x [..., cells, axes]: minus the logarithms of the shares that are left.
+    variant [..., cells]: its number."""
 
     x: Floats
     variant: NDArray[np.intp]
 
     @staticmethod
-    def of(cells: Sequence[Cell], variants: Mapping[Hashable, int]) -> Places:
-        x = -np.log(np.array([c.shares for c in cells], np.float64).reshape(len(cells), -1))
-        return Places(x, np.array([variants[c.variant] for c in cells], np.intp))
+    def of(cells: Sequence[Cell], own: NDArray[np.intp], variants: Mapping[Hashable, int]) -> Places:
+        """own [..., cells]: which of the cells."""
+        some = [cells[i] for i in own.ravel().tolist()]
+        x = -np.log(np.array([c.shares for c in some], np.float64).reshape(*own.shape, -1))
+        return Places(x, np.array([variants[c.variant] for c in some], np.intp).reshape(own.shape))
 
 
 @dataclass(frozen=True)
 class Stairs:
-    """Covariances of the log times of some cells [cells] of one work and others [others].
+    """Covariances of the log times of some cells [..., cells] of one work, or each of several, and others [..., others] of it.
 
-    x [cells]: minus the logarithms of the shares that are left, over all axes. level [cells, others]: of what does not depend on
-    widths; alike: factor of what does; slope: of log channels; steps: of a random walk over them, and of what is one width's own.
+    x [..., cells]: minus the logarithms of the shares that are left, over all axes. level [..., cells, others]: of what does not
+    depend on widths; alike: factor of what does; slope: of log channels; steps: of a random walk over them, and of what is one
+    width's own.
     """
 
     x: Floats
@@ -144,32 +165,41 @@ class Stairs:
 
     @staticmethod
     def between(cells: Places, others: Places) -> Stairs:
-        alike = (cells.variant[:, None] == others.variant).astype(np.float64)
-        a, b = cells.x[:, None, :], others.x[None, :, :]
+        alike = (cells.variant[..., :, None] == others.variant[..., None, :]).astype(np.float64)
+        a, b = cells.x[..., :, None, :], others.x[..., None, :, :]
         return Stairs(
-            cells.x.sum(axis=1), level=LEVEL**2 + PRECISION**2 * alike, alike=1.0 + OWN**2 * alike,
-            slope=FALLS**2 * (a * b).sum(axis=2), steps=(np.minimum(a, b) + (a == b) * np.minimum(a, 1.0)).sum(axis=2),
+            cells.x.sum(axis=-1), level=LEVEL**2 + PRECISION**2 * alike, alike=1.0 + OWN**2 * alike,
+            slope=FALLS**2 * (a * b).sum(axis=-1), steps=(np.minimum(a, b) + (a == b) * np.minimum(a, 1.0)).sum(axis=-1),
         )  # fmt: skip
 
+    @staticmethod
+    def among(cells: Places) -> Stairs:
+        return Stairs.between(cells, cells)
+
     def kernel(self, law: Law) -> Floats:
-        """[cells, others], but for tau."""
+        """[..., cells, others], but for tau."""
         return self.level + self.alike * (self.slope + law.stray**2 * self.steps)
 
+    def _inverse(self, law: Law, noise: Floats) -> Floats:
+        """Of the kernel with noise [..., cells] on its diagonal."""
+        return np.asarray(np.linalg.inv(self.kernel(law) + noise[..., None] * np.eye(noise.shape[-1])))
+
     def left_out(self, law: Law, y: Floats, variance: Floats) -> tuple[Floats, Floats]:
-        """Mean and variance of the log time y of each cell, but for tau, from the others (Rasmussen and Williams, 2006, 5.12).
+        """Mean and variance of the log time y [..., cells] of each cell, but for tau, from the others (Rasmussen and Williams,
+        2006, 5.12).
 
         variance: of the measurement of y.
         """
         noise = variance + law.tau**2
-        inverse = np.linalg.inv(self.kernel(law) + np.diag(noise))
-        left = np.diag(inverse)
-        return y - inverse @ (y + law.fall * self.x) / left, np.maximum(1.0 / left - noise, 0.0)
+        inverse = self._inverse(law, noise)
+        left = np.diagonal(inverse, axis1=-2, axis2=-1)
+        return y - (inverse @ (y + law.fall * self.x)[..., None])[..., 0] / left, np.maximum(1.0 / left - noise, 0.0)
 
     def predicted(self, law: Law, y: Floats, variance: Floats, other: Places, between: Stairs) -> tuple[Floats, Floats]:
-        """Mean and variance of the log times of others, but for tau. between: of those [others, cells]."""
-        inverse = np.linalg.inv(self.kernel(law) + np.diag(variance + law.tau**2))
-        kernel = between.kernel(law)
+        """Mean and variance of the log times of others, but for tau. between: of those [..., others, cells]."""
+        inverse, kernel = self._inverse(law, variance + law.tau**2), between.kernel(law)
         strays = FALLS**2 * other.x**2 + law.stray**2 * (other.x + np.minimum(other.x, 1.0))
-        own = LEVEL**2 + PRECISION**2 + (1.0 + OWN**2) * strays.sum(axis=1)
-        mean = kernel @ (inverse @ (y + law.fall * self.x)) - law.fall * between.x
-        return mean, np.maximum(own - np.einsum("ij,jk,ik->i", kernel, inverse, kernel), 0.0)
+        own = LEVEL**2 + PRECISION**2 + (1.0 + OWN**2) * strays.sum(axis=-1)
+        weights = kernel @ inverse
+        mean = (weights @ (y + law.fall * self.x)[..., None])[..., 0] - law.fall * between.x
+        return mean, np.maximum(own - (weights * kernel).sum(axis=-1), 0.0)

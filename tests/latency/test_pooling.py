@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwsearch.latency import pooling
 from hwsearch.latency.pooling import (
     FALLS,
     LEVEL,
@@ -99,9 +100,9 @@ def test_covariances_are_those_of_the_written_law(seed: int) -> None:
 
     full = np.array([[covariance(i, j) for j in range(len(cells))] for i in range(len(cells))])
     mean = law.fall * np.array([np.log(c.shares).sum() for c in cells])
-    places = Places.of([cells[i] for i in seen], VARIANTS)
-    stairs = Stairs.between(places, places)
-    every = Places.of(cells, VARIANTS)
+    places = Places.of(cells, seen, VARIANTS)
+    stairs = Stairs.among(places)
+    every = Places.of(cells, np.arange(len(cells)), VARIANTS)
 
     def by_hand(i: int, told: np.ndarray) -> tuple[float, float]:
         k = full[np.ix_(told, told)] + np.diag(variance[told] + law.tau**2)
@@ -140,3 +141,17 @@ def test_few_cells_tell_a_whole_grid() -> None:
         assert np.isfinite(found.time).all()
         errors += np.log(found.time / times)[~seen].tolist()
     assert np.median(np.abs(errors)) < 0.08
+
+
+def test_works_are_computed_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Works of one and of two axes, of different numbers of cells, some of them not measured; and few at a time."""
+    rng = np.random.default_rng(0)
+    cells = [Cell(w, v, (a,) * (1 + w % 2)) for w in range(9) for v in VARIANTS for a in SHARES[: 2 + w % 3]]
+    time = np.where(rng.random(len(cells)) < 0.8, rng.uniform(1.0, 2.0, len(cells)), np.nan)
+    error = np.full(len(cells), 0.02)
+    together = pooled(cells, time, error)
+    monkeypatch.setattr(pooling, "STACKED", 1)
+    alone = pooled(cells, time, error)
+    assert np.isfinite(together.time).sum() > len(cells) / 2
+    np.testing.assert_allclose(together.time, alone.time, rtol=1e-9)
+    np.testing.assert_allclose(together.error, alone.error, rtol=1e-9)
