@@ -46,6 +46,7 @@ from hwsearch.pipeline.recovering import recovered_answer
 from hwsearch.pipeline.runtimes import dense_ratios, run_each
 from hwsearch.pipeline.tuning import OBJECTIVES, Tuned, tune
 from hwsearch.plot import plot_front
+from hwsearch.profiler.machines import profile_on_machines
 from hwsearch.profiler.profile import Effort, without_times
 from hwsearch.profiler.profile import profile as measure_table
 from hwsearch.profiler.reshape import example_shapes, reshaped
@@ -85,6 +86,7 @@ def profile(
     lock_clocks: bool = False,
     energy: bool = False,
     trace: str | Path | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the latency table of a task on this device, or go on with the one at `out`.
@@ -112,6 +114,8 @@ def profile(
         lock_clocks: Hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
         energy: Also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is read where there is one.
         trace: JSON file for the seconds of this call by what was done, also where it ends in an error.
+        ray: Address of a Ray cluster (`auto` or `HOST:PORT`), all of whose machines of one kind profile at the same time, each with
+            a seed of its own, and fill one table. The task must have been loaded by its name. None for this machine alone.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -123,6 +127,14 @@ def profile(
         InvalidInput: An option is out of range.
     """
     axes, runtime = check_axes(axes), backends.get(backend)
+    if ray is not None:
+        if trace is not None:
+            raise InvalidInput("a trace is of one machine, and several profile; `hwsearch table show` has the sums of all")
+        options = {
+            "backend": backend, "threads": threads, "base": base, "batch": batch, "time_limit_s": time_limit_s, "mode": mode,
+            "axes": axes, "builds": builds, "load": load, "shape": shape, "lock_clocks": lock_clocks, "energy": energy,
+        }  # fmt: skip
+        return profile_on_machines(ray, task, out, profile, options, seed=seed, prior=prior, progress=progress)
     if shape is not None and shape != ():
         task = reshaped(task, shape)
         own = example_shapes(task)[0][0]
@@ -629,13 +641,14 @@ def _run(
     session = Session(setup, table if table.builds else None, limit, progress, reference)
     session.dense_score = allowance.dense_score
     held: Held | None = None
+    refits = weights if allowance.bank is None else allowance.bank
     if goal is None:
         report, allocation, table = closed_loop(
-            session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=weights, progress=progress
+            session, table, sensitivities, budgets, folder, axes=axes, keep=keep, weights=refits, progress=progress
         )
     else:
         report, allocation, table, held = hold_floor(
-            session, table, sensitivities, budgets, goal, folder, axes=axes, keep=keep, weights=weights, progress=progress
+            session, table, sensitivities, budgets, goal, folder, axes=axes, keep=keep, weights=refits, progress=progress
         )
     if timed:
         table.save(table_path)

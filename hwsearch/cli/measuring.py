@@ -70,6 +70,15 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help="Leave in a JSON file where the time went: seconds by what was done."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Profile on all machines of a Ray cluster that are of one kind at the same time, into one table: `auto` (the "
+            "cluster that this machine is in) or HOST:PORT.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -87,7 +96,7 @@ def profile(
         table = hs.profile(
             hs.load(task), out=output, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=limit,
             mode=mode, axes=axes_of(axes), load=load, seed=seed, progress=progress,
-            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks, energy=energy, trace=trace,
+            shape=shape or None, prior=prior or (), lock_clocks=lock_clocks, energy=energy, trace=trace, ray=ray,
         )  # fmt: skip
     show.table(table, as_json)
 

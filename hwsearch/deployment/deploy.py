@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -179,6 +180,31 @@ def bank_of(setup: Setup, allocation: Allocation, folder: str | Path | None) -> 
 def _bank(lowering: Lowering, allocation: Allocation, folder: str | Path | None) -> WeightBank | None:
     needed = allocation.narrow or folder is not None
     return weight_bank(lowering, folder, allocation.slots) if needed else None
+
+
+class Refits:
+    """Deploys the answers of one search: their weights come from one bank.
+
+    weights: Folder of refitted weights, or a bank that has those of the search's order of channels already. order: of the
+    sensitivities.
+    """
+
+    def __init__(self, weights: str | Path | WeightBank | None, order: Mapping[str, Sequence[int]]) -> None:
+        self._order = order
+        self._bank: WeightBank | None = None
+        if isinstance(weights, WeightBank):
+            if {g: list(own) for g, own in weights.order.items()} == {g: list(own) for g, own in order.items()}:
+                self._bank = weights
+            weights = None if weights.folder is None else weights.folder.parent
+        self._folder = weights
+
+    def deployed(self, setup: Setup, allocation: Allocation) -> Setup:
+        """See `as_deployed`."""
+        if not allocation.narrow:
+            return as_deployed(setup, allocation, bank_of(setup, allocation, self._folder))
+        if self._bank is None:
+            self._bank = weight_bank(setup.lowering, self._folder, self._order)
+        return as_deployed(setup, allocation, self._bank)
 
 
 def parse_variants(allocation: Allocation) -> dict[str, Variant]:

@@ -7,15 +7,12 @@ task on its machine. What a worker was at when it died is given to another one, 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +25,8 @@ from hwsearch.compress.bank import Entry, Key, Regression, WeightBank
 from hwsearch.compress.gram import Gram
 from hwsearch.compress.quantize import Range
 from hwsearch.compress.simulate import Simulator
-from hwsearch.errors import HwsearchError, IncompatibleTables, InvalidInput
+from hwsearch.engine.workers import enter, joined, place_of_work
+from hwsearch.errors import HwsearchError, IncompatibleTables
 from hwsearch.files import changed
 from hwsearch.loading import load
 from hwsearch.loss.measure import Choice, Scorer, batches_of, ingredients
@@ -39,8 +37,6 @@ from hwsearch.task import Task
 
 RETRIES = 3
 """Times that work is done again whose worker died."""
-ANSWER_S = 10.0
-"""For so long an address may not answer."""
 PARTS = 4
 """For each CPU so many parts of a batch's choices, so that none waits long for another."""
 AHEAD = 2
@@ -61,68 +57,18 @@ def connected(address: str | None, task: Task) -> Iterator[Cluster | None]:
         task: What workers load by its name.
 
     Raises:
-        InvalidInput: The address is malformed, or the task has no name.
-        HwsearchError: Ray is not installed, or there is no cluster.
+        As `joined`.
     """
     if address is None:
         yield None
         return
-    if not task.spec:
-        raise InvalidInput(
-            "workers of a cluster load the task by its name, and this one has none; take it from hs.load('task.py:make_task')"
-        )
-    ray, own = _connect(address)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield Cluster(ray)
+        with joined(address, task) as ray:
+            yield Cluster(ray)
     finally:
         torch.set_num_threads(threads)
-        if own:
-            ray.shutdown()
-
-
-def _connect(address: str) -> tuple[Any, bool]:
-    """(the module ray, whether the connection was made here)."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise HwsearchError(f"Ray cannot be imported ({error}); install it with: pip install 'hwsearch[ray]'") from error
-    if ray.is_initialized():
-        have = ray.get_runtime_context().gcs_address
-        if address not in ("auto", have):
-            raise InvalidInput(
-                f"this process is connected to the Ray cluster at {have}, not {address}; give auto, or call ray.shutdown() first"
-            )
-        return ray, False
-    _require_answer(address)
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise HwsearchError(
-            f"no Ray cluster is found at {address} ({str(error).splitlines()[0]}); start one with `ray start --head`, and give the "
-            "address that it prints, or local for this machine's cores"
-        ) from error
-    return ray, True
-
-
-def _require_answer(address: str) -> None:
-    """Raises where nothing listens at HOST:PORT: Ray would try for minutes."""
-    if address in ("auto", "local"):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInput(
-            f"{address!r} is no address of a Ray cluster; expected auto, local or HOST:PORT, for instance 10.0.0.5:6379"
-        )
-    try:
-        socket.create_connection((host, int(port)), ANSWER_S).close()
-    except OSError as error:
-        raise HwsearchError(
-            f"nothing answers at {address} ({error}); start the cluster there with `ray start --head --port={port}`, or give the "
-            "address that it printed"
-        ) from error
 
 
 class Cluster:
@@ -184,8 +130,7 @@ class Cluster:
     def _described(self, lowering: Lowering, bank: WeightBank | None) -> Any:
         """What workers make the same lowering and bank of, in the object store."""
         text = json.dumps({
-            "spec": lowering.task.spec, "folder": os.getcwd(),
-            "environment": {k: v for k, v in os.environ.items() if k.startswith("HWSEARCH_")},
+            "spec": lowering.task.spec, "place": place_of_work(),
             "batch": lowering.batch, "method": lowering.method, "residual": lowering.residual,
             "int8_bits": lowering.int8_bits, "unsigned": lowering.unsigned,
             "ranges": [[*key, own.limit, own.top, own.unsigned] for key, own in lowering.ranges.items()],
@@ -255,12 +200,7 @@ def _worker(text: str) -> _Worker:
     """The lowering and the bank that were described: the same as those of the process that asks, or an error."""
     torch.set_num_threads(1)
     told = json.loads(text)
-    if not Path(told["folder"]).is_dir():
-        raise InvalidInput(
-            f"there is no {told['folder']}, where the command runs; machines of a cluster need the same files in the same place"
-        )
-    os.chdir(told["folder"])
-    os.environ.update(told["environment"])
+    enter(json.loads(told["place"]))
     options = {name: told[name] for name in ("batch", "method", "residual", "int8_bits", "unsigned")}
     lowering = Lowering(load(told["spec"]), **options)
     lowering.ranges = {(unit, call, port): Range(*own) for unit, call, port, *own in told["ranges"]}

@@ -13,7 +13,7 @@ from hwsearch.allocate.costs import Costs
 from hwsearch.allocate.search import KAPPA, as_limits, search
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.confirm import State
-from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, parse_variants
+from hwsearch.deployment.deploy import Refits, deploy, parse_variants
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Session, uniform_candidates
 from hwsearch.deployment.verify import best_uniform, measure_allocation
@@ -21,7 +21,6 @@ from hwsearch.errors import Infeasible
 from hwsearch.latency.model import LatencyModel, Prediction, fit
 from hwsearch.latency.regression import USUAL_SLOWDOWN
 from hwsearch.loss.table import SensitivityTable
-from hwsearch.lowering.refitted import weight_bank
 from hwsearch.network.choices import AXES
 from hwsearch.progress import Progress, spoken
 from hwsearch.table.build import Role
@@ -61,7 +60,7 @@ class Round:
 
 def closed_loop(
     session: Session, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], folder: Path, *,
-    axes: Sequence[str] = AXES, keep: Sequence[str] = (), weights: str | Path | None = None,
+    axes: Sequence[str] = AXES, keep: Sequence[str] = (), weights: str | Path | WeightBank | None = None,
     progress: Progress | None = None,
 ) -> tuple[Report, Allocation, LatencyTable]:  # fmt: skip
     """Search, deploy and measure until the budgets hold as measured, at most five times.
@@ -79,7 +78,7 @@ def closed_loop(
     progress.start(None, "search, deploy and verify")
     table = table.with_header(unsupported=without_refused(table, sensitivity))
     bound, limits = _begun(session, budgets, table)
-    trial = _Trial(session, budgets, folder, weights, sensitivity.order)
+    trial = _Trial(session, budgets, folder, Refits(weights, sensitivity.order))
     best = last = None
     spending = False
     try:
@@ -149,21 +148,16 @@ class _Trial:
         session: Session,
         budgets: Sequence[Budget],
         folder: Path,
-        weights: str | Path | None,
-        order: Mapping[str, Sequence[int]],
+        refits: Refits,
     ) -> None:
         self.setup, self.session, self.budgets, self.folder = session.setup, session, budgets, folder
-        self.weights, self.order = weights, order
-        self._bank: WeightBank | None = None
+        self.refits = refits
 
     def measure(
         self, number: int, allocation: Allocation, table: LatencyTable
     ) -> tuple[Round, LatencyTable]:
         """Deploy and measure the answer of a round; the table, with the build, is saved."""
-        if self._bank is None and allocation.narrow:
-            self._bank = weight_bank(self.setup.lowering, self.weights, self.order)
-        bank = self._bank if allocation.narrow else bank_of(self.setup, allocation, self.weights)
-        deployed = as_deployed(self.setup, allocation, bank)
+        deployed = self.refits.deployed(self.setup, allocation)
         deploy(self.setup.lowering.task, allocation, self._path(number), setup=deployed)
         report, build = measure_allocation(
             self.session, allocation, deployed, table=table, budgets=self.budgets, rounds=number

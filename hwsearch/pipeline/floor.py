@@ -19,7 +19,7 @@ from hwsearch.allocate.search import as_limits, search
 from hwsearch.allocate.space import Offer
 from hwsearch.compress.bank import WeightBank
 from hwsearch.deployment.confirm import State
-from hwsearch.deployment.deploy import as_deployed, bank_of, deploy, metadata_of, parse_variants
+from hwsearch.deployment.deploy import Refits, deploy, metadata_of, parse_variants
 from hwsearch.deployment.report import Report
 from hwsearch.deployment.session import Job, Session
 from hwsearch.deployment.verify import measure_allocation
@@ -28,7 +28,6 @@ from hwsearch.engine.setup import Setup
 from hwsearch.errors import BackendUnavailable, BudgetMissed, Infeasible
 from hwsearch.latency.model import fit
 from hwsearch.loss.table import SensitivityTable
-from hwsearch.lowering.refitted import weight_bank
 from hwsearch.pipeline.bracket import Range, Tried, next_bound, proportional
 from hwsearch.pipeline.closed_loop import as_fast_as_now, slower_now, without_refused, without_wrong
 from hwsearch.pipeline.goal import Goal
@@ -94,7 +93,7 @@ class Held:
 
 def hold_floor(
     session: Session, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], goal: Goal, folder: Path, *,
-    axes: Sequence[str], keep: Sequence[str], weights: str | Path | None, progress: Progress,
+    axes: Sequence[str], keep: Sequence[str], weights: str | Path | WeightBank | None, progress: Progress,
 ) -> tuple[Report, Allocation, LatencyTable, Held]:  # fmt: skip
     """Find, deploy and measure the network of least cost whose score holds a floor, within budgets.
 
@@ -122,11 +121,11 @@ class _Search:
 
     def __init__(
         self, session: Session, table: LatencyTable, sensitivity: SensitivityTable, budgets: Sequence[Budget], goal: Goal,
-        folder: Path, offer: Offer, weights: str | Path | None, progress: Progress,
+        folder: Path, offer: Offer, weights: str | Path | WeightBank | None, progress: Progress,
     ) -> None:  # fmt: skip
         self.session, self.setup, self.sensitivity = session, session.setup, sensitivity
         self.budgets, self.goal, self.folder, self.offer = budgets, goal, folder, offer
-        self.weights, self.progress = weights, progress
+        self.progress, self._refits = progress, Refits(weights, sensitivity.order)
         self.table = table.with_header(unsupported=without_refused(table, sensitivity))
         self.bound, self.dense = session.bounds(budgets, self.table)
         _ = self.dense[goal.minimize]  # an energy that nothing counts is an error before anything is searched
@@ -139,7 +138,6 @@ class _Search:
         self.tried = [s.tried(self.scorer, math.log(s.bound)) for s in self.samples.known.values() if s.family == self.family]
         self.builds: list[Build] = []
         self.measured = 0
-        self.bank: WeightBank | None = None
         self.lowest = self._least_loss()
         self.free = self.lowest.uniform == "dense.fp32" and self.lowest.predicted["loss"] == 0
 
@@ -196,12 +194,6 @@ class _Search:
         except Infeasible:
             return None
 
-    def _deployed(self, allocation: Allocation) -> Setup:
-        if self.bank is None and allocation.narrow:
-            self.bank = weight_bank(self.setup.lowering, self.weights, self.sensitivity.order)
-        bank = self.bank if allocation.narrow else bank_of(self.setup, allocation, self.weights)
-        return as_deployed(self.setup, allocation, bank)
-
     def _measure(self, allocation: Allocation, bound: float) -> Sample:
         """One sample: built, timed and scored; a failure is one too."""
         begun_s, variants = self.session.limit.used_s, parse_variants(allocation)
@@ -209,7 +201,7 @@ class _Search:
         failed, score, error, costs = "", None, None, Costs()
         self.measured += 1
         try:
-            deployed = self._deployed(allocation)
+            deployed = self._refits.deployed(self.setup, allocation)
             job = Job(variants, base, metadata_of(allocation, base), deployed)
             own = self.session.measure({"sample": job})["sample"]
             if own.build.wrong:
@@ -264,7 +256,7 @@ class _Search:
             raise self._breaks()
         best: tuple[Report, Allocation, Sample | None, Setup] | None = None
         for allocation, sample in tries:
-            deployed = self._deployed(allocation)
+            deployed = self._refits.deployed(self.setup, allocation)
             report, build = measure_allocation(
                 self.session, allocation, deployed, table=self.table, budgets=self.budgets, rounds=max(1, self.measured)
             )

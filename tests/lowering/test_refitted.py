@@ -15,11 +15,12 @@ from deployment.test_deploy import allocation
 from networks import leaves
 from torch import nn
 
+from hwsearch.compress import bank
 from hwsearch.compress.bank import WeightBank
 from hwsearch.compress.formats import stored
 from hwsearch.compress.quantize import quantize_weight
 from hwsearch.compress.sequential import refit_sequential
-from hwsearch.deployment.deploy import as_deployed, deploy, parse_variants
+from hwsearch.deployment.deploy import Refits, as_deployed, deploy, parse_variants
 from hwsearch.deployment.session import Session, uniform_candidates
 from hwsearch.engine.setup import Setup, set_up
 from hwsearch.graph.trace import trace
@@ -199,3 +200,23 @@ def test_a_refitted_allocation_is_read_from_the_folder_the_next_time(
         file.write_bytes(b"damaged")
     again(widths)
     assert len(calls) == 2
+
+
+def test_answers_take_their_weights_from_the_bank_of_the_sensitivities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is counted up again where it has the search's order of channels; else another bank is made. The same weights."""
+    setup, chosen = set_up_simulated("cnn"), allocation("cnn", 0.5, "int8")
+    order = {g: list(slots) for g, slots in chosen.slots.items()}
+    known = weight_bank(setup.lowering, tmp_path / "known", order)
+    _ = known.grams
+    counted: list[Any] = []
+    real = bank.Grams
+    monkeypatch.setattr(bank, "Grams", lambda *a, **k: counted.append(a) or real(*a, **k))
+    first = Refits(known, order).deployed(setup, chosen)
+    assert not counted
+    second = Refits(tmp_path / "other", order).deployed(setup, chosen)
+    assert len(counted) == 1
+    assert first.onnx(parse_variants(chosen)).SerializeToString() == second.onnx(parse_variants(chosen)).SerializeToString()
+    assert list(tmp_path.glob("known/*/allocations/*.safetensors")), "deploy finds them there"
+    turned = weight_bank(setup.lowering, tmp_path / "turned", {g: slots[::-1] for g, slots in order.items()})
+    third = Refits(turned, order).deployed(setup, chosen)
+    assert third.onnx(parse_variants(chosen)).SerializeToString() == second.onnx(parse_variants(chosen)).SerializeToString()
