@@ -130,17 +130,17 @@ def _between(table: LatencyTable, builds: Sequence[Build]) -> tuple[float, dict[
     found: dict[tuple[Context, str], list[float]] = {}
     first: list[float] = []
     for build in builds:
-        work = [worked_ns(n.time_ns, besides.counter_ns) for n in build.nodes]
-        scale = max(table.time_ns(build) - dispatch, 0.0) / sum(work)
+        work = worked_ns(np.array([n.time_ns for n in build.nodes]), besides.counter_ns)
+        scale = max(table.time_ns(build) - dispatch, 0.0) / float(work.sum())
         asked = dict(zip(context, zip(build.variants, build.executed, strict=True), strict=True))
         held = filling(network, [u for u, (v, _) in asked.items() if v])
         for unit in held:
             variant, executed = asked[unit]
             if not executed or Variant.parse(variant).runs_as(executed):
-                own = sum(t / len(n.units) for n, t in zip(build.nodes, work, strict=True) if unit in n.units)
+                own = sum(t / len(n.units) for n, t in zip(build.nodes, work.tolist(), strict=True) if unit in n.units)
                 found.setdefault((context[unit], variant), []).append(scale * own)
         if network.units[0].name in held:
-            first.append(scale * sum(t for n, t in zip(build.nodes, work, strict=True) if not n.units))
+            first.append(scale * sum(t for n, t in zip(build.nodes, work.tolist(), strict=True) if not n.units))
     cells: dict[tuple[str, str], list[float]] = {}
     for one in network.units:
         for variant in dict.fromkeys(v for c, v in found if c == context[one.name]):

@@ -37,9 +37,9 @@ class Beside:
     counter_ns: float = 0.0
 
 
-def worked_ns(counted_ns: float, counter_ns: float) -> float:
-    """What a node takes without the counting."""
-    return max(counted_ns - counter_ns, LEAST * counted_ns)
+def worked_ns(counted_ns: Floats, counter_ns: float) -> Floats:
+    """What nodes [nodes] take without the counting."""
+    return np.maximum(counted_ns - counter_ns, LEAST * counted_ns)
 
 
 def beside(times: Floats, counted: Floats, nodes: Floats) -> Beside:

@@ -14,7 +14,7 @@ those that make cells most likely, each predicted without itself (the same, sect
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,11 +87,11 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
     every = [np.array(own) for own in works.values() if len(own) > 1 and measured[own].any()]
     told = [own[measured[own]] for own in every]
     log, variance = np.log(np.where(measured, time, 1.0)), np.log1p(np.square(np.where(measured, error, 0.0)))
-    variants = {v: i for i, v in enumerate(dict.fromkeys(c.variant for c in cells))}
+    places = Places.of(cells)
     mean, spread = np.full(len(cells), np.nan), np.full(len(cells), np.inf)
 
     some = np.unique(np.linspace(0, len(told) - 1, min(len(told), MOST_WORKS)).round().astype(int)).tolist()
-    few = [(own, Stairs.among(Places.of(cells, own, variants))) for (own,) in _stacked(cells, [told[i] for i in some])]
+    few = [(own, Stairs.among(places[own])) for (own,) in _stacked([told[i] for i in some])]
 
     def likelihood(law: Law) -> float:
         """How likely the cells that were measured are, each without itself."""
@@ -108,25 +108,25 @@ def pooled(cells: Sequence[Cell], time: Floats, error: Floats) -> Pooled:
         for other in (replace(law, **{name: value}) for value in values):
             if (found := likelihood(other)) > best:
                 law, best = other, found
-    for own, seen in _stacked(cells, every, told):
-        places, others = Places.of(cells, seen, variants), Places.of(cells, own, variants)
-        stairs = Stairs.among(places)
-        mean[own], spread[own] = stairs.predicted(law, log[seen], variance[seen], others, Stairs.between(others, places))
+    for own, seen in _stacked(every, told):
+        stairs = Stairs.among(places[seen])
+        between = Stairs.between(places[own], places[seen])
+        mean[own], spread[own] = stairs.predicted(law, log[seen], variance[seen], places[own], between)
         mean[seen], spread[seen] = stairs.left_out(law, log[seen], variance[seen])
     spread = np.sqrt(spread + law.tau**2)
     known = np.isfinite(mean) & (spread < UNSURE)
     return Pooled(np.where(known, np.exp(np.where(known, mean, 0.0)), np.nan), np.where(known, spread, np.inf), law.tau)
 
 
-def _stacked(cells: Sequence[Cell], *lists: Sequence[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], ...]]:
-    """Works of equally many cells and axes together: of each list [works, cells], of at most `STACKED` covariances.
+def _stacked(*lists: Sequence[NDArray[np.intp]]) -> Iterator[tuple[NDArray[np.intp], ...]]:
+    """Works of equally many cells together: of each list [works, cells], of at most `STACKED` covariances.
 
     lists: each with the places of cells of each work.
     """
     alike: dict[tuple[int, ...], list[tuple[NDArray[np.intp], ...]]] = {}
     for own in zip(*lists, strict=True):
-        alike.setdefault((len(cells[own[0][0]].shares), *map(len, own)), []).append(own)
-    for (_, *counts), found in alike.items():
+        alike.setdefault(tuple(map(len, own)), []).append(own)
+    for counts, found in alike.items():
         step = max(STACKED // max(counts) ** 2, 1)
         for i in range(0, len(found), step):
             yield tuple(np.stack(part) for part in zip(*found[i : i + step], strict=True))
@@ -134,18 +134,22 @@ def _stacked(cells: Sequence[Cell], *lists: Sequence[NDArray[np.intp]]) -> Itera
 
 @dataclass(frozen=True)
 class Places:
-    """Some cells of one work, or of each of several. x [..., cells, axes]: minus the logarithms of the shares that are left.
+    """Some cells. x [..., cells, axes]: minus the logarithms of the shares that are left, 0 of an axis that a cell does not have.
     variant [..., cells]: its number."""
 
     x: Floats
     variant: NDArray[np.intp]
 
     @staticmethod
-    def of(cells: Sequence[Cell], own: NDArray[np.intp], variants: Mapping[Hashable, int]) -> Places:
-        """own [..., cells]: which of the cells."""
-        some = [cells[i] for i in own.ravel().tolist()]
-        x = -np.log(np.array([c.shares for c in some], np.float64).reshape(*own.shape, -1))
-        return Places(x, np.array([variants[c.variant] for c in some], np.intp).reshape(own.shape))
+    def of(cells: Sequence[Cell]) -> Places:
+        axes = max((len(c.shares) for c in cells), default=0)
+        numbers = {v: i for i, v in enumerate(dict.fromkeys(c.variant for c in cells))}
+        shares = np.array([(*c.shares, *[1.0] * (axes - len(c.shares))) for c in cells], np.float64).reshape(len(cells), axes)
+        return Places(-np.log(shares), np.array([numbers[c.variant] for c in cells], np.intp))
+
+    def __getitem__(self, own: NDArray[np.intp]) -> Places:
+        """Of these cells, [...]."""
+        return Places(self.x[own], self.variant[own])
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,14 @@ class Stairs:
     @staticmethod
     def between(cells: Places, others: Places) -> Stairs:
         alike = (cells.variant[..., :, None] == others.variant[..., None, :]).astype(np.float64)
-        a, b = cells.x[..., :, None, :], others.x[..., None, :, :]
+        slope, steps = np.zeros(alike.shape), np.zeros(alike.shape)
+        for a, b in zip(np.moveaxis(cells.x, -1, 0), np.moveaxis(others.x, -1, 0), strict=True):
+            a, b = a[..., :, None], b[..., None, :]
+            slope += a * b
+            steps += np.minimum(a, b) + (a == b) * np.minimum(a, 1.0)
         return Stairs(
-            cells.x.sum(axis=-1), level=LEVEL**2 + PRECISION**2 * alike, alike=1.0 + OWN**2 * alike,
-            slope=FALLS**2 * (a * b).sum(axis=-1), steps=(np.minimum(a, b) + (a == b) * np.minimum(a, 1.0)).sum(axis=-1),
+            cells.x.sum(axis=-1), level=LEVEL**2 + PRECISION**2 * alike, alike=1.0 + OWN**2 * alike, slope=FALLS**2 * slope,
+            steps=steps,
         )  # fmt: skip
 
     @staticmethod

@@ -32,8 +32,8 @@ LARGEST = 1500
 """Parameters of a block; of a larger one those that touch most of the others are taken as shared."""
 PROMOTED = 64
 """So many at a time."""
-CHUNK = 8192
-"""Rows that are multiplied at a time."""
+CHUNK = 1024
+"""Rows that are multiplied at a time: memory of that size is used again, and stays near the processor."""
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,16 @@ class Covariance:
         own = (rows @ self.inner.sparse).multiply(rows).sum(axis=1)
         return np.asarray(np.maximum(own + self._core(rows @ self.outer), 0.0))
 
-    def deviations(self, places: Any = slice(None)) -> Floats:
-        """Standard deviations of parameters."""
-        return np.asarray(np.sqrt(np.maximum(self.inner.diagonal()[places] + self._core(self.outer[places]), 0.0)))
+    def deviations(self, places: Numbers | None = None) -> Floats:
+        """Standard deviations of parameters; places: which, all where it is None."""
+        places = np.arange(self.inner.size) if places is None else places
+        parts = [places[i : i + CHUNK] for i in range(0, len(places), CHUNK)]
+        core = np.concatenate([np.zeros(0), *(self._core(self.outer[own]) for own in parts)])
+        return np.asarray(np.sqrt(np.maximum(self.inner.diagonal()[places] + core, 0.0)))
 
     def _core(self, beside: Floats) -> Floats:
         """x^T core^-1 x of each row."""
-        parts = [beside[i : i + CHUNK] for i in range(0, len(beside), CHUNK)]
-        return np.concatenate([np.zeros(0), *(np.einsum("ij,ij->i", p @ self.inverse, p) for p in parts)])
+        return np.asarray(np.einsum("ij,ij->i", beside @ self.inverse, beside))
 
     def after(self, rows: Sparse, sign: float, of: Directions, gone: Numbers | None = None) -> Floats:
         """x^T C' x for some vectors x, where equations `rows` (none of them wide) are added (sign 1) or taken away (-1).
@@ -262,14 +264,12 @@ class Posterior:
         self.target = normal.target + weight * prior.mean
         self.mean = self.covariance @ self.target
 
-    def non_negative(self, physical: NDArray[np.bool_], start: Numbers | None = None) -> tuple[Floats, Numbers]:
+    def non_negative(self, physical: NDArray[np.bool_]) -> tuple[Floats, Numbers]:
         """(the mean with some parameters at zero or above, those that are held there), by block principal pivoting.
 
-        Portugal et al., 1994. start: parameters that are likely to be held.
+        Portugal et al., 1994.
         """
         mean, holding = self.mean, _Holding(self)
-        if start is not None and len(start):
-            mean = holding.mean(start)
         for _ in range(50):
             below = physical & (mean < 0)
             below[holding.held] = False

@@ -158,13 +158,13 @@ def _by_unit(build: Build, features: Features, counter_ns: float) -> tuple[Numbe
         if node.kind == "unit":
             for other in node.units[1:]:
                 parent[root(position[other])] = root(position[node.units[0]])
-    group = np.array([root(i) for i in range(len(parent))], np.intp)
+    group = np.array([i if own == i else root(i) for i, own in enumerate(parent)], np.intp)
     of: Numbers = group[[position[n.units[0]] if n.units else 0 for n in build.nodes]]
-    time = np.bincount(of, [worked_ns(n.time_ns, counter_ns) for n in build.nodes], len(parent)).astype(np.float64)
+    time = np.bincount(of, worked_ns(np.array([n.time_ns for n in build.nodes]), counter_ns), len(parent)).astype(np.float64)
     return group, time, np.bincount(of, minlength=len(parent)).astype(np.float64)
 
 
-LEFT_OUT = 100
+LEFT_OUT = 64
 """Builds that are left out of a fit in turn, evenly spread, to tell how far off it is."""
 OWN_KINDS = ("unit", "edge")
 """Features that few equations hold: of one unit, of one edge."""
@@ -206,12 +206,14 @@ class Equations:
         parts = [_of_session(table, b, p, known, moment) for b, p, moment in zip(builds, parts, times, strict=True)]
         rows = Rows.joined([*parts, told])
         self.of_build = np.repeat(np.arange(len(parts) + 1), [len(p.value) for p in (*parts, told)])
-        used, column = np.unique(rows.number, return_inverse=True)
+        used = np.flatnonzero(np.bincount(rows.number, minlength=len(known.names)))
+        column = np.zeros(len(known.names), np.intp)
+        column[used] = np.arange(len(used))
         self.features = [known.names[i] for i in used]
         self.index = {f: i for i, f in enumerate(self.features)}
         self.cells = {i: known.cells[n] for i, n in enumerate(used.tolist()) if n in known.cells}
         """For each parameter that is a unit's time, which stairs it is on."""
-        design: Sparse = csr_array((rows.factor, (rows.row, column)), shape=(len(rows.value), len(used)))
+        design: Sparse = csr_array((rows.factor, (rows.row, column[rows.number])), shape=(len(rows.value), len(used)))
         self.wide = rows.wide
         self._shared = np.array([f[0] not in OWN_KINDS for f in self.features])
         self._weigh(design, rows.value, rows.error + rows.share * rows.value)
@@ -223,10 +225,10 @@ class Equations:
         self.measured = rows.value[first]
         self.errors = rows.error[first]
         self.typical = float(np.mean(self.measured))
-        self._held = np.zeros(0, np.intp)
-        """Parameters that the last solution held at zero."""
         # an error that is a share of the measured time would favour whatever was measured too fast
-        expected = design @ self.bounded(self.posterior(self.weak_prior()))
+        weak = self.posterior(self.weak_prior())
+        expected = design @ np.where(self._physical, np.maximum(weak.mean, 0.0), weak.mean)
+        self._prior = self._pooled(weak)
         self._weigh(design, rows.value, rows.error + rows.share * np.maximum(expected, 0.2 * rows.value))
 
     def _weigh(self, design: Sparse, value: Floats, error: Floats) -> None:
@@ -253,17 +255,20 @@ class Equations:
 
     def prior(self) -> Prior:
         """What is known of each parameter but for its own equations: of a cell, what others predict (`pooling`)."""
-        weak_prior = self.weak_prior()
+        return self._prior
+
+    def _pooled(self, weak: Posterior) -> Prior:
+        """The same. weak: what equations tell after the weak prior."""
+        prior = self.weak_prior()
         if all(cell.whole for cell in self.cells.values()):
-            return weak_prior
-        found = self.posterior(weak_prior)
+            return prior
         place = np.array(list(self.cells))
-        error = found.covariance.deviations(place) / np.maximum(found.mean[place], 1e-9)
-        others = pooled(list(self.cells.values()), found.mean[place], error)
+        error = weak.covariance.deviations(place) / np.maximum(weak.mean[place], 1e-9)
+        others = pooled(list(self.cells.values()), weak.mean[place], error)
         known = np.isfinite(others.time)
-        weak_prior.mean[place[known]] = others.time[known]
-        weak_prior.deviation[place[known]] = (others.time * others.error)[known]
-        return weak_prior
+        prior.mean[place[known]] = others.time[known]
+        prior.deviation[place[known]] = (others.time * others.error)[known]
+        return prior
 
     def unbuilt(self, posterior: Posterior, mean: Floats, numbers: Numbers) -> dict[int, Unbuilt]:
         """Times of cells that no build holds, by their numbers, as others of the same work tell them at other widths; else, roughly
@@ -295,11 +300,14 @@ class Equations:
         """Of every parameter, in ns."""
         return Posterior(self.normal, prior)
 
+    @cached_property
+    def _physical(self) -> NDArray[np.bool_]:
+        """Which parameters are times that are zero or above: of units, and the rest."""
+        return np.array([f[0] in ("unit", "rest") for f in self.features])
+
     def bounded(self, posterior: Posterior) -> Floats:
         """Its mean with times of units and the rest at zero or above."""
-        physical = np.array([f[0] in ("unit", "rest") for f in self.features])
-        mean, self._held = posterior.non_negative(physical, self._held)
-        return mean
+        return posterior.non_negative(self._physical)[0]
 
     def left_out(self, posterior: Posterior) -> tuple[Floats, Floats]:
         """What a posterior of all builds says of builds once their equations are taken away: time in ns, variance [builds].
