@@ -60,23 +60,6 @@ def dataset() -> dict[str, NDArray[np.uint8]]:
     return {name: idx(folder / file) for name, file in names.items()}
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift up to 2 pixels, flip half, erase a rectangle in a quarter; [n, 1, 28, 28] -> the same."""
-    n = len(x)
-    shift = torch.randint(0, 5, (2, n, 1), generator=generator) + torch.arange(28)
-    flip = torch.rand(n, generator=generator) < 0.5
-    columns = torch.where(flip[:, None], shift[1].flip(1), shift[1])
-    # What is shifted in is background.
-    x = F.pad(x, (2, 2, 2, 2), value=-zoo.MEAN / zoo.STD)
-    x = x[torch.arange(n)[:, None, None], 0, shift[0][:, :, None], columns[:, None, :]][:, None]
-    centre = torch.randint(0, 28, (2, n, 1), generator=generator)
-    half = torch.randint(2, 6, (2, n, 1), generator=generator)
-    inside = (torch.arange(28) - centre).abs() <= half
-    erase = torch.rand(n, generator=generator) < 1 / 4
-    hole = inside[0][:, :, None] & inside[1][:, None, :] & erase[:, None, None]
-    return x.masked_fill(hole[:, None], 0.0)
-
-
 def save(model: zoo.FashionResNet, output: Path) -> None:
     """Matrices in float16; vectors (BatchNorm, biases) as they are."""
     state = {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in model.state_dict().items()}
@@ -113,7 +96,7 @@ def train(rank: int, args: argparse.Namespace, data: dict[str, NDArray[np.uint8]
         total = 0.0
         for step in range(steps):
             rows = order[step * BATCH : (step + 1) * BATCH][rank :: args.processes]
-            x = augment(images[rows], generator).contiguous(memory_format=torch.channels_last)
+            x = zoo.augment(images[rows], generator).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)

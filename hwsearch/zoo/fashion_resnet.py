@@ -109,17 +109,29 @@ def _training_set() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[kept]), torch.from_numpy(labels[8:][kept].astype(np.int64))
 
 
+def augment(x: Tensor, random: torch.Generator) -> Tensor:
+    """Images [n, 1, 28, 28], each shifted by up to 2 pixels, mirrored half of the time, with a rectangle erased in a quarter."""
+    n = len(x)
+    shift = torch.randint(0, 5, (2, n, 1), generator=random) + torch.arange(28)
+    mirrored = torch.rand(n, generator=random) < 0.5
+    columns = torch.where(mirrored[:, None], shift[1].flip(1), shift[1])
+    x = nn.functional.pad(x, (2, 2, 2, 2), value=-MEAN / STD)  # what is shifted in is background
+    x = x[torch.arange(n)[:, None, None], 0, shift[0][:, :, None], columns[:, None, :]][:, None]
+    centre = torch.randint(0, 28, (2, n, 1), generator=random)
+    half = torch.randint(2, 6, (2, n, 1), generator=random)
+    inside = (torch.arange(28) - centre).abs() <= half
+    erased = torch.rand(n, generator=random) < 1 / 4
+    hole = inside[0][:, :, None] & inside[1][:, None, :] & erased[:, None, None]
+    return x.masked_fill(hole[:, None], 0.0)
+
+
 def train(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (images, labels) in another order each epoch: mirrored half of the time and shifted by up to 2 pixels."""
+    """Batches of (images, labels) in another order each epoch, augmented as when the network was trained."""
     random = torch.Generator().manual_seed(epoch)
     pixels, labels = _training_set()
     order = torch.randperm(len(labels), generator=random)[: len(labels) // BATCH * BATCH]
     for batch in torch.split(order, BATCH):
-        images = nn.functional.pad(normalise(pixels[batch]), (2, 2, 2, 2), value=-MEAN / STD)
-        down, across = torch.randint(0, 5, (2,), generator=random).tolist()
-        images = images[:, :, down : down + 28, across : across + 28]
-        mirrored = torch.rand(len(batch), 1, 1, 1, generator=random) < 0.5
-        yield torch.where(mirrored, images.flip(3), images), labels[batch]
+        yield augment(normalise(pixels[batch]), random), labels[batch]
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
