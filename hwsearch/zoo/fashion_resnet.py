@@ -3,8 +3,9 @@
 The network (1.3 M parameters, 28x28x1 input, ten classes) was trained by `scripts/train_fashion_resnet.py`
 on the 60,000 training images. Fashion-MNIST is copyright (c) 2017 Zalando SE, under the MIT licence
 (Xiao, Rasul, Vollgraf, arXiv:1708.07747); `data/README` states it beside the slice that ships here: the first
-5,000 of the 10,000 test images for evaluation, and 1,024 training images for calibration. The other training images
-are what `recover` trains on, once `scripts/fetch_zoo fashion_resnet` has fetched them.
+5,000 of the 10,000 test images for evaluation, and 1,024 training images for calibration. Once `scripts/fetch_zoo fashion_resnet`
+has fetched them, the other training images are what `recover` trains on, and the other test images what a floor's samples are
+scored on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ DATA = Path(__file__).parent / "data"
 WIDTHS = (32, 64, 192)
 BLOCKS = (1, 2, 2)
 TRAINING = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+TEST = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+EVALUATED, TESTED = 5_000, 10_000
+"""Test images that ship, the first ones, and all."""
 BATCH, SMOOTHING = 128, 0.1  # of training
 MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0..1
 
@@ -100,13 +104,24 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor, batch: int = 250)
 @cache
 def _training_set() -> tuple[Tensor, Tensor]:
     """The training images as bytes [n, 28, 28] without those of the calibration, and their labels [n]."""
-    files = [cache_dir("fashion_resnet") / name for name in TRAINING]
-    pixels, labels = (np.frombuffer(gzip.decompress(f.read_bytes()), np.uint8) for f in files)
-    images = pixels[16:].reshape(-1, 28, 28)
+    images, labels = _fetched(*TRAINING)
     with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as data:
         known = {image.tobytes() for image in data["calibration_images"]}
     kept = np.array([image.tobytes() not in known for image in images])
-    return torch.from_numpy(images[kept]), torch.from_numpy(labels[8:][kept].astype(np.int64))
+    return torch.from_numpy(images[kept]), torch.from_numpy(labels[kept].astype(np.int64))
+
+
+def _fetched(images: str, labels: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images [n, 28, 28] and labels [n] of two gzipped idx files."""
+    folder = cache_dir("fashion_resnet")
+    pixels, classes = (np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8) for name in (images, labels))
+    return pixels[16:].reshape(-1, 28, 28), classes[8:]
+
+
+def validate(predict: Predict) -> float:
+    """The accuracy on the test images that do not ship."""
+    images, labels = _fetched(*TEST)
+    return accuracy(predict, normalise(images[EVALUATED:].copy()), torch.from_numpy(labels[EVALUATED:].astype(np.int64)))
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
@@ -141,7 +156,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def load() -> Task:
     """The trained network with 8 calibration batches of 128 images, and 5,000 images to score it on."""
-    model, trains = FashionResNet(), fetched("fashion_resnet", *TRAINING)
+    model, trains, validates = FashionResNet(), fetched("fashion_resnet", *TRAINING), fetched("fashion_resnet", *TEST)
     weights: dict[str, Any] = load_file(DATA / "fashion_resnet.safetensors")
     model.load_state_dict(weights)  # copies the float16 weights into float32 parameters
     model.eval()
@@ -155,6 +170,8 @@ def load() -> Task:
         calibration=list(torch.split(calibration, 128)),
         evaluate=lambda predict: accuracy(predict, images, labels),
         scored=len(labels),
+        validate=validate if validates else None,
+        validated=TESTED - EVALUATED if validates else None,
         name="fashion_resnet",
         train=train if trains else None,
         loss=loss if trains else None,

@@ -130,6 +130,25 @@ def test_efficientnet_lite0_knows_most_photographs() -> None:
     assert task.evaluate(task.model) > 0.8
 
 
+def test_fashion_resnet_is_validated_on_test_images_that_it_is_not_scored_on() -> None:
+    from hwsearch.zoo import fashion_resnet as zoo
+
+    task = fetched("fashion_resnet")
+    if task.validate is None:
+        pytest.skip("run `scripts/fetch_zoo fashion_resnet` once")
+    seen: list[torch.Tensor] = []
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.int64), 10).float()
+
+    assert 0.05 < task.validate(predict) < 0.15, "one class of ten"
+    assert sum(map(len, seen)) == task.validated == 5_000
+    with np.load(zoo.DATA / "fashion_mnist.npz", allow_pickle=False) as data:
+        shipped = {image.tobytes() for image in zoo.normalise(data["evaluation_images"]).numpy()}
+    assert sum(image.tobytes() in shipped for batch in seen for image in batch.numpy()) < 5, "but for images that come twice"
+
+
 @pytest.mark.parametrize("name", ["fashion_resnet", "minilm"])
 def test_training_data_are_fresh_each_epoch_and_none_of_the_calibration(name: str) -> None:
     task = fetched(name)
