@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -87,9 +88,10 @@ def _require_answer(address: str) -> None:
 
 
 def place_of_work() -> str:
-    """Where this process works, as JSON: the folder that names of files begin at, and hwsearch's variables of the environment."""
+    """Where this process works, as JSON: the folder that names of files begin at, hwsearch's variables of the environment, and the
+    command, which tables tell."""
     environment = {k: v for k, v in os.environ.items() if k.startswith("HWSEARCH_")}
-    return json.dumps({"folder": os.getcwd(), "environment": environment})
+    return json.dumps({"folder": os.getcwd(), "environment": environment, "command": sys.argv})
 
 
 def enter(place: Mapping[str, Any]) -> None:
@@ -100,3 +102,4 @@ def enter(place: Mapping[str, Any]) -> None:
         )
     os.chdir(place["folder"])
     os.environ.update(place["environment"])
+    sys.argv[:] = place["command"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,7 @@ def test_machines_of_one_kind_fill_one_table(add: Any, tmp_path: Path) -> None:
     assert {b.key for b in first if b.role == "design"} != {b.key for b in other if b.role == "design"}, "another seed"
     assert fit(table).apart.keys() == {table.machines[1]}
     assert keys(LatencyTable.load(out).builds) == keys(table.builds)
+    assert table.header.command == " ".join(Path(w).name if Path(w).is_absolute() else w for w in sys.argv)
     alone = profiled(None, backend=Pretending(), ray=None)
     assert [key[1:] for key in keys(alone.builds)] == [key[1:] for key in keys(first)], "the same builds as without others"
     before = len(table.builds)
