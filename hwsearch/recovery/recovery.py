@@ -31,8 +31,8 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """That `auto` chooses from."""
 TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
 """Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
-LIFT = 2.0
-"""The rate of a training over that of the best trial: in a fraction of the steps a lower one is best."""
+LIFT = 1 / 3
+"""The rate of a training is that of the best trial, times how many times longer it is to this power: in few steps lower ones win."""
 TIMING_STEPS = 2
 """Steps by which it is found how many a time limit allows."""
 EPOCHS, CALIBRATION_EPOCHS = 2, 30
@@ -316,11 +316,11 @@ class Recovery:
         if own.rate is not None:
             return steps, own.rate
         each = min(max(LEAST_TRIAL, math.ceil(TRIAL * steps)), MOST_TRIAL, max(1, steps // (2 * len(RATES))))
-        rate = self._rate(student, each)
+        rate = (steps / each) ** LIFT * self._rate(student, each)
         return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
 
     def _rate(self, student: Student, steps: int) -> float:
-        """`LIFT` times that whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
+        """That whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
         found: list[tuple[float, float]] = []
         self.progress.start(len(RATES), "finding the learning rate")
         for rate in RATES:
@@ -334,7 +334,7 @@ class Recovery:
                 f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
                 "batches"
             )
-        return -LIFT * min(found)[1]
+        return -min(found)[1]
 
     def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
         """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""
