@@ -114,8 +114,8 @@ def profile(
         lock_clocks: Hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
         energy: Also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is read where there is one.
         trace: JSON file for the seconds of this call by what was done, also where it ends in an error.
-        ray: Address of a Ray cluster (`auto` or `HOST:PORT`), all of whose machines of one kind profile at the same time, each with
-            a seed of its own, and fill one table. The task must have been loaded by its name. None for this machine alone.
+        ray: Address of a Ray cluster (`auto` or `HOST:PORT`) whose machines of one kind all profile at once, each with a seed of its
+            own, and fill one table, of a task that was loaded by its name. None for this machine alone.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -128,11 +128,9 @@ def profile(
     """
     axes, runtime = check_axes(axes), backends.get(backend)
     if ray is not None:
-        if trace is not None:
-            raise InvalidInput("a trace is of one machine, and several profile; `hwsearch table show` has the sums of all")
         options = {
             "backend": backend, "threads": threads, "base": base, "batch": batch, "time_limit_s": time_limit_s, "mode": mode,
-            "axes": axes, "builds": builds, "load": load, "shape": shape, "lock_clocks": lock_clocks, "energy": energy,
+            "axes": axes, "builds": builds, "load": load, "shape": shape, "lock_clocks": lock_clocks, "energy": energy, "trace": trace,
         }  # fmt: skip
         return profile_on_machines(ray, task, out, profile, options, seed=seed, prior=prior, progress=progress)
     if shape is not None and shape != ():

@@ -53,11 +53,13 @@ def profile_on_machines(
         seed: Of the first machine's builds; the others' are the next ones.
 
     Raises:
-        InvalidInput: The mode is not `context`, the only one whose tables are merged.
+        InvalidInput: The mode is not `context`, the only one whose tables are merged, or a trace is asked for.
         IncompatibleTables: `out` is of something else.
         HwsearchError: No machine measured as much as a table needs, or as `joined`.
     """
     progress = progress or Progress.silent()
+    if options["trace"] is not None:
+        raise InvalidInput("a trace is of one machine, and several profile; `hwsearch table show` has the sums of all")
     if options["mode"] != Mode.CONTEXT:
         raise InvalidInput(f"tables of mode {options['mode']} cannot be merged: with several machines, give mode context")
     with ExitStack() as stack:
