@@ -68,27 +68,12 @@ MOST_RECOVERY = 0.9
 
 
 def profile(
-    task: Task,
-    *,
-    out: str | Path | None = None,
-    backend: str | Backend = "openvino",
-    threads: int = 1,
-    base: str | None = None,
-    batch: int | None = None,
-    time_limit_s: float = 600.0,
-    mode: str = "context",
-    axes: Sequence[str] = AXES,
-    seed: int = 0,
-    builds: int | None = None,
-    load: int = 0,
-    shape: Shapes | None = None,
-    prior: Sequence[LatencyTable | str | Path] = (),
-    lock_clocks: bool = False,
-    energy: bool = False,
-    trace: str | Path | None = None,
-    ray: str | None = None,
+    task: Task, *, out: str | Path | None = None, backend: str | Backend = "openvino", threads: int = 1, base: str | None = None,
+    batch: int | None = None, time_limit_s: float = 600.0, mode: str = "context", axes: Sequence[str] = AXES, seed: int = 0,
+    builds: int | None = None, load: int = 0, shape: Shapes | None = None, prior: Sequence[LatencyTable | str | Path] = (),
+    lock_clocks: bool = False, energy: bool = False, trace: str | Path | None = None, ray: str | None = None,
     progress: Progress | None = None,
-) -> LatencyTable:
+) -> LatencyTable:  # fmt: skip
     """Measure the latency table of a task on this device, or go on with the one at `out`.
 
     A file at `out` of the same model under other options, or at another input shape, gets a section more.
@@ -114,7 +99,7 @@ def profile(
         lock_clocks: Hold the GPU's clock while measuring (needs root; undone afterwards): the table is of that clock.
         energy: Also read a GPU's counter of energy, for which each engine runs 6 s more; a CPU's is read where there is one.
         trace: JSON file for the seconds of this call by what was done, also where it ends in an error.
-        ray: Address of a Ray cluster (`auto` or `HOST:PORT`) whose machines of one kind all profile at once, each with a seed of its
+        ray: Address of a Ray cluster, `auto` or `HOST:PORT`: its machines of one kind all profile at once, each with a seed of its
             own, and fill one table, of a task that was loaded by its name. None for this machine alone.
         progress: Shows how far it is; None shows nothing.
 
@@ -128,11 +113,11 @@ def profile(
     """
     axes, runtime = check_axes(axes), backends.get(backend)
     if ray is not None:
-        options = {
-            "backend": backend, "threads": threads, "base": base, "batch": batch, "time_limit_s": time_limit_s, "mode": mode,
-            "axes": axes, "builds": builds, "load": load, "shape": shape, "lock_clocks": lock_clocks, "energy": energy, "trace": trace,
-        }  # fmt: skip
-        return profile_on_machines(ray, task, out, profile, options, seed=seed, prior=prior, progress=progress)
+        each = partial(
+            profile, backend=backend, threads=threads, base=base, batch=batch, time_limit_s=time_limit_s, axes=axes, builds=builds,
+            load=load, shape=shape, lock_clocks=lock_clocks, energy=energy,
+        )  # fmt: skip
+        return profile_on_machines(ray, task, out, each, mode=mode, trace=trace, seed=seed, prior=prior, progress=progress)
     if shape is not None and shape != ():
         task = reshaped(task, shape)
         own = example_shapes(task)[0][0]

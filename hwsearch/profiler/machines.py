@@ -11,14 +11,14 @@ import json
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hwsearch import backends
-from hwsearch.backends.base import Backend
 from hwsearch.device.fingerprint import fingerprint_for
 from hwsearch.device.lock import lock_path
 from hwsearch.engine.workers import enter, joined, place_of_work
@@ -32,6 +32,8 @@ from hwsearch.table.merging import apart, merged
 from hwsearch.table.table import LatencyTable
 from hwsearch.task import Task
 
+Measure = partial[LatencyTable]
+"""`hwsearch.api.profile` with its options."""
 POLL_S = 5.0
 """From one look at what the machines have measured to the next."""
 ANSWER_S = 60.0
@@ -39,7 +41,7 @@ ANSWER_S = 60.0
 
 
 def profile_on_machines(
-    address: str, task: Task, out: str | Path | None, measure: Callable[..., LatencyTable], options: Mapping[str, Any], *,
+    address: str, task: Task, out: str | Path | None, measure: Measure, *, mode: str = "context", trace: str | Path | None = None,
     seed: int = 0, prior: Sequence[LatencyTable | str | Path] = (), progress: Progress | None = None,
 ) -> LatencyTable:  # fmt: skip
     """The table at `out`, filled by all machines of a cluster that are of the kind of the first.
@@ -49,7 +51,7 @@ def profile_on_machines(
 
     Args:
         address: As for `engine.workers.joined`.
-        measure: `hwsearch.api.profile`, which each machine calls with the options.
+        measure: `hwsearch.api.profile` with its options, which each machine calls.
         seed: Of the first machine's builds; the others' are the next ones.
 
     Raises:
@@ -58,10 +60,10 @@ def profile_on_machines(
         HwsearchError: No machine measured as much as a table needs, or as `joined`.
     """
     progress = progress or Progress.silent()
-    if options["trace"] is not None:
+    if trace is not None:
         raise InvalidInput("a trace is of one machine, and several profile; `hwsearch table show` has the sums of all")
-    if options["mode"] != Mode.CONTEXT:
-        raise InvalidInput(f"tables of mode {options['mode']} cannot be merged: with several machines, give mode context")
+    if mode != Mode.CONTEXT:
+        raise InvalidInput(f"tables of mode {mode} cannot be merged: with several machines, give mode context")
     with ExitStack() as stack:
         if out is not None:
             stack.enter_context(lock_path(Path(out), say=progress.say))
@@ -69,8 +71,8 @@ def profile_on_machines(
         make_folder(folder)
         ray = stack.enter_context(joined(address, task))
         group = _Group(ray, progress, folder, None if out is None else Path(out))
-        group.gather(options["backend"])
-        group.begin(task.spec, measure, options, seed, [_bytes_of(table) for table in prior])
+        group.gather(measure)
+        group.begin(task.spec, measure, seed, [_bytes_of(table) for table in prior])
         try:
             progress.start(None, f"profile on {len(group.machines)} machines")
             group.follow()
@@ -103,7 +105,7 @@ class _Group:
         self._errors: list[HwsearchError] = []
         self._refused: dict[str, str] = {}
 
-    def gather(self, backend: str | Backend) -> None:
+    def gather(self, measure: Measure) -> None:
         """Find the machines of one kind, the first one first. Raises HwsearchError where there is none."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -115,7 +117,7 @@ class _Group:
                 num_cpus=node["Resources"]["CPU"], max_concurrency=2,  # nothing else runs there meanwhile
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             ).remote(place_of_work())  # fmt: skip
-            asked.append((node["NodeManagerHostname"], worker, worker.look.remote(backend)))
+            asked.append((node["NodeManagerHostname"], worker, worker.look.remote(measure)))
         for host, worker, ref in asked:
             told = self._answer(host, ref, ANSWER_S)
             if told is None:
@@ -153,13 +155,11 @@ class _Group:
                 self._ray.kill(member.worker)
                 self.machines = [m for m in self.machines if m is not member]
 
-    def begin(
-        self, spec: str, measure: Callable[..., LatencyTable], options: Mapping[str, Any], seed: int, prior: Sequence[bytes]
-    ) -> None:
+    def begin(self, spec: str, measure: Measure, seed: int, prior: Sequence[bytes]) -> None:
         """Let every machine profile."""
         for number, member in enumerate(self.machines):
             before = member.file.read_bytes() if member.file.exists() else b""
-            ref = member.worker.profile.remote(measure, spec, before, list(prior), {**options, "seed": seed + number})
+            ref = member.worker.profile.remote(measure, spec, before, list(prior), seed + number)
             self._running[ref] = member
 
     def follow(self) -> None:
@@ -268,14 +268,14 @@ class _Machine:
         self._folder = Path(tempfile.mkdtemp(prefix="hwsearch-"))
         self._file = self._folder / "table.parquet"
 
-    def look(self, backend: str | Backend) -> dict[str, Any]:
-        """What this machine is."""
-        runtime = backends.get(backend)
+    def look(self, measure: Measure) -> dict[str, Any]:
+        """What this machine is, by the backend that is to be measured with."""
+        runtime = backends.get(measure.keywords["backend"])
         name = getattr(runtime, "machine", "") or platform.node()
         return {"machine": name, "device": fingerprint_for(runtime).to_json(), "versions": dict(runtime.versions())}
 
     def profile(
-        self, measure: Callable[..., LatencyTable], spec: str, before: bytes, prior: Sequence[bytes], options: Mapping[str, Any]
+        self, measure: Measure, spec: str, before: bytes, prior: Sequence[bytes], seed: int
     ) -> None:
         """Measure; `measured` tells what there is. before: what this machine measured in an earlier command."""
         if before:
@@ -284,7 +284,7 @@ class _Machine:
         for number, data in enumerate(prior):
             files.append(self._folder / f"prior{number}.parquet")
             write_bytes(files[-1], data)
-        measure(load(spec), out=self._file, prior=files, **options)
+        measure(load(spec), out=self._file, prior=files, seed=seed)
 
     def measured(self, stamp: int) -> tuple[int, bytes]:
         """(the state of the table's file, its bytes); none where it is the state that was handed over."""

@@ -32,7 +32,7 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
 """Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
 LIFT = 1 / 3
-"""The rate of a training is that of the best trial times this power of how many times longer it is: lower rates win short trials."""
+"""The rate of a training is that of the best trial times this power of how many times longer it is: low rates win short trials."""
 TIMING_STEPS = 2
 """Steps by which it is found how many a time limit allows."""
 EPOCHS, CALIBRATION_EPOCHS = 2, 30
