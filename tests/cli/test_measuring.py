@@ -28,7 +28,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "profile zoo:x -o t.parquet --backend onnxruntime --threads 2 --base fp32 --batch 8 --time-limit 1h"
     )
     words += " --mode sandwiched --axes precision --load 2 --seed 3 --prior a.parquet --prior b.parquet"
-    words += " --shape 2x3x8x8 --shape ids=2x5 --lock-clocks --energy --trace time.json"
+    words += " --shape 2x3x8x8 --shape ids=2x5 --lock-clocks --energy --trace time.json --ray auto"
     result = invoke(*words.split())
     assert (result.exit_code, result.stdout) == (0, "a table of 24 builds\n")
     assert "[1/2] profiling: one" in result.stderr
@@ -37,7 +37,7 @@ def test_profile_passes_on_everything(api: Install) -> None:
         "task": "task zoo:x", "out": Path("t.parquet"), "backend": "onnxruntime", "threads": 2, "base": "fp32",
         "batch": 8, "time_limit_s": 3600.0, "mode": "sandwiched", "axes": ["precision"], "load": 2, "seed": 3,
         "prior": [Path("a.parquet"), Path("b.parquet")], "shape": ["2x3x8x8", "ids=2x5"], "lock_clocks": True,
-        "energy": True, "trace": Path("time.json"),
+        "energy": True, "trace": Path("time.json"), "ray": "auto",
     }  # fmt: skip
     assert json.loads(invoke(*words.split(), "--json").stdout) == {"backend": "openvino"}
 
@@ -50,7 +50,7 @@ def test_profile_defaults(api: Install) -> None:
     assert seen == {
         "out": Path("t"), "backend": "openvino", "threads": 1, "base": None, "batch": None, "time_limit_s": 600.0,
         "mode": "context", "axes": ["width", "precision"], "load": 0, "seed": 0, "prior": (),
-        "shape": None, "lock_clocks": False, "energy": False, "trace": None,
+        "shape": None, "lock_clocks": False, "energy": False, "trace": None, "ray": None,
     }  # fmt: skip
 
 
