@@ -37,6 +37,8 @@ MOST_SCORING = 0.3
 """Of it, the share for sensitivities, where that is enough for a batch of samples."""
 WINDOWS = 2.5
 """Windows in which an answer is likely to be measured again, beside the dense network: two or three."""
+FEW = 20
+"""Builds of a profile; after fewer, answers keep so far below the budget that one window decides."""
 ROUNDS = 2
 """Rounds that the closed loop is left time for: where the first answer misses its budgets, the next knows by how much."""
 
@@ -101,12 +103,16 @@ class Allowance:
         builds = table.builds if table else ()
         build_s = float(np.median([b.build_s for b in builds])) if builds else 0.0
         answers = 1 if self.samples else rounds
-        engines = uniforms + self.samples + answers * (1 + 2 * WINDOWS)
+        engines = uniforms + self.samples + answers * (1 + 2 * (WINDOWS if len(builds) >= FEW else 1))
         networks = answers + self.samples
         refits = networks * len(self.setup.network.units)
         reference_s = 0.0 if self.reference.compiled else INSTANCES * build_s
-        each_s = float(np.clip(self.limit.left_s / SHARE, SHORTEST_S, VERIFY.limit_s))
-        return reference_s + engines * (each_s + build_s) + networks * self._score_s(table) + refits * self.refit_s
+        others_s = reference_s + engines * build_s + networks * self._score_s(table) + refits * self.refit_s
+        each_s = VERIFY.limit_s
+        for _ in range(5):  # by the time that is left when the loop begins, which may be what it takes itself
+            left_s = min(self.limit.left_s, others_s + engines * each_s)
+            each_s = float(np.clip(left_s / SHARE, SHORTEST_S, VERIFY.limit_s))
+        return others_s + engines * each_s
 
     def _score_s(self, table: LatencyTable | None) -> float:
         """To score an engine: no slower than the reference, nor than the module."""
