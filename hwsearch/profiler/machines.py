@@ -12,7 +12,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def profile_on_machines(
         seed: Of the first machine's builds; the others' are the next ones.
 
     Raises:
-        InvalidInput: The mode is not `context`, the only one whose tables are merged, or a trace is asked for.
+        InvalidInput: The mode is not `context`, as others are not merged, a trace is asked for, or `out` has other options.
         IncompatibleTables: `out` is of something else.
         HwsearchError: No machine measured as much as a table needs, or as `joined`.
     """
@@ -176,8 +176,7 @@ class _Group:
     def end(self) -> None:
         """Stop the machines."""
         for member in self.machines:
-            with suppress(Exception):  # one that is dead already
-                self._ray.kill(member.worker)
+            self._ray.kill(member.worker)
 
     def _take_over(self, member: _Member) -> bool:
         """Write what a machine has measured by now into its file; whether there is more than before."""
@@ -187,7 +186,14 @@ class _Group:
             return False
         if not data:
             return False
-        write_bytes(member.file, data)
+        new = member.file.with_suffix(".new")
+        write_bytes(new, data)
+        if len(LatencyTable.sections(new)) > 1:
+            new.unlink()
+            raise InvalidInput(
+                f"{self._out} is of other options or input shapes; with several machines, give each table a file of its own"
+            )
+        new.replace(member.file)
         member.stamp = stamp
         return True
 
@@ -219,14 +225,14 @@ class _Group:
                 continue
             table = LatencyTable.load(member.file)
             member.builds = len(table.builds)
-            with suppress(InvalidInput):
-                table.find(Role.DENSE)
-                try:
-                    every = merged([*accepted, (member.name, table)])
-                    accepted.append((member.name, table))
-                    self._refused.pop(member.name, None)
-                except IncompatibleTables as error:
-                    self._refused[member.name] = f"{error}; its own table is {member.file}"
+            if all(b.role != Role.DENSE for b in table.builds):
+                continue
+            try:
+                every = merged([*accepted, (member.name, table)])
+                accepted.append((member.name, table))
+                self._refused.pop(member.name, None)
+            except IncompatibleTables as error:
+                self._refused[member.name] = f"{error}; its own table is {member.file}"
         return every
 
     def _keep(self) -> None:

@@ -114,6 +114,10 @@ def test_machines_of_one_kind_fill_one_table(add: Any, tmp_path: Path) -> None:
     assert more.machines == table.machines
     assert before < len(more.builds) <= before + 12, "it went on with what each machine had"
     assert keys(more.builds[: len(first)]) == keys(first)
+    with pytest.raises(InvalidInput, match="give each table a file of its own"):
+        profiled(out, threads=2)
+    assert keys(LatencyTable.load(out).builds) == keys(more.builds)
+    assert all(len(LatencyTable.sections(f)) == 1 for f in (tmp_path / "all.parquet.machines").iterdir())
 
 
 @pytest.mark.slow
