@@ -54,7 +54,7 @@ from hwsearch.profiler.transfer import comparable
 from hwsearch.progress import Progress, spoken
 from hwsearch.recovery.gradients import DENSE
 from hwsearch.recovery.processes import launched
-from hwsearch.recovery.recovery import BATCHNORM, SCALES, Options, Recovered, Recovery
+from hwsearch.recovery.recovery import BATCHNORM, SCALES, SCHEMES, Options, Recovered, Recovery
 from hwsearch.schemes import Allocate, Compose, Scheme
 from hwsearch.table.header import Mode
 from hwsearch.table.section import Shapes
@@ -404,14 +404,15 @@ def run(
 
 def bayes(
     task: Task, scheme: Scheme | str, out: str | Path, *,
-    floor: str | float, minimize: str = "size", samples: int = SAMPLES, backend: str | Backend = "openvino", threads: int = 1,
-    batch: int | None = None, seed: int = 0, progress: Progress | None = None,
+    floor: str | float, minimize: str = "size", samples: int = SAMPLES, recover: str | None = None,
+    backend: str | Backend = "openvino", threads: int = 1, batch: int | None = None, seed: int = 0,
+    progress: Progress | None = None,
 ) -> Tuned:  # fmt: skip
     """Find the free numbers of a scheme: the network of least cost whose measured score holds a floor, in at most ten samples.
 
     Stage one finds where the score falls below the floor, stage two the least cost within it; the dense network is known without a
     sample, and is the answer where nothing cheaper holds. Samples are scored by the task's `validate`, or by agreement with the
-    dense network; `evaluate` scores the answer alone. Nothing is trained.
+    dense network; `evaluate` scores the answer alone. With `recover` each sample is trained before it is measured.
 
     Leaves model.onnx, report.json, bayes.png, run.log and a folder for each sample in `out`. Another call there uses the samples
     again, with another floor as well, where the network, the data, the device and the weights that the scheme makes are the same.
@@ -423,10 +424,12 @@ def bayes(
         floor: Least score of the answer: `99%` of the dense score, `-0.5pt` or `0.93`.
         minimize: The cost that is least: `size` (of the packed weights, computed), `latency` (measured) or `macs`.
         samples: How many networks are measured at most for this floor and cost, in all calls, with those that fail.
+        recover: How each sample is trained: `lc:steps=12`, `mask:epochs=2`, `mask:5m,lr=1e-3`, or epochs (`2`) or a duration
+            (`5m`) alone; None trains nothing. Answers of `Allocate` are trained as by `recover`, and may have its methods.
         backend: Name of a backend, or a backend.
         threads: Inference threads.
         batch: Batch size; None for that of the example inputs.
-        seed: Of the fits.
+        seed: Of the fits, and of the training.
         progress: Shows how far it is; None shows nothing.
 
     Returns:
@@ -435,10 +438,12 @@ def bayes(
     Raises:
         BudgetMissed: The final score does not hold the floor; the answer is left in `out`.
         BackendUnavailable: scikit-optimize is not installed (`pip install 'hwsearch[bayes]'`), or the runtime is not.
-        InvalidInput: The scheme or an option is not what it must be, or the dense network does not hold the floor.
+        InvalidInput: The scheme or an option is not what it must be, the scheme cannot be trained, or the dense network does not
+            hold the floor.
     """
     surrogate.require()
     scheme = _scheme(scheme)
+    training = None if recover is None else _training(recover, scheme)
     goal = Goal.of(floor, minimize, samples)
     assert goal is not None
     if goal.minimize not in OBJECTIVES:
@@ -447,7 +452,18 @@ def bayes(
     with _alone_in(folder, progress), lock(fingerprint_for(runtime).id, say=progress.say):
         progress.plan({})
         setup = set_up(task, runtime, threads=threads, base="fp32", batch=batch)
-        return tune(Session(setup), scheme, goal, folder, seed=seed, progress=progress)
+        return tune(Session(setup), scheme, goal, folder, training=training, seed=seed, progress=progress)
+
+
+def _training(recover: str, scheme: Scheme) -> Options:
+    """How samples of a scheme are trained."""
+    allocates = _allocates(scheme)
+    options = Options.parse(recover, Options.method if allocates else SCHEMES[0])
+    if not allocates and options.method not in SCHEMES:
+        raise InvalidInput(
+            f"--recover {recover}: {options.method} trains allocations, and a scheme is trained by {' or '.join(SCHEMES)}"
+        )
+    return options
 
 
 def _scheme(scheme: Scheme | str) -> Scheme:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
 class Progress:
@@ -263,6 +266,17 @@ def spoken(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def seconds_of(duration: str) -> float:
+    """Seconds of `90s`, `10m`, `1h`, `1h30m` or `90`. Raises ValueError."""
+    match = _DURATION.fullmatch(duration.strip().lower().replace(" ", ""))
+    total = 0.0
+    if match:
+        total = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True))
+    if total <= 0:
+        raise ValueError(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
+    return total
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -193,20 +192,14 @@ Scales = Annotated[
     typer.Option(help="Of int8 weights in a training: those of the refitted ones, or learned with them."),
 ]
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
-
-
 def seconds(duration: str) -> float:
     """Seconds of `90s`, `10m`, `1h`, `1h30m` or `90`. Raises InvalidInput."""
-    match = _DURATION.fullmatch(duration.strip().lower().replace(" ", ""))
-    total = (
-        sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True))
-        if match
-        else 0.0
-    )
-    if total <= 0:
-        raise InvalidInput(f"{duration!r} is no duration; expected for instance 90s, 10m, 1h or 1h30m")
-    return total
+    from hwsearch.progress import seconds_of
+
+    try:
+        return seconds_of(duration)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
 
 
 def require_output(output: Path | None, as_json: bool) -> None:

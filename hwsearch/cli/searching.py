@@ -145,6 +145,14 @@ def bayes(
         typer.Option(help="The cost that is least: packed bytes (computed), latency (measured) or multiply-accumulates."),
     ] = "size",
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Networks that are measured at most, failures included.")] = 10,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Train each sample before it is measured: `lc:steps=12`, `mask:epochs=2`, `mask:5m,lr=1e-3`, or epochs (`2`) or a "
+            "duration (`5m`) alone.",
+        ),
+    ] = None,
     backend: Backend = "openvino",
     threads: Threads = 1,
     batch: Batch = None,
@@ -163,8 +171,8 @@ def bayes(
     try:
         with Progress(quiet=quiet) as progress:
             found = hs.bayes(
-                hs.load(task), scheme, out, floor=floor, minimize=minimize, samples=samples, backend=backend, threads=threads,
-                batch=batch, seed=seed, progress=progress,
+                hs.load(task), scheme, out, floor=floor, minimize=minimize, samples=samples, recover=recover,
+                backend=backend, threads=threads, batch=batch, seed=seed, progress=progress,
             )  # fmt: skip
     except BudgetMissed as error:
         show.tuned(cast("Tuned", error.nearest), as_json, out)

@@ -7,7 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -174,6 +174,7 @@ class KnobSample(Scored):
         weights: Digest of its weights: of a scheme that has changed it is another.
         bytes: `nonzero`, `packed`, and of the ONNX `file`.
         reference_ns: Time of the dense network that times are on the scale of.
+        training: Of a sample that was trained, how: steps, rate, seconds, and held-out losses.
     """
 
     number: int
@@ -182,17 +183,22 @@ class KnobSample(Scored):
     weights: str
     bytes: Mapping[str, int]
     reference_ns: float
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For its file, and for reports."""
+        training = {"training": dict(self.training)} if self.training else {}
         return {
             "number": self.number, "goal": self.goal, "values": dict(self.values), **super().to_json(), "bytes": dict(self.bytes),
-            "weights": self.weights, "reference_ns": self.reference_ns,
+            "weights": self.weights, "reference_ns": self.reference_ns, **training,
         }  # fmt: skip
 
 
 class KnobSamples(Kept[KnobSample]):
-    """A folder for each: `KEY/sample.json`, and `KEY/weights.safetensors`, the state of the compressed module."""
+    """A folder for each: `KEY/sample.json`, and `KEY/weights.safetensors`, the state of the compressed module.
+
+    Of one that was trained also `KEY/trained.safetensors`, which training leaves, and keeps its state beside until it is done.
+    """
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         return ((p.parent.name, p) for p in sorted(self.folder.glob("*/sample.json")))
@@ -200,8 +206,13 @@ class KnobSamples(Kept[KnobSample]):
     def _load(self, content: Mapping[str, Any], path: Path) -> KnobSample:
         return KnobSample(
             number=int(content["number"]), goal=content["goal"], values=content["values"], weights=content["weights"],
-            bytes=content["bytes"], reference_ns=float(content["reference_ns"]), **Scored.fields(content),
+            bytes=content["bytes"], reference_ns=float(content["reference_ns"]), training=content.get("training", {}),
+            **Scored.fields(content),
         )  # fmt: skip
+
+    def trained(self, values: Mapping[str, float], weights: str) -> Path:
+        """File of the trained weights. weights: digest of the untrained ones."""
+        return self.folder / self._key(values, weights) / "trained.safetensors"
 
     def add(self, sample: KnobSample, model: torch.nn.Module | None) -> None:
         """Keep a sample with the weights of its module, None where it has none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ import torch
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.costs import Costs
-from hwsearch.deployment.deploy import metadata_of, of_allocation, parse_variants, with_weights
+from hwsearch.compress.widths import Kept
+from hwsearch.deployment.deploy import kept_of, metadata_of, of_allocation, parse_variants, with_weights
 from hwsearch.deployment.session import Job, Measured, Session
 from hwsearch.device import fingerprint as devices
 from hwsearch.engine.setup import Setup
@@ -44,11 +45,16 @@ from hwsearch.pipeline.samples import FOLDER, KnobSample, KnobSamples
 from hwsearch.pipeline.scorer import scorer_for
 from hwsearch.plot import plot_bayes
 from hwsearch.progress import Progress, spoken
+from hwsearch.recovery.coupling import Projection
+from hwsearch.recovery.objective import Objective
+from hwsearch.recovery.recovery import Options, Recovery
+from hwsearch.recovery.trained import Trained, put
+from hwsearch.recovery.training import Diverged
 from hwsearch.task import Task
 
 OBJECTIVES = ("size", "latency", "macs")
 COMPUTED = ("size", "macs")
-BASE, PICTURE = "fp32", "bayes.png"
+BASE, PICTURE, SEARCHING = "fp32", "bayes.png", "search for the numbers of the scheme"
 DRAWN = 41
 """Places of each knob that the posterior is reported at."""
 
@@ -70,6 +76,14 @@ class Footprint(Protocol):
         """Channels left of each group."""
 
 
+class Trainable(Projection, Protocol):
+    """What training leads weights to."""
+
+    @property
+    def kept(self) -> Kept:
+        """The slots of channel groups that stay."""
+
+
 class Compressed(Protocol):
     """What a scheme made of a task."""
 
@@ -82,6 +96,12 @@ class Compressed(Protocol):
     @property
     def allocation(self) -> Allocation | None:
         """By which the task is deployed, where a search chose it."""
+
+    def trainable(self) -> Trainable:
+        """For training. Raises InvalidInput where the scheme cannot be trained."""
+
+    def trained(self, lowering: Lowering) -> Compressed:
+        """The same with the weights that training left."""
 
 
 class Scheme(Protocol):
@@ -118,6 +138,7 @@ class Tuned:
         measured: Costs of the answer; the size is that of `Footprint.packed_bytes`, which is computed, and no file's.
         floor: As in the report of a run with a floor: `text`, `least`, `held`, `standard_errors`, the `search` and its `samples`.
         posterior: For pictures: `places` of each knob, and on their grid `mean` and `deviation` of the score; None for three knobs.
+        training: How each sample was trained, as it was asked for; empty where nothing was.
     """
 
     task: str
@@ -129,6 +150,7 @@ class Tuned:
     measured: Costs
     floor: dict[str, Any]
     posterior: dict[str, Any] | None
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def met(self) -> bool:
@@ -164,6 +186,7 @@ class Tuned:
             f"macs     {cost['macs']:,.0f}, dense {dense['macs']:,.0f}",
             f"search   least {own['minimized']}, {len(own['samples'])} sample(s) scored {search['says']}; there at least "
             f"{search['least']:.4f}, dense {search['dense']:.4f}",
+            *([f"trained  each sample, by {self.training['method']}"] if self.training else []),
             *map(_line, own["samples"]),
         ])  # fmt: skip
 
@@ -183,6 +206,9 @@ def _told(sample: Mapping[str, Any]) -> str:
         return f"{named(sample['values'])}: failed: {sample['failed']}"
     error = "" if sample["error"] is None else f" ± {sample['error']:.4f}"
     notes = ["holds" if sample["holds"] else "does not hold", *["the answer"] * sample["answer"], *["reused"] * sample["reused"]]
+    if own := sample.get("training"):
+        before, after = own["held_out"]["refitted"], own["held_out"]["recovered"]
+        notes.insert(0, f"trained in {spoken(own['seconds'])}, held-out loss {before:.3g} to {after:.3g}")
     costs = sample["costs"]
     return (
         f"{named(sample['values'])}: score {sample['score']:.4f}{error}, {costs['latency'] / 1e6:.4g} ms, "
@@ -190,10 +216,13 @@ def _told(sample: Mapping[str, Any]) -> str:
     )
 
 
-def tune(session: Session, scheme: Scheme, goal: Goal, folder: Path, *, seed: int = 0, progress: Progress) -> Tuned:
+def tune(
+    session: Session, scheme: Scheme, goal: Goal, folder: Path, *, training: Options | None = None, seed: int = 0,
+    progress: Progress,
+) -> Tuned:  # fmt: skip
     """Find, measure and leave in a folder the network of a scheme that costs least of those whose score holds a floor.
 
-    Leaves model.onnx, report.json, bayes.png and the folder samples.
+    Leaves model.onnx, report.json, bayes.png and the folder samples. training: of each sample; None trains nothing.
 
     Raises:
         BudgetMissed: The final score does not hold the floor; all is left in the folder.
@@ -207,9 +236,9 @@ def tune(session: Session, scheme: Scheme, goal: Goal, folder: Path, *, seed: in
             f"the scheme has {len(knobs)} free parameters{names}; a search is over one to {MOST_KNOBS}: leave as many as that free "
             "(`Free`), and bind the others"
         )
-    progress.start(None, "search for the numbers of the scheme")
+    progress.start(None, SEARCHING)
     try:
-        search = _Search(session, scheme, goal, folder, seed, progress)
+        search = _Search(session, scheme, goal, folder, training, seed, progress)
         search.run()
         found = search.answer()
     finally:
@@ -232,16 +261,20 @@ class _Search:
     """Places of the knobs, what these networks cost, and what they score."""
 
     def __init__(
-        self, session: Session, scheme: Scheme, goal: Goal, folder: Path, seed: int, progress: Progress
+        self, session: Session, scheme: Scheme, goal: Goal, folder: Path, training: Options | None, seed: int, progress: Progress
     ) -> None:
+        self.training, self.seed = training, seed
         self.session, self.setup, self.scheme, self.goal = session, session.setup, scheme, goal
         self.folder, self.progress, self.knobs = folder, progress, tuple(scheme.parameters)
         self.scorer = scorer_for(session, goal.floor)
         self.scale = max(self.scorer.allowed, 1e-3 * abs(self.scorer.dense), 1e-9)
         self.quick: dict[tuple[float, ...], Quick | None] = {}
         self._dense_outputs = [self._run(traced.graph, args, kwargs) for traced, args, kwargs in self.setup.lowering.comparable]
-        at_most = self._quick({k.name: k.high for k in self.knobs}, must=True)
+        highest = {k.name: k.high for k in self.knobs}
+        at_most = self._quick(highest, must=True)
         assert at_most is not None
+        if training is not None and (made := scheme(self.setup.lowering.task, **highest)).allocation is None:
+            made.trainable()  # raises where it cannot be trained
         self.dense = Costs(size=at_most.dense_bytes, macs=self.setup.network.macs)
         self.search = KnobSearch(
             self.knobs, self._prior(), free=at_most.dense, measured_cost=goal.minimize not in COMPUTED, seed=seed
@@ -257,7 +290,10 @@ class _Search:
 
     def _made_of(self) -> dict[str, Any]:
         """What has to be the same for a sample to be used again, beside its weights."""
-        return {**self.scorer.made_of(), "knobs": [[k.name, k.low, k.high, k.whole] for k in self.knobs]}
+        own = {**self.scorer.made_of(), "knobs": [[k.name, k.low, k.high, k.whole] for k in self.knobs]}
+        if self.training is not None:
+            own |= {"training": vars(self.training), "training data": Objective(self.setup.lowering).data_digest}
+        return own
 
     # ---- what needs no engine
 
@@ -336,16 +372,23 @@ class _Search:
     def _measure(self, values: Mapping[str, float]) -> KnobSample:
         """One sample: compressed, built, timed and scored; a failure is one too."""
         begun_s = self.session.limit.used_s
-        made, own = None, dict[str, Any]()
+        made, lowering, own = None, None, dict[str, Any]()
         try:
             made = self.scheme(self.setup.lowering.task, **values)
         except HwsearchError as problem:
             own = {"failed": str(problem)}
         if made is not None:
-            own = self._engine(made)
+            own["weights"] = weights_digest(made.task.model.state_dict().items())
+            if self.training is not None:
+                try:
+                    made, lowering, own["training"] = self._trained(made, self.samples.trained(values, own["weights"]))
+                except Diverged as problem:
+                    own["failed"] = str(problem)
+            if "failed" not in own:
+                own |= self._engine(made, lowering)
         fields: dict[str, Any] = {
             "number": 1 + max((s.number for s in self.done), default=0), "goal": self.asked, "values": dict(values),
-            "weights": "", "bytes": {},
+            "weights": "", "bytes": {}, "training": {},
             "score": None, "error": None, "costs": Costs(), "reference_ns": self.session.scale_ns,
             "seconds": self.session.limit.used_s - begun_s,
         }  # fmt: skip
@@ -353,11 +396,41 @@ class _Search:
         self.samples.add(sample, None if made is None else made.task.model)
         return sample
 
-    def _engine(self, made: Compressed) -> dict[str, Any]:
-        """What an engine of a compressed network costs and scores, as fields of its sample."""
-        left, job = made.footprint, self._job(made)
-        own: dict[str, Any] = {"weights": weights_digest(made.task.model.state_dict().items())}
-        own["bytes"] = {"nonzero": left.nonzero_bytes, "packed": left.packed_bytes}
+    def _trained(self, made: Compressed, path: Path) -> tuple[Compressed, Lowering, dict[str, Any]]:
+        """A network of the scheme, trained: (what it is then, the lowering with its weights, how it went).
+
+        path: of the file of weights; where it is there, training had come to its end.
+        """
+        recovery = self._recovery(made, path)
+        if path.is_file():
+            known = Trained.load(path)
+            lowering, told = put(recovery.whole, recovery.kept, recovery.variants, known, path), known.told
+        else:
+            done = recovery.run()
+            lowering, told = done.lowering, done.to_json()
+            self.progress.start(None, SEARCHING)
+        how = {k: told[k] for k in ("method", "rate", "steps", "seconds", "held_out", "best_step", "stopped")}
+        return made if made.allocation is not None else made.trained(lowering), lowering, how
+
+    def _recovery(self, made: Compressed, path: Path) -> Recovery:
+        assert self.training is not None
+        own = replace(self.training, seed=self.seed)
+        if made.allocation is not None:
+            setup = self._chosen(made.allocation)
+            refitted = with_weights(setup, made.allocation, None).lowering
+            return Recovery(
+                setup.lowering, refitted, kept_of(made.allocation, setup.network), parse_variants(made.allocation), own,
+                quantize_outputs=setup.backend.quantize_outputs, out=path, progress=self.progress,
+            )  # fmt: skip
+        whole, way = self.setup.lowering, made.trainable()
+        start = whole.narrow(way.kept) if way.kept else whole
+        variants = uniform(self.setup.network, BASE)
+        return Recovery(whole, start, way.kept, variants, own, out=path, progress=self.progress, projection=way)
+
+    def _engine(self, made: Compressed, lowering: Lowering | None) -> dict[str, Any]:
+        """What an engine of a compressed network costs and scores, as fields of its sample. lowering: of trained weights."""
+        left, job = made.footprint, self._job(made, lowering)
+        own: dict[str, Any] = {"bytes": {"nonzero": left.nonzero_bytes, "packed": left.packed_bytes}}
         try:
             measured = self.session.measure({"sample": job})["sample"]
         except BackendUnavailable as problem:
@@ -371,21 +444,27 @@ class _Search:
     def _costs(self, made: Compressed, measured: Measured) -> Costs:
         return replace(self._computed(made.footprint), latency=self.session.time_ns(measured))
 
-    def _job(self, made: Compressed) -> Job:
-        """The network as it is deployed: in fp32, or by the allocation that a search chose."""
+    def _job(self, made: Compressed, trained: Lowering | None) -> Job:
+        """The network as it is deployed: in fp32, or by the allocation that a search chose. trained: with weights of training."""
         own = self.setup.lowering
         if made.allocation is None:
             lowering = Lowering(made.task, own.batch, int8_bits=own.int8_bits, unsigned=own.unsigned)
             return self._in_fp32(replace(self.setup, lowering=lowering))
         chosen = made.allocation
-        setup = of_allocation(own.task, chosen, self.setup.backend, self.setup.options.threads)
+        setup, base = self._chosen(chosen), str(chosen.options["base"])
+        setup = with_weights(setup, chosen, None) if trained is None else replace(setup, lowering=trained)
+        return Job(parse_variants(chosen), base, metadata_of(chosen, base), setup)
+
+    def _chosen(self, allocation: Allocation) -> Setup:
+        """The setup that an allocation was searched for. Raises InvalidInput where it is of another batch size."""
+        own = self.setup.lowering
+        setup = of_allocation(own.task, allocation, self.setup.backend, self.setup.options.threads)
         if setup.lowering.batch != own.batch:
             raise InvalidInput(
                 f"the tables of Allocate are of batch {setup.lowering.batch}, and this search is of batch {own.batch}: give "
                 f"--batch {setup.lowering.batch}"
             )
-        base = str(chosen.options["base"])
-        return Job(parse_variants(chosen), base, metadata_of(chosen, base), with_weights(setup, chosen, None))
+        return setup
 
     def _in_fp32(self, setup: Setup) -> Job:
         metadata = {
@@ -400,8 +479,8 @@ class _Search:
         """The cheapest that holds the floor, built anew, left as model.onnx, and scored by `evaluate`."""
         holding = [s for s in self.done if s.spare(self.scorer) >= 0 and self._share(s) < 1.0]
         best = min(holding, key=self._share, default=None)
-        made = None if best is None else self.scheme(self.setup.lowering.task, **best.values)
-        job = self._in_fp32(self.setup) if made is None else self._job(made)
+        made, lowering = (None, None) if best is None else self._made(best)
+        job = self._in_fp32(self.setup) if made is None else self._job(made, lowering)
         assert job.setup is not None
         measured = self.session.measure({"answer": job})["answer"]
         if measured.build.wrong:
@@ -415,8 +494,15 @@ class _Search:
             task=self.setup.lowering.task.name, backend=self.setup.backend.name,
             device=devices.fingerprint_for(self.setup.backend).to_json(), values=None if best is None else dict(best.values),
             score=score, dense=dense, measured=costs, floor={**floor, "samples": [self._json(s, best) for s in self.done]},
-            posterior=self._posterior(),
+            posterior=self._posterior(), training={} if self.training is None else vars(self.training),
         )  # fmt: skip
+
+    def _made(self, sample: KnobSample) -> tuple[Compressed, Lowering | None]:
+        """The network of a sample again, with the weights that training left."""
+        made = self.scheme(self.setup.lowering.task, **sample.values)
+        if self.training is None:
+            return made, None
+        return self._trained(made, self.samples.trained(sample.values, sample.weights))[:2]
 
     def _json(self, sample: KnobSample, answer: KnobSample | None) -> dict[str, Any]:
         return {

@@ -10,23 +10,38 @@ first and bring what reads the removed channels to exact zero; then channels are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from hwsearch.compress.patterns import nm_mask
 from hwsearch.compress.widths import Kept
-from hwsearch.recovery.student import Student
+from hwsearch.recovery.student import CPU, Student, moved
 
 METHODS = ("ste", "mask", "lc", "srste", "shrink", "halfspace")
 PULL = 2e-4
 """Of `srste`: the paper's, for any network."""
 HALF_SPACE, LAMBDA = 0.0, 1e-3
 """Of `halfspace`: how far beyond a right angle a step has to turn a group for it to become zero, and the penalty's weight."""
-PASSES, MU, GROWTH = 12, 0.05, 1.4
-"""Of `lc`: C steps, and the penalty at the first and its growth, so that it ends near twice the mean curvature."""
+PASSES, MU, LAST_MU = 12, 0.05, 2.0
+"""Of `lc`: C steps, and the penalty at the first and at the last of them, in units of the mean curvature."""
+
+
+class Projection(Protocol):
+    """What is allowed beside widths: weights of layers that are led to it, by the names of units."""
+
+    @property
+    def units(self) -> Sequence[str]:
+        """Units whose weights it changes."""
+
+    def __call__(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The nearest allowed weight of each of `units`."""
+
+    def supports(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Which weights may be other than zero, of units where not all may; shapes as of the weights."""
 
 
 class Coupling:
@@ -122,28 +137,89 @@ class Lagrangian:
         self.mu *= growth
 
 
-class LearningCompression(Coupling):
-    """`lc`: mu is in units of the mean curvature, for which the mean diagonal of the Fisher matrix stands."""
+class Rounded:
+    """The projection of an allocation: weights rounded as units store them."""
 
     def __init__(self, student: Student) -> None:
+        self.student, paths = student, student.lowering.traced.paths
+        self.units = [u for u, v in student.variants.items() if not v.plain and paths[u][0] in student.home]
+
+    def __call__(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {unit: self.student.rounded_weight(unit, weights[unit]) for unit in self.units}
+
+    def supports(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """None: weights of a pattern are free between its C steps."""
+        return {}
+
+
+class Projecting(Coupling):
+    """`mask` for a projection: free weights on a fixed support; what is judged and deployed are projected ones."""
+
+    def __init__(self, student: Student, projection: Projection, *, fixed: bool = True) -> None:
         super().__init__(student)
+        self.projection = projection
+        paths = student.lowering.traced.paths
+        self.homes = {unit: student.home[str(paths[unit][0])] for unit in projection.units}
         self.supports = {}
-        self.homes = {
-            student.home[path]: unit
-            for unit, variant in student.variants.items()
-            if not variant.plain and (path := student.lowering.traced.paths[unit][0]) in student.home
-        }
+        if fixed:
+            self.supports = {self.homes[u]: moved(m, student.device) for u, m in projection.supports(self._here()).items()}
+            with torch.no_grad():
+                for home, mask in self.supports.items():
+                    student.tensors[home].mul_(mask)
+
+    def _here(self) -> dict[str, torch.Tensor]:
+        return {unit: moved(self.student.tensors[home].detach(), CPU) for unit, home in self.homes.items()}
+
+    def _project(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By homes, of what is given by homes."""
+        found = self.projection({unit: moved(weights[home], CPU) for unit, home in self.homes.items()})
+        return {self.homes[unit]: moved(weight, self.student.device) for unit, weight in found.items()}
+
+    def _free(self) -> dict[str, torch.Tensor]:
+        return {home: self.student.tensors[home].detach() for home in self.homes.values()}
+
+    def allowed(self) -> dict[str, torch.Tensor]:
+        """The projected weights, by homes."""
+        return self._project(self._free())
+
+    @contextmanager
+    def _in_place(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        own = {home: self.student.tensors[home].detach().clone() for home in tensors}
+        try:
+            with torch.no_grad():
+                for home, value in tensors.items():
+                    self.student.tensors[home].copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for home, value in own.items():
+                    self.student.tensors[home].copy_(value)
+
+    def answer(self) -> dict[str, torch.Tensor]:
+        allowed, units = self.allowed(), {home: unit for unit, home in self.homes.items()}
+        with self._in_place(allowed):
+            found = self.student.answer()
+        return found | {h: t.clone() for h, t in allowed.items() if units[h] not in self.student.norms}
+
+
+class LearningCompression(Projecting):
+    """`lc`: mu is in units of the mean curvature, for which the mean diagonal of the Fisher matrix stands.
+
+    passes: C steps. Weights are free from the first step on, those of the dense network where a scheme is trained.
+    """
+
+    def __init__(self, student: Student, projection: Projection, passes: int = PASSES) -> None:
+        super().__init__(student, projection, fixed=False)
+        self.passes = passes
+        self.growth = (LAST_MU / MU) ** (1 / max(1, passes - 1))
         self.curvature, self.seen = 0.0, 0
         self.bound = Lagrangian(self._free(), self._project, MU)
 
-    def _free(self) -> dict[str, torch.Tensor]:
-        return {path: self.student.tensors[path].detach() for path in self.homes}
-
-    def _project(self, w: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {path: self.student.rounded_weight(self.homes[path], w[path]) for path in self.homes}
+    def allowed(self) -> dict[str, torch.Tensor]:
+        return self.bound.theta
 
     def gradients(self, samples: int) -> None:
-        own = {p: self.student.tensors[p].grad for p in self.homes}
+        own = {home: self.student.tensors[home].grad for home in self.homes.values()}
         if not own:
             return
         squared = [float(g.square().mean()) for g in own.values() if g is not None]
@@ -156,12 +232,9 @@ class LearningCompression(Coupling):
                 gradient.add_(pull, alpha=self.curvature)
 
     def stepped(self, step: int, steps: int, rate: float) -> None:
-        each = max(1, steps // PASSES)
+        each = max(1, steps // self.passes)
         if (step + 1) % each == 0 and self.homes:
-            self.bound.compress(self._free(), GROWTH)
-
-    def answer(self) -> dict[str, torch.Tensor]:
-        return {**self.student.answer(), **{p: t.clone() for p, t in self.bound.theta.items()}}
+            self.bound.compress(self._free(), self.growth)
 
     def state(self) -> dict[str, torch.Tensor]:
         numbers = torch.tensor([self.bound.mu, self.curvature, float(self.seen)], dtype=torch.float64)
@@ -252,10 +325,16 @@ def _readers(student: Student, kept: Kept) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def coupling(method: str, student: Student, kept: Kept | None = None) -> Coupling:
-    """By name. kept: where a whole network is led to fewer channels, those that stay."""
+def coupling(
+    method: str, student: Student, kept: Kept | None = None, *, projection: Projection | None = None, passes: int = PASSES
+) -> Coupling:
+    """By name. kept: where a whole network is led to fewer channels, those that stay. projection: of a scheme."""
     if kept is not None:
         return {"shrink": Fading, "halfspace": HalfSpace}[method](student, kept)
-    kinds: dict[str, Any] = {"mask": Coupling, "srste": SparseRefined, "lc": LearningCompression}
+    if method == "lc":
+        return LearningCompression(student, projection or Rounded(student), passes)
+    if projection is not None:
+        return Projecting(student, projection)
+    kinds: dict[str, Any] = {"mask": Coupling, "srste": SparseRefined}
     made: Coupling = kinds.get(method, StraightThrough)(student)
     return made

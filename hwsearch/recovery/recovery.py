@@ -17,13 +17,13 @@ from hwsearch.graph.calls import evaluating
 from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.network.variants import Variant
-from hwsearch.progress import Progress, spoken
+from hwsearch.progress import Progress, seconds_of, spoken
 from hwsearch.recovery.checkpoint import Checkpoint
-from hwsearch.recovery.coupling import METHODS, coupling
+from hwsearch.recovery.coupling import METHODS, PASSES, Coupling, Projection, coupling
 from hwsearch.recovery.gradients import DENSE, Pruning, rule
 from hwsearch.recovery.objective import Objective
 from hwsearch.recovery.processes import Processes, launched
-from hwsearch.recovery.student import FLOAT, Student
+from hwsearch.recovery.student import FLOAT, Student, has_norms
 from hwsearch.recovery.trained import Trained, made_of, put
 from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
 
@@ -45,6 +45,8 @@ SCALES = ("fixed", "learned")
 BATCHNORM = ("folded", "unfolded")
 UNFOLDED = ("ste", "mask", "srste")
 """Methods that can train with BatchNorm unfolded."""
+SCHEMES = ("mask", "lc")
+"""Methods that train what a scheme allows; the first where none is named."""
 TIMED = 0.9
 """Of a time limit, the share that steps are planned for."""
 
@@ -63,6 +65,7 @@ class Options:
         gradients: What enters the backward products of layers: `dense`, or one of `gradients.WORDS`.
         scales: Of int8 weights: one of `SCALES`.
         batchnorm: One of `BATCHNORM`: folded into layers, or in training mode after them.
+        passes: C steps of `lc`.
     """
 
     epochs: int | None = None
@@ -74,6 +77,35 @@ class Options:
     gradients: str = DENSE
     scales: str = "fixed"
     batchnorm: str = "folded"
+    passes: int = PASSES
+
+    @staticmethod
+    def parse(text: str, method: str) -> Options:
+        """Of `lc:steps=12,epochs=2`, `mask:5m`, `3` (epochs) or `10m`: a method, numbers, or both. method: where none is named.
+
+        Nothing is scored in such a training. Raises InvalidInput.
+        """
+        name, colon, items = text.strip().partition(":")
+        if not colon and name not in METHODS:
+            name, items = "", name
+        own: dict[str, Any] = {"method": name or method, "scored": False}
+        for item in (i.strip() for i in items.split(",") if i.strip()):
+            key, equals, value = item.partition("=")
+            try:
+                if not equals:
+                    own |= {"epochs": int(item)} if item.isdecimal() else {"time_limit_s": seconds_of(item)}
+                elif key in ("steps", "epochs"):
+                    own["passes" if key == "steps" else key] = int(value)
+                elif key in ("time", "lr"):
+                    own |= {"time_limit_s": seconds_of(value)} if key == "time" else {"rate": float(value)}
+                else:
+                    raise ValueError(f"nothing of a training is called {key!r}")
+            except ValueError as error:
+                raise InvalidInput(
+                    f"--recover {text}: {item} is not understood ({error}); expected a method, e.g. lc:steps=12, with epochs=2, "
+                    "time=5m or lr=1e-3 after a comma, or a number of epochs (2) or a duration (5m) alone"
+                ) from error
+        return Options(**own)
 
     def __post_init__(self) -> None:
         rule(self.gradients)
@@ -83,6 +115,10 @@ class Options:
             raise InvalidInput(f"{self.method} multiplies with weights that are not rounded, and learns no scales; take `ste`")
         if self.method not in METHODS:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.passes < 1:
+            raise InvalidInput(f"lc takes at least one step, got {self.passes}")
+        if self.passes != PASSES and self.method != "lc":
+            raise InvalidInput(f"steps are of lc, and {self.method} has none")
         if self.batchnorm not in BATCHNORM:
             raise InvalidInput(f"unknown batchnorm {self.batchnorm!r}; expected one of {', '.join(BATCHNORM)}")
         if self.batchnorm == "unfolded" and self.method not in UNFOLDED:
@@ -172,6 +208,7 @@ class Recovery:
         variants: Unit -> variant.
         out: File for the weights, beside which the state of the training is kept; None keeps everything in memory.
         processes: That train together; None for those that were launched so.
+        projection: What a scheme allows, beside the channels that are kept; None for an allocation.
     """
 
     def __init__(
@@ -187,7 +224,9 @@ class Recovery:
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
+        projection: Projection | None = None,
     ) -> None:
+        self.projection = projection
         self.whole, self.start, self.kept, self.variants, self.options = whole, start, dict(kept), dict(variants), options
         self.quantize_outputs, self.out, self.clock = quantize_outputs, None if out is None else Path(out), clock
         self.progress = progress or Progress.silent()
@@ -197,6 +236,8 @@ class Recovery:
                 raise InvalidInput("BatchNorm normalises over the batch of one process; train it folded, or in a single process")
             self._begin_alike()
         self.objective = Objective(self.start, options.seed, self.processes)
+        if projection is not None and options.method not in SCHEMES:
+            raise InvalidInput(f"{options.method} does not train schemes; expected one of {', '.join(SCHEMES)}")
         self.leads = options.method in LED and start.network.channels != whole.network.channels
 
     def run(self) -> Recovered:
@@ -210,7 +251,7 @@ class Recovery:
             student = self._student(self._led(replace(schedule, steps=first)))
             schedule = replace(schedule, steps=max(1, schedule.whole - first))
         training = Training(
-            student, self.objective_of(student), coupling(self.options.method, student), schedule,
+            student, self.objective_of(student), self._coupling(self.options.method, student), schedule,
             checkpoint=begun, progress=self.progress, late=self._late, clock=self.clock,
         )  # fmt: skip
         try:
@@ -228,6 +269,9 @@ class Recovery:
             if checkpoint is not None:
                 checkpoint.remove()
         return found
+
+    def _coupling(self, method: str, student: Student) -> Coupling:
+        return coupling(method, student, projection=self.projection, passes=self.options.passes)
 
     def objective_of(self, student: Student) -> Objective:
         """For a student: the same data, through its own graph."""
@@ -257,8 +301,12 @@ class Recovery:
         pruning = None if pruned is None else Pruning(pruned)
         return Student(
             lowering, variants, quantize_outputs=self.quantize_outputs, pruning=pruning, learned=self.options.scales == "learned",
-            device=self.processes.device, unfolded=self.options.batchnorm == "unfolded",
+            device=self.processes.device, unfolded=self._unfolds(lowering),
         )  # fmt: skip
+
+    def _unfolds(self, lowering: Lowering) -> bool:
+        """Whether BatchNorm is trained on its own: schemes are of the module's weights, before it is folded."""
+        return self.options.batchnorm == "unfolded" or (self.projection is not None and has_norms(lowering))
 
     def _late(self) -> bool:
         """Whether time is up, in any process."""
@@ -288,6 +336,7 @@ class Recovery:
             **({} if own.gradients == DENSE else {"gradients": own.gradients}),  # as in files of before
             **({} if own.scales == SCALES[0] else {"scales": own.scales}),
             **({} if own.batchnorm == BATCHNORM[0] else {"batchnorm": own.batchnorm}),
+            **({} if own.passes == PASSES else {"steps of lc": str(own.passes)}),
         }
 
     # ---- rate and steps
@@ -341,10 +390,10 @@ class Recovery:
         start = {path: t.detach().clone() for path, t in student.tensors.items()}
         objective = _First(self.objective, steps)
         schedule = Schedule(steps, rate, self.options.seed)
-        trial = Training(student, objective, coupling(self._plain, student), schedule, clock=self.clock)
+        trial = Training(student, objective, self._coupling(self._plain, student), schedule, clock=self.clock)
         try:
             seconds = trial.trial()
-            return self.objective.held_out_loss(student), seconds
+            return trial.held_out(self.objective), seconds
         except Diverged:
             return math.inf, 0.0
         finally:
@@ -353,6 +402,8 @@ class Recovery:
     @property
     def _plain(self) -> str:
         """The method that rates are tried with."""
+        if self.projection is not None:
+            return SCHEMES[0]  # what is projected changes at the C steps of `lc` alone, of which a trial has too few
         return "ste" if self.options.method in LED else self.options.method
 
     # ---- leading the whole network

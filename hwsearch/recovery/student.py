@@ -105,7 +105,7 @@ class Student:
     def _unfold(self) -> None:
         """Undo the folding of BatchNorm, so that folding it again gives the weights and biases of now."""
         whole = self.lowering if self.lowering.whole is None else self.lowering.whole
-        norms, mask = whole.traced.graph.meta.get(NORMS, {}), whole.traced.channels.mask(self.lowering.kept)
+        norms, mask = _norms(self.lowering), whole.traced.channels.mask(self.lowering.kept)
         for unit, (path, bias) in self.lowering.traced.paths.items():
             if path is None or bias is None or path not in norms or path not in self.home or bias not in self.home:
                 continue
@@ -278,6 +278,18 @@ def homes(lowering: Lowering) -> dict[str, str]:
         value = tensor_attr(traced.graph, path)
         if value.is_floating_point() and (path in of_layers or isinstance(value, torch.nn.Parameter)):
             found[path] = first.setdefault(same(value), path)
+    return found
+
+
+def has_norms(lowering: Lowering) -> bool:
+    """Whether BatchNorm was folded into a layer, so that it can be unfolded."""
+    return any(path in _norms(lowering) for path, _ in lowering.traced.paths.values())
+
+
+def _norms(lowering: Lowering) -> Mapping[str | None, Norm]:
+    """Where a weight is that BatchNorm was folded into -> that."""
+    whole = lowering if lowering.whole is None else lowering.whole
+    found: Mapping[str | None, Norm] = whole.traced.graph.meta.get(NORMS, {})
     return found
 
 

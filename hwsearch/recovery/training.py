@@ -125,7 +125,7 @@ class Training:
         if self.checkpoint is not None and (state := self.checkpoint.load()) is not None:
             self._restore(state)
         if not self.course.points:
-            self.course.points.append(Point(0, 0.0, None, self._judge()))
+            self.course.points.append(Point(0, 0.0, None, self.held_out(self.objective)))
         self.student.rounds = self.coupling.rounds
         every = max(1, self.schedule.steps // EVALUATIONS)
         self.progress.start(self.schedule.steps, "recovering", self.step)
@@ -242,17 +242,18 @@ class Training:
 
     # ---- judging
 
-    def _judge(self) -> float:
+    def held_out(self, objective: Objective) -> float:
+        """Held-out loss of what the weights of now are deployed as. objective: of whose data."""
         own = {path: t.detach().clone() for path, t in self.student.tensors.items()}
         self.student.put(self.coupling.answer(), folded=True)
         try:
-            return self.objective.held_out_loss(self.student)
+            return objective.held_out_loss(self.student)
         finally:
             self.student.put(own)
 
     def _look(self) -> None:
         """Judge the weights; the best are kept."""
-        held_out = self._judge()
+        held_out = self.held_out(self.objective)
         loss = sum(self._losses) / max(1, len(self._losses))
         self._losses = []
         seconds = self.used_s + self.clock() - self._begun

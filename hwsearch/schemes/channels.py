@@ -6,6 +6,7 @@ A filter that goes takes along what reads it, so that the network really is narr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class StructurePrune(Step):
         residual partners.
     """
 
+    narrows: ClassVar[bool] = True
     density: Number = DENSITY
     align: int = 1
     normalise: bool = False

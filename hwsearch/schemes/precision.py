@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,7 @@ class Quantize(Step):
         skip: patterns of names of layers that stay as they are.
     """
 
+    rounds: ClassVar[bool] = True
     dtype: str | int | Free = "int8"
 
     def __post_init__(self) -> None:

@@ -6,14 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.errors import InvalidInput
+from hwsearch.lowering.lowering import Lowering
+from hwsearch.lowering.refitted import as_module
 from hwsearch.schemes.footprint import Footprint
 from hwsearch.schemes.subject import Subject
+from hwsearch.schemes.trainable import Trainable
 from hwsearch.task import Inputs, Task
 
 
@@ -68,12 +71,44 @@ class Compressed:
         footprint: the bytes that are left.
         values: what the free parameters were.
         allocation: the answer of the search, of a scheme with `Allocate`; it is of the task before.
+        of: the task before.
+        scheme: what was applied, without free numbers.
     """
 
     task: Task
     footprint: Footprint
     values: Mapping[str, float] = field(default_factory=dict)
     allocation: Allocation | None = field(default=None, repr=False)
+    of: Task | None = field(default=None, repr=False)
+    scheme: Scheme | None = field(default=None, repr=False)
+
+    def trainable(self) -> Trainable:
+        """For training.
+
+        Returns:
+            The channels that stay, and what the other steps make of weights.
+
+        Raises:
+            InvalidInput: channels go after weights did, or a search chose the network, whose allocation is trained then.
+        """
+        assert self.of is not None
+        assert self.scheme is not None
+        if self.allocation is not None:
+            raise InvalidInput("the network is the answer of a search; train its allocation by `hs.recover`")
+        return Trainable(Subject(self.of.model, self.of.example_inputs, self.of), self.scheme._steps())
+
+    def trained(self, lowering: Lowering) -> Compressed:
+        """The same with other weights.
+
+        Args:
+            lowering: of the dense network at the channels that stay, with the weights that training left.
+
+        Returns:
+            The task with a plain module, BatchNorm folded, and what is left in bytes.
+        """
+        assert self.of is not None
+        footprint = self.trainable().left(lowering).footprint()
+        return replace(self, task=replace(self.of, model=as_module(lowering), spec=""), footprint=footprint)
 
 
 @dataclass(frozen=True)
@@ -131,8 +166,9 @@ class Scheme(ABC):
         """
         if not isinstance(task, Task):
             raise InvalidInput(f"a scheme is applied to a Task, got {type(task).__name__}; `in_place` takes a module")
-        subject = self._bound_all(values)._apply(Subject(task.model, task.example_inputs, task))
-        return Compressed(subject.as_task(), subject.footprint(), values, subject.allocation)
+        bound = self._bound_all(values)
+        subject = bound._apply(Subject(task.model, task.example_inputs, task))
+        return Compressed(subject.as_task(), subject.footprint(), values, subject.allocation, task, bound)
 
     def in_place(self, module: torch.nn.Module, example_inputs: Inputs, /, **values: float) -> Footprint:
         """Compress a module in place: it keeps its layers and shapes, with zeros for what goes.
@@ -158,6 +194,10 @@ class Scheme(ABC):
     def _apply(self, subject: Subject) -> Subject:
         """The network, or another in its place, after the step. No parameter is free."""
 
+    def _steps(self) -> list[Any]:
+        """Those that it is composed of."""
+        return [self]
+
     def _bound_all(self, values: Mapping[str, float]) -> Scheme:
         bound = self.bind(**values)
         if missing := bound.parameters:
@@ -181,6 +221,8 @@ class Step(Scheme):
         skip: patterns of names of layers (`classifier*`) that stay as they are.
     """
 
+    narrows: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
     skip: str | tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -222,6 +264,9 @@ class Compose(Scheme):
         for scheme in self.schemes:
             subject = scheme._apply(subject)
         return subject
+
+    def _steps(self) -> list[Any]:
+        return [step for scheme in self.schemes for step in scheme._steps()]
 
     def _free(self) -> list[Free]:
         return [free for scheme in self.schemes for free in scheme._free()]

@@ -48,7 +48,7 @@ class Subject:
     """A network while steps compress it.
 
     task: None where it is a module on its own. formats: unit -> how its weight is stored, fp32 where it is not there. allocation:
-    the answer of a search that it was compressed by.
+    the answer of a search that it was compressed by. touched: layers whose weights were put, since it was made or copied.
     """
 
     def __init__(self, model: torch.nn.Module, inputs: Inputs, task: Task | None = None) -> None:
@@ -60,6 +60,7 @@ class Subject:
         self.left_out: dict[str, str] = {}
         self.allocation: Allocation | None = None
         self.changed = False
+        self.touched: dict[str, None] = {}
         own, self.homes, self._weights = _parameters(model), dict[str, str](), dict[str, torch.Tensor]()
         for unit in self.traced.network.units:
             path = self.traced.paths[unit.name][0] if unit.weight_shape and not unit.stored else None
@@ -70,6 +71,12 @@ class Subject:
                 self._weights.setdefault(path, own[path].detach().clone())
             else:
                 self.left_out[unit.name] = NO_PARAMETER
+
+    def copy(self) -> Subject:
+        """Another that steps may change."""
+        new = copy.copy(self)
+        new._weights, new.formats, new.left_out, new.touched = dict(self._weights), dict(self.formats), dict(self.left_out), {}
+        return new
 
     @property
     def widths(self) -> dict[str, int]:
@@ -105,6 +112,7 @@ class Subject:
             indices[axis.axis] = axis.kept(self.mask)
         whole[tuple(torch.from_numpy(i) for i in np.ix_(*indices))] = weight.to(whole.dtype)
         self._weights[path], self.changed = whole, True
+        self.touched[unit] = None
 
     def groups(self, skip: Sequence[str] = ()) -> Iterator[str]:
         """Channel groups whose layers' weights are all parameters.

@@ -171,11 +171,13 @@ def test_bayes(api: Install, tmp_path: Path) -> None:
     assert given == ("task zoo:x", "s.py:s", tmp_path)
     options.pop("progress")
     usual = {"floor": "98%", "minimize": "size", "samples": 10, "backend": "openvino", "threads": 1, "batch": None, "seed": 0}
+    usual["recover"] = None
     assert options == usual
-    assert json.loads(invoke(*words, *"--json --minimize latency --samples 4 --threads 2 --seed 3".split()).stdout) == {"met": True}
+    own = "--json --minimize latency --samples 4 --threads 2 --seed 3 --recover lc:steps=9"
+    assert json.loads(invoke(*words, *own.split()).stdout) == {"met": True}
     options = seen[-1][1]
     options.pop("progress")
-    assert options == {**usual, "minimize": "latency", "samples": 4, "threads": 2, "seed": 3}
+    assert options == {**usual, "minimize": "latency", "samples": 4, "threads": 2, "seed": 3, "recover": "lc:steps=9"}
     assert invoke(*words, "--minimize", "energy").exit_code == 2
 
     api(bayes=raising(BudgetMissed("the floor breaks: ...", nearest=Report(False))))

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import falling
+import onnxruntime
 import pytest
+import recovering
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import hwsearch as hs
 from hwsearch.deployment.session import Session
@@ -21,7 +24,10 @@ from hwsearch.errors import BackendUnavailable, BudgetMissed, InvalidInput
 from hwsearch.pipeline.knobs import TOLERANCE
 from hwsearch.pipeline.scorer import binomial
 from hwsearch.pipeline.tuning import Tuned
+from hwsearch.recovery.recovery import Recovery
+from hwsearch.recovery.training import Diverged
 from hwsearch.schemes import Allocate, Compose, FilterPrune, Free, Prune, Quantize
+from hwsearch.testing import LatencyLaw, SimulatedBackend
 
 pytestmark = pytest.mark.usefixtures("own_locks")
 STEEP = 2e3
@@ -231,6 +237,96 @@ def test_without_validate_samples_are_scored_by_agreement(tmp_path: Path) -> Non
     of = task(evaluate=tiny.task("cnn").evaluate, validate=None, scored=32)
     found = bayes(tmp_path, "90%", of=of, samples=4)
     assert found.floor["search"]["by"] == "agreement"
+
+
+def stripes() -> hs.Task:
+    """A task whose training brings back what pruning costs, with 1,024 images to score samples on."""
+    x, y = recovering.images(1024, seed=5)
+
+    def validate(predict: hs.task.Predict) -> float:
+        return float((predict(x).argmax(1) == y).float().mean())
+
+    return recovering.task(train=recovering.train, loss=F.cross_entropy, validate=validate, validated=1024, scored=256)
+
+
+def trained(folder: Path, recover: str = "mask:epochs=3,lr=2e-3", **options: Any) -> Tuned:
+    backend = SimulatedBackend(LatencyLaw.random(recovering.lowering().network), noise=0.003)
+    scheme = Compose(Prune(Free("density", 0.02, 0.5)), Quantize("int8"))
+    fields = {"floor": "90%", "scheme": scheme, "samples": 2, "backend": backend, **options}
+    return bayes(folder, of=stripes(), recover=recover, **fields)
+
+
+def test_samples_are_trained_and_the_answer_is_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, real = [], Recovery.run
+    monkeypatch.setattr(Recovery, "run", lambda self: runs.append(self) or real(self))
+    found = trained(tmp_path)
+    assert found.met
+    assert found.values is not None
+    assert len(runs) == len(found.floor["samples"]) == 2
+    assert "trained  each sample, by mask" in str(found)
+    for sample in found.floor["samples"]:
+        own = sample["training"]
+        assert own["held_out"]["recovered"] < own["held_out"]["refitted"]
+        assert (own["method"], own["rate"]) == ("mask", 2e-3)
+    (answer,) = (s for s in found.floor["samples"] if s["answer"])
+    untrained = Compose(Prune(answer["values"]["density"]), Quantize("int8"))(stripes())
+    assert answer["score"] > stripes().validate(untrained.task.model) + 0.02  # type: ignore[misc]
+    assert answer["costs"]["size"] == found.measured.size <= untrained.footprint.packed_bytes
+    engine = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x, y = recovering.images(256, seed=2)
+    name = engine.get_inputs()[0].name
+    hits = sum(int(engine.run(None, {name: i.numpy()})[0].argmax() == t) for i, t in zip(x.split(1), y, strict=True))
+    assert hits / 256 == pytest.approx(found.score["deployed"], abs=0.01)
+    folders = sorted((tmp_path / "samples").iterdir())
+    assert all((f / "trained.safetensors").is_file() and (f / "weights.safetensors").is_file() for f in folders)
+
+    again = trained(tmp_path)
+    assert len(runs) == 2, "nothing is trained again"
+    assert [s["reused"] for s in again.floor["samples"]] == [True, True]
+    assert (again.values, again.score) == (found.values, found.score)
+    other = trained(tmp_path, "lc:epochs=1,lr=2e-3,steps=4", samples=1)
+    assert len(runs) == 3, "trained in another way it is another sample"
+    assert other.floor["samples"][0]["training"]["method"] == "lc"
+
+
+def test_a_search_that_was_killed_after_a_training_does_not_train_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, real, measure = [], Recovery.run, Session.measure
+    monkeypatch.setattr(Recovery, "run", lambda self: runs.append(self) or real(self))
+
+    def killed(self: Session, wanted: Any) -> Any:
+        if "sample" in wanted:
+            raise KeyboardInterrupt
+        return measure(self, wanted)
+
+    monkeypatch.setattr(Session, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, samples=1)
+    monkeypatch.setattr(Session, "measure", measure)
+    trained(tmp_path, samples=1)
+    assert len(runs) == 1
+
+
+def test_a_training_that_diverges_is_a_failed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(self: Recovery) -> Any:
+        raise Diverged("the loss became nan at step 3")
+
+    monkeypatch.setattr(Recovery, "run", diverge)
+    found = trained(tmp_path, samples=1)
+    assert [s["failed"] for s in found.floor["samples"]] == ["the loss became nan at step 3"]
+    assert found.values is None
+
+
+def test_a_training_that_cannot_be_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    for recover, message in (
+        ("ste", "--recover ste: ste trains allocations, and a scheme is trained by mask or lc"),
+        ("lc:steps=0", "lc takes at least one step"),
+        ("often", "--recover often: often is not understood"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            trained(tmp_path, recover)
+    with pytest.raises(InvalidInput, match="let the steps that take channels come first"):
+        trained(tmp_path, scheme=Compose(Prune(), FilterPrune(0.5)))
+    assert not list(tmp_path.glob("samples/*"))
 
 
 def test_a_file_of_the_users_own_names_the_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
