@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,8 +14,8 @@ from hwsearch.allocate.answer import as_allocation, dense_allocation
 from hwsearch.allocate.budget import COLUMNS, COMPUTED, LOSS, Budget, parse_budgets
 from hwsearch.allocate.costs import Costs, bounds
 from hwsearch.allocate.front import SWEPT, Front, as_front, sweep, sweep_grid
-from hwsearch.allocate.milp import solve
-from hwsearch.allocate.problem import Apart, Solution
+from hwsearch.allocate.milp import TIME_LIMIT_S, solve
+from hwsearch.allocate.problem import Apart, Problem, Solution
 from hwsearch.allocate.refusal import DOUBT, explained
 from hwsearch.allocate.space import Offer, Space, make_space
 from hwsearch.errors import Infeasible, InvalidInput
@@ -28,6 +29,10 @@ KAPPA = 1.0
 """How many standard errors of the prediction a latency budget keeps in reserve."""
 RESERVES = (1.0, 0.5, 0.25, 0.125)
 """The parts of that reserve that are tried in turn: after few builds no allocation may be within a budget by all of it."""
+
+
+LEAST_S = 10.0
+"""Of the solver's time limit, what each program of a search gets at least."""
 
 
 def as_limits(bound: Costs) -> dict[str, int]:
@@ -172,25 +177,38 @@ def _dense_is_best(space: Space, wanted: Mapping[str, float], minimize: str) -> 
     return minimize == LOSS and space.allows_dense and all(math.floor(space.dense[c]) <= limit for c, limit in costs)
 
 
+class _Shared:
+    """The solver's time limit, shared by all programs of one search: each gets half of what is left, and `LEAST_S` at least."""
+
+    def __init__(self) -> None:
+        self.deadline = time.monotonic() + TIME_LIMIT_S
+
+    def solve(self, problem: Problem, minimize: str) -> Solution:
+        """As `milp.solve`."""
+        return solve(problem, minimize=minimize, time_limit_s=max((self.deadline - time.monotonic()) / 2, LEAST_S))
+
+
 def _solve_with_reserve(space: Space, limits: Mapping[str, float], kappa: float, minimize: str) -> Solution:
     """Shrink the limits on latency, its tails and energy until T + kappa * sigma of the answer is within them too.
 
     Where only the reserve makes it infeasible, half of it is kept, or a quarter or an eighth, else the answer that is nearest to
     having one is returned: whether it meets the budget is for the measurement to say.
     """
-    best = solve(space.with_budgets(limits), minimize=minimize)
+    shared = _Shared()
+    best = shared.solve(space.with_budgets(limits), minimize)
     ratios = {c: r for c, r in {"latency": 1.0, "energy": 1.0, **space.tails}.items() if c in limits}
     if not ratios or kappa == 0:
         return best
     for part in RESERVES:
         with suppress(Infeasible):
-            return _with_reserve(space, limits, ratios, part * kappa, minimize, best)
-    return solve(space.with_budgets(limits), minimize="energy" if set(ratios) == {"energy"} else "latency")
+            return _with_reserve(space, limits, ratios, part * kappa, minimize, best, shared)
+    return shared.solve(space.with_budgets(limits), "energy" if set(ratios) == {"energy"} else "latency")
 
 
 def _with_reserve(
-    space: Space, limits: Mapping[str, float], ratios: Mapping[str, float], kappa: float, minimize: str, best: Solution
-) -> Solution:
+    space: Space, limits: Mapping[str, float], ratios: Mapping[str, float], kappa: float, minimize: str, best: Solution,
+    shared: _Shared,
+) -> Solution:  # fmt: skip
     """The same with the whole reserve. ratios: of the costs that have one. best: without. Raises Infeasible."""
     shrunk = {c: limits[c] for c in ratios}
     for _ in range(8):
@@ -204,7 +222,7 @@ def _with_reserve(
         for c, excess in over.items():
             reserve = ratios[c] * (most[c] - found[c].time_ns)  # type: ignore[union-attr]
             shrunk[c] = min(shrunk[c] - max(1, round(excess / 2)), round(limits[c] - reserve))
-        best = solve(space.with_budgets({**limits, **shrunk}), minimize=minimize)
+        best = shared.solve(space.with_budgets({**limits, **shrunk}), minimize)
     return best
 
 

@@ -235,6 +235,9 @@ def show(
     again: list[float],
 ) -> None:  # fmt: skip
     network = table.network
+    if not heldout:
+        print(f"\n{name}: no allocation is left to hold out: the design holds all that its few choices make")
+        return
     offered = sum(map(len, table.offered().values()))
     grid, variants = table.grid(), table.offered()
     cells = sum(len(variants[u.name]) * math.prod(len(grid[g]) for g in u.groups) for u in network.units)

@@ -14,6 +14,7 @@ from simulation import scores, simulated_table
 from three_groups import ADDITIVE, LAW, NETWORK, SCORES, chosen, everything, memory, model, narrow, table
 from typer.testing import CliRunner
 
+from hwsearch.allocate import search as module
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.budget import Budget
 from hwsearch.allocate.search import front, search, search_diverse
@@ -388,3 +389,22 @@ def test_what_cannot_keep_the_whole_reserve_keeps_as_much_as_can_be() -> None:
     assert found["latency_ns"] + kappa / 4 * found["sigma_ns"] <= limit + 1
     assert fastest["latency_ns"] < found["latency_ns"] <= free["latency_ns"]
     assert free["loss"] <= found["loss"] < fastest["loss"]
+
+
+def test_the_programs_of_a_search_share_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is given half of what is left, and never less than the least, so that large networks do not wait for many limits."""
+    now, given, real = [0.0], list[float](), module.solve
+
+    def solve(problem: Any, *, minimize: str, time_limit_s: float) -> Any:
+        given.append(time_limit_s)
+        now[0] += time_limit_s  # as where it takes all of it
+        return real(problem, minimize=minimize)
+
+    monkeypatch.setattr(module, "solve", solve)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    at = model()
+    limit = between(0.3, [at.predict(c.variants, c.widths).time_ns for c in everything()])
+    search(table(), SCORES, [f"latency={limit / 1e6:.6f}ms"], kappa=1e6, model=at)
+    assert len(given) > 3
+    assert given[:3] == [module.TIME_LIMIT_S / 2, module.TIME_LIMIT_S / 4, max(module.TIME_LIMIT_S / 8, module.LEAST_S)]
+    assert set(given[3:]) == {module.LEAST_S}
