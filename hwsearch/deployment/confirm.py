@@ -37,13 +37,13 @@ class State(StrEnum):
 class Window:
     """What the allocation and the dense fp32 network cost in one window, each as an engine built for it.
 
-    own, dense: on the scale of the table. own_now, dense_now: as the machine is now; only what is measured. wrong: the engine of
-    the allocation returned wrong outputs.
+    deployed, dense: on the scale of the table. deployed_now, dense_now: as the machine is now; only what is measured. wrong: the
+    engine of the allocation returned wrong outputs.
     """
 
-    own: Costs
+    deployed: Costs
     dense: Costs
-    own_now: Costs
+    deployed_now: Costs
     dense_now: Costs
     wrong: bool = False
 
@@ -90,7 +90,7 @@ def judge(
         earlier: What networks cost when they were measured before on the scale of the table, a sequence for each network; the
             first is the dense one's. None: how far it differs tells nothing of others.
     """
-    dense, measured, now = (_mean([getattr(w, name) for w in windows]) for name in ("dense", "own", "own_now"))
+    dense, measured, now = (_mean([getattr(w, name) for w in windows]) for name in ("dense", "deployed", "deployed_now"))
     bound = bounds(budgets, dense)
     absolute = [b for b in budgets if b.kind == "absolute" and b.column in MEASURED]
     bound_now = bounds(absolute, dense)
@@ -99,14 +99,14 @@ def judge(
     for column in (c for c in MEASURED if getattr(measured, c) is not None):
         first, *others = earlier or [()]
         dense_costs = [] if first is None else [*first, *(w.dense for w in windows)]
-        own = [[w.own for w in windows], dense_costs, *(group for group in others if group is not None)]
+        own = [[w.deployed for w in windows], dense_costs, *(group for group in others if group is not None)]
         halves[column] = half_width([[c[column] for c in group if getattr(c, column)] for group in own], len(windows))
         if getattr(now, column) is not None:
-            of_now = [[w.own_now[column] for w in windows], [w.dense_now[column] for w in windows]]
+            of_now = [[w.deployed_now[column] for w in windows], [w.dense_now[column] for w in windows]]
             halves_now[column] = half_width(of_now, len(windows))
     high = _scaled(measured, halves, 1.0)
     now_high = _scaled(now, halves_now, 1.0)
-    two = 0.0 if all(w.own == w.dense for w in windows) else np.sqrt(2.0)  # errors of two networks, or of one and itself
+    two = 0.0 if all(w.deployed == w.dense for w in windows) else np.sqrt(2.0)  # errors of two networks, or of one and itself
     upper = _scaled(measured, {c: h * (two if c in relative else 1.0) for c, h in halves.items()}, 1.0)
     if any(w.wrong for w in windows) or not (measured.within(bound) and now.within(bound_now)):
         state = State.MISSED

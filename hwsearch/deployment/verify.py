@@ -105,7 +105,7 @@ def _judged(session: Session, job: Job, first: Window, budgets: Sequence[Budget]
     earlier = session.earlier()
     judged = judge([first], earlier, budgets)
     far = judged.state == State.MISSED and decided(judged)
-    if first.wrong or far or first.own == first.dense or not any(c in MEASURED for c in judged.bound.known()):
+    if first.wrong or far or first.deployed == first.dense or not any(c in MEASURED for c in judged.bound.known()):
         return judged
     if earlier[0] is not None:
         earlier[0] = [*earlier[0], first.dense]

@@ -248,7 +248,7 @@ def _examined(name: str, asked_for: bool, lock_clocks: bool, progress: Progress)
     results += [precisions(backend), memory(device), counters(backend)]
     results += [pages()] if getattr(backend, "own_process", False) else []
     if isinstance(device, nvidia.Gpu):
-        results += [quiet(device), clock_locking(lock_clocks)]
+        results += [undisturbed(device), clock_locking(lock_clocks)]
     sofar = Examined(name, True, tuple(results), versions, device.to_json(), not_covered(backend, device))
     yield sofar
     with lock(device.id, wait_s=0.0):
@@ -365,7 +365,7 @@ def counters(backend: Backend) -> Result:
     return Result("energy counter", "ok", found.source)
 
 
-def quiet(gpu: nvidia.Gpu) -> Result:
+def undisturbed(gpu: nvidia.Gpu) -> Result:
     """Whether somebody else's work, or a hot or capped GPU, would be measured as well."""
     said = [f"{gpu.others} other process(es) on it"] if gpu.others else []
     said += [f"slowed by {' and '.join(gpu.state.slowed)}"] if gpu.state.slowed else []

@@ -224,14 +224,14 @@ class Covariance:
         if gone is not None:
             outer[gone] = 0.0
             _drop(core, gone)
-        return np.asarray(of.own - sign * (spread.T @ spread) + outer.T @ _solve(core, outer))
+        return np.asarray(of.inner - sign * (spread.T @ spread) + outer.T @ _solve(core, outer))
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Vectors x as `Covariance.after` takes them: own x^T inner x, beside rows inner x, outer outer^T x."""
+    """Vectors x as `Covariance.after` takes them. inner: x^T inner x; beside: rows inner x; outer: outer^T x."""
 
-    own: Floats
+    inner: Floats
     beside: Floats
     outer: Floats
 

@@ -330,7 +330,7 @@ class Equations:
             by_total, by_taken = total @ inner, taken @ inner
             cross = (total @ spread)[0] - by_total.multiply(taken).sum()
             of = Directions(
-                own=np.array([[by_total.multiply(total).sum(), cross], [cross, 0.0]]),
+                inner=np.array([[by_total.multiply(total).sum(), cross], [cross, 0.0]]),
                 beside=np.stack([(rows @ by_total.T).toarray()[:, 0], rows @ spread - (rows @ by_taken.T).toarray()[:, 0]], axis=1),
                 outer=np.stack([(total @ covariance.outer)[0], outer - (taken @ covariance.outer)[0]], axis=1),
             )  # fmt: skip

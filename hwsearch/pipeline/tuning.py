@@ -404,7 +404,7 @@ class _Search:
         recovery = self._recovery(made, path)
         if path.is_file():
             known = Trained.load(path)
-            lowering, told = put(recovery.whole, recovery.kept, recovery.variants, known, path), known.told
+            lowering, told = put(recovery.whole, recovery.kept, recovery.variants, known, path), known.report
         else:
             done = recovery.run()
             lowering, told = done.lowering, done.to_json()

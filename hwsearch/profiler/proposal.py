@@ -248,7 +248,7 @@ class _State:
         covariance = self.covariance
         inner = np.concatenate([self.inner, covariance.inner.sparse @ whole.T.toarray()], axis=1)
         of = Directions(
-            own=np.concatenate([self.aims @ inner, whole @ inner]), beside=rows @ inner,
+            inner=np.concatenate([self.aims @ inner, whole @ inner]), beside=rows @ inner,
             outer=np.concatenate([self.outer, whole @ covariance.outer]).T,
         )  # fmt: skip
         left = covariance.after(rows, 1.0, of)

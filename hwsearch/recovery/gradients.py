@@ -149,7 +149,7 @@ class Pruning:
         result: torch.Tensor = _Product.apply(self, layer, pruned, x, weight, bias)  # type: ignore[no-untyped-call]
         return result
 
-    def told(self) -> dict[str, float]:
+    def measured(self) -> dict[str, float]:
         """What was measured, as shares, and what hardware would save of the time of all products, which is estimated."""
         own = self.counts
         entries, seconds = max(own["entries"], 1.0), max(own["y_s"] + own["dx_s"] + own["dw_s"], 1e-12)

@@ -144,7 +144,7 @@ class Recovered:
         score: The task's score, simulated in torch: `dense`, `refitted`, `recovered`; empty where it was not taken.
         objective: What was made small, in words.
         lowering: The network with these weights.
-        pruned: Where gradients were pruned, what was measured of that (see `Pruning.told`).
+        pruned: Where gradients were pruned, what was measured of that (see `Pruning.measured`).
     """
 
     trained: Trained
@@ -460,10 +460,10 @@ class Recovery:
             score = {**score, **known}
         found = Recovered(
             trained, course, training.schedule, self.options, training.used_s + self.clock() - self.begun, score,
-            self.objective.described, lowering, {} if training.pruning is None else training.pruning.told(),
+            self.objective.described, lowering, {} if training.pruning is None else training.pruning.measured(),
         )  # fmt: skip
         if self.out is not None:
-            trained = replace(trained, told=found.to_json())
+            trained = replace(trained, report=found.to_json())
             if self.processes.main:
                 trained.save(self.out)
             found = replace(found, trained=trained)

@@ -40,13 +40,13 @@ class Trained:
         tensors: Name of a parameter of the deployed module -> its values, as they are deployed.
         ranges: Of activations, as trained with; None to calibrate anew.
         made_of: What they were made of, by name; empty where the file does not say.
-        told: How it went, for reports.
+        report: How it went, for reports.
     """
 
     tensors: Mapping[str, torch.Tensor]
     ranges: Mapping[Key, Range] | None = None
     made_of: Mapping[str, str] = field(default_factory=dict)
-    told: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the file, in place in one step."""
@@ -55,7 +55,7 @@ class Trained:
             "schema": SCHEMA,
             "made_of": json.dumps(dict(self.made_of)),
             "ranges": json.dumps(ranges if self.ranges is not None else None),
-            "told": json.dumps(dict(self.told)),
+            "told": json.dumps(dict(self.report)),
         }
         write_bytes(path, save({name: t.detach().contiguous().clone() for name, t in self.tensors.items()}, header))
 
@@ -75,8 +75,8 @@ class Trained:
             found = None
             if ranges is not None:
                 found = {(str(unit), int(call), str(port)): Range(**of) for unit, call, port, of in ranges}
-            made_of, told = (dict(json.loads(header.get(name, "{}"))) for name in ("made_of", "told"))
-            return Trained(tensors, found, made_of, told)
+            made_of, report = (dict(json.loads(header.get(name, "{}"))) for name in ("made_of", "told"))
+            return Trained(tensors, found, made_of, report)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise InvalidInput(
                 f"{path} is no file of trained weights, or damaged ({error}); expected safetensors from `hwsearch recover`, or "

@@ -81,7 +81,7 @@ class Schedule:
     seed: int = 0
     whole: int = 0
 
-    def at(self, step: int) -> float:
+    def rate_at(self, step: int) -> float:
         """The rate of a step: a short rise, then half a cosine down to 0 (Loshchilov and Hutter 2017)."""
         warm = min(max(1, math.ceil(WARMUP * self.steps)), MOST_WARMUP)
         return self.rate * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -202,7 +202,7 @@ class Training:
                 )
 
     def _one(self, batch: Batch) -> None:
-        rate = self.schedule.at(self.step)
+        rate = self.schedule.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.pruning is not None:
@@ -236,7 +236,7 @@ class Training:
         what = f"exploded to {value:.3g}" if math.isfinite(value) else f"became {value}"
         raise Diverged(
             f"the loss {what} at step {self.step + 1} of {self.schedule.steps}, at a learning rate of "
-            f"{self.schedule.at(self.step):.2g}; train at a lower one (--lr {self.schedule.rate / 10:.1g}), or look at what "
+            f"{self.schedule.rate_at(self.step):.2g}; train at a lower one (--lr {self.schedule.rate / 10:.1g}), or look at what "
             "`loss` returns for this batch"
         )
 

@@ -233,4 +233,4 @@ def test_the_answer_of_lc_is_what_is_deployed() -> None:
     how = coupling("lc", student)
     Training(student, Objective(first), how, Schedule(24, 1e-3)).run()
     answer = how.answer()
-    assert all(torch.equal(student.rounded_weight(u, answer[p]), answer[p]) for p, u in how.homes.items())  # type: ignore[attr-defined]
+    assert all(torch.equal(student.rounded_weight(u, answer[p]), answer[p]) for u, p in how.homes.items())  # type: ignore[attr-defined]

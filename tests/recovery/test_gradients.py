@@ -94,8 +94,8 @@ def test_a_pattern_keeps_the_largest_along_output_channels_in_the_gradient_of_th
     n, m = pruning.rule.n, pruning.rule.m
     assert torch.allclose(x.grad, data_gradient(layer, x, weight, brute(dy, axis, n, m)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(x.grad, want[2].grad, rtol=0.1, atol=0.1)
-    assert pruning.told()["zeros"] == pytest.approx(1 - n / m)
-    assert pruning.told()["zeros_dense"] == 0
+    assert pruning.measured()["zeros"] == pytest.approx(1 - n / m)
+    assert pruning.measured()["zeros_dense"] == 0
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -203,7 +203,7 @@ def test_channels_that_are_no_multiple_of_m_stay_dense_and_nothing_is_saved() ->
         pruning = Pruning(of(word))
         want, have = run(layer, (x, (10, 6)), None), run(layer, (x, (10, 6)), pruning)
         assert torch.equal(have[2].grad, want[2].grad)
-        assert pruning.told()["estimated_saving"] == pruning.told()["zeros"] == 0
+        assert pruning.measured()["estimated_saving"] == pruning.measured()["zeros"] == 0
 
 
 @pytest.mark.parametrize(("word", "skipped"), [("2:4", 0.5), ("1:4:mvue", 0.75), ("bdwp:2:8", 0.75), ("stochastic:0.9", None)])
@@ -220,7 +220,7 @@ def test_what_hardware_would_save_is_the_share_of_the_backward_product_times_wha
     layer, *shapes = LAYERS["conv2d"]
     pruning = Pruning(of(word))
     run(layer, tuple(shapes), pruning)
-    told = pruning.told()
+    told = pruning.measured()
     assert told["backward_share"] == pytest.approx(1 / 3)
     assert told["estimated_saving"] == pytest.approx((told["zeros"] if skipped is None else skipped) / 3)
     assert 0.3 < told["zeros"] <= 0.75
@@ -231,7 +231,7 @@ def test_where_no_gradient_of_the_input_is_asked_for_there_is_no_backward_produc
     weight = torch.randn(8, 6, requires_grad=True)
     pruning.product(Layer(F.linear), torch.randn(7, 6), weight, None).sum().backward()
     assert weight.grad is not None
-    assert pruning.counts["entries"] == pruning.told()["backward_share"] == 0
+    assert pruning.counts["entries"] == pruning.measured()["backward_share"] == 0
 
 
 # ---- networks

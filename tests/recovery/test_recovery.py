@@ -126,7 +126,7 @@ def test_a_loss_that_diverges_is_an_error_and_what_was_reached_is_kept(value: fl
     options = Options(epochs=1, rate=recovering.RATE, scored=False)
     with pytest.raises(HwsearchError, match=rf"{message} .*at step 13 of 16.*--lr .*are in .*t\.safetensors"):
         Recovery(whole, low, kept, variants, options, out=out).run()
-    assert Trained.load(out).told["best_step"] > 0
+    assert Trained.load(out).report["best_step"] > 0
 
 
 def no_batches(epoch: int) -> list[Any]:

@@ -93,10 +93,10 @@ def _same(whole: Path, parts: Path) -> None:
     one, two = load_file(whole), load_file(parts)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    curves = [Trained.load(p).told["curve"] for p in (whole, parts)]
+    curves = [Trained.load(p).report["curve"] for p in (whole, parts)]
     assert [(p["step"], p["loss"], p["held_out"]) for p in curves[0]] == [(p["step"], p["loss"], p["held_out"]) for p in curves[1]]
     assert len(curves[0]) > 3
-    told = [Trained.load(p).told["gradients"] for p in (whole, parts)]
+    told = [Trained.load(p).report["gradients"] for p in (whole, parts)]
     assert all(told[0].get(k) == told[1].get(k) for k in ("rule", "zeros", "zeros_dense"))
 
 

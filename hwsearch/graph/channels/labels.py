@@ -100,7 +100,7 @@ class Labels:
         found = self.stored(n)
         return np.broadcast_to(self.atoms.tied(found, 0)[0], tensor.shape[1:])
 
-    def own(self, path: str, axes: Mapping[int, Ints]) -> None:
+    def weight_axes(self, path: str, axes: Mapping[int, Ints]) -> None:
         """A unit's weight or bias has these atoms along its axes, which are those of other calls with it."""
         key = self.path[path] = same(tensor_attr(self.graph, path))
         known = self.axes.get(key, {})

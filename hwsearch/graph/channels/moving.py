@@ -52,7 +52,7 @@ def moved(run: Labels, n: fx.Node) -> Any:
 
     def whole(i: fx.Node) -> Any:
         value = run.value[i]
-        return spread(run.read(i), run.shape(i)) if isinstance(value, torch.Tensor) else value
+        return as_tensor(run.read(i), run.shape(i)) if isinstance(value, torch.Tensor) else value
 
     args, kwargs = fx.map_arg((n.args, n.kwargs), whole)
     try:
@@ -67,7 +67,7 @@ def function_of(n: fx.Node) -> Callable[..., Any]:
     return n.target
 
 
-def spread(label: Label, shape: tuple[int, ...]) -> torch.Tensor:
+def as_tensor(label: Label, shape: tuple[int, ...]) -> torch.Tensor:
     """A label as float64, which every operator takes and which is exact below 2**53."""
     if label is None:
         return torch.zeros(shape, dtype=torch.float64)

@@ -12,7 +12,7 @@ from hwsearch.graph.aliases import given
 from hwsearch.graph.canonical import op_name
 from hwsearch.graph.channels.atoms import Ints, Label, same, varied
 from hwsearch.graph.channels.labels import Labels, arguments
-from hwsearch.graph.channels.moving import as_atoms, function_of, moved, spread, unknown
+from hwsearch.graph.channels.moving import as_atoms, as_tensor, function_of, moved, unknown
 
 AT_POSITIONS = (
     "gather scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce".split()
@@ -73,7 +73,7 @@ def indexed(run: Labels, n: fx.Node) -> Any:
         return unknown(run, n, BY_VALUE)
     for axis in axes:
         label = run.atoms.tied(label, axis)
-    args = fx.map_arg(arguments(n), lambda i: spread(label, run.shape(i)) if i is x else run.value[i])
+    args = fx.map_arg(arguments(n), lambda i: as_tensor(label, run.shape(i)) if i is x else run.value[i])
     return as_atoms(function_of(n)(*args))
 
 

@@ -29,14 +29,14 @@ def _linear(run: Labels, n: fx.Node, position: int) -> Label:
         came is not None and came.shape[-1] == 1
     ):  # a layer inside of each head: heads pass, its own features stay
         out, label = np.zeros(size, np.int64), came
-        run.own(
+        run.weight_axes(
             str(weight.target),
             {0: np.zeros(run.shape(weight)[0], np.int64), 1: np.zeros(run.shape(weight)[1], np.int64)},
         )
     else:
         out = _outputs(run, weight, out_axis, size)
         label = along(out, -1, rank)
-        run.own(str(weight.target), {in_axis: run.vector(x, -1), out_axis: out})
+        run.weight_axes(str(weight.target), {in_axis: run.vector(x, -1), out_axis: out})
     _bias(run, n, out)
     return label
 
@@ -64,7 +64,7 @@ def _bias(run: Labels, n: fx.Node, out: Ints) -> None:
         if tensor is not None:
             run.pin(run.stored(node))
         return
-    run.own(str(node.target), {0: out})
+    run.weight_axes(str(node.target), {0: out})
 
 
 def _convolution(run: Labels, n: fx.Node, transpose: bool) -> Label:
@@ -90,7 +90,7 @@ def _convolution(run: Labels, n: fx.Node, transpose: bool) -> Label:
         each = _outputs(run, weight, makes, each_out)[:each_out]
         out = np.tile(each, groups)
         axes = {0: came, 1: each} if transpose else {0: out, 1: came[:each_in]}
-    run.own(str(weight.target), axes)
+    run.weight_axes(str(weight.target), axes)
     _bias(run, n, out)
     return along(out, channel, rank)
 
