@@ -28,6 +28,8 @@ HALF_SPACE, LAMBDA = 0.0, 1e-3
 """Of `halfspace`: how far beyond a right angle a step has to turn a group for it to become zero, and the penalty's weight."""
 PASSES, MU, LAST_MU = 12, 0.05, 2.0
 """Of `lc`: C steps, and the penalty at the first and at the last of them, in units of the mean curvature."""
+TUNED = 0.3
+"""Of `lc`, where a scheme is trained: the last share of the steps, in which what is kept is fixed."""
 
 
 class Projection(Protocol):
@@ -162,17 +164,22 @@ class Projecting(Coupling):
         self.homes = {unit: student.home[str(paths[unit][0])] for unit in projection.units}
         self.supports = {}
         if fixed:
-            self.supports = {self.homes[u]: moved(m, student.device) for u, m in projection.supports(self._here()).items()}
-            with torch.no_grad():
-                for home, mask in self.supports.items():
-                    student.tensors[home].mul_(mask)
+            self._fix(self._free())
 
-    def _here(self) -> dict[str, torch.Tensor]:
-        return {unit: moved(self.student.tensors[home].detach(), CPU) for unit, home in self.homes.items()}
+    def _fix(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Fix the supports that these weights have, by homes."""
+        found = self.projection.supports(self._by_unit(weights))
+        self.supports = {self.homes[unit]: moved(mask, self.student.device) for unit, mask in found.items()}
+        with torch.no_grad():
+            for home, mask in self.supports.items():
+                self.student.tensors[home].mul_(mask)
+
+    def _by_unit(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {unit: moved(weights[home], CPU) for unit, home in self.homes.items()}
 
     def _project(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """By homes, of what is given by homes."""
-        found = self.projection({unit: moved(weights[home], CPU) for unit, home in self.homes.items()})
+        found = self.projection(self._by_unit(weights))
         return {self.homes[unit]: moved(weight, self.student.device) for unit, weight in found.items()}
 
     def _free(self) -> dict[str, torch.Tensor]:
@@ -205,20 +212,24 @@ class Projecting(Coupling):
 class LearningCompression(Projecting):
     """`lc`: mu is in units of the mean curvature, for which the mean diagonal of the Fisher matrix stands.
 
-    passes: C steps. Weights are free from the first step on, those of the dense network where a scheme is trained.
+    passes: C steps. Weights are free from the first step on, those of the dense network where a scheme is trained. What a scheme
+    keeps in the last C step is then trained on its own, as by `mask`, for the last `TUNED` of the steps.
     """
 
     def __init__(self, student: Student, projection: Projection, passes: int = PASSES) -> None:
         super().__init__(student, projection, fixed=False)
-        self.passes = passes
+        self.passes, self.tunes, self.tuning = passes, not isinstance(projection, Rounded), False
         self.growth = (LAST_MU / MU) ** (1 / max(1, passes - 1))
         self.curvature, self.seen = 0.0, 0
         self.bound = Lagrangian(self._free(), self._project, MU)
 
     def allowed(self) -> dict[str, torch.Tensor]:
-        return self.bound.theta
+        return super().allowed() if self.tuning else self.bound.theta
 
     def gradients(self, samples: int) -> None:
+        if self.tuning:
+            super().gradients(samples)
+            return
         own = {home: self.student.tensors[home].grad for home in self.homes.values()}
         if not own:
             return
@@ -232,20 +243,32 @@ class LearningCompression(Projecting):
                 gradient.add_(pull, alpha=self.curvature)
 
     def stepped(self, step: int, steps: int, rate: float) -> None:
-        each = max(1, steps // self.passes)
-        if (step + 1) % each == 0 and self.homes:
+        if self.tuning:
+            super().stepped(step, steps, rate)
+            return
+        free = steps - round(TUNED * steps) if self.tunes else steps
+        each = max(1, free // self.passes)
+        if self.homes and (step + 1) % each == 0:
             self.bound.compress(self._free(), self.growth)
+        if self.tunes and step + 1 >= free:
+            self._tune()
+
+    def _tune(self) -> None:
+        """Fix what the last C step kept."""
+        self.tuning = True
+        self._fix({h: w - self.bound.multipliers[h] / self.bound.mu for h, w in self._free().items()})
 
     def state(self) -> dict[str, torch.Tensor]:
-        numbers = torch.tensor([self.bound.mu, self.curvature, float(self.seen)], dtype=torch.float64)
-        theta = {f"theta|{k}": v for k, v in self.bound.theta.items()}
-        return {"numbers|": numbers, **theta, **{f"multiplier|{k}": v for k, v in self.bound.multipliers.items()}}
+        numbers = torch.tensor([self.bound.mu, self.curvature, float(self.seen), float(self.tuning)], dtype=torch.float64)
+        parts = {"theta": self.bound.theta, "multiplier": self.bound.multipliers, "support": self.supports}
+        return {"numbers|": numbers} | {f"{name}|{k}": v for name, own in parts.items() for k, v in own.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.bound.mu, self.curvature, seen = state["numbers|"].tolist()
-        self.seen = int(seen)
+        self.bound.mu, self.curvature, seen, *tuning = state["numbers|"].tolist()
+        self.seen, self.tuning = int(seen), bool(tuning and tuning[0])  # files of before have no tuning
         for k in self.bound.theta:
             self.bound.theta[k], self.bound.multipliers[k] = state[f"theta|{k}"], state[f"multiplier|{k}"]
+        self.supports = {k.removeprefix("support|"): v for k, v in state.items() if k.startswith("support|")}
 
 
 class Fading(Coupling):

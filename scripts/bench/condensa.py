@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--recover", default="lc:epochs=2", help="as of `hwsearch bayes`")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
-    parser.add_argument("--methods", action="store_true", help="the couplings at equal minibatches instead")
+    parser.add_argument("--methods", nargs="*", help="the couplings at equal minibatches instead; by default mask and lc")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.02, 0.01])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -142,7 +142,7 @@ def main() -> None:
     assert own.validate is not None
     scores = own.evaluate(own.model), own.validate(own.model)
     print(f"dense: {scores[0]:.4f} on 10,000 test images, {scores[1]:.4f} on 5,000 kept apart", flush=True)
-    if args.methods:
+    if args.methods is not None:
         compare(own, args)
         return
     for name in args.schemes:
@@ -181,7 +181,7 @@ def compare(own: hs.Task, args: argparse.Namespace) -> None:
     for density in args.densities:
         made = SCHEMES["memory"][0](own, density=density)
         way, start = made.trainable(), own.evaluate(made.task.model)
-        for method in ("mask", "lc"):
+        for method in args.methods or ("mask", "lc"):
             scores, losses = [], []
             for seed in args.seeds:
                 options = Options(epochs=args.epochs, method=method, seed=seed, scored=False)
