@@ -18,7 +18,6 @@ import torch
 
 from hwsearch.allocate.allocation import Allocation
 from hwsearch.allocate.costs import Costs
-from hwsearch.compress.widths import Kept
 from hwsearch.deployment.deploy import kept_of, metadata_of, of_allocation, parse_variants, with_weights
 from hwsearch.deployment.session import Job, Measured, Session
 from hwsearch.device import fingerprint as devices
@@ -45,9 +44,8 @@ from hwsearch.pipeline.samples import FOLDER, KnobSample, KnobSamples
 from hwsearch.pipeline.scorer import scorer_for
 from hwsearch.plot import plot_bayes
 from hwsearch.progress import Progress, spoken
-from hwsearch.recovery.coupling import Projection
 from hwsearch.recovery.objective import Objective
-from hwsearch.recovery.recovery import Options, Recovery
+from hwsearch.recovery.recovery import Options, Recovery, SchemeRecovery, Trainable
 from hwsearch.recovery.trained import Trained, put
 from hwsearch.recovery.training import Diverged
 from hwsearch.task import Task
@@ -74,14 +72,6 @@ class Footprint(Protocol):
     @property
     def widths(self) -> Mapping[str, int]:
         """Channels left of each group."""
-
-
-class Trainable(Projection, Protocol):
-    """What training leads weights to."""
-
-    @property
-    def kept(self) -> Kept:
-        """The slots of channel groups that stay."""
 
 
 class Compressed(Protocol):
@@ -263,7 +253,7 @@ class _Search:
     def __init__(
         self, session: Session, scheme: Scheme, goal: Goal, folder: Path, training: Options | None, seed: int, progress: Progress
     ) -> None:
-        self.training, self.seed = training, seed
+        self.training = None if training is None else replace(training, seed=seed)
         self.session, self.setup, self.scheme, self.goal = session, session.setup, scheme, goal
         self.folder, self.progress, self.knobs = folder, progress, tuple(scheme.parameters)
         self.scorer = scorer_for(session, goal.floor)
@@ -330,7 +320,10 @@ class _Search:
         return Costs(size=left.packed_bytes, macs=network.narrow(widths).macs)
 
     def _prior(self) -> Prior:
-        """From how often networks agree with the dense one on calibration data, and from what of their cost is computed."""
+        """From how often networks agree with the dense one on calibration data, and from what of their cost is computed.
+
+        Where samples are trained nothing is known of scores before: untrained ones fall far earlier, and by far more.
+        """
         share = self.scale / max(abs(self.scorer.dense), 1e-9)
         column = self.goal.minimize if self.goal.minimize in COMPUTED else "macs"
         whole = self.dense[column]
@@ -342,7 +335,8 @@ class _Search:
             return 1.0 - (1.0 - found.agreement) / share, found.costs[column] / whole
 
         self.progress.say("comparing a few networks of the scheme with the dense one, without building them")
-        return Prior.of(self.knobs, at)
+        prior = Prior.of(self.knobs, at)
+        return prior if self.training is None else replace(prior, margin=Prior.none().margin)
 
     # ---- samples
 
@@ -402,30 +396,29 @@ class _Search:
         path: of the file of weights; where it is there, training had come to its end.
         """
         recovery = self._recovery(made, path)
-        if path.is_file():
-            known = Trained.load(path)
-            lowering, told = put(recovery.whole, recovery.kept, recovery.variants, known, path), known.report
-        else:
-            done = recovery.run()
-            lowering, told = done.lowering, done.to_json()
+        if not path.is_file():
+            try:
+                recovery.run()
+            except Diverged as problem:
+                if not path.is_file():
+                    raise
+                self.progress.say(str(problem))  # what was best until then is there
             self.progress.start(None, SEARCHING)
+        known = Trained.load(path)
+        lowering, told = put(recovery.whole, recovery.kept, recovery.variants, known, path), known.report
         how = {k: told[k] for k in ("method", "rate", "steps", "seconds", "held_out", "best_step", "stopped")}
         return made if made.allocation is not None else made.trained(lowering), lowering, how
 
     def _recovery(self, made: Compressed, path: Path) -> Recovery:
         assert self.training is not None
-        own = replace(self.training, seed=self.seed)
         if made.allocation is not None:
             setup = self._chosen(made.allocation)
             refitted = with_weights(setup, made.allocation, None).lowering
             return Recovery(
-                setup.lowering, refitted, kept_of(made.allocation, setup.network), parse_variants(made.allocation), own,
+                setup.lowering, refitted, kept_of(made.allocation, setup.network), parse_variants(made.allocation), self.training,
                 quantize_outputs=setup.backend.quantize_outputs, out=path, progress=self.progress,
             )  # fmt: skip
-        whole, way = self.setup.lowering, made.trainable()
-        start = whole.narrow(way.kept) if way.kept else whole
-        variants = uniform(self.setup.network, BASE)
-        return Recovery(whole, start, way.kept, variants, own, out=path, progress=self.progress, projection=way)
+        return SchemeRecovery(self.setup.lowering, made.trainable(), self.training, out=path, progress=self.progress)
 
     def _engine(self, made: Compressed, lowering: Lowering | None) -> dict[str, Any]:
         """What an engine of a compressed network costs and scores, as fields of its sample. lowering: of trained weights."""
@@ -517,7 +510,8 @@ class _Search:
         x = np.array([[place_of(k, v) for k, v in zip(self.knobs, own, strict=True)] for own in product(*places)])
         mean, deviation = self.search.margin(self._points(), x)
         shape = tuple(map(len, places))
-        score = self.scorer.floor + self.scale * mean
+        errors = [s.error for s in self.done if s.error is not None]  # a margin is less a standard error, a score is not
+        score = self.scorer.floor + self.scale * mean + (float(np.mean(errors)) if errors else 0.0)
         return {
             "knobs": [k.name for k in self.knobs], "places": places, "mean": score.reshape(shape).tolist(),
             "deviation": (self.scale * deviation).reshape(shape).tolist(),

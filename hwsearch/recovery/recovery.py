@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hwsearch.compress.widths import Kept
 from hwsearch.errors import IncompatibleTables, InvalidInput
@@ -16,7 +16,7 @@ from hwsearch.files import changed
 from hwsearch.graph.calls import evaluating
 from hwsearch.graph.export import weights_digest
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.network.variants import Variant
+from hwsearch.network.variants import Variant, uniform
 from hwsearch.progress import Progress, seconds_of, spoken
 from hwsearch.recovery.checkpoint import Checkpoint
 from hwsearch.recovery.coupling import METHODS, PASSES, Coupling, Projection, coupling
@@ -208,8 +208,10 @@ class Recovery:
         variants: Unit -> variant.
         out: File for the weights, beside which the state of the training is kept; None keeps everything in memory.
         processes: That train together; None for those that were launched so.
-        projection: What a scheme allows, beside the channels that are kept; None for an allocation.
     """
+
+    projection: Projection | None = None
+    """What a scheme allows, beside the channels that are kept."""
 
     def __init__(
         self,
@@ -224,9 +226,7 @@ class Recovery:
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
         processes: Processes | None = None,
-        projection: Projection | None = None,
     ) -> None:
-        self.projection = projection
         self.whole, self.start, self.kept, self.variants, self.options = whole, start, dict(kept), dict(variants), options
         self.quantize_outputs, self.out, self.clock = quantize_outputs, None if out is None else Path(out), clock
         self.progress = progress or Progress.silent()
@@ -236,8 +236,6 @@ class Recovery:
                 raise InvalidInput("BatchNorm normalises over the batch of one process; train it folded, or in a single process")
             self._begin_alike()
         self.objective = Objective(self.start, options.seed, self.processes)
-        if projection is not None and options.method not in SCHEMES:
-            raise InvalidInput(f"{options.method} does not train schemes; expected one of {', '.join(SCHEMES)}")
         self.leads = options.method in LED and start.network.channels != whole.network.channels
 
     def run(self) -> Recovered:
@@ -468,6 +466,38 @@ class Recovery:
                 trained.save(self.out)
             found = replace(found, trained=trained)
         return found
+
+
+class Trainable(Projection, Protocol):
+    """What training leads the weights of a scheme to."""
+
+    @property
+    def kept(self) -> Kept:
+        """The slots of channel groups that stay; empty where all do."""
+
+
+class SchemeRecovery(Recovery):
+    """One recovery of one network of a scheme, from the weights of the dense one in the channels that stay.
+
+    Args:
+        whole: The dense network.
+        way: What the scheme makes of it.
+        options: As for an allocation; the method is one of `SCHEMES`.
+        out: As for an allocation.
+        progress: As for an allocation.
+        processes: As for an allocation.
+    """
+
+    def __init__(
+        self, whole: Lowering, way: Trainable, options: Options, *, out: str | Path | None = None, progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> None:  # fmt: skip
+        if options.method not in SCHEMES:
+            raise InvalidInput(f"{options.method} does not train schemes; expected one of {', '.join(SCHEMES)}")
+        self.projection = way
+        start = whole.narrow(way.kept) if way.kept else whole
+        variants = uniform(whole.network, FLOAT.precision)
+        super().__init__(whole, start, way.kept, variants, options, out=out, progress=progress, processes=processes)
 
 
 class _First(Objective):

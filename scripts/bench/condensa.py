@@ -31,10 +31,9 @@ from torch import nn
 import hwsearch as hs
 from hwsearch.errors import BudgetMissed
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.network.variants import uniform
 from hwsearch.pipeline.tuning import Tuned
 from hwsearch.progress import Progress
-from hwsearch.recovery.recovery import Options, Recovery
+from hwsearch.recovery.recovery import Options, SchemeRecovery
 from hwsearch.schemes import Compose, FilterPrune, Free, Prune, Quantize
 from hwsearch.zoo import fashion_resnet as zoo
 
@@ -177,7 +176,6 @@ def tell(name: str, found: Tuned) -> None:
 def compare(own: hs.Task, args: argparse.Namespace) -> None:
     """`mask` and `lc` at equal minibatches: scores on the test images."""
     whole = Lowering(own)
-    variants = uniform(whole.network, "fp32")
     for density in args.densities:
         made = SCHEMES["memory"][0](own, density=density)
         way, start = made.trainable(), own.evaluate(made.task.model)
@@ -185,7 +183,7 @@ def compare(own: hs.Task, args: argparse.Namespace) -> None:
             scores, losses = [], []
             for seed in args.seeds:
                 options = Options(epochs=args.epochs, method=method, seed=seed, scored=False)
-                done = Recovery(whole, whole, {}, variants, options, projection=way, progress=Progress()).run()
+                done = SchemeRecovery(whole, way, options, progress=Progress()).run()
                 scores.append(own.evaluate(made.trained(done.lowering).task.model))
                 losses.append(done.course.least)
             each = ", ".join(f"{s:.4f}" for s in scores)

@@ -264,10 +264,17 @@ def test_samples_are_trained_and_the_answer_is_what_was_trained(tmp_path: Path, 
     assert found.values is not None
     assert len(runs) == len(found.floor["samples"]) == 2
     assert "trained  each sample, by mask" in str(found)
+    first = found.floor["samples"][0]["values"]["density"]
+    assert first == pytest.approx(0.26, abs=0.01), "half-way: the untrained score is no prior"
     for sample in found.floor["samples"]:
         own = sample["training"]
         assert own["held_out"]["recovered"] < own["held_out"]["refitted"]
         assert (own["method"], own["rate"]) == ("mask", 2e-3)
+    assert found.posterior is not None
+    for sample in found.floor["samples"]:
+        curve, density = zip(found.posterior["places"][0], found.posterior["mean"], strict=True), sample["values"]["density"]
+        near = min(curve, key=lambda own: abs(own[0] - density))
+        assert near[1] == pytest.approx(sample["score"], abs=1.5 * sample["error"]), "the posterior is of the score"
     (answer,) = (s for s in found.floor["samples"] if s["answer"])
     untrained = Compose(Prune(answer["values"]["density"]), Quantize("int8"))(stripes())
     assert answer["score"] > stripes().validate(untrained.task.model) + 0.02  # type: ignore[misc]
@@ -287,6 +294,8 @@ def test_samples_are_trained_and_the_answer_is_what_was_trained(tmp_path: Path, 
     other = trained(tmp_path, "lc:epochs=1,lr=2e-3,steps=4", samples=1)
     assert len(runs) == 3, "trained in another way it is another sample"
     assert other.floor["samples"][0]["training"]["method"] == "lc"
+    trained(tmp_path, "lc:epochs=1,lr=2e-3,steps=4", samples=1, seed=1)
+    assert len(runs) == 4, "and with another seed"
 
 
 def test_a_search_that_was_killed_after_a_training_does_not_train_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,13 +316,24 @@ def test_a_search_that_was_killed_after_a_training_does_not_train_again(tmp_path
 
 
 def test_a_training_that_diverges_is_a_failed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Recovery.run
+
     def diverge(self: Recovery) -> Any:
         raise Diverged("the loss became nan at step 3")
 
     monkeypatch.setattr(Recovery, "run", diverge)
-    found = trained(tmp_path, samples=1)
+    found = trained(tmp_path / "none", samples=1)
     assert [s["failed"] for s in found.floor["samples"]] == ["the loss became nan at step 3"]
     assert found.values is None
+
+    def diverge_late(self: Recovery) -> Any:
+        real(self)
+        raise Diverged("the loss became nan at step 40")
+
+    monkeypatch.setattr(Recovery, "run", diverge_late)
+    found = trained(tmp_path / "late", samples=1)
+    assert [s["failed"] for s in found.floor["samples"]] == [""], "what was best until then was written"
+    assert found.floor["samples"][0]["training"]["best_step"] > 0
 
 
 def test_a_training_that_cannot_be_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

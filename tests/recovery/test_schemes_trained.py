@@ -11,10 +11,9 @@ import torch
 from hwsearch.errors import InvalidInput
 from hwsearch.graph.canonical import tensor_attr
 from hwsearch.lowering.lowering import Lowering
-from hwsearch.network.variants import uniform
 from hwsearch.recovery.coupling import coupling
 from hwsearch.recovery.processes import Processes
-from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.recovery import Options, Recovered, Recovery, SchemeRecovery
 from hwsearch.recovery.student import CPU, Student
 from hwsearch.schemes import (
     NM,
@@ -48,11 +47,8 @@ def made(name: str) -> Compressed:
 def recovery(found: Compressed, method: str, **options: object) -> Recovery:
     """As `hs.bayes` makes one."""
     assert found.of is not None
-    whole, way = Lowering(found.of), found.trainable()
     fields = {"epochs": 3, "rate": recovering.RATE, "method": method, "scored": False, **options}
-    start = whole.narrow(way.kept) if way.kept else whole
-    variants = uniform(whole.network, "fp32")
-    return Recovery(whole, start, way.kept, variants, Options(**fields), processes=Processes(device=CPU), projection=way)  # type: ignore[arg-type]
+    return SchemeRecovery(Lowering(found.of), found.trainable(), Options(**fields), processes=Processes(device=CPU))  # type: ignore[arg-type]
 
 
 @cache
