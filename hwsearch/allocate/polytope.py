@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from hwsearch.allocate.problem import Choice, Cost, Problem
+from hwsearch.allocate.problem import Choice, Cost, Problem, Tie
 
 Vector = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -89,6 +89,17 @@ class Polytope:
         """The choices nearest to a vector of columns; they agree with the ties where it is integral."""
         starts = self.starts[: len(self.sizes)]
         return tuple(int(x[s : s + n].argmax()) for s, n in zip(starts, self.sizes, strict=True))
+
+    def rounded(self, x: Vector) -> Choice:
+        """The same where a vector need not be integral: of choices that require others, the nearest that require what is chosen."""
+        choice, ties = list(self.decode(x)), dict[int, list[Tie]]()
+        for tie in self.ties:
+            ties.setdefault(tie.i, []).append(tie)
+        for i, own in ties.items():
+            able = np.all([tie.of == choice[tie.j] for tie in own], axis=0)
+            if able.any():
+                choice[i] = int(np.where(able, x[self.starts[i] : self.starts[i] + self.sizes[i]], -1.0).argmax())
+        return tuple(choice)
 
     def columns(self, choice: Sequence[int]) -> Ints:
         """The choices' own columns."""

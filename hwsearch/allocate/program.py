@@ -43,6 +43,9 @@ _SPAN = 1e6
 CORE = 8
 """Columns in the first core, for each variable; every further core has twice as many."""
 
+LOWERED = (0.01, 0.05, 0.2)
+"""Shares of the room of all budgets by which they are lowered to find a first choice."""
+
 _ROUND_OFF = 1e-12
 _INFEASIBLE, _OTHER = 2, 4  # of scipy.optimize.milp
 
@@ -165,17 +168,18 @@ class Program:
         bound = constant + span * max(0.0, dual.bound)
         return Relaxed(bound, span * dual.above, unknown.round_off + span * dual.round_off, dual.choice)
 
-    def _dual(self, goal: Vector | None, left: float) -> Relaxed | None:
+    def _dual(self, goal: Vector | None, left: float, lowered: float = 0.0) -> Relaxed | None:
         """The Lagrangian dual of budgets, ties and marginals, or None if the linear program has no solution.
 
         It is taken at the linear program's multipliers (Geoffrion, 1974): with any multipliers the least value by
         blocks is a bound, so tolerances of the linear program do not touch it. Without a goal, the least by which
-        budgets must be exceeded: None where that is not above 0, and else a proof that nothing is allowed.
+        budgets must be exceeded: None where that is not above 0, and else a proof that nothing is allowed. lowered: by
+        this share of their room; what comes out says nothing of the budgets themselves then.
         """
         p, elastic = self.polytope, goal is None
         scales = [max(float(c.max()), 1.0) for c, _ in self.limits]
         costs = np.array([c / s for (c, _), s in zip(self.limits, scales, strict=True)]).reshape(-1, p.count)
-        rooms = np.array([room / s for (_, room), s in zip(self.limits, scales, strict=True)])
+        rooms = (1.0 - lowered) * np.array([room / s for (_, room), s in zip(self.limits, scales, strict=True)])
         coefficients = np.zeros(p.count) if goal is None else goal
         rows: Any = np.hstack([costs, np.full((len(rooms), 1), -float(elastic))])
         matrix: Any = p.wider(1)  # sparse, which scipy's stubs do not know of
@@ -194,7 +198,7 @@ class Program:
         round_off = _ROUND_OFF * float(np.abs(least).sum() + np.abs(prices * rooms).sum())
         if not np.isfinite(dual) or (elastic and dual <= round_off):
             return None
-        return Relaxed(dual, reduced - np.repeat(least, p.widths), round_off, p.decode(result.x))
+        return Relaxed(dual, reduced - np.repeat(least, p.widths), round_off, p.rounded(result.x))
 
     def minimise(
         self,
@@ -214,7 +218,7 @@ class Program:
         relaxed = self.relaxed(objective)
         if math.isinf(relaxed.bound):
             return None
-        rounded = relaxed.choice
+        rounded = self._rounded(objective, relaxed, accept if best is None else None) or relaxed.choice
         if rounded and accept(rounded) and (best is None or value(rounded) < value(best)):
             best = rounded
         above = np.sort(relaxed.above[: self.polytope.units])
@@ -231,6 +235,20 @@ class Program:
                 return None
             best = best if found is None else found.choice
             size *= 2
+
+    def _rounded(self, objective: Linear, relaxed: Relaxed, accept: Callable[[Choice], bool] | None) -> Choice | None:
+        """A first choice that is allowed, near to the solution of the linear program: rounded, that is often a little over a
+        budget, so that budgets are lowered until what is rounded is not; None where that finds none, or none is wanted.
+        """
+        if accept is None or (relaxed.choice is not None and accept(relaxed.choice)):
+            return relaxed.choice
+        span = _span(objective, self.upper > 0) or 1.0
+        for part in LOWERED:
+            left = self.deadline - time.monotonic()
+            found = self._dual(objective.coefficients / span, left, part) if left > 0 else None
+            if found is not None and found.choice is not None and accept(found.choice):
+                return found.choice
+        return None
 
     def _search(
         self,

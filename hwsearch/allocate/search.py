@@ -31,7 +31,7 @@ RESERVES = (1.0, 0.5, 0.25, 0.125)
 """The parts of that reserve that are tried in turn: after few builds no allocation may be within a budget by all of it."""
 
 
-LEAST_S = 10.0
+LEAST_S = 20.0
 """Of the solver's time limit, what each program of a search gets at least."""
 
 
