@@ -218,7 +218,7 @@ class Program:
         relaxed = self.relaxed(objective)
         if math.isinf(relaxed.bound):
             return None
-        rounded = self._rounded(objective, relaxed, accept if best is None else None) or relaxed.choice
+        rounded = relaxed.choice if best is not None else self._rounded(objective, relaxed, accept)
         if rounded and accept(rounded) and (best is None or value(rounded) < value(best)):
             best = rounded
         above = np.sort(relaxed.above[: self.polytope.units])
@@ -236,17 +236,20 @@ class Program:
             best = best if found is None else found.choice
             size *= 2
 
-    def _rounded(self, objective: Linear, relaxed: Relaxed, accept: Callable[[Choice], bool] | None) -> Choice | None:
-        """A first choice that is allowed, near to the solution of the linear program: rounded, that is often a little over a
-        budget, so that budgets are lowered until what is rounded is not; None where that finds none, or none is wanted.
+    def _rounded(self, objective: Linear, relaxed: Relaxed, accept: Callable[[Choice], bool]) -> Choice | None:
+        """A first choice that is allowed, near to the solution of the linear program; None where none is found.
+
+        Rounded, that is often a little over a budget, so that budgets are lowered until what is rounded is not.
         """
-        if accept is None or (relaxed.choice is not None and accept(relaxed.choice)):
+        if relaxed.choice is not None and accept(relaxed.choice):
             return relaxed.choice
         span = _span(objective, self.upper > 0) or 1.0
         for part in LOWERED:
             left = self.deadline - time.monotonic()
             found = self._dual(objective.coefficients / span, left, part) if left > 0 else None
-            if found is not None and found.choice is not None and accept(found.choice):
+            if found is None:
+                return None
+            if found.choice is not None and accept(found.choice):
                 return found.choice
         return None
 

@@ -92,6 +92,8 @@ class Options:
         for item in (i.strip() for i in items.split(",") if i.strip()):
             key, equals, value = item.partition("=")
             try:
+                if key == "steps" and own["method"] != "lc":
+                    raise ValueError(f"steps are of lc, and {own['method']} has none")
                 if not equals:
                     own |= {"epochs": int(item)} if item.isdecimal() else {"time_limit_s": seconds_of(item)}
                 elif key in ("steps", "epochs"):
@@ -117,8 +119,6 @@ class Options:
             raise InvalidInput(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.passes < 1:
             raise InvalidInput(f"lc takes at least one step, got {self.passes}")
-        if self.passes != PASSES and self.method != "lc":
-            raise InvalidInput(f"steps are of lc, and {self.method} has none")
         if self.batchnorm not in BATCHNORM:
             raise InvalidInput(f"unknown batchnorm {self.batchnorm!r}; expected one of {', '.join(BATCHNORM)}")
         if self.batchnorm == "unfolded" and self.method not in UNFOLDED:

@@ -2,7 +2,7 @@
 
 scheme.py: what every scheme is, free parameters and `Compose`. patterns.py: single weights, blocks, N:M, balanced. channels.py:
 filters and neurons, by channel groups. precision.py: what weights are rounded to. allocate.py: the exact search behind one
-number. subject.py: the network that steps work on. footprint.py: the bytes that are left.
+number. subject.py: the network that steps work on. trainable.py: the same for training. footprint.py: the bytes that are left.
 """
 
 from hwsearch.schemes.allocate import Allocate

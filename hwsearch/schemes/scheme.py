@@ -222,7 +222,9 @@ class Step(Scheme):
     """
 
     narrows: ClassVar[bool] = False
+    """Whether it takes channels away, and leaves weights as they are."""
     rounds: ClassVar[bool] = False
+    """Whether it changes weights that are not zero."""
     skip: str | tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:

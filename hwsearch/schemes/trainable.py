@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,19 +17,8 @@ from hwsearch.graph.canonical import tensor_attr
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.schemes.subject import Subject
 
-
-class Step(Protocol):
-    """One step of a scheme, without free numbers."""
-
-    @property
-    def narrows(self) -> bool:
-        """Whether it takes channels away, and leaves weights as they are."""
-
-    @property
-    def rounds(self) -> bool:
-        """Whether it changes weights that are not zero."""
-
-    def _apply(self, subject: Subject) -> Subject: ...
+if TYPE_CHECKING:
+    from hwsearch.schemes.scheme import Step
 
 
 class Trainable:

@@ -183,11 +183,11 @@ def test_words_of_how_to_train(text: str, fields: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lcc:steps=2", "unknown method 'lcc'"),
+        ("lcc:epochs=2", "unknown method 'lcc'"),
         ("soon", "--recover soon: soon is not understood"),
         ("lc:step=2", "nothing of a training is called 'step'"),
         ("lc:steps=two", "steps=two is not understood"),
-        ("mask:steps=3", "mask has none"),
+        ("mask:steps=12", "mask has none"),
         ("mask:epochs=0", "epochs must be at least 1"),
     ],
 )
