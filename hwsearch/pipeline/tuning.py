@@ -508,10 +508,10 @@ class _Search:
         values = [[value_of(k, x) for x in np.linspace(0.0, 1.0, DRAWN)] for k in self.knobs]
         places = [sorted(set(own)) for own in values]
         x = np.array([[place_of(k, v) for k, v in zip(self.knobs, own, strict=True)] for own in product(*places)])
-        mean, deviation = self.search.margin(self._points(), x)
+        scored = [replace(p, margin=p.margin + p.noise) for p in self._points()]  # margins are less a standard error
+        mean, deviation = self.search.margin(scored, x)
         shape = tuple(map(len, places))
-        errors = [s.error for s in self.done if s.error is not None]  # a margin is less a standard error, a score is not
-        score = self.scorer.floor + self.scale * mean + (float(np.mean(errors)) if errors else 0.0)
+        score = self.scorer.floor + self.scale * mean
         return {
             "knobs": [k.name for k in self.knobs], "places": places, "mean": score.reshape(shape).tolist(),
             "deviation": (self.scale * deviation).reshape(shape).tolist(),
