@@ -39,7 +39,7 @@ from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.lowering.marked import DOMAIN, MARK, tag_of
-from hwsearch.lowering.rewrites import fold_pads, keep_float, turn_products
+from hwsearch.lowering.rewrites import fold_pads, keep_float, spread_factors, turn_products
 from hwsearch.network.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
@@ -272,9 +272,13 @@ class _Builder:
                 continue
             node.input[i] = self._constant(f"{node.output[0]}/bias", bias[None] if deep else bias)
 
-    def rank(self, name: str) -> int:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an activation of the marked network; () where it has none."""
         value = self.known.get(name)
-        return len(value.type.tensor_type.shape.dim) if value is not None else 0
+        return () if value is None else tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+
+    def rank(self, name: str) -> int:
+        return len(self.shape(name))
 
     def _moved(self, node: onnx.NodeProto, grid: tuple[str, str]) -> None:
         """Q/DQ of an operator's input after it as well, where ONNX Runtime would put it: its values are on that grid."""
@@ -539,6 +543,7 @@ class _Builder:
         old = self.marked.graph
         self._name_outputs()
         self.nodes = fold_pads(self.nodes, self.initializers, [v.name for v in old.output])
+        spread_factors(self.nodes, self.initializers, self.shape)
         if self.quantize_outputs:
             self.nodes = keep_float(self.nodes, self.initializers, self.quantized, self.names)
         used = {name for node in self.nodes for name in node.input}

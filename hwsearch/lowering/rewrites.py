@@ -12,6 +12,10 @@ sums not every CPU has exactly. A Max of one input, which it leaves alone, befor
 Softmax, and the product before that, as attention (MHATokenization), and then multiplies in attention's order, in which the Softmax
 comes first: results are off by more than their own size. The transposed operands are multiplied in the other order instead,
 which no such pass knows.
+
+`spread_factors`: OpenVINO 2026.4 multiplies a constant factor before a convolution into the weight (MultiplyConvolutionFusion). It
+does so with a factor that differs from place to place too, where the image is as large as the kernel, and takes places for taps of
+the kernel. Such a factor is stored with a value for each element of what the convolution reads, which that pass leaves alone.
 """
 
 from __future__ import annotations
@@ -106,6 +110,32 @@ def _pad(node: onnx.NodeProto, widths: Sequence[int]) -> None:
         node.attribute.append(helper.make_attribute("pads", list(widths)))
         return
     own.ints[:] = [a + b for a, b in zip(own.ints, widths, strict=True)]
+
+
+def spread_factors(
+    nodes: Sequence[onnx.NodeProto], stored: dict[str, onnx.TensorProto], shape_of: Callable[[str], tuple[int, ...]]
+) -> None:
+    """Store factors before convolutions that differ over an image as large as the kernel element by element.
+
+    nodes: changed in place. stored: the graph's constants, which new ones join. shape_of: of an activation; () where unknown.
+    """
+    makers = {output: node for node in nodes for output in node.output}
+    for node in nodes:
+        maker = makers.get(node.input[0]) if node.op_type == "Conv" else None
+        if maker is None or maker.op_type not in ("Mul", "Div"):
+            continue
+        shape = shape_of(node.input[0])
+        kernel = next((tuple(a.ints) for a in node.attribute if a.name == "kernel_shape"), ())
+        for position, name in enumerate(maker.input):
+            if name not in stored or len(shape) != len(kernel) + 2:
+                continue
+            own = tuple(stored[name].dims)
+            places = (*[1] * (len(shape) - len(own)), *own)[2:]
+            over_places = any(d > 1 for d in places) and all(d in (1, k) for d, k in zip(places, kernel, strict=True))
+            if over_places and own != shape:
+                values = np.broadcast_to(numpy_helper.to_array(stored[name]), shape)
+                maker.input[position] = spread = f"{name}/spread/{'x'.join(map(str, shape))}"
+                stored[spread] = numpy_helper.from_array(np.ascontiguousarray(values), spread)
 
 
 def keep_float(

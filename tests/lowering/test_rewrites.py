@@ -17,9 +17,11 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import hwsearch as hs
+from hwsearch import backends
 from hwsearch.backends.base import BuildOptions
 from hwsearch.backends.onnxruntime import ONNXRuntimeBackend
 from hwsearch.engine.attribution import attribute, executed_precisions
+from hwsearch.engine.setup import set_up
 from hwsearch.lowering.lowering import Lowering
 from hwsearch.lowering.marked import tensor_names
 from hwsearch.lowering.rewrites import fold_pads
@@ -166,3 +168,50 @@ def test_onnx_runtime_leaves_a_float_layer_between_quantized_ones_as_it_is() -> 
     assert dict(zip((u.name for u in low.network.units), executed, strict=True))["b"] == "fp32"
     whole = low.onnx(dict.fromkeys(variants, Variant("int8")), quantize_outputs=True)
     assert not [n for n in whole.graph.node if n.op_type == "Max"]
+
+
+class Placed(nn.Module):
+    """What a convolution reads is multiplied with, or divided by, a factor of so many dimensions."""
+
+    def __init__(self, dimensions: int, factor: tuple[int, ...], divided: bool, groups: int = 1, kernel: int = 3) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        self.conv = kind(4, 8, kernel, padding=kernel // 2, groups=groups)
+        self.register_buffer("factor", 1.0 + 8.0 * torch.rand(factor))
+        self.divided = divided
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x / self.factor if self.divided else x * self.factor)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize(
+    "factor", [(3,), (3, 1), (3, 3), (1, 3), (4, 3, 3), (1, 1, 3, 3), (1, 4, 1, 3), (1, 4, 3, 3), (4, 1, 1), ()], ids=str
+)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_openvino_takes_no_place_for_a_tap_of_the_kernel(factor: tuple[int, ...], divided: bool, precision: str) -> None:
+    """Of a factor before a convolution, where the image is as large as the kernel (MultiplyConvolutionFusion)."""
+    torch.manual_seed(0)
+    check_placed(Placed(2, factor, divided), torch.randn(2, 4, 3, 3), Variant(precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("dimensions", "factor"), [(1, (3,)), (1, (4, 3)), (3, (3,)), (3, (1, 3, 1)), (3, (4, 3, 3, 3))])
+def test_nor_in_one_or_three_dimensions(dimensions: int, factor: tuple[int, ...], precision: str) -> None:
+    torch.manual_seed(0)
+    check_placed(Placed(dimensions, factor, False), torch.randn(1, 4, *[3] * dimensions), Variant(precision))
+
+
+def check_placed(net: nn.Module, x: torch.Tensor, variant: Variant) -> None:
+    """The engine computes what is simulated."""
+    setup = set_up(hs.Task(net.eval(), x, [x], lambda predict: 0.0, "placed"), backends.get("openvino"))
+    engine, _ = setup.build({"conv": variant}, "fp32")
+    assert not setup.expected.deviation(engine, {"conv": variant}, "fp32").wrong
+
+
+@pytest.mark.parametrize(("kernel", "factor"), [(3, (8, 8)), (3, (3, 8)), (1, (8, 8)), (3, (4, 1, 1))])
+def test_other_factors_are_stored_as_they_are(kernel: int, factor: tuple[int, ...]) -> None:
+    x, net = torch.randn(1, 4, *(factor[-2:] if factor[-1] > 1 else (8, 8))), Placed(2, factor, False, kernel=kernel).eval()
+    setup = set_up(hs.Task(net, x, [x], lambda predict: 0.0, "placed"), backends.get("openvino"))
+    made = setup.onnx({"conv": Variant("fp32")})
+    assert not any("/spread/" in t.name for t in made.graph.initializer)
