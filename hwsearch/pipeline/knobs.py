@@ -1,6 +1,7 @@
 """Which numbers of a scheme to measure next: from one to three knobs, each of which turns the score and a cost down.
 
-A place x has a number from 0 (as much is kept as may be) to 1 (as little) for each knob. Stage one finds the level set of the floor
+A place x has a number from 0 (as much is kept as may be) to 1 (as little) for each knob: in proportion to its number, or to the
+logarithm where the range is a wide one, as costs are compared by their ratio. Stage one finds the level set of the floor
 along one line: the score falls along it, and a guarded bracket makes the samples be enough whatever the curve. Stage two looks for
 the least cost within the floor, by the expected improvement times the probability that the floor holds, each by a Gaussian process.
 What is known without a measurement (the score of the scheme on little data, its bytes) is the prior mean of both.
@@ -24,6 +25,10 @@ from hwsearch.pipeline.surrogate import Floats, Surrogate
 MOST_KNOBS = 3
 TOLERANCE = 0.01
 """Of a knob's range: a bracket so narrow is not searched any further."""
+WIDE_RANGE = 10.0
+"""The most of a knob over its least from where on it is searched by its logarithm."""
+FACTOR = 1.02
+"""A bracket of such a knob whose ends are no further apart is not searched any further."""
 WIDE = 0.1
 """The same of stage one, where stage two follows."""
 SHARE = 0.5
@@ -60,14 +65,22 @@ class Knob(Protocol):
         """Whether it is a whole number."""
 
 
+def by_ratio(knob: Knob) -> bool:
+    """Whether a knob is searched by its logarithm."""
+    return not knob.whole and 0.0 < WIDE_RANGE * knob.low <= knob.high
+
+
 def value_of(knob: Knob, x: float) -> float:
     """The number at a place from 0 to 1: a whole one, or one of six digits."""
-    value = knob.high - min(max(x, 0.0), 1.0) * (knob.high - knob.low)
+    x = min(max(x, 0.0), 1.0)
+    value = knob.high * (knob.low / knob.high) ** x if by_ratio(knob) else knob.high - x * (knob.high - knob.low)
     return round(value) if knob.whole else min(max(float(f"{value:.6g}"), knob.low), knob.high)
 
 
 def place_of(knob: Knob, value: float) -> float:
     """Inverse of `value_of`."""
+    if by_ratio(knob):
+        return math.log(knob.high / value) / math.log(knob.high / knob.low)
     return (knob.high - value) / (knob.high - knob.low)
 
 
@@ -107,10 +120,11 @@ class Prior:
     cost: Callable[[Floats], Floats]
 
     @staticmethod
-    def through(places: Sequence[Sequence[float]], margins: Floats, costs: Floats) -> Prior:
+    def through(knobs: Sequence[Knob], places: Sequence[Sequence[float]], margins: Floats, costs: Floats) -> Prior:
         """Interpolated: along one knob through some places, else through a grid of them; margins are made to fall.
 
         Args:
+            knobs: In whose numbers costs are interpolated, as these are mostly in proportion to them; margins are in places.
             places: Of each knob, rising.
             margins: Of the grid, an axis for each knob.
             costs: The same, over the dense network's; no logarithms.
@@ -118,11 +132,14 @@ class Prior:
         margins = np.maximum(margins, LEAST_MARGIN)
         for axis in range(margins.ndim):
             margins = np.minimum.accumulate(margins, axis)
-        if margins.ndim == 1:
-            level, cost = PchipInterpolator(places[0], margins), PchipInterpolator(places[0], costs)
-            return Prior(lambda x: np.asarray(level(x[:, 0])), lambda x: np.log(np.maximum(cost(x[:, 0]), 1e-9)))
-        grid, of_cost = RegularGridInterpolator(places, margins), RegularGridInterpolator(places, costs)
-        return Prior(lambda x: np.asarray(grid(x)), lambda x: np.log(np.maximum(of_cost(x), 1e-9)))
+        removed = [_removed(k, np.asarray(own)) for k, own in zip(knobs, places, strict=True)]
+        level, of_cost = _interpolated(places, margins), _interpolated(removed, costs)
+
+        def cost(x: Floats) -> Floats:
+            gone = np.stack([_removed(k, own) for k, own in zip(knobs, x.T, strict=True)], 1)
+            return np.asarray(np.log(np.maximum(of_cost(gone), 1e-9)))
+
+        return Prior(level, cost)
 
     @staticmethod
     def of(knobs: Sequence[Knob], evaluate: Callable[[Sequence[float]], tuple[float, float]]) -> Prior:
@@ -133,12 +150,31 @@ class Prior:
         if len(knobs) == 1:
             places = [_halved(places[0], lambda x: evaluate([x])[0], knobs[0])]
         found = np.array([evaluate(x) for x in product(*places)]).reshape(*map(len, places), 2)
-        return Prior.through(places, found[..., 0], found[..., 1])
+        return Prior.through(knobs, places, found[..., 0], found[..., 1])
 
     @staticmethod
-    def none() -> Prior:
+    def none(knobs: Sequence[Knob]) -> Prior:
         """Half-way all of what may be lost is lost, and the cost falls in proportion to what is kept of each."""
-        return Prior(lambda x: 1.0 - 2.0 * x.max(1), lambda x: np.log(np.maximum(1.0 - x, 1e-3)).sum(1))
+
+        def cost(x: Floats) -> Floats:
+            kept = [1.0 - _removed(k, own) for k, own in zip(knobs, x.T, strict=True)]
+            return np.asarray(np.log(np.maximum(kept, 1e-3)).sum(0))
+
+        return Prior(lambda x: 1.0 - 2.0 * x.max(1), cost)
+
+
+def _removed(knob: Knob, x: Floats) -> Floats:
+    """What is gone of a knob's largest number at some places [n], where it is searched by its logarithm; else the places."""
+    return -np.expm1(x * math.log(knob.low / knob.high)) if by_ratio(knob) else x
+
+
+def _interpolated(places: Sequence[Floats] | Sequence[Sequence[float]], values: Floats) -> Callable[[Floats], Floats]:
+    """Through places of each knob, rising, at places [n, knobs]."""
+    if values.ndim == 1:
+        along = PchipInterpolator(places[0], values)
+        return lambda x: np.asarray(along(x[:, 0]))
+    grid = RegularGridInterpolator(places, values)
+    return lambda x: np.asarray(grid(x))
 
 
 def _halved(places: Sequence[float], margin: Callable[[float], float], knob: Knob) -> list[float]:
@@ -178,7 +214,9 @@ class KnobSearch:
 
     @property
     def tolerance(self) -> float:
-        """Of the bracket: of one knob a hundredth, or a step of whole numbers."""
+        """Of the bracket: of one knob a hundredth, a factor where it is searched by its logarithm, or a step of whole numbers."""
+        if len(self.knobs) == 1 and by_ratio(self.knobs[0]):
+            return math.log(FACTOR) / math.log(self.knobs[0].high / self.knobs[0].low)
         if len(self.knobs) == 1:
             return max(TOLERANCE, self.steps[0] * (1.0 + _SAME))
         return WIDE

@@ -37,6 +37,7 @@ from hwsearch.pipeline.knobs import (
     KnobSearch,
     Point,
     Prior,
+    by_ratio,
     place_of,
     value_of,
 )
@@ -336,7 +337,7 @@ class _Search:
 
         self.progress.say("comparing a few networks of the scheme with the dense one, without building them")
         prior = Prior.of(self.knobs, at)
-        return prior if self.training is None else replace(prior, margin=Prior.none().margin)
+        return prior if self.training is None else replace(prior, margin=Prior.none(self.knobs).margin)
 
     # ---- samples
 
@@ -513,6 +514,7 @@ class _Search:
         shape = tuple(map(len, places))
         score = self.scorer.floor + self.scale * mean
         return {
-            "knobs": [k.name for k in self.knobs], "places": places, "mean": score.reshape(shape).tolist(),
+            "knobs": [k.name for k in self.knobs], "log": [by_ratio(k) for k in self.knobs], "places": places,
+            "mean": score.reshape(shape).tolist(),
             "deviation": (self.scale * deviation).reshape(shape).tolist(),
         }  # fmt: skip

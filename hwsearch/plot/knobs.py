@@ -89,7 +89,12 @@ def _over_one(
         axes.errorbar(a, b, yerr=error, color=INK, linewidth=0.8, zorder=3)
     span = floor["search"]["dense"] - lowest or 1.0
     axes.set_ylim(lowest - 0.15 * span, floor["search"]["dense"] + 0.15 * span)
-    axes.set(xlabel=knob, ylabel="score in the search")
+    axes.set(xlabel=knob, ylabel="score in the search", xscale=_scales(posterior)[0])
+
+
+def _scales(posterior: Mapping[str, Any]) -> list[str]:
+    """Of the axis of each knob; reports of before 29 November 2026 do not say."""
+    return ["log" if own else "linear" for own in posterior.get("log", [False] * len(posterior["knobs"]))]
 
 
 def _over_two(
@@ -103,7 +108,8 @@ def _over_two(
         axes.contour(x, y, mean, levels=[least], colors=HIGHLIGHT, zorder=2)
         axes.plot([], [], color=HIGHLIGHT, label=f"floor {least:.4f}")
     _draw(axes, samples, [(s["values"][knobs[0]], s["values"][knobs[1]]) for s in samples])
-    axes.set(xlabel=knobs[0], ylabel=knobs[1])
+    along, up = _scales(posterior)
+    axes.set(xlabel=knobs[0], ylabel=knobs[1], xscale=along, yscale=up)
 
 
 def _over_cost(axes: Axes, samples: Sequence[Mapping[str, Any]], floor: Mapping[str, Any]) -> None:

@@ -181,10 +181,10 @@ def searchers(prior: Prior, seed: int) -> dict[str, Callable[[Score], Found]]:
     """Each by name; the last two are slow."""
     return {
         "bisection": bisection,
-        "guarded, no process, no prior": lambda m: ours(m, Prior.none(), Interpolated),
+        "guarded, no process, no prior": lambda m: ours(m, Prior.none([KNOB]), Interpolated),
         "guarded, no process, prior": lambda m: ours(m, prior, Interpolated),
         "random 60": lambda m: random(m, seed),
-        "guarded process, no prior": lambda m: ours(m, Prior.none()),
+        "guarded process, no prior": lambda m: ours(m, Prior.none([KNOB])),
         "guarded process, prior (bayes)": lambda m: ours(m, prior),
         "unguarded UCB": unguarded,
         "skopt alone": lambda m: skopt_alone(m, seed),
@@ -215,7 +215,7 @@ def said(name: str, rows: Sequence[Row]) -> None:
 def synthetic(curves: int, slow: int, noisy: bool) -> None:
     """The table of one knob."""
     print(f"{'with noise' if noisy else 'without noise'}: searcher, curves, samples mean (max), shortfall median (max), over")
-    for name in searchers(Prior.none(), 0):
+    for name in searchers(Prior.none([KNOB]), 0):
         rows = []
         for seed in range(slow if name in SLOW else curves):
             own = curve(seed, noisy)
@@ -303,7 +303,7 @@ def two_knobs(task: hs.Task, floor: str) -> None:
         return f"{share:.4f} of the dense bytes at {values}"
 
     print(f"  two knobs, floor {floor}: the grid of {len(grid)}: {least(grid)}", flush=True)
-    for name, prior in (("bayes", net.prior()), ("bayes, no prior", Prior.none())):
+    for name, prior in (("bayes", net.prior()), ("bayes, no prior", Prior.none(knobs))):
         search, points = KnobSearch(knobs, prior, free=False, measured_cost=False), list[Point]()
         while (x := search.next(points, SAMPLES - len(points))) is not None:
             margin, _, share = net.look(x)

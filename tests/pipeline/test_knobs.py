@@ -12,7 +12,16 @@ import pytest
 
 from hwsearch.errors import BackendUnavailable
 from hwsearch.pipeline import surrogate
-from hwsearch.pipeline.knobs import LEAST_MARGIN, TOLERANCE, KnobSearch, Point, Prior, place_of, value_of
+from hwsearch.pipeline.knobs import (
+    FACTOR,
+    LEAST_MARGIN,
+    TOLERANCE,
+    KnobSearch,
+    Point,
+    Prior,
+    place_of,
+    value_of,
+)
 from hwsearch.schemes import Free
 
 DENSITY, BITS = Free("density"), Free("bits", 2, 8, whole=True)
@@ -37,7 +46,7 @@ def searched(search: KnobSearch, margin: Law, samples: int = 10, noise: float = 
 
 
 def one(prior: Prior | None = None, *, free: bool = True, measured: bool = False) -> KnobSearch:
-    return KnobSearch([DENSITY], prior or Prior.none(), free=free, measured_cost=measured)
+    return KnobSearch([DENSITY], prior or Prior.none([DENSITY]), free=free, measured_cost=measured)
 
 
 def curve(seed: int) -> Law:
@@ -109,18 +118,18 @@ def test_a_right_prior_takes_two_samples_and_a_wrong_one_no_more_than_ten() -> N
 
     places = [*np.linspace(0.0, 0.5, 6), *np.linspace(0.55, 0.7, 16), 0.8, 0.9, 1.0]
     costs = np.array([1.0 - x for x in places])
-    right = Prior.through([places], np.array([law([x]) for x in places]), costs)
+    right = Prior.through([DENSITY], [places], np.array([law([x]) for x in places]), costs)
     found = searched(one(right), law)
     within(found, law)
     assert len(found) == 2
     assert len(searched(one(), law)) > 2
-    wrong = Prior.through([places], np.array([1.0 - 30.0 * x for x in places]), costs)
+    wrong = Prior.through([DENSITY], [places], np.array([1.0 - 30.0 * x for x in places]), costs)
     within(searched(one(wrong), law), law)
 
 
 def test_whole_numbers_are_found_exactly_and_stay_whole() -> None:
     for least in range(2, 9):
-        search = KnobSearch([BITS], Prior.none(), free=False, measured_cost=False)
+        search = KnobSearch([BITS], Prior.none([BITS]), free=False, measured_cost=False)
         found = searched(search, lambda x, least=least: 0.5 if value_of(BITS, x[0]) >= least else -2.0)
         assert all(place_of(BITS, value_of(BITS, p.x[0])) == p.x[0] for p in found)
         assert min(value_of(BITS, p.x[0]) for p in found if p.holds) == least
@@ -146,7 +155,7 @@ def test_two_knobs_end_no_worse_than_a_grid_of_a_hundred(scale: float) -> None:
     foretold = np.array([[1.0 - scale * (1.0 - two([a, b])) ** 1.2 for b in steps] for a in steps])
     costs = np.array([[math.exp(cost_of([a, b])) for b in steps] for a in steps])
     knobs = [DENSITY, Free("width", 0.0, 1.0)]
-    search = KnobSearch(knobs, Prior.through([steps, steps], foretold, costs), free=True, measured_cost=False)
+    search = KnobSearch(knobs, Prior.through(knobs, [steps, steps], foretold, costs), free=True, measured_cost=False)
     found = searched(search, two)
     best = min(cost_of(p.x) for p in found if p.holds)
     fine = np.linspace(0.0, 1.0, 10)
@@ -167,7 +176,7 @@ def test_a_measured_cost_that_does_not_fall_with_the_knob_is_searched_within_the
 
 def test_three_knobs_hold_the_floor_in_ten_samples() -> None:
     knobs = [DENSITY, Free("width"), BITS]
-    search = KnobSearch(knobs, Prior.none(), free=True, measured_cost=False)
+    search = KnobSearch(knobs, Prior.none(knobs), free=True, measured_cost=False)
     found = searched(search, lambda x: 1.0 - 2.0 * x[0] ** 2 - 1.5 * x[1] ** 2 - x[2] ** 2)
     best = min(cost_of(p.x) for p in found if p.holds)
     assert best < cost_of([0.25, 0.25, 0.25])
@@ -189,8 +198,42 @@ def test_numbers_are_rounded_where_they_can_be() -> None:
     assert value_of(Free("a", 0.1, 0.3), 1.5) == 0.1
 
 
+WIDE = Free("density", 0.002, 1.0)
+
+
+def test_a_wide_range_is_searched_by_its_logarithm() -> None:
+    assert value_of(WIDE, 0.5) == pytest.approx(math.sqrt(0.002), rel=1e-5)
+    for x in np.linspace(0.0, 1.0, 23):
+        assert place_of(WIDE, value_of(WIDE, float(x))) == pytest.approx(x, abs=1e-5)
+    assert (value_of(WIDE, 0.0), value_of(WIDE, 1.0)) == (1.0, 0.002)
+    assert value_of(Free("a", 0.2, 1.0), 0.5) == pytest.approx(0.6), "a narrow range is not"
+    assert value_of(Free("bits", 1, 16, whole=True), 1.0 / 3.0) == 11, "whole numbers are not"
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_answer_in_a_wide_range_is_right_to_a_factor(seed: int, free: bool) -> None:
+    """In ten samples, however small the least number that holds is: to a hundredth of the range it could be several times that."""
+    rng = np.random.default_rng(seed)
+    least, steep = math.exp(rng.uniform(math.log(0.003), 0.0)), rng.uniform(0.2, 8.0)
+    search = KnobSearch([WIDE], Prior.none([WIDE]), free=free, measured_cost=False)
+    found = searched(search, lambda x: 1.0 - (least / value_of(WIDE, x[0])) ** steep)
+    answer = min((value_of(WIDE, p.x[0]) for p in found if p.holds), default=1.0)
+    assert least * (1 - 1e-5) <= answer <= least * FACTOR * (1 + 1e-5)
+
+
+def test_costs_of_a_prior_are_interpolated_in_the_numbers() -> None:
+    """In proportion to a density they are found exactly from five places, however wide its range."""
+    places = [[0.0, 0.25, 0.5, 0.75, 1.0]]
+    numbers = np.array([value_of(WIDE, x) for x in places[0]])
+    prior = Prior.through([WIDE], places, np.linspace(1.0, -1.0, 5), 0.01 + 0.99 * numbers)
+    x = np.linspace(0.0, 1.0, 17)[:, None]
+    assert np.exp(prior.cost(x)) == pytest.approx([0.01 + 0.99 * value_of(WIDE, float(own)) for own in x[:, 0]], rel=1e-4)
+    assert np.exp(Prior.none([WIDE]).cost(x)) == pytest.approx([value_of(WIDE, float(own)) for own in x[:, 0]], rel=1e-4)
+
+
 def test_a_prior_is_made_to_fall_and_ends_at_the_least() -> None:
-    prior = Prior.through([[0.0, 0.5, 1.0]], np.array([1.0, 1.2, -50.0]), np.array([1.0, 0.5, 0.0]))
+    prior = Prior.through([DENSITY], [[0.0, 0.5, 1.0]], np.array([1.0, 1.2, -50.0]), np.array([1.0, 0.5, 0.0]))
     x = np.array([[0.0], [0.5], [1.0]])
     assert prior.margin(x).tolist() == pytest.approx([1.0, 1.0, LEAST_MARGIN])
     assert np.exp(prior.cost(x)).tolist() == pytest.approx([1.0, 0.5, 1e-9])

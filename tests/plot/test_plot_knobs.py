@@ -22,7 +22,10 @@ def told(knobs: int) -> dict[str, Any]:
             "holds": score is not None and score > 0.9, "answer": number == 2, "costs": costs,
         })  # fmt: skip
     grid: Any = [0.7, 0.91, 0.92] if knobs == 1 else [[0.6, 0.7, 0.8], [0.7, 0.91, 0.92], [0.8, 0.92, 0.93]]
-    posterior = {"knobs": list(NAMES[:knobs]), "places": [[0.1, 0.5, 1.0]] * knobs, "mean": grid, "deviation": grid}
+    posterior: dict[str, Any] = {
+        "knobs": list(NAMES[:knobs]), "log": [True, False][:knobs], "places": [[0.1, 0.5, 1.0]] * knobs, "mean": grid,
+        "deviation": grid,
+    }  # fmt: skip
     floor = {"samples": samples, "search": {"least": 0.9, "dense": 0.93}, "minimized": "size", "text": "97%"}
     return {
         "task": "net", "values": dict.fromkeys(NAMES[:knobs], 0.5), "score": {"dense": 0.93, "deployed": 0.912}, "floor": floor,
@@ -42,7 +45,15 @@ def test_each_sample_is_drawn_with_its_number(knobs: int, tmp_path: Path) -> Non
     assert {"holds the floor", "does not", "answer", "floor 0.9000"} <= names
     assert ("failed" in names) == (knobs < 3)
     assert axes.get_xlabel() == ("size (MB)" if knobs == 3 else "density")
+    assert axes.get_xscale() == ("linear" if knobs == 3 else "log")
+    assert axes.get_yscale() == "linear"
     assert (tmp_path / "bayes.png").stat().st_size > 0
+
+
+def test_a_report_that_does_not_say_how_numbers_were_searched_is_drawn() -> None:
+    own = told(1)
+    del own["posterior"]["log"]
+    assert plot_bayes(own).axes[0].get_xscale() == "linear"
 
 
 def test_the_dense_network_as_the_answer_without_a_sample_is_drawn() -> None:
