@@ -35,6 +35,7 @@ class OpenVINOBackend:
     unsigned_activations = True
     unsigned_concat = True
     softmax_first = True
+    avoid_fusions = True
 
     def __init__(self) -> None:
         self._core: Any = None

@@ -39,7 +39,7 @@ from hwsearch.compress.biases import fitted, on_steps, steps
 from hwsearch.compress.formats import E2M1, FP8_TOP, HALVES, StoredWeight, two_level
 from hwsearch.compress.quantize import Ranges, int8_scale
 from hwsearch.lowering.marked import DOMAIN, MARK, tag_of
-from hwsearch.lowering.rewrites import fold_pads, keep_float, spread_factors, turn_products
+from hwsearch.lowering.rewrites import fold_pads, keep_float, keep_order, spread_factors, turn_products
 from hwsearch.network.variants import INT8_BITS, NVFP4_BLOCK, Variant, stored_once
 
 OPSETS = {"fp8": 19, "int4": 21, "nvfp4": 23}
@@ -74,6 +74,7 @@ def assemble(
     quantize_outputs: bool = False,
     unsigned_concat: bool = False,
     softmax_first: bool = False,
+    avoid_fusions: bool = False,
     metadata: Mapping[str, str] | None = None,
     shared: bool = True,
     int8_bits: int = INT8_BITS,
@@ -86,6 +87,7 @@ def assemble(
     shared: units that read one tensor on one scale share its Q/DQ.
     unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
     softmax_first: an int8 product whose second operand comes from a Softmax has its operands turned, see `turn_products`: likewise.
+    avoid_fusions: float convolutions are written so that none is fused wrongly, see `spread_factors` and `keep_order`: likewise.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset, shared)
@@ -128,6 +130,9 @@ def assemble(
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
     if softmax_first:
         builder.nodes = turn_products(builder.nodes, builder.rank, builder.names)
+    if avoid_fusions:
+        spread_factors(builder.nodes, builder.initializers, builder.shape)
+        keep_order(builder.nodes, builder.initializers, builder.shape)
     return builder.finish({**float_units(untold), **(metadata or {})})
 
 
@@ -543,7 +548,6 @@ class _Builder:
         old = self.marked.graph
         self._name_outputs()
         self.nodes = fold_pads(self.nodes, self.initializers, [v.name for v in old.output])
-        spread_factors(self.nodes, self.initializers, self.shape)
         if self.quantize_outputs:
             self.nodes = keep_float(self.nodes, self.initializers, self.quantized, self.names)
         used = {name for node in self.nodes for name in node.input}

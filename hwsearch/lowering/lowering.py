@@ -306,6 +306,7 @@ class Lowering:
         quantize_outputs: bool = False,
         unsigned_concat: bool = False,
         softmax_first: bool = False,
+        avoid_fusions: bool = False,
         metadata: Mapping[str, str] | None = None,
         shared: bool = True,
     ) -> onnx.ModelProto:
@@ -316,6 +317,7 @@ class Lowering:
             quantize_outputs=quantize_outputs,
             unsigned_concat=unsigned_concat,
             softmax_first=softmax_first,
+            avoid_fusions=avoid_fusions,
             metadata=metadata,
             shared=shared,
         )

@@ -16,6 +16,10 @@ which no such pass knows.
 `spread_factors`: OpenVINO 2026.4 multiplies a constant factor before a convolution into the weight (MultiplyConvolutionFusion). It
 does so with a factor that differs from place to place too, where the image is as large as the kernel, and takes places for taps of
 the kernel. Such a factor is stored with a value for each element of what the convolution reads, which that pass leaves alone.
+
+`keep_order`: of a Split, convolutions without a bias and a Concat OpenVINO 2026.4 makes one grouped convolution, whichever part
+goes to which. Where they do not go one by one in order, convolutions get a bias of next to nothing, which keeps that pass
+away; a bias of zeros is taken out before it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from hwsearch.backends.nodenames import unique, unit_of
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+NEXT_TO_NOTHING = 1e-30
+"""A bias that changes no sum of float32, nor of bf16: of layers that must not be without one."""
 
 
 def fold_pads(
@@ -136,6 +142,37 @@ def spread_factors(
                 values = np.broadcast_to(numpy_helper.to_array(stored[name]), shape)
                 maker.input[position] = spread = f"{name}/spread/{'x'.join(map(str, shape))}"
                 stored[spread] = numpy_helper.from_array(np.ascontiguousarray(values), spread)
+
+
+def keep_order(
+    nodes: Sequence[onnx.NodeProto], stored: dict[str, onnx.TensorProto], shape_of: Callable[[str], tuple[int, ...]]
+) -> None:
+    """Give a bias to convolutions without one that read parts of one Split, in another order than a Concat joins them.
+
+    nodes: changed in place. stored: the graph's constants, which new ones join. shape_of: of an activation; () where unknown.
+    """
+    makers = {output: node for node in nodes for output in node.output}
+    for node in nodes:
+        layers = [makers.get(name) for name in node.input] if node.op_type == "Concat" else []
+        plain = [n for n in layers if n is not None and n.op_type == "Conv" and not _biased(n, stored)]
+        splits = [makers.get(n.input[0]) for n in plain]
+        first = splits[0] if splits else None
+        if len(plain) < len(node.input) or first is None or first.op_type != "Split" or any(s is not first for s in splits):
+            continue
+        if [n.input[0] for n in plain] == list(first.output):
+            continue
+        for layer in plain:
+            name, shape = f"{layer.output[0]}/next_to_nothing", shape_of(layer.output[0])
+            if shape:
+                stored[name] = numpy_helper.from_array(np.full(shape[1], NEXT_TO_NOTHING, np.float32), name)
+                layer.input[2:] = [name]
+
+
+def _biased(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a convolution has a bias that is not all zeros."""
+    if len(node.input) < 3 or not node.input[2]:
+        return False
+    return node.input[2] not in stored or bool(np.any(numpy_helper.to_array(stored[node.input[2]]) != 0))
 
 
 def keep_float(

