@@ -137,8 +137,8 @@ class Backend(Protocol):
     - `unsigned_activations = True`: int8 activations that were never negative on calibration data are uint8 with zero point 0. It
       gives them one more bit, and CPUs whose products take unsigned inputs need not convert them.
     - `unsigned_concat = True`: Q/DQ between a Concat and a convolution has to be uint8, see `assemble`.
-    - `softmax_first = True`: an int8 product must not have what comes from a Softmax as its second operand, see `assemble`.
-    - `avoid_fusions = True`: graphs must not hold what OpenVINO is known to fuse wrongly, see `assemble`.
+    - `avoid_fusions = True`: a graph must not hold what OpenVINO fuses wrongly (an int8 product whose second operand comes from a
+      Softmax, some float convolutions), see `assemble`.
     - `int8_bits = 8`, where int8 products are summed exactly on every device that it runs on (7: with weights of 7 bits only);
       without it a small network is built and run to find out, see `exactness`.
     """
@@ -201,7 +201,6 @@ def qdq_form(backend: Backend) -> dict[str, bool]:
     return {
         "quantize_outputs": backend.quantize_outputs,
         "unsigned_concat": getattr(backend, "unsigned_concat", False),
-        "softmax_first": getattr(backend, "softmax_first", False),
         "avoid_fusions": getattr(backend, "avoid_fusions", False),
     }
 

@@ -34,7 +34,6 @@ class OpenVINOBackend:
     weight_storage = True
     unsigned_activations = True
     unsigned_concat = True
-    softmax_first = True
     avoid_fusions = True
 
     def __init__(self) -> None:

@@ -73,7 +73,6 @@ def assemble(
     *,
     quantize_outputs: bool = False,
     unsigned_concat: bool = False,
-    softmax_first: bool = False,
     avoid_fusions: bool = False,
     metadata: Mapping[str, str] | None = None,
     shared: bool = True,
@@ -86,8 +85,7 @@ def assemble(
     quantize_outputs: also quantize what an int8 or fp8 unit returns, for runtimes which execute in int8 only then.
     shared: units that read one tensor on one scale share its Q/DQ.
     unsigned_concat: what an int8 convolution reads of a Concat is uint8 with zero point 128, the same numbers: for OpenVINO.
-    softmax_first: an int8 product whose second operand comes from a Softmax has its operands turned, see `turn_products`: likewise.
-    avoid_fusions: float convolutions are written so that none is fused wrongly, see `spread_factors` and `keep_order`: likewise.
+    avoid_fusions: what OpenVINO would fuse wrongly is written otherwise, see `turn_products`, `spread_factors` and `keep_order`.
     """
     opset = max((OPSETS[v.precision] for v in variants.values() if v.precision in OPSETS), default=0)
     builder = _Builder(marked, quantize_outputs, opset, shared)
@@ -128,9 +126,8 @@ def assemble(
     told = {unit for role, unit in marks if role == "weight"}
     units = {unit: variants[unit].precision for role, unit in marks if role != "stored"}
     untold = {u: p for u, p in units.items() if p in TYPES and (p in ("fp32", "tf32") or u not in told)}
-    if softmax_first:
-        builder.nodes = turn_products(builder.nodes, builder.rank, builder.names)
     if avoid_fusions:
+        builder.nodes = turn_products(builder.nodes, builder.rank, builder.names)
         spread_factors(builder.nodes, builder.initializers, builder.shape)
         keep_order(builder.nodes, builder.initializers, builder.shape)
     return builder.finish({**float_units(untold), **(metadata or {})})

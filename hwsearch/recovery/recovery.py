@@ -27,8 +27,10 @@ from hwsearch.recovery.student import FLOAT, Student, has_norms
 from hwsearch.recovery.trained import Trained, made_of, put
 from hwsearch.recovery.training import Course, Diverged, Point, Schedule, Training
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """That `auto` chooses from."""
+ALIKE = 1.02
+"""Of trials whose held-out losses are no further apart the one of the largest rate is the best: low rates change little."""
 TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
 """Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
 LIFT = 1 / 3
@@ -326,6 +328,7 @@ class Recovery:
             "start": weights_digest(self._student(self.start).tensors.items()),
             "calibration data": self.whole.calibration_digest,
             "training data": self.objective.data_digest,
+            "chosen on": "the last quarter",  # before 29 November 2026 on others, whose losses are not comparable
             "method": own.method,
             "epochs": str(own.epochs),
             "time limit": str(own.time_limit_s),
@@ -367,13 +370,13 @@ class Recovery:
         return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
 
     def _rate(self, student: Student, steps: int) -> float:
-        """That whose trial of so many steps ends at the least held-out loss; of two alike the larger."""
-        found: list[tuple[float, float]] = []
+        """That whose trial of so many steps ends at the least held-out loss; of several alike the largest."""
+        found: dict[float, float] = {}
         self.progress.start(len(RATES), "finding the learning rate")
         for rate in RATES:
             held_out, _ = self._tried(student, rate, steps)
             if math.isfinite(held_out):
-                found.append((held_out, -rate))
+                found[rate] = held_out
             self.progress.step(f"{rate:.0e}: held-out {held_out:.4g}" if math.isfinite(held_out) else f"{rate:.0e}: diverged")
         self.progress.stop()
         if not found:
@@ -381,7 +384,7 @@ class Recovery:
                 f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
                 "batches"
             )
-        return -min(found)[1]
+        return max(rate for rate, held_out in found.items() if held_out <= ALIKE * min(found.values()))
 
     def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
         """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""

@@ -175,7 +175,7 @@ def test_a_product_that_reads_a_softmax_second_is_right(
     form = qdq_form(backends.get("openvino"))
     onnx_file = judging.with_levels(made.onnx(variants, **form), LEVELS)
     assert not faults.faults(onnx_file, "openvino")
-    unturned = made.onnx(variants, **{**form, "softmax_first": False})
+    unturned = made.onnx(variants, **{**form, "avoid_fusions": False})
     assert (faults.SECOND_SOFTMAX in faults.faults(unturned, "openvino")) == (around != "turned")
     feed = dict(zip((v.name for v in onnx_file.graph.input), made.arrays(), strict=True))
     for runtime in RUNTIMES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
 from hwsearch.recovery import training
 from hwsearch.recovery.objective import Objective
-from hwsearch.recovery.recovery import Options, Recovered, Recovery
+from hwsearch.recovery.recovery import ALIKE, RATES, Options, Recovered, Recovery
 from hwsearch.recovery.trained import Trained
 
 
@@ -40,7 +40,7 @@ def first_of(known: Lowering, whole: Lowering) -> Lowering:
 def test_held_out_loss_falls_below_that_of_the_refit(data: bool) -> None:
     done = recover(data)
     assert done.better
-    assert done.course.least < 0.7 * done.course.start
+    assert done.course.least < 0.8 * done.course.start
     assert done.score["recovered"] >= done.score["refitted"]
 
 
@@ -61,17 +61,21 @@ def test_the_answer_is_never_worse_on_held_out_data_than_the_start() -> None:
     assert done.course.stopped or len(done.course.points) > 2
 
 
-def test_what_reported_losses_are_measured_on_is_not_looked_at() -> None:
-    for data in (False, True):
-        low = recovering.lowering(data)
-        objective = Objective(recovering.start(data=data)[0])
-        seen = [x for b in [*objective.held_out, *(() if data else objective.batches(0))] for x in b.args[0]]
-        last = [x for _, args, _ in low.scoring for x in args[0]]
-        assert seen
-        assert not {x.numpy().tobytes() for x in seen} & {x.numpy().tobytes() for x in last}
-    objective = Objective(recovering.start()[0])
-    trained_on = {x.numpy().tobytes() for b in objective.batches(0) for x in b.args[0]}
-    assert not trained_on & {x.numpy().tobytes() for b in objective.held_out for x in b.args[0]}
+@pytest.mark.parametrize("data", [False, True])
+def test_weights_are_chosen_on_what_nothing_was_fitted_on(data: bool) -> None:
+    """On what weights were refitted on, the refitted ones look far better than they are, and so does whatever stays near them."""
+
+    def samples(batches: Iterable[tuple[Any, ...]]) -> set[bytes]:
+        return {x.numpy().tobytes() for args in batches for x in args[0]}
+
+    low = recovering.lowering(data)
+    objective = Objective(recovering.start(data=data)[0])
+    fitted, last = (samples(args for _, args, _ in own) for own in (low.fitting, low.scoring))
+    held_out = samples(b.args for b in objective.held_out)
+    assert held_out == last
+    assert not held_out & fitted
+    if not data:
+        assert samples(b.args for b in objective.batches(0)) == fitted
 
 
 def test_one_seed_gives_one_result_and_another_seed_another() -> None:
@@ -86,9 +90,9 @@ def test_the_rate_that_is_found_is_above_the_best_of_the_trials_which_are_short(
     done = Recovery(recovering.lowering(True), first, kept, variants, options, progress=Progress()).run()
     lines = [line for line in capsys.readouterr().err.splitlines() if "finding the learning rate: " in line]
     tried = {float(a): float(b.split(",")[0]) for a, b in (line.split("rate: ")[1].split(": held-out ") for line in lines)}
-    assert len(tried) == 5
-    best = max(rate for rate, loss in tried.items() if loss == min(tried.values()))
-    each = max(done.schedule.steps // 10, 1)  # a trial has a tenth of so few steps
+    assert len(tried) == len(RATES)
+    best = max(rate for rate, loss in tried.items() if loss <= ALIKE * min(tried.values()))
+    each = max(done.schedule.steps // (2 * len(RATES)), 1)  # half of so few steps are for trials
     assert done.schedule.rate == pytest.approx(best * (done.schedule.steps / each) ** (1 / 3))
 
 
