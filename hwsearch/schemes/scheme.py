@@ -50,7 +50,7 @@ class Free:
 
 Number = float | Free
 """A number, or one that is given later."""
-DENSITY = Free("density", 0.001)
+DENSITY = Free("density")
 _EXAMPLE = "write e.g. Compose(Prune(), Quantize('int8'))"
 
 

@@ -202,6 +202,12 @@ def test_nor_in_one_or_three_dimensions(dimensions: int, factor: tuple[int, ...]
     check_placed(Placed(dimensions, factor, False), torch.randn(1, 4, *[3] * dimensions), Variant(precision))
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_nor_of_grouped_convolutions(groups: int) -> None:
+    torch.manual_seed(0)
+    check_placed(Placed(2, (3, 3), False, groups), torch.randn(1, 4, 3, 3), Variant("fp32"))
+
+
 def check_placed(net: nn.Module, x: torch.Tensor, variant: Variant) -> None:
     """The engine computes what is simulated."""
     setup = set_up(hs.Task(net.eval(), x, [x], lambda predict: 0.0, "placed"), backends.get("openvino"))

@@ -81,7 +81,7 @@ def test_what_cannot_be_is_refused_when_it_is_made(make: Any, message: str) -> N
 
 def test_wrong_numbers_are_refused_when_they_are_given() -> None:
     scheme, task = Compose(Prune(), Quantize(BITS)), tiny.task("cnn")
-    with pytest.raises(InvalidInput, match=r"no number is given for bits; free are density \(0.001 to 1\), bits \(2 to 8\)"):
+    with pytest.raises(InvalidInput, match=r"no number is given for bits; free are density \(0 to 1\), bits \(2 to 8\)"):
         scheme(task, density=0.5)
     with pytest.raises(InvalidInput, match=r"no free parameter 'ratio'; free are density"):
         scheme(task, ratio=0.5)

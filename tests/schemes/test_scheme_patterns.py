@@ -50,7 +50,7 @@ def test_the_largest_of_all_stay_and_of_equal_ones_the_first(values: list[list[f
     assert torch.cat(masks).nonzero().flatten().tolist() == sorted(kept)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 def test_one_threshold_over_all_layers_on_the_weights_before_folding(density: float) -> None:
     model = net()
     before = weights(model)
