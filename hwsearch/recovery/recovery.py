@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +36,8 @@ TRIAL, LEAST_TRIAL, MOST_TRIAL = 0.04, 30, 100
 """Share of the steps that each rate is tried for, and the least and most of them: trials that are too short favour low rates."""
 LIFT = 1 / 3
 """The rate of a training is that of the best trial times this power of how many times longer it is: low rates win short trials."""
+WORSE = 1.25
+"""But no larger than where trials end at so many times the best held-out loss: above, longer trainings are worse as well."""
 TIMING_STEPS = 2
 """Steps by which it is found how many a time limit allows."""
 EPOCHS, CALIBRATION_EPOCHS = 2, 30
@@ -366,25 +369,24 @@ class Recovery:
         if own.rate is not None:
             return steps, own.rate
         each = min(max(LEAST_TRIAL, math.ceil(TRIAL * steps)), MOST_TRIAL, max(1, steps // (2 * len(RATES))))
-        rate = (steps / each) ** LIFT * self._rate(student, each)
+        rate = lifted(self._trials(student, each), (steps / each) ** LIFT)
         return (steps if step_s == 0.0 else max(1, steps - len(RATES) * each)), rate
 
-    def _rate(self, student: Student, steps: int) -> float:
-        """That whose trial of so many steps ends at the least held-out loss; of several alike the largest."""
+    def _trials(self, student: Student, steps: int) -> dict[float, float]:
+        """Rate -> held-out loss at which a trial of so many steps ends, infinite where it diverges. Raises Diverged if all do."""
         found: dict[float, float] = {}
         self.progress.start(len(RATES), "finding the learning rate")
         for rate in RATES:
             held_out, _ = self._tried(student, rate, steps)
-            if math.isfinite(held_out):
-                found[rate] = held_out
+            found[rate] = held_out if math.isfinite(held_out) else math.inf
             self.progress.step(f"{rate:.0e}: held-out {held_out:.4g}" if math.isfinite(held_out) else f"{rate:.0e}: diverged")
         self.progress.stop()
-        if not found:
+        if min(found.values()) == math.inf:
             raise Diverged(
                 f"the loss diverges at every learning rate from {RATES[0]:.0e} on; look at what `loss` returns for the first "
                 "batches"
             )
-        return max(rate for rate, held_out in found.items() if held_out <= ALIKE * min(found.values()))
+        return found
 
     def _tried(self, student: Student, rate: float, steps: int) -> tuple[float, float]:
         """(held-out loss after so many steps, infinite where the loss diverges; seconds); the student is as it was afterwards."""
@@ -525,3 +527,20 @@ def _score(evaluate: Callable[..., float], predict: Callable[..., Any]) -> float
 
     with torch.no_grad():
         return float(evaluate(predict))
+
+
+def lifted(trials: Mapping[float, float], factor: float) -> float:
+    """The learning rate of a training that is longer than its trials.
+
+    Args:
+        trials: Rate, rising -> held-out loss at the end of a trial, infinite where it diverged.
+        factor: By which the best trial's rate is raised, as far as trials of larger ones allow (`WORSE`).
+    """
+    least = max(min(trials.values()), 1e-12)
+    best = max(rate for rate, held_out in trials.items() if held_out <= ALIKE * least)
+    above = [rate for rate in trials if rate > best]
+    for low, high in pairwise([best, *above]):
+        a, b = (math.log(max(trials[rate], 1e-12) / least / WORSE) for rate in (low, high))
+        if b > 0:  # a is not: trials cross what is allowed between these two
+            return min(best * factor, low * math.exp(math.log(high / low) * a / (a - b)))
+    return best * factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from hwsearch.lowering.lowering import Lowering
 from hwsearch.progress import Progress
 from hwsearch.recovery import training
 from hwsearch.recovery.objective import Objective
-from hwsearch.recovery.recovery import ALIKE, RATES, Options, Recovered, Recovery
+from hwsearch.recovery.recovery import RATES, Options, Recovered, Recovery, lifted
 from hwsearch.recovery.trained import Trained
 
 
@@ -84,16 +85,30 @@ def test_one_seed_gives_one_result_and_another_seed_another() -> None:
     assert any(not torch.equal(one.trained.tensors[k], other.trained.tensors[k]) for k in one.trained.tensors)
 
 
-def test_the_rate_that_is_found_is_above_the_best_of_the_trials_which_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rate_is_found_by_trials(capsys: pytest.CaptureFixture[str]) -> None:
     first, kept, variants = recovering.start(data=True)
     options = Options(epochs=1, scored=False)
     done = Recovery(recovering.lowering(True), first, kept, variants, options, progress=Progress()).run()
     lines = [line for line in capsys.readouterr().err.splitlines() if "finding the learning rate: " in line]
     tried = {float(a): float(b.split(",")[0]) for a, b in (line.split("rate: ")[1].split(": held-out ") for line in lines)}
-    assert len(tried) == len(RATES)
-    best = max(rate for rate, loss in tried.items() if loss <= ALIKE * min(tried.values()))
+    assert tuple(tried) == RATES
     each = max(done.schedule.steps // (2 * len(RATES)), 1)  # half of so few steps are for trials
-    assert done.schedule.rate == pytest.approx(best * (done.schedule.steps / each) ** (1 / 3))
+    assert done.schedule.rate == pytest.approx(lifted(tried, (done.schedule.steps / each) ** (1 / 3)), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("trials", "rate"),
+    [
+        ({1e-5: 2.0, 1e-4: 1.0, 1e-3: 1.1}, 3e-4),  # the best times the factor
+        ({1e-5: 1.015, 1e-4: 1.0, 1e-3: 2.0}, 1e-4 * 10 ** (math.log(1.25) / math.log(2.0))),  # to where trials are a quarter worse
+        ({1e-5: 1.0, 1e-4: 1.015, 1e-3: 1e9}, 1.03e-4),  # of two alike the larger, and hardly more
+        ({1e-5: 1.0, 1e-4: math.inf, 1e-3: math.inf}, 1e-5),  # no step towards what diverges
+        ({1e-5: 3.0, 1e-4: 2.0, 1e-3: 1.0}, 3e-3),  # nothing is known of larger ones
+        ({1e-5: 0.0, 1e-4: 0.0, 1e-3: 0.0}, 3e-3),
+    ],
+)
+def test_the_best_trials_rate_is_raised_as_far_as_larger_ones_allow(trials: dict[float, float], rate: float) -> None:
+    assert lifted(trials, 3.0) == pytest.approx(rate, rel=0.02)
 
 
 def test_a_time_limit_bounds_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
