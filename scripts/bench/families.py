@@ -7,8 +7,8 @@ process of its own. One line a network: units, channel groups, and of each engin
 FAILED lines say what is not as it should be. Images are of 96 pixels where a network takes any size. timm and torchvision are
 downloaded from PyPI (15 MB) and imported; their weights are not.
 
-    python scripts/bench/architectures.py
-    python scripts/bench/architectures.py csatv2 test_vit --backend onnxruntime
+    python scripts/bench/families.py
+    python scripts/bench/families.py csatv2 test_vit --backend onnxruntime
 """
 
 from __future__ import annotations
